@@ -1,0 +1,1 @@
+"""fmextract: the activations of a vision network, streamed to HDF5."""

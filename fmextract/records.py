@@ -1,0 +1,192 @@
+"""The nouns: what flows between the rooms. Plain frozen data, validated when made; no torch, no I/O."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Protocol, runtime_checkable
+
+from fmextract.errors import ConfigError
+
+FORMAT = "fmextract"
+FORMAT_VERSION = 1
+
+
+class Status(IntEnum):
+    """What became of a row."""
+
+    OK = 0
+    UNREADABLE = 1
+    UNDECODABLE = 2
+    FORWARD_FAILED = 3
+
+
+STATUS_MEANINGS = ("ok", "could_not_be_read", "could_not_be_decoded", "forward_failed")
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where images come from: random access by row, safe to call from several threads at once.
+
+    Rows are 0 .. len-1 in a fixed order; `key` is unique and never shortened.
+    """
+
+    @property
+    def name(self) -> str:
+        """What to show a person: the folder, the manifest, the type of the Dataset."""
+
+    def __len__(self) -> int: ...
+
+    def key(self, row: int) -> str: ...
+
+    def label(self, row: int) -> int | str | None: ...
+
+    def load(self, row: int) -> Any:
+        """The image of a row: its encoded bytes, or an array, tensor or PIL image.
+
+        Raises SampleError(Status.UNREADABLE, …) when it cannot be had.
+        """
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        """JSON-able identity of the source (count, digest of keys, digest of sizes): decides whether a run may resume."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocess:
+    """From a decoded photo to the input of a model: resize, centre crop, scale to 0..1, normalise.
+
+    `resize` is the length of the shorter side, or (height, width), or None. `crop` is (height, width) or None.
+    `mean` and `std` are in units of the 0..1 scale, one a channel: input = (pixel / 255 - mean) / std.
+    """
+
+    resize: int | tuple[int, int] | None
+    crop: tuple[int, int] | None
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    interpolation: str = "bilinear"
+    antialias: bool = True
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in ("nearest", "bilinear", "bicubic"):
+            raise ConfigError(
+                f"unknown interpolation {self.interpolation!r}; expected nearest, bilinear or bicubic"
+            )
+        if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
+            raise ConfigError(
+                f"mean and std must have one value a channel and std must be positive, got {self.mean} and {self.std}"
+            )
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) of every input, or None where it depends on the photo."""
+        if self.crop is not None:
+            return self.crop
+        return self.resize if isinstance(self.resize, tuple) else None
+
+
+ROLES = ("channel", "y", "x", "time", "token", "feature")
+SPATIAL = ("time", "y", "x")
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A receptive field along (y, x), in pixels of the network's input.
+
+    Cell i covers the interval of `size` pixels centred on `offset + i * stride`; pixel p has its centre at p + 0.5.
+    """
+
+    size: tuple[float, float]
+    stride: tuple[float, float]
+    offset: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """One stored layer: how its values were taken from the model and how they lie on disk.
+
+    `shape` and `axes` are those of one image (no sample axis). `dtype` is the type on disk (numpy name),
+    `compute_dtype` that of the tensor in the forward pass (torch name, as `bfloat16`).
+    `mantissa` is the number of explicit mantissa bits that can be non-zero in the values, when fewer than dtype has.
+    `chunk` is (images, *shape of the part of one image in a chunk).
+    """
+
+    name: str
+    module: str
+    module_type: str
+    call: int
+    calls: int
+    tap: str
+    member: str
+    reducer: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: str
+    compute_dtype: str
+    chunk: tuple[int, ...]
+    mantissa: int | None = None
+    copied: bool = False
+    rel_error: float | None = None
+    field: Field | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != len(self.axes):
+            raise ValueError(f"{self.name}: expected one axis role for each of {self.shape}, got {self.axes}")
+        if len(self.chunk) != len(self.shape) + 1:
+            raise ValueError(f"{self.name}: expected a chunk of {len(self.shape) + 1} axes, got {self.chunk}")
+        if self.tap not in ("out", "in"):
+            raise ValueError(f"{self.name}: expected tap 'out' or 'in', got {self.tap!r}")
+
+    @property
+    def channel_axis(self) -> int | None:
+        """The axis of `shape` along which statistics are kept, None where the roles are not known."""
+        for role in ("channel", "feature"):
+            if role in self.axes:
+                return self.axes.index(role)
+        return None
+
+    @property
+    def values(self) -> int:
+        """Values of one image."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """What stands in the root attributes of every file of a run."""
+
+    title: str
+    source: str
+    history: str
+    config: Mapping[str, Any]
+    model: str
+    weights_sha256: str
+    preprocess: Mapping[str, Any]
+    precision: str
+    versions: Mapping[str, str]
+    created: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class SampleTable:
+    """The columns that stand beside the activations, one entry a row of a shard. Filled while it runs."""
+
+    start: int
+    keys: list[str]
+    labels: Sequence[int | str | None] | None
+    status: list[int]
+    message: list[str]
+    height: list[int]
+    width: list[int]
+
+    @classmethod
+    def empty(cls, start: int, keys: list[str], labels: Sequence[int | str | None] | None) -> SampleTable:
+        """A table of `len(keys)` rows that all stand at status 0, size 0 x 0."""
+        n = len(keys)
+        return cls(start, keys, labels, [0] * n, [""] * n, [0] * n, [0] * n)
+
+    def __len__(self) -> int:
+        return len(self.keys)
