@@ -1,0 +1,382 @@
+"""One chunk of values to bytes and back. Each codec is equal to an HDF5 filter pipeline, so that libhdf5 can undo it.
+
+The way of a chunk: pieces of arrays → the words of the type on disk (widened, narrowed, rounded) → byte planes (what
+HDF5 calls shuffle: first byte of every value, then second byte of every value, …) → one compressed stream. Nothing
+here calls HDF5; `store.py` writes the stream as it is. All heavy steps release the GIL: numpy on whole planes, and
+the compressors.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from isal import isal_zlib
+
+from fmextract.errors import ConfigError, DamagedError, MissingExtra
+
+Array: TypeAlias = npt.NDArray[Any]
+
+SHUFFLE, DEFLATE, LZ4, ZSTD = 2, 1, 32004, 32015
+"""Numbers of the HDF5 filters: the first two are built into every libhdf5, the others are registered plugins."""
+
+MANTISSA = {"float16": 10, "float32": 23, "float64": 52}
+BFLOAT16_MANTISSA = 7
+_WORDS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """A compressor and the HDF5 filter that undoes it.
+
+    `compress(planes, level)` takes the byte planes, uint8 (itemsize, values), and returns the stream.
+    `decompress(stream, nbytes)` returns what it holds, and never makes more than `nbytes + 1` bytes of it.
+    `options(level)` are the client data of the filter.
+    """
+
+    name: str
+    filter: int | None
+    default_level: int
+    levels: range
+    compress: Callable[[Array, int], bytes]
+    decompress: Callable[[bytes, int], bytes]
+    options: Callable[[int], tuple[int, ...]]
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether the stream holds byte planes; without a compressor shuffling gains nothing."""
+        return self.filter is not None
+
+    def filters(self, itemsize: int, level: int | None = None) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """The HDF5 pipeline, in the order of writing: (filter number, client data), for values of `itemsize` bytes."""
+        if self.filter is None:
+            return ()
+        return (SHUFFLE, (itemsize,)), (self.filter, self.options(self.checked_level(level)))
+
+    def checked_level(self, level: int | None) -> int:
+        """`level`, or the default for None. Raises ConfigError for a level that the codec does not have."""
+        if level is None:
+            return self.default_level
+        if level not in self.levels:
+            raise ConfigError(
+                f"codec {self.name} has levels {self.levels.start} to {self.levels.stop - 1}, got {level}"
+            )
+        return level
+
+
+def codec_named(name: str) -> Codec:
+    """The codec of that name; raises ConfigError that lists the names there are."""
+    try:
+        return CODECS[name]
+    except KeyError:
+        raise ConfigError(f"unknown codec {name!r}; expected one of {', '.join(CODECS)}") from None
+
+
+def filters_to_codec(plist: Any, itemsize: int) -> str | None:
+    """The codec behind an HDF5 dataset creation property list, for values of `itemsize` bytes.
+
+    None where the pipeline is not one of ours: such chunks are left to libhdf5.
+    """
+    stages = [plist.get_filter(i) for i in range(plist.get_nfilters())]
+    numbers = tuple(stage[0] for stage in stages)
+    for codec in CODECS.values():
+        if numbers == tuple(number for number, _ in codec.filters(itemsize)):
+            shuffled_right = not stages or tuple(stages[0][2]) == (itemsize,)
+            return codec.name if shuffled_right else None
+    return None
+
+
+# --------------------------------------------------------------------------------------------------- chunk to bytes
+
+
+def encode(
+    pieces: Sequence[Array],
+    *,
+    codec: str,
+    level: int | None,
+    dtype: str,
+    values: int,
+    keep_bits: int | None = None,
+    bfloat16: bool = False,
+) -> bytes:
+    """The stored bytes of one chunk of `values` values of type `dtype`.
+
+    The C-contiguous `pieces`, one after the other, are the start of the chunk; the rest is the fill value (NaN, or 0
+    for integers). They have the type of the disk, or are float16 to widen to float32, float32 to narrow to float16
+    (what overflows becomes infinite: count it before), or with `bfloat16` the uint16 bit patterns of bfloat16.
+    `keep_bits` rounds floats to that many mantissa bits. The pieces are not modified.
+
+    Raises ValueError for pieces that do not fit, ConfigError for an unknown codec or level, MissingExtra.
+    """
+    chosen = codec_named(codec)
+    level = chosen.checked_level(level)
+    kind = np.dtype(dtype)
+    planes = np.empty((kind.itemsize, values), np.uint8) if chosen.shuffled else None
+    words = np.empty(values if planes is None else 0, _WORDS[kind.itemsize])
+    end = 0
+    for piece in pieces:
+        start, end = end, end + piece.size
+        if end > values:
+            raise ValueError(f"expected at most {values} values in a chunk, got {end} or more")
+        part = _words(piece, kind, keep_bits, bfloat16)
+        if planes is None:
+            _join(part, words[start:end])
+        else:
+            _scatter(part, planes[:, start:end])
+    fill = fill_value(kind).view(words.dtype)
+    if planes is None:
+        words[end:] = fill
+        return words.tobytes()
+    planes[:, end:] = np.frombuffer(fill.tobytes(), np.uint8)[:, None]
+    return chosen.compress(planes, level)
+
+
+def fill_value(dtype: npt.DTypeLike) -> Any:
+    """What stands where there is no value: NaN, or 0 for integers, as a scalar of `dtype`."""
+    kind = np.dtype(dtype)
+    return np.full((), np.nan if kind.kind == "f" else 0, kind)[()]
+
+
+def _words(piece: Array, kind: np.dtype[Any], keep_bits: int | None, bfloat16: bool) -> Array:
+    """The bit patterns of a piece as `kind`, flat unsigned; a word narrower than `kind` is the upper part of a value."""
+    if not piece.flags.c_contiguous:
+        raise ValueError("expected C-contiguous pieces")
+    flat = piece.reshape(-1)
+    if bfloat16:
+        if flat.dtype != np.uint16 or kind.name not in ("float32", "float16"):
+            raise ValueError(f"expected bfloat16 as uint16 for float32 or float16, got {flat.dtype} for {kind}")
+        if keep_bits is not None and keep_bits < BFLOAT16_MANTISSA:
+            flat = _round_words(flat, BFLOAT16_MANTISSA, keep_bits)
+        if kind.name == "float32":
+            return flat
+        wide = np.empty(flat.size, np.uint32)
+        _join(flat, wide)
+        flat = wide.view(np.float32)
+    elif flat.dtype == kind or (flat.dtype == bool and kind == np.uint8):
+        pass
+    elif {flat.dtype.name, kind.name} != {"float16", "float32"}:
+        raise ValueError(f"expected a piece of {kind}, got {flat.dtype}")
+    # Round where the type is wider: before narrowing (one rounding, not two), after widening.
+    if flat.dtype.itemsize > kind.itemsize and keep_bits is not None:
+        flat = round_mantissa(flat, keep_bits)
+    given = MANTISSA.get(flat.dtype.name, 0)
+    if flat.dtype.kind == "f" and flat.dtype != kind:
+        with np.errstate(over="ignore", under="ignore"):
+            flat = flat.astype(kind)
+    if keep_bits is not None and keep_bits < given and flat.dtype.kind == "f":
+        flat = round_mantissa(flat, keep_bits)
+    return flat.view(_WORDS[kind.itemsize])
+
+
+def _scatter(words: Array, planes: Array) -> None:
+    """Write the bytes of `words`, unsigned (n,), to `planes`, uint8 (itemsize, n), low byte first.
+
+    Halving the word each time keeps every pass a contiguous, vectorised cast: twice the speed of a transposed copy
+    (benchmark: 7.6 against 3.5 GB/s for float32). Where the word is narrower than the planes are many, the low planes
+    are zero.
+    """
+    low = len(planes) - words.itemsize
+    planes[:low] = 0
+    if words.itemsize == 1:
+        planes[low] = words
+    elif words.itemsize == 2:
+        np.copyto(planes[low], words, casting="unsafe")
+        np.copyto(planes[low + 1], words >> words.dtype.type(8), casting="unsafe")
+    else:
+        half = words.itemsize // 2
+        narrow = _WORDS[half]
+        _scatter(words.astype(narrow), planes[low : low + half])
+        _scatter((words >> words.dtype.type(8 * half)).astype(narrow), planes[low + half :])
+
+
+def _join(words: Array, out: Array) -> None:
+    """Copy `words` to `out`, unsigned (n,), as the upper part of each value."""
+    np.copyto(out, words)
+    if words.itemsize < out.itemsize:
+        out <<= out.dtype.type(8 * (out.itemsize - words.itemsize))
+
+
+def round_mantissa(array: Array, bits: int) -> Array:
+    """A copy of a float array with its mantissas rounded to `bits` explicit bits, ties to even.
+
+    NaN and infinities keep their bits. A finite value becomes infinite only where the rounded value is out of range.
+    """
+    if bits < 1:
+        raise ConfigError(f"expected at least 1 mantissa bit to keep, got {bits}")
+    mantissa = MANTISSA[array.dtype.name]
+    if bits >= mantissa:
+        return array.copy()
+    words = np.ascontiguousarray(array).view(_WORDS[array.itemsize])
+    rounded: Array = _round_words(words, mantissa, bits).view(array.dtype)
+    return rounded
+
+
+def _round_words(words: Array, mantissa: int, bits: int) -> Array:
+    """Round bit patterns of floats with `mantissa` explicit bits to `bits` of them: a new array."""
+    if bits < 1:
+        raise ConfigError(f"expected at least 1 mantissa bit to keep, got {bits}")
+    word = words.dtype.type
+    drop = mantissa - bits
+    # Add just under half a unit, or just half where the last kept bit is odd; a carry into the exponent is right.
+    rounded = words >> word(drop)
+    rounded &= word(1)
+    rounded += word((1 << (drop - 1)) - 1)
+    rounded += words
+    rounded &= word((1 << (8 * words.itemsize)) - (1 << drop))
+    exponent = word((1 << (8 * words.itemsize - 1)) - (1 << mantissa))
+    special = (words & exponent) == exponent
+    np.copyto(rounded, words, where=special)
+    return rounded
+
+
+# --------------------------------------------------------------------------------------------------- bytes to chunk
+
+
+def decode(payload: bytes, *, codec: str, dtype: str, values: int, out: Array | None = None) -> Array:
+    """The `values` values of a stored chunk, 1-d of type `dtype`, in `out` where given (C-contiguous, same size).
+
+    Raises DamagedError for a stream that is broken or holds anything but exactly so many bytes; never inflates past
+    them. ConfigError for an unknown codec, MissingExtra.
+    """
+    chosen = codec_named(codec)
+    kind = np.dtype(dtype)
+    result = np.empty(values, kind) if out is None else out.reshape(-1)
+    if result.size != values or result.dtype != kind or (out is not None and not out.flags.c_contiguous):
+        raise ValueError(
+            f"expected C-contiguous room for {values} values of {kind}, got {result.size} of {result.dtype}"
+        )
+    nbytes = values * kind.itemsize
+    raw = chosen.decompress(payload, nbytes)
+    if len(raw) != nbytes:
+        raise DamagedError(f"a {codec} chunk of {nbytes} bytes holds {'more' if len(raw) > nbytes else len(raw)}")
+    if chosen.shuffled and kind.itemsize > 1:
+        _gather(np.frombuffer(raw, np.uint8).reshape(kind.itemsize, values), result.view(_WORDS[kind.itemsize]))
+    else:
+        result.view(np.uint8)[:] = np.frombuffer(raw, np.uint8)
+    return result
+
+
+def _gather(planes: Array, words: Array) -> None:
+    """The inverse of `_scatter`: planes, uint8 (itemsize, n), to unsigned words (n,)."""
+    if len(planes) == 1:
+        words[:] = planes[0]
+        return
+    half = len(planes) // 2
+    part = np.empty(words.size, _WORDS[half])
+    _gather(planes[half:], part)
+    np.copyto(words, part)
+    words <<= words.dtype.type(8 * half)
+    _gather(planes[:half], part)
+    words |= part
+
+
+# ------------------------------------------------------------------------------------------------------- the codecs
+
+
+def _deflate(planes: Array, level: int) -> bytes:
+    return bytes(isal_zlib.compress(planes, level))
+
+
+def _inflate(stream: bytes, nbytes: int) -> bytes:
+    inflater = isal_zlib.decompressobj()
+    try:
+        # One byte more than there may be: so the end of the stream is reached, and too long a one is seen.
+        raw = inflater.decompress(stream, nbytes + 1)
+    except isal_zlib.IsalError as error:
+        raise DamagedError(f"a gzip chunk does not inflate: {error}") from error
+    if len(raw) <= nbytes and (not inflater.eof or inflater.unused_data):
+        raise DamagedError("a gzip chunk " + ("has bytes after its end" if inflater.eof else "is cut short"))
+    return bytes(raw)
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtra("zstandard", "zstd", "The codec zstd") from error
+    return zstandard
+
+
+_per_thread = threading.local()
+"""Contexts of zstandard are not safe to share between threads, and dear to make for every chunk."""
+
+
+def _zstd_compress(planes: Array, level: int) -> bytes:
+    contexts = _per_thread.__dict__.setdefault("zstd", {})
+    if level not in contexts:
+        contexts[level] = _zstandard().ZstdCompressor(level=level)
+    return bytes(contexts[level].compress(planes))
+
+
+def _zstd_decompress(stream: bytes, nbytes: int) -> bytes:
+    zstandard = _zstandard()
+    try:
+        # A size that the frame states is believed by the library whatever `max_output_size` says: look first.
+        stated = zstandard.get_frame_parameters(stream).content_size
+        if stated not in (nbytes, zstandard.CONTENTSIZE_UNKNOWN):
+            raise DamagedError(f"a zstd chunk of {nbytes} bytes says that it holds {stated}")
+        frame = zstandard.ZstdDecompressor().decompress(stream, max_output_size=nbytes, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise DamagedError(f"a zstd chunk does not decompress: {error}") from error
+    return bytes(frame)
+
+
+def _lz4_block() -> Any:
+    try:
+        import lz4.block  # noqa: PLC0415
+    except ImportError as error:
+        raise MissingExtra("lz4", "lz4", "The codec lz4") from error
+    return lz4.block
+
+
+_LZ4_HEADER = struct.Struct(">qi")
+_LZ4_LENGTH = struct.Struct(">i")
+
+
+def _lz4_compress(planes: Array, level: int) -> bytes:
+    """The framing of HDF5 filter 32004: total size, block size, then each block with its length; here one block."""
+    raw = planes.reshape(-1).data
+    block = _lz4_block().compress(raw, store_size=False)
+    if len(block) >= len(raw):  # a length equal to the block size says: not compressed
+        block = raw.tobytes()
+    return b"".join((_LZ4_HEADER.pack(len(raw), len(raw)), _LZ4_LENGTH.pack(len(block)), block))
+
+
+def _lz4_decompress(stream: bytes, nbytes: int) -> bytes:
+    library = _lz4_block()
+    blocks: list[bytes] = []
+    try:
+        total, block_size = _LZ4_HEADER.unpack_from(stream)
+        if total != nbytes or (nbytes and block_size < 1):
+            raise DamagedError(f"an lz4 chunk of {nbytes} bytes says that it holds {total} in blocks of {block_size}")
+        at = _LZ4_HEADER.size
+        for start in range(0, nbytes, block_size):
+            size = min(block_size, nbytes - start)
+            (stored,) = _LZ4_LENGTH.unpack_from(stream, at)
+            at += _LZ4_LENGTH.size
+            block = stream[at : at + stored] if stored >= 0 else b""
+            blocks.append(block if stored == size else library.decompress(block, uncompressed_size=size))
+            at += stored
+    except (struct.error, library.LZ4BlockError) as error:
+        raise DamagedError(f"an lz4 chunk does not decompress: {error}") from error
+    if at != len(stream):
+        raise DamagedError(f"an lz4 chunk has {len(stream)} bytes where {at} were expected")
+    return b"".join(blocks)
+
+
+CODECS: dict[str, Codec] = {
+    codec.name: codec
+    for codec in (
+        # ISA-L's levels 2 and 3 gain nothing on activations, and level 0 can expand (field measurements).
+        Codec("gzip", DEFLATE, 1, range(4), _deflate, _inflate, lambda level: (level,)),
+        Codec("zstd", ZSTD, 1, range(1, 20), _zstd_compress, _zstd_decompress, lambda level: (level,)),
+        Codec("lz4", LZ4, 1, range(1, 2), _lz4_compress, _lz4_decompress, lambda level: (0,)),
+        Codec("none", None, 0, range(1), lambda planes, level: planes.tobytes(), lambda raw, nbytes: raw, lambda _: ()),
+    )
+}
+"""By name. `gzip` opens in every HDF5 reader; `zstd` and `lz4` need the reader to have hdf5plugin."""
