@@ -271,7 +271,7 @@ def regroup(axes: Axes, shape: Sequence[int]) -> Axes | None:
 def _merged(atoms: list[Atom]) -> Axis:
     """Neighbouring atoms of one role are one: a split that is merged back leaves no trace."""
     made: list[Atom] = []
-    for role, size in atoms:
+    for role, size in [atom for atom in atoms if atom[1] > 1] or atoms:
         if made and made[-1][0] == role:
             made[-1] = (role, made[-1][1] * size)
         else:
@@ -389,6 +389,12 @@ def _fused_attention(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, o
     return [get(args[0])]
 
 
+def _restrided(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: Any) -> Any:
+    """as_strided only keeps its meaning where it keeps the shape (pooling uses it to fix the memory format)."""
+    known = get(args[0])
+    return known if known is not None and _sizes(known) == list(_outputs(out)[0].shape) else None
+
+
 def _unknown(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: Any) -> Any:
     return None
 
@@ -437,5 +443,6 @@ RULES: dict[str, Rule] = {
         _attention,
     ),
     **dict.fromkeys(("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), _fused_attention),
-    **dict.fromkeys(("im2col", "col2im", "unfold", "as_strided"), _unknown),
+    **dict.fromkeys(("im2col", "col2im", "unfold"), _unknown),
+    "as_strided": _restrided,
 }  # fmt: skip

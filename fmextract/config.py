@@ -1,0 +1,187 @@
+"""What a user asked for: every option of the command line with its default, checked, and as JSON for the file."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmextract.errors import ConfigError
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+STORES = ("float32", "float16")
+MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(text: str | int) -> int:
+    """`512MiB`, `2GB`, `4096` → bytes. Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+        raise ConfigError(f"{text!r} is not a size; expected a number with a unit, as 512MiB or 2GB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_share(text: str | float, option: str) -> float:
+    """`2%` or `0.02` → 0.02. Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e-?\d+)?)\s*(%?)\s*", str(text))
+    if match is None:
+        raise ConfigError(
+            f"{option} {text!r} is not a share; expected a percentage such as 2% or a fraction such as 0.02"
+        )
+    return float(match[1]) / (100 if match[2] else 1)
+
+
+@dataclass(frozen=True, slots=True)
+class FailureBudget:
+    """How many images may fail: a count, or a share that is judged from the 200th image on.
+
+    Below 200 images a share says little; then only a run in which everything fails is stopped.
+    """
+
+    count: int | None = None
+    share: float | None = 0.05
+
+    PROBATION = 200
+
+    @classmethod
+    def parse(cls, text: str | float | FailureBudget) -> FailureBudget:
+        """`12` is a count, `5%` or `0.05` a share. Raises ConfigError."""
+        if isinstance(text, FailureBudget):
+            return text
+        if isinstance(text, int) or re.fullmatch(r"\s*\d+\s*", str(text)):
+            return cls(count=int(text), share=None)
+        return cls(share=parse_share(text, "--max-failures"))
+
+    def exceeded(self, failed: int, seen: int) -> bool:
+        """Whether `failed` of the `seen` images so far are too many."""
+        if self.count is not None:
+            return failed > self.count
+        assert self.share is not None
+        return seen >= self.PROBATION and failed > self.share * seen
+
+    def __str__(self) -> str:
+        return str(self.count) if self.count is not None else f"{self.share:.4g}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """One run as it was asked for; every field is the option of the command line of the same name.
+
+    `batch_size`, `workers` and `level` are None for "auto". Sizes are bytes, shares fractions of 1.
+    Raises ConfigError for values, and combinations of values, that cannot be carried out.
+    """
+
+    layers: tuple[str, ...] = ()
+    weights: str = "default"
+    preprocess: Any = "model"
+    size: str | None = None
+    exif: bool = False
+    precision: str = "auto"
+    max_error: float = 0.02
+    batch_size: int | None = None
+    device: str = "auto"
+    store: str = "float32"
+    clip: bool = False
+    keep_bits: int | None = None
+    codec: str = "gzip"
+    level: int | None = None
+    memory_format: str = "auto"
+    shard_size: int | None = None
+    workers: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    top: int = 9
+    compile: bool = False
+    max_failures: FailureBudget = dataclasses.field(default_factory=FailureBudget)
+    allow_outside: bool = False
+    overwrite: bool = False
+    break_lock: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("--precision", self.precision, PRECISIONS)
+        _one_of("--store", self.store, STORES)
+        _one_of("--memory-format", self.memory_format, MEMORY_FORMATS)
+        for option, value, least in (
+            ("--batch-size", self.batch_size, 1),
+            ("--workers", self.workers, 1),
+            ("--limit", self.limit, 1),
+            ("--top", self.top, 0),
+            ("--shard-size", self.shard_size, 1),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{option} {value}: expected {least} or more")
+        most = 23 if self.store == "float32" else 10
+        if self.keep_bits is not None and not 1 <= self.keep_bits <= most:
+            raise ConfigError(f"--keep-bits {self.keep_bits}: {self.store} has 1 to {most} mantissa bits to keep")
+        if self.clip and self.store != "float16":
+            raise ConfigError("--clip only means something with --store float16: float32 holds every value as it is")
+
+    @classmethod
+    def of(cls, **options: Any) -> Config:
+        """From options as users give them (`shard_size="512MiB"`, `max_failures="5%"`, `batch_size="auto"`).
+
+        Raises ConfigError naming an unknown option.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = set(options) - known
+        if unknown:
+            raise ConfigError(f"unknown option {sorted(unknown)[0]!r}; expected one of {', '.join(sorted(known))}")
+        made = {name: _PARSERS.get(name, _same)(value) for name, value in options.items()}
+        return cls(**made)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything needed to ask for the same run again."""
+        made = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        made["max_failures"] = str(self.max_failures)
+        made["layers"] = list(self.layers)
+        if not isinstance(self.preprocess, str):
+            made["preprocess"] = repr(self.preprocess)
+        return made
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _auto_int(option: str) -> Any:
+    def parse(value: Any) -> int | None:
+        if value is None or value == "auto":
+            return None
+        try:
+            return int(value)
+        except (TypeError, ValueError):
+            raise ConfigError(f"{option} {value!r}: expected a whole number or 'auto'") from None
+
+    return parse
+
+
+def _layers(value: Any) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+_PARSERS: Mapping[str, Any] = {
+    "layers": _layers,
+    "batch_size": _auto_int("--batch-size"),
+    "workers": _auto_int("--workers"),
+    "level": _auto_int("--level"),
+    "shard_size": lambda value: None if value in (None, "auto") else parse_size(value),
+    "max_error": lambda value: parse_share(value, "--max-error"),
+    "max_failures": FailureBudget.parse,
+    "size": lambda value: None if value is None else str(value),
+    "weights": str,
+}
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{option} {value!r}: expected one of {', '.join(allowed)}")
+
+
+def is_single_file(out: Path) -> bool:
+    """Whether `-o` names one file (`.h5`, `.hdf5`, `.nc`) rather than a directory of shards."""
+    return out.suffix.lower() in (".h5", ".hdf5", ".nc")
