@@ -27,6 +27,7 @@ SHUFFLE, DEFLATE, LZ4, ZSTD = 2, 1, 32004, 32015
 
 MANTISSA = {"float16": 10, "float32": 23, "float64": 52}
 BFLOAT16_MANTISSA = 7
+_IsalError: type[Exception] = isal_zlib.error  # type: ignore[assignment]
 _WORDS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
 
 
@@ -143,7 +144,7 @@ def fill_value(dtype: npt.DTypeLike) -> Any:
 
 
 def _words(piece: Array, kind: np.dtype[Any], keep_bits: int | None, bfloat16: bool) -> Array:
-    """The bit patterns of a piece as `kind`, flat unsigned; a word narrower than `kind` is the upper part of a value."""
+    """The bit patterns of a piece as `kind`, flat unsigned; narrower words are the upper parts of the values."""
     if not piece.flags.c_contiguous:
         raise ValueError("expected C-contiguous pieces")
     flat = piece.reshape(-1)
@@ -231,7 +232,7 @@ def _round_words(words: Array, mantissa: int, bits: int) -> Array:
     exponent = word((1 << (8 * words.itemsize - 1)) - (1 << mantissa))
     special = (words & exponent) == exponent
     np.copyto(rounded, words, where=special)
-    return rounded
+    return rounded  # type: ignore[no-any-return]
 
 
 # --------------------------------------------------------------------------------------------------- bytes to chunk
@@ -287,7 +288,7 @@ def _inflate(stream: bytes, nbytes: int) -> bytes:
     try:
         # One byte more than there may be: so the end of the stream is reached, and too long a one is seen.
         raw = inflater.decompress(stream, nbytes + 1)
-    except isal_zlib.IsalError as error:
+    except _IsalError as error:
         raise DamagedError(f"a gzip chunk does not inflate: {error}") from error
     if len(raw) <= nbytes and (not inflater.eof or inflater.unused_data):
         raise DamagedError("a gzip chunk " + ("has bytes after its end" if inflater.eof else "is cut short"))
@@ -296,7 +297,7 @@ def _inflate(stream: bytes, nbytes: int) -> bytes:
 
 def _zstandard() -> Any:
     try:
-        import zstandard  # noqa: PLC0415
+        import zstandard
     except ImportError as error:
         raise MissingExtra("zstandard", "zstd", "The codec zstd") from error
     return zstandard
@@ -328,7 +329,7 @@ def _zstd_decompress(stream: bytes, nbytes: int) -> bytes:
 
 def _lz4_block() -> Any:
     try:
-        import lz4.block  # noqa: PLC0415
+        import lz4.block
     except ImportError as error:
         raise MissingExtra("lz4", "lz4", "The codec lz4") from error
     return lz4.block

@@ -1,0 +1,899 @@
+"""One HDF5 file: the activations of a range of rows, and everything a reader needs to make sense of them.
+
+This is the only module that writes HDF5. Chunks arrive compressed (`codecs.encode`) and are put into the file as they
+are, past libhdf5's filters and its global lock; what lies in the file is plain HDF5 and valid netCDF-4. The layout is
+described in docs/format.md. One thread at a time may use a ShardWriter.
+
+    ShardWriter      chunks → file                   content_digest   file → one number for all that a reader sees
+    pack             files → one file, undecoded     validate         is this file ours, and safe to read?
+    open_shard       path → validated h5py.File      read_*           file → the nouns of `records`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import h5py
+import numpy as np
+
+from fmextract.codecs import CODECS, Array, Codec, codec_named, fill_value
+from fmextract.errors import DamagedError, FmextractError, FormatError, LayerError, NoSpace, OutputError
+from fmextract.records import (
+    FORMAT,
+    FORMAT_VERSION,
+    STATUS_MEANINGS,
+    Field,
+    FileInfo,
+    LayerSpec,
+    SampleTable,
+)
+
+Stats: TypeAlias = Mapping[str, Mapping[str, Any]]
+"""By layer, by statistic: an array whose first axis is the channel."""
+
+MAX_LAYERS = 4000
+"""One dimension scale can be attached to about 4,085 datasets, and /sample is the scale of every layer."""
+MAX_NAME = 256
+"""Bytes in a name that netCDF-C can open."""
+MAX_CHUNK_BYTES = 1 << 30
+COLUMN_CHUNK = 4096
+_CHUNK_RECORD_BYTES = 24
+"""What one chunk takes at the least in an HDF5 index: so a small file cannot claim a huge shape."""
+_LIBVER = ("earliest", "v110")
+_STRING = h5py.string_dtype("utf-8")
+_DERIVED_ATTRS = ("DIMENSION_LIST", "REFERENCE_LIST")
+
+
+# ---------------------------------------------------------------------------------------------------- names and errors
+
+
+def escape_name(name: str) -> str:
+    """The group name of a layer: `/` would nest, so it becomes %2F, and % itself %25."""
+    return name.replace("%", "%25").replace("/", "%2F")
+
+
+def unescape_name(name: str) -> str:
+    """The inverse of `escape_name`."""
+    return name.replace("%2F", "/").replace("%25", "%")
+
+
+def disk_error(path: Path, error: BaseException) -> FmextractError:
+    """What an error of the operating system or of libhdf5 while writing `path` means to the user."""
+    code = getattr(error, "errno", None)
+    if code is None and (stated := re.search(r"errno = (\d+)", str(error))):
+        code = int(stated[1])
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(
+            f"{path.parent} is full: {path.name} was not finished. Make room and run the same command again."
+        )
+    reason = os.strerror(code) if code else str(error)
+    return OutputError(f"cannot write {path}: {reason}")
+
+
+def chunk_digest(payload: bytes) -> bytes:
+    """BLAKE2b of one stored chunk; 32 bytes."""
+    return hashlib.blake2b(payload, digest_size=32).digest()
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+class ShardWriter:
+    """Writes one file. `write_chunk` for every chunk of every layer, then `finish`; `abort` at any time.
+
+    `path` is a temporary name: publishing it is `index.publish`. Any error leaves no file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rows: range,
+        layers: Sequence[LayerSpec],
+        info: FileInfo,
+        codec: str,
+        level: int | None,
+    ) -> None:
+        """Create `path` for the global row numbers `rows` (at least one). Raises LayerError, NoSpace, OutputError."""
+        if not len(rows) or rows.step != 1:
+            raise ValueError(f"expected a range of at least one row with step 1, got {rows}")
+        _check_layers(layers)
+        chosen = codec_named(codec)
+        level = chosen.checked_level(level)
+        self.path = Path(path)
+        self.rows = rows
+        self.layers = tuple(layers)
+        self._grids = [chunk_grid((len(rows), *spec.shape), spec.chunk) for spec in layers]
+        self._digests: list[dict[tuple[int, ...], bytes]] = [{} for _ in layers]
+        self._file: h5py.File | None = None
+        with self._whole_or_nothing():
+            # No lock: the name is ours alone, and locks fail on network file systems.
+            self._file = h5py.File(self.path, "w", libver=_LIBVER, track_order=True, locking=False)
+            _set_attrs(self._file, _root_attrs(info))
+            _create_sample_scale(self._file, rows)
+            group = self._file.create_group("layers", track_order=True)
+            self._activations = [_create_layer(group, spec, len(rows), chosen, level).id for spec in layers]
+
+    def write_chunk(self, layer: int, chunk_index: tuple[int, ...], payload: bytes, digest: bytes) -> None:
+        """Put an encoded chunk in its place. `chunk_index` counts chunks; `digest` is `chunk_digest(payload)`."""
+        spec, grid, done = self.layers[layer], self._grids[layer], self._digests[layer]
+        if len(chunk_index) != len(grid) or not all(0 <= i < n for i, n in zip(chunk_index, grid, strict=True)):
+            raise ValueError(f"{spec.name}: expected a chunk index within {grid}, got {chunk_index}")
+        if chunk_index in done:
+            raise ValueError(f"{spec.name}: chunk {chunk_index} is written twice")
+        with self._whole_or_nothing():
+            offset = tuple(i * size for i, size in zip(chunk_index, spec.chunk, strict=True))
+            self._activations[layer].write_direct_chunk(offset, payload)
+        done[chunk_index] = digest
+
+    def finish(
+        self,
+        samples: SampleTable,
+        stats: Stats | None = None,
+        layer_attrs: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> str:
+        """Write what stands beside the activations, close, make durable. Returns the content digest, in hex.
+
+        `stats` and `layer_attrs` are by the layer's name. Raises ValueError where a chunk is missing, or the columns
+        do not fit the rows.
+        """
+        if len(samples) != len(self.rows) or samples.start != self.rows.start:
+            raise ValueError(f"expected columns for rows {self.rows}, got {len(samples)} from {samples.start}")
+        return self._finish([samples], label_type(samples.labels), stats, layer_attrs)
+
+    def _finish(
+        self,
+        tables: Iterable[SampleTable],
+        labels: np.dtype[Any] | None,
+        stats: Stats | None,
+        layer_attrs: Mapping[str, Mapping[str, Any]] | None,
+    ) -> str:
+        with self._whole_or_nothing():
+            file = self._open_file()
+            for spec, grid, done in zip(self.layers, self._grids, self._digests, strict=True):
+                if len(done) != math.prod(grid):
+                    raise ValueError(
+                        f"{spec.name}: {math.prod(grid) - len(done)} of {math.prod(grid)} chunks are missing"
+                    )
+            _write_columns(file, len(self.rows), tables, labels)
+            self._write_extras(file, stats or {}, layer_attrs or {})
+            known = {
+                f"/layers/{escape_name(spec.name)}/activation": digests
+                for spec, digests in zip(self.layers, self._digests, strict=True)
+            }
+            digest = _content_digest(file, known)
+            file.attrs["content_digest"] = digest
+            self._activations.clear()
+            file.close()
+            self._file = None
+            _fsync(self.path)
+        return digest
+
+    def _write_extras(self, file: h5py.File, stats: Stats, layer_attrs: Mapping[str, Mapping[str, Any]]) -> None:
+        specs = {spec.name: spec for spec in self.layers}
+        if unknown := [name for name in (*stats, *layer_attrs) if name not in specs]:
+            raise ValueError(f"expected statistics and attributes of the layers of this file, got {unknown[0]!r}")
+        for name, arrays in stats.items():
+            _write_stats(file["layers"][escape_name(name)], specs[name], arrays)
+        for name, attrs in layer_attrs.items():
+            _set_attrs(file["layers"][escape_name(name)], attrs)
+
+    def abort(self) -> None:
+        """Close and remove the file, if it is not finished. May be called again."""
+        file, self._file = self._file, None
+        if file is None:
+            return
+        self._activations = []
+        # On a full disk closing fails too. Cutting the file short first gives the space back even where libhdf5 then
+        # keeps the file open.
+        with contextlib.suppress(OSError):
+            os.truncate(self.path, 0)
+        with contextlib.suppress(Exception):
+            file.close()
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.abort()
+
+    def _open_file(self) -> h5py.File:
+        if self._file is None:
+            raise ValueError(f"{self.path} is closed")
+        return self._file
+
+    @contextlib.contextmanager
+    def _whole_or_nothing(self) -> Iterator[None]:
+        """Turn errors of the disk into ours; after any error there is no file."""
+        try:
+            yield
+        except BaseException as error:
+            self.abort()
+            # libhdf5 reports a failed flush as RuntimeError.
+            if isinstance(error, OSError | RuntimeError):
+                raise disk_error(self.path, error) from error
+            raise
+
+
+def chunk_grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
+    """How many chunks there are along each axis."""
+    return tuple(-(-size // step) for size, step in zip(shape, chunk, strict=True))
+
+
+def _check_layers(layers: Sequence[LayerSpec]) -> None:
+    if len(layers) > MAX_LAYERS:
+        raise LayerError(f"one file holds at most {MAX_LAYERS} layers, got {len(layers)}; select fewer, or run twice")
+    names: set[str] = set()
+    for spec in layers:
+        group = escape_name(spec.name)
+        if not group or group in (".", "..") or "\0" in group:
+            raise LayerError(f"{spec.name!r} cannot be the name of a layer in a file")
+        if len(group.encode()) > MAX_NAME:
+            raise LayerError(f"the layer name {spec.name!r} is longer than the {MAX_NAME} bytes that netCDF allows")
+        if group in names:
+            raise LayerError(f"the layer {spec.name!r} is there twice")
+        names.add(group)
+        reserved = {"sample", "activation", "stats"}.intersection(spec.axes)
+        if reserved or len(set(spec.axes)) != len(spec.axes):
+            raise LayerError(f"{spec.name}: expected axes with different names other than sample, got {spec.axes}")
+        if (
+            any(not 0 < part <= size for part, size in zip(spec.chunk[1:], spec.shape, strict=True))
+            or spec.chunk[0] < 1
+        ):
+            raise LayerError(f"{spec.name}: expected a chunk within the shape {spec.shape}, got {spec.chunk}")
+        if np.dtype(spec.dtype).kind not in "fiu":
+            raise LayerError(f"{spec.name}: values of type {spec.dtype} cannot be stored")
+        if math.prod(spec.chunk) * np.dtype(spec.dtype).itemsize > MAX_CHUNK_BYTES:
+            raise LayerError(f"{spec.name}: a chunk {spec.chunk} of {spec.dtype} is larger than 1 GiB")
+
+
+def _root_attrs(info: FileInfo) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "Conventions": "CF-1.11",
+        "title": info.title,
+        "source": info.source,
+        "history": info.history,
+        "fmextract_config": info.config,
+        "model": info.model,
+        "weights_sha256": info.weights_sha256,
+        "preprocess": info.preprocess,
+        "precision": info.precision,
+        "versions": info.versions,
+        "created": info.created,
+        **info.extra,
+    }
+
+
+def _layer_attrs(spec: LayerSpec) -> dict[str, Any]:
+    attrs = {
+        "module": spec.module,
+        "module_type": spec.module_type,
+        "call": spec.call,
+        "calls": spec.calls,
+        "tap": spec.tap,
+        "member": spec.member or None,
+        "reducer": spec.reducer or None,
+        "compute_dtype": spec.compute_dtype,
+        "mantissa": spec.mantissa,
+        "copied": spec.copied,
+        "rel_error": spec.rel_error,
+    }
+    if spec.field is not None:
+        attrs |= {"rf_size": spec.field.size, "rf_stride": spec.field.stride, "rf_offset": spec.field.offset}
+    return attrs
+
+
+def _set_attrs(node: Any, attrs: Mapping[str, Any]) -> None:
+    """Write attributes of types that every netCDF-4 reader knows; None is left out."""
+    for name, value in attrs.items():
+        if value is not None:
+            node.attrs[name] = _attr_value(value)
+
+
+def _attr_value(value: Any) -> Any:
+    if isinstance(value, str):
+        return _text(value)
+    if isinstance(value, bool | np.bool_):
+        return np.int8(value)  # HDF5 has no booleans, and h5py's stand-in is not netCDF
+    if isinstance(value, Mapping):
+        return _text(json.dumps(value, sort_keys=True, ensure_ascii=False))
+    array = np.asarray(value)
+    if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
+        raise ValueError(f"expected a text, a number, a mapping or an array of numbers as attribute, got {value!r}")
+    return array
+
+
+def _text(text: str) -> str:
+    """HDF5 ends a string at NUL, and holds only what UTF-8 can say."""
+    text = text.replace("\0", "\\x00")
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _create_dataset(
+    group: h5py.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    chunk: tuple[int, ...],
+    filters: Sequence[tuple[int, tuple[int, ...]]],
+) -> h5py.Dataset:
+    """A chunked dataset with an unlimited first axis. Low level, since a filter need not be installed to be named."""
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_chunk(chunk)
+    plist.set_obj_track_times(False)
+    # More than 64 kB of scale references need attributes in a tree of their own, which tracking their order brings.
+    plist.set_attr_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
+    if h5py.check_string_dtype(np.dtype(dtype)) is None:
+        plist.set_fill_value(np.asarray(fill_value(dtype)))
+    for number, options in filters:
+        plist.set_filter(number, h5py.h5z.FLAG_OPTIONAL, options)
+    space = h5py.h5s.create_simple(shape, (h5py.h5s.UNLIMITED, *shape[1:]))
+    kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
+    return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), kind, space, plist))
+
+
+def _create_column(file: h5py.File, name: str, rows: int, dtype: Any) -> h5py.Dataset:
+    kind = np.dtype(dtype)
+    # netCDF knows no filters on strings of variable length.
+    filters = () if h5py.check_string_dtype(kind) else CODECS["gzip"].filters(kind.itemsize)
+    column = _create_dataset(file, name, (rows,), kind, (min(rows, COLUMN_CHUNK),), filters)
+    if name != "sample":
+        column.dims[0].attach_scale(file["sample"])
+    return column
+
+
+def _create_sample_scale(file: h5py.File, rows: range) -> None:
+    scale = _create_column(file, "sample", len(rows), np.int64)
+    for at in range(0, len(rows), 1 << 20):
+        part = rows[at : at + (1 << 20)]
+        scale[at : at + len(part)] = np.arange(part.start, part.stop, dtype=np.int64)
+    scale.make_scale("sample")
+    scale.attrs["long_name"] = "row number in the whole source"
+
+
+def _create_scale(group: h5py.Group, name: str, values: Array, attrs: Mapping[str, Any]) -> h5py.Dataset:
+    scale = group.create_dataset(name, data=values, track_order=True)
+    scale.make_scale(name)
+    _set_attrs(scale, attrs)
+    return scale
+
+
+def _create_layer(group: h5py.Group, spec: LayerSpec, rows: int, codec: Codec, level: int) -> h5py.Dataset:
+    layer = group.create_group(escape_name(spec.name), track_order=True)
+    _set_attrs(layer, _layer_attrs(spec))
+    filters = codec.filters(np.dtype(spec.dtype).itemsize, level)
+    activation = _create_dataset(layer, "activation", (rows, *spec.shape), spec.dtype, spec.chunk, filters)
+    activation.dims[0].attach_scale(group.parent["sample"])
+    for axis, (role, size) in enumerate(zip(spec.axes, spec.shape, strict=True), start=1):
+        values, attrs = _coordinate(spec.field, role, size)
+        activation.dims[axis].attach_scale(_create_scale(layer, role, values, attrs))
+    return activation
+
+
+def _coordinate(field: Field | None, role: str, size: int) -> tuple[Array, dict[str, str]]:
+    """The values along an axis: the centre of each cell's receptive field for y and x, else the index."""
+    if role not in ("y", "x"):
+        return np.arange(size, dtype=np.int32), {}
+    index = np.arange(size, dtype=np.float64)
+    if field is None:
+        return index, {"long_name": "index"}
+    along = ("y", "x").index(role)
+    centres = field.offset[along] + index * field.stride[along]
+    return centres, {"long_name": "centre of the receptive field", "units": "pixel"}
+
+
+def label_type(labels: Sequence[int | str | None] | None) -> np.dtype[Any] | None:
+    """The type of /label: int64 where every label is an integer or None (stored as -1), else utf-8 (None: empty)."""
+    if labels is None:
+        return None
+    whole = all(
+        label is None or (isinstance(label, int | np.integer) and -(2**63) <= label < 2**63) for label in labels
+    )
+    return np.dtype(np.int64) if whole else _STRING
+
+
+def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], labels: np.dtype[Any] | None) -> None:
+    columns = {
+        name: _create_column(file, name, rows, dtype)
+        for name, dtype in (
+            ("key", _STRING),
+            ("status", np.uint8),
+            ("message", _STRING),
+            ("height", np.int32),
+            ("width", np.int32),
+        )
+    }
+    _set_attrs(columns["key"], {"long_name": "path or name of the image in its source"})
+    flags = np.arange(len(STATUS_MEANINGS), dtype=np.uint8)
+    _set_attrs(columns["status"], {"flag_values": flags, "flag_meanings": " ".join(STATUS_MEANINGS)})
+    for name in ("height", "width"):
+        _set_attrs(columns[name], {"long_name": f"{name} of the original image", "units": "pixel"})
+    if labels is not None:
+        columns["label"] = _create_column(file, "label", rows, labels)
+    at = 0
+    for table in tables:
+        part = slice(at, at + len(table))
+        columns["key"][part] = [_text(key) for key in table.keys]
+        columns["status"][part] = table.status
+        columns["message"][part] = [_text(message) for message in table.message]
+        columns["height"][part] = table.height
+        columns["width"][part] = table.width
+        if labels is not None:
+            columns["label"][part] = _label_values(table, labels)
+        at = part.stop
+    if at != rows:
+        raise ValueError(f"expected columns of {rows} rows, got {at}")
+
+
+def _label_values(table: SampleTable, dtype: np.dtype[Any]) -> Any:
+    labels = table.labels if table.labels is not None else [None] * len(table)
+    if dtype == np.int64:
+        return np.array([-1 if label is None else label for label in labels], np.int64)
+    return ["" if label is None else _text(str(label)) for label in labels]
+
+
+def _write_stats(layer: h5py.Group, spec: LayerSpec, arrays: Mapping[str, Any]) -> None:
+    """`stats/`: one dataset a statistic, over the channels, or over the channels and a second axis.
+
+    The second axis of `top_…` is `k`, that of any other statistic is its own `<name>_bin`.
+    """
+    if spec.channel_axis is None:
+        raise ValueError(f"{spec.name}: no statistics by channel where the axes have no known roles")
+    role, channels = spec.axes[spec.channel_axis], spec.shape[spec.channel_axis]
+    group = layer.create_group("stats", track_order=True)
+    for name, values in arrays.items():
+        array = np.asarray(values)
+        array = array.astype(np.uint8) if array.dtype == bool else array
+        if array.ndim not in (1, 2) or array.shape[0] != channels or array.dtype.kind not in "iuf" or "/" in name:
+            raise ValueError(f"{spec.name}: expected {name} of {channels} channels, got {array.dtype} {array.shape}")
+        data = group.create_dataset(name, data=array, track_order=True)
+        data.dims[0].attach_scale(layer[role])
+        if array.ndim == 2:
+            second = "k" if name.startswith("top_") else f"{name}_bin"
+            if second not in group:
+                _create_scale(group, second, np.arange(array.shape[1], dtype=np.int32), {})
+            if len(group[second]) != array.shape[1]:
+                raise ValueError(f"{spec.name}: expected {len(group[second])} entries in {name}, got {array.shape[1]}")
+            data.dims[1].attach_scale(group[second])
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def open_shard(path: Path) -> h5py.File:
+    """Open a file for reading and `validate` it. Raises FormatError; OutputError where there is no file."""
+    path = Path(path)
+    if not path.is_file():
+        raise OutputError(f"there is no file {path}")
+    try:
+        file = h5py.File(path, "r", locking=False)
+    except OSError as error:
+        raise FormatError(f"{path} is not an HDF5 file, or its beginning is damaged") from error
+    try:
+        validate(file)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+@contextlib.contextmanager
+def _reading(file: h5py.File) -> Iterator[None]:
+    """What libhdf5 raises on damaged bytes, in many types, becomes DamagedError."""
+    try:
+        yield
+    except FmextractError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, AttributeError) as error:
+        raise DamagedError(f"{file.filename} is damaged: {str(error) or type(error).__name__}") from error
+
+
+def validate(file: h5py.File) -> None:
+    """Raise FormatError unless the file is of our format and version, and safe to read.
+
+    Safe: nothing in it points outside (external or soft links, external storage, virtual datasets), no object is
+    reached twice, every chunk is of bounded size, and the shapes are ones that the file has room for. Damaged
+    structures are DamagedError. This reads no values.
+    """
+    with _reading(file):
+        _validate_version(file)
+        for path, node in _walk(file):
+            if isinstance(node, h5py.Dataset):
+                _validate_dataset(file, path, node)
+        _validate_layout(file)
+
+
+def _validate_version(file: h5py.File) -> None:
+    name = file.filename
+    if _plain(file.attrs.get("format")) != FORMAT:
+        raise FormatError(f"{name} was not written by fmextract: it has no attribute format={FORMAT!r}")
+    version = _plain(file.attrs.get("format_version"))
+    if not isinstance(version, int) or version < 1:
+        raise FormatError(f"{name} has no valid format_version: {version!r}")
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"{name} has format version {version}, and this fmextract knows versions up to {FORMAT_VERSION}: "
+            "upgrade fmextract to read it"
+        )
+
+
+def _walk(file: h5py.File) -> Iterator[tuple[str, h5py.Group | h5py.Dataset]]:
+    """Every object with its path, root first, groups in the order of creation. Follows hard links only, each once."""
+    seen = {h5py.h5o.get_info(file["/"].id).addr}
+    stack: list[tuple[str, Any]] = [("/", file["/"])]
+    while stack:
+        path, node = stack.pop()
+        yield path, node
+        if isinstance(node, h5py.Dataset):
+            continue
+        children = []
+        for name in node:
+            child_path = f"{path.rstrip('/')}/{name}"
+            if node.id.links.get_info(name.encode("utf-8", "surrogateescape")).type != h5py.h5l.TYPE_HARD:
+                raise FormatError(f"{file.filename}: {child_path} is a link, which fmextract does not write")
+            child = node[name]
+            address = h5py.h5o.get_info(child.id).addr
+            if not isinstance(child, h5py.Group | h5py.Dataset) or address in seen:
+                raise FormatError(f"{file.filename}: {child_path} is not a dataset or group of its own")
+            seen.add(address)
+            children.append((child_path, child))
+        stack.extend(reversed(children))
+
+
+def _validate_dataset(file: h5py.File, path: str, dataset: h5py.Dataset) -> None:
+    where = f"{file.filename}: {path}"
+    plist = dataset.id.get_create_plist()
+    layout = plist.get_layout()
+    if layout not in (h5py.h5d.CHUNKED, h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT) or plist.get_external_count():
+        raise FormatError(f"{where} keeps its values outside the file, which fmextract does not write")
+    if dataset.shape is None or (dataset.dtype.kind not in "iuf" and h5py.check_string_dtype(dataset.dtype) is None):
+        raise FormatError(f"{where} has values of type {dataset.dtype}, which fmextract does not write")
+    if layout == h5py.h5d.CHUNKED:
+        if math.prod(dataset.chunks) * dataset.dtype.itemsize > MAX_CHUNK_BYTES:
+            raise FormatError(f"{where} has chunks {dataset.chunks} of {dataset.dtype}, larger than 1 GiB")
+        room = file.id.get_filesize() // _CHUNK_RECORD_BYTES
+        if math.prod(chunk_grid(dataset.shape, dataset.chunks)) > room:
+            raise DamagedError(f"{where} has the shape {dataset.shape}, more than the file has chunks for")
+    elif dataset.size * dataset.id.get_type().get_size() != dataset.id.get_storage_size():
+        raise DamagedError(f"{where} has the shape {dataset.shape}, but not the bytes for it")
+
+
+def _validate_layout(file: h5py.File) -> None:
+    name = file.filename
+    layers = file.get("layers")
+    if not isinstance(layers, h5py.Group):
+        raise FormatError(f"{name} has no group /layers")
+    sample = file.get("sample")
+    rows = sample.shape[0] if isinstance(sample, h5py.Dataset) and sample.ndim == 1 else None
+    columns: dict[str, Any] = {f"/{column}": file.get(column) for column in ("sample", *_COLUMNS)}
+    if "label" in file:
+        columns["/label"] = file["label"]
+    for path, column in columns.items():
+        if not isinstance(column, h5py.Dataset) or column.shape != (rows,):
+            raise FormatError(f"{name}: expected {path} with one value a row")
+    for layer in layers:
+        node = layers[layer]
+        data = node.get("activation") if isinstance(node, h5py.Group) else None
+        if not isinstance(data, h5py.Dataset) or data.ndim < 1 or data.shape[0] != rows or data.chunks is None:
+            raise FormatError(f"{name}: expected /layers/{layer}/activation, chunked, with one value a row")
+        if data.dtype.kind not in "iuf":
+            raise FormatError(f"{name}: /layers/{layer}/activation has values of type {data.dtype}")
+
+
+_COLUMNS = ("key", "status", "message", "height", "width")
+
+
+def _plain(value: Any) -> Any:
+    """An attribute's value as Python's own type."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    return (
+        value.item() if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim) else value
+    )
+
+
+def row_range(file: h5py.File) -> range:
+    """The global rows that the file holds. Raises FormatError where /sample does not count up by one."""
+    sample = file["sample"]
+    if not len(sample):
+        return range(0)
+    start, last = int(sample[0]), int(sample[-1])
+    if last - start + 1 != len(sample):
+        raise FormatError(
+            f"{file.filename}: expected {len(sample)} rows that follow one another, got {start} to {last}"
+        )
+    return range(start, last + 1)
+
+
+def read_info(file: h5py.File) -> FileInfo:
+    """The root attributes of a file."""
+    with _reading(file):
+        attrs = {name: _plain(value) for name, value in file.attrs.items()}
+        names = ("title", "source", "history", "model", "weights_sha256", "precision", "created")
+        loaded = {name: json.loads(attrs[name]) for name in ("fmextract_config", "preprocess", "versions")}
+        fixed = {*names, *loaded, "format", "format_version", "Conventions", "content_digest"}
+        return FileInfo(
+            **{name: attrs[name] for name in names},
+            config=loaded["fmextract_config"],
+            preprocess=loaded["preprocess"],
+            versions=loaded["versions"],
+            extra={name: value for name, value in attrs.items() if name not in fixed},
+        )
+
+
+def read_layer(group: h5py.Group) -> LayerSpec:
+    """The LayerSpec that a layer's group was written from."""
+    with _reading(group.file):
+        attrs = {name: _plain(value) for name, value in group.attrs.items()}
+        data = group["activation"]
+        field = None
+        if "rf_size" in attrs:
+            size, stride, offset = (tuple(attrs[f"rf_{name}"].tolist()) for name in ("size", "stride", "offset"))
+            field = Field(size, stride, offset)
+        return LayerSpec(
+            name=unescape_name(group.name.rpartition("/")[2]),
+            module=attrs["module"],
+            module_type=attrs["module_type"],
+            call=attrs["call"],
+            calls=attrs["calls"],
+            tap=attrs["tap"],
+            member=attrs.get("member", ""),
+            reducer=attrs.get("reducer", ""),
+            shape=data.shape[1:],
+            axes=tuple(data.dims[axis][0].name.rpartition("/")[2] for axis in range(1, data.ndim)),
+            dtype=data.dtype.name,
+            compute_dtype=attrs["compute_dtype"],
+            chunk=data.chunks,
+            mantissa=attrs.get("mantissa"),
+            copied=bool(attrs["copied"]),
+            rel_error=attrs.get("rel_error"),
+            field=field,
+        )
+
+
+def read_samples(file: h5py.File, part: slice = slice(None)) -> SampleTable:
+    """The columns of a file, or of a part of its rows."""
+    with _reading(file):
+        labels = None
+        if "label" in file:
+            labels = _texts(file["label"], part) if file["label"].dtype.kind == "O" else file["label"][part].tolist()
+        return SampleTable(
+            start=row_range(file).start + (part.start or 0),
+            keys=_texts(file["key"], part),
+            labels=labels,
+            status=file["status"][part].tolist(),
+            message=_texts(file["message"], part),
+            height=file["height"][part].tolist(),
+            width=file["width"][part].tolist(),
+        )
+
+
+def _texts(column: h5py.Dataset, part: slice) -> list[str]:
+    return [text.decode("utf-8", "replace") for text in column[part]]
+
+
+def read_chunk(dataset: h5py.Dataset, chunk_index: Sequence[int]) -> tuple[int, bytes]:
+    """The filter mask and the stored bytes of one chunk. Raises DamagedError where the chunk was never written."""
+    offset = tuple(i * size for i, size in zip(chunk_index, dataset.chunks, strict=True))
+    with _reading(dataset.file):
+        if dataset.id.get_chunk_info_by_coord(offset).byte_offset is None:
+            raise DamagedError(f"{dataset.file.filename}: {dataset.name} has no chunk {tuple(chunk_index)}")
+        mask, payload = dataset.id.read_direct_chunk(offset)
+    return mask, bytes(payload)
+
+
+# -------------------------------------------------------------------------------------------------- the content digest
+
+
+def content_digest(path: Path) -> str:
+    """BLAKE2b, in hex, over everything a reader of the file sees; what `ShardWriter.finish` returned for it.
+
+    It covers, in the order of creation: the path of every object; its attributes by name, with type, shape and value;
+    of every dataset the type, shape, greatest shape, chunk shape, filters, fill value and the path of the scale on
+    each axis; the digest of every stored chunk of the activations, and the values of every other dataset. It does not
+    cover where in the file things lie, the root attribute `content_digest`, nor the object references that scales
+    are made of: they enter as the scales' paths.
+    """
+    with open_shard(path) as file, _reading(file):
+        return _content_digest(file, {})
+
+
+def _content_digest(file: h5py.File, known: Mapping[str, Mapping[tuple[int, ...], bytes]]) -> str:
+    """`known` holds digests of chunks by path and index; the others are read."""
+    hasher = hashlib.blake2b(digest_size=32)
+    nodes = list(_walk(file))
+    paths = {h5py.h5o.get_info(node.id).addr: path for path, node in nodes}
+    for path, node in nodes:
+        _put(hasher, "dataset" if isinstance(node, h5py.Dataset) else "group", path)
+        for name in sorted(node.attrs):
+            if name not in _DERIVED_ATTRS and (path, name) != ("/", "content_digest"):
+                _put(hasher, "attribute", name, *_attribute_parts(node, name))
+        if isinstance(node, h5py.Dataset):
+            _put(hasher, *_description(node, paths))
+            if path.startswith("/layers/") and path.endswith("/activation"):
+                _put_chunks(hasher, node, known.get(path, {}))
+            else:
+                _put_values(hasher, node)
+    return hasher.hexdigest()
+
+
+def _put(hasher: Any, *parts: str | bytes) -> None:
+    """Feed parts so that no other sequence of parts feeds the same bytes: each after its length."""
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        hasher.update(len(data).to_bytes(8, "little"))
+        hasher.update(data)
+
+
+def _type_name(dtype: np.dtype[Any]) -> str:
+    if text := h5py.check_string_dtype(dtype):
+        return f"text:{text.encoding}:{text.length}"
+    if dtype.kind not in "iuf":
+        raise FormatError(f"values of type {dtype}, which fmextract does not write")
+    return dtype.str
+
+
+def _attribute_parts(node: Any, name: str) -> list[str | bytes]:
+    stored = node.attrs.get_id(name)
+    value = node.attrs[name]
+    parts: list[str | bytes] = [_type_name(stored.dtype), str(stored.shape)]
+    if stored.dtype.kind in "iuf":
+        return [*parts, np.asarray(value).tobytes()]
+    return [*parts, *np.asarray(value, dtype=object).reshape(-1).tolist()]
+
+
+def _description(dataset: h5py.Dataset, paths: Mapping[int, str]) -> list[str | bytes]:
+    plist = dataset.id.get_create_plist()
+    filters = [plist.get_filter(i)[:3] for i in range(plist.get_nfilters())]
+    fill = np.zeros((), dataset.dtype)
+    if dataset.dtype.kind in "iuf":
+        plist.get_fill_value(fill)
+    scales: list[str] = []
+    for axis in range(0 if h5py.h5ds.is_scale(dataset.id) else dataset.ndim):
+        scales.append(f"axis {axis}")
+        h5py.h5ds.iterate(dataset.id, axis, lambda scale: scales.append(paths[h5py.h5o.get_info(scale).addr]))
+    return [
+        _type_name(dataset.dtype),
+        str((dataset.shape, dataset.maxshape, dataset.chunks, filters)),
+        fill.tobytes() if dataset.dtype.kind in "iuf" else b"",
+        *scales,
+    ]
+
+
+def _put_chunks(hasher: Any, dataset: h5py.Dataset, known: Mapping[tuple[int, ...], bytes]) -> None:
+    for index in np.ndindex(chunk_grid(dataset.shape, dataset.chunks)):
+        digest, mask = known.get(index), 0
+        if digest is None:
+            mask, payload = read_chunk(dataset, index)
+            digest = chunk_digest(payload)
+        hasher.update(np.array([*index, mask], "<i8").tobytes())
+        hasher.update(digest)
+
+
+def _put_values(hasher: Any, dataset: h5py.Dataset) -> None:
+    if dataset.ndim == 0:
+        raise FormatError(f"{dataset.name} has no axes, which fmextract does not write")
+    for at in range(0, len(dataset), COLUMN_CHUNK):
+        part = dataset[at : at + COLUMN_CHUNK]
+        if dataset.dtype.kind in "iuf":
+            hasher.update(part.tobytes())
+        else:
+            _put(hasher, *part.reshape(-1).tolist())
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+def pack(
+    parts: Sequence[Path],
+    out: Path,
+    *,
+    info: FileInfo | None = None,
+    stats: Stats | None = None,
+    layer_attrs: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """Merge files whose rows follow one another into `out`, a temporary name. Returns the content digest.
+
+    Chunks are copied as they are, without decoding. `info` defaults to that of the first part; statistics are those
+    given, none by default. Raises FormatError where the parts do not belong together, DamagedError for a broken one.
+    """
+    if not parts:
+        raise ValueError("expected at least one file to pack")
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(open_shard(parts[0]))
+        layout = _layout(first)
+        ranges, labels = [], []
+        for path in parts:
+            with open_shard(path) as file:
+                _check_same_run(first, file, layout)
+                ranges.append(row_range(file))
+                labels.append(file["label"].dtype if "label" in file else None)
+        _check_ranges(parts, ranges, layout[0])
+        rows = range(ranges[0].start, ranges[-1].stop)
+        specs, codec, level = layout
+        writer = stack.enter_context(ShardWriter(out, rows, specs, info or read_info(first), codec, level))
+        for path, span in zip(parts, ranges, strict=True):
+            with open_shard(path) as file:
+                _copy_chunks(file, writer, span.start - rows.start)
+        return writer._finish(_tables(parts), _common_label_type(labels), stats, layer_attrs)
+
+
+def _layout(file: h5py.File) -> tuple[list[LayerSpec], str, int]:
+    """The layers of a file in order, and the codec with its level that they share."""
+    specs = [read_layer(group) for group in file["layers"].values()]
+    pipelines = set()
+    for group in file["layers"].values():
+        data = group["activation"]
+        plist = data.id.get_create_plist()
+        pipeline = [plist.get_filter(i) for i in range(plist.get_nfilters())]
+        pipelines.add((data.dtype.itemsize, tuple((stage[0], tuple(stage[2])) for stage in pipeline)))
+    for codec in CODECS.values():
+        for level in codec.levels:
+            if all(pipeline == codec.filters(itemsize, level) for itemsize, pipeline in pipelines):
+                return specs, codec.name, level
+    raise FormatError(f"{file.filename} has filters that fmextract does not write")
+
+
+def _check_same_run(first: h5py.File, file: h5py.File, layout: tuple[list[LayerSpec], str, int]) -> None:
+    if _layout(file) != layout:
+        raise FormatError(f"{file.filename} has other layers, chunks or filters than {first.filename}")
+    for name in ("fmextract_config", "model", "weights_sha256", "preprocess", "precision"):
+        if file.attrs.get(name) != first.attrs.get(name):
+            raise FormatError(f"{file.filename} was made with another {name} than {first.filename}")
+
+
+def _check_ranges(parts: Sequence[Path], ranges: Sequence[range], specs: Sequence[LayerSpec]) -> None:
+    for path, (before, span) in zip(parts[1:], pairwise(ranges), strict=True):
+        if span.start != before.stop:
+            raise FormatError(
+                f"{path} starts at row {span.start}, expected {before.stop}: the parts must follow one another"
+            )
+        for spec in specs:
+            if (span.start - ranges[0].start) % spec.chunk[0]:
+                raise FormatError(f"{path} starts at row {span.start}, in the middle of a chunk of {spec.name}")
+
+
+def _copy_chunks(file: h5py.File, writer: ShardWriter, rows_before: int) -> None:
+    for layer, spec in enumerate(writer.layers):
+        data = file["layers"][escape_name(spec.name)]["activation"]
+        shift = rows_before // spec.chunk[0]
+        for index in np.ndindex(chunk_grid(data.shape, data.chunks)):
+            mask, payload = read_chunk(data, index)
+            if mask:
+                raise FormatError(
+                    f"{file.filename}: chunk {index} of {spec.name} skips a filter; fmextract writes none such"
+                )
+            writer.write_chunk(layer, (index[0] + shift, *index[1:]), payload, chunk_digest(payload))
+
+
+def _tables(parts: Sequence[Path]) -> Iterator[SampleTable]:
+    for path in parts:
+        with open_shard(path) as file:
+            yield read_samples(file)
+
+
+def _common_label_type(types: Sequence[np.dtype[Any] | None]) -> np.dtype[Any] | None:
+    there = [dtype for dtype in types if dtype is not None]
+    if not there:
+        return None
+    return np.dtype(np.int64) if all(dtype == np.int64 for dtype in there) else _STRING
