@@ -1,0 +1,324 @@
+"""The set of files of a run: which rows lie in which file, what is missing, what has changed.
+
+    shard-00000.h5    a file of `store` over a fixed range of rows
+    shard-00000.json  its record (ShardRecord), written after it: the truth about what is done
+    index.json        all records, folded when the last shard is there: only now is the output complete
+
+Every file appears under its final name by one rename, after its bytes are on the disk (`publish`, `write_json`): a
+killed run leaves whole files or none. Names in an index never lead out of its directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fmextract.errors import DamagedError, FormatError, OutputError
+from fmextract.records import FORMAT_VERSION
+from fmextract.store import disk_error
+
+INDEX, PLAN = "index.json", "plan.json"
+INDEX_FORMAT = "fmextract-index"
+_NAME = re.compile(r"shard-(\d{5,})\.h5")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def shard_name(i: int) -> str:
+    """The file name of shard `i`."""
+    return f"shard-{i:05d}.h5"
+
+
+# ----------------------------------------------------------------------------------------------------- durable writing
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Make `temporary` durable and give it its final name, over what stood there. Raises NoSpace, OutputError."""
+    try:
+        _fsync(temporary)
+        temporary.replace(final)
+        _fsync(final.parent)
+    except OSError as error:
+        raise disk_error(final, error) from error
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Write `obj` so that `path` holds either what it held or all of `obj`, durably. Raises NoSpace, OutputError."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_text(json.dumps(obj, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+        publish(temporary, path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """What `path` holds. Raises OutputError where it is not there, FormatError where it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise OutputError(f"there is no file {path}") from error
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path} is not valid JSON: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """One finished shard: the rows `start` .. `stop`-1, its size in bytes and its digests (hex).
+
+    `statuses` counts its rows by status code, as text ("0": ok, see `records.Status`). `extra` is JSON-able.
+    """
+
+    name: str
+    start: int
+    stop: int
+    bytes: int
+    sha256: str
+    statuses: Mapping[str, int]
+    content_digest: str
+    batch_size: int
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        numbers = (self.start, self.stop, self.bytes, self.batch_size, *self.statuses.values())
+        # bool is an int to Python, not to us.
+        if any(type(number) is not int or number < 0 for number in numbers) or self.stop <= self.start:
+            raise FormatError(f"{self.name!r}: expected counts of at least 0 and start < stop, got {numbers}")
+        if not _NAME.fullmatch(self.name):
+            raise FormatError(f"expected a shard's name as {shard_name(0)!r}, without a folder, got {self.name!r}")
+        if not all(_SHA256.fullmatch(digest) for digest in (self.sha256, self.content_digest)):
+            raise FormatError(f"{self.name}: expected digests of 64 hex digits")
+        if sum(self.statuses.values()) != self.stop - self.start:
+            raise FormatError(f"{self.name}: the statuses {dict(self.statuses)} do not add up to its rows")
+
+    @property
+    def rows(self) -> range:
+        """The global rows of the shard."""
+        return range(self.start, self.stop)
+
+    @property
+    def failed(self) -> int:
+        """Rows whose status is not 0."""
+        return len(self.rows) - self.statuses.get("0", 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able dict; `from_json` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, obj: Any) -> ShardRecord:
+        """Raises FormatError for anything but what `to_json` gives; fields of later versions are ignored."""
+        try:
+            known = {name: obj[name] for name in cls.__slots__}
+            known["statuses"], known["extra"] = dict(obj["statuses"]), dict(obj["extra"])
+            return cls(**known)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(f"not the record of a shard: {type(error).__name__}: {error}") from error
+
+
+def record_shard(
+    path: Path,
+    *,
+    rows: range,
+    statuses: Sequence[int],
+    content_digest: str,
+    batch_size: int,
+    extra: Mapping[str, Any] | None = None,
+) -> ShardRecord:
+    """Record a published shard: writes `shard-NNNNN.json` beside it, which is what makes it count as done.
+
+    `statuses` is the status code of each row. The SHA-256 is of the file as it can be read back.
+    """
+    record = ShardRecord(
+        name=path.name,
+        start=rows.start,
+        stop=rows.stop,
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+        statuses={str(code): count for code, count in sorted(Counter(map(int, statuses)).items())},
+        content_digest=content_digest,
+        batch_size=batch_size,
+        extra=dict(extra or {}),
+    )
+    write_json(path.with_suffix(".json"), record.to_json())
+    return record
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex, in constant memory."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_records(directory: Path) -> list[ShardRecord]:
+    """The shards that are done, in row order: every record whose file is there with the recorded size.
+
+    This is what a resume asks; a record without its file, or with a file of another size, is not done.
+    """
+    records = []
+    for path in directory.glob("shard-*.json"):
+        record = ShardRecord.from_json(read_json(path))
+        if record.name != path.with_suffix(".h5").name:
+            raise FormatError(f"{path} is the record of {record.name}")
+        if _size(directory / record.name) == record.bytes:
+            records.append(record)
+    return sorted(records, key=lambda record: record.start)
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+# --------------------------------------------------------------------------------------------------------------- index
+
+
+def fold_index(directory: Path, plan: Mapping[str, Any]) -> list[ShardRecord]:
+    """Write index.json from the records of all shards. Raises OutputError that names the rows still missing.
+
+    `plan` is the content of plan.json, of which `shards`, the list of [start, stop] of every shard, is used.
+    """
+    records = load_records(directory)
+    missing = list(_missing(plan, records))
+    if missing:
+        raise OutputError(_unfinished(directory, missing))
+    rows = sum(len(record.rows) for record in records)
+    _check_rows(directory, records, rows)
+    write_json(
+        directory / INDEX,
+        {
+            "format": INDEX_FORMAT,
+            "format_version": FORMAT_VERSION,
+            "rows": rows,
+            "shards": [record.to_json() for record in records],
+        },
+    )
+    return records
+
+
+def load_index(directory: Path) -> list[ShardRecord]:
+    """The records of a finished run, in row order; their files are there and have the recorded sizes.
+
+    Raises OutputError where the run is not finished or there is none, FormatError for a damaged index or a missing
+    file, naming the file and the rows. A gap is never read as zeros.
+    """
+    if not (directory / INDEX).exists():
+        plan = read_json(directory / PLAN) if (directory / PLAN).exists() else None
+        if plan is None:
+            raise OutputError(f"{directory} is not an fmextract output: it has neither {INDEX} nor {PLAN}")
+        missing = list(_missing(plan, load_records(directory)))
+        raise OutputError(_unfinished(directory, missing))
+    records, rows = _parse_index(directory)
+    _check_rows(directory, records, rows)
+    for record in records:
+        size = _size(directory / record.name)
+        if size is None:
+            raise FormatError(
+                f"{directory / record.name} is missing, with it the rows {record.start} to {record.stop - 1}; "
+                "put it back, or run the same extract command again"
+            )
+        if size != record.bytes:
+            raise DamagedError(
+                f"{directory / record.name} (rows {record.start} to {record.stop - 1}) has {size} bytes, "
+                f"expected {record.bytes}"
+            )
+    return records
+
+
+def _parse_index(directory: Path) -> tuple[list[ShardRecord], int]:
+    path = directory / INDEX
+    index = read_json(path)
+    if not isinstance(index, dict) or index.get("format") != INDEX_FORMAT:
+        raise FormatError(f"{path} was not written by fmextract")
+    version, rows, shards = index.get("format_version"), index.get("rows"), index.get("shards")
+    if type(version) is not int or type(rows) is not int or not isinstance(shards, list):
+        raise FormatError(f"{path} is damaged: expected format_version, rows and shards")
+    if version > FORMAT_VERSION:
+        raise FormatError(
+            f"{path} has format version {version}, and this fmextract knows versions up to {FORMAT_VERSION}: "
+            "upgrade fmextract to read it"
+        )
+    return sorted((ShardRecord.from_json(shard) for shard in shards), key=lambda record: record.start), rows
+
+
+def _check_rows(directory: Path, records: Sequence[ShardRecord], rows: int) -> None:
+    """Raise FormatError unless the records cover rows 0 .. rows-1, each once."""
+    end = 0
+    for record in records:
+        if record.start != end:
+            what = "are missing" if record.start > end else "are there twice"
+            low, high = sorted((end, record.start))
+            raise FormatError(f"{directory}: the rows {low} to {high - 1}, before {record.name}, {what}")
+        end = record.stop
+    if end != rows:
+        raise FormatError(f"{directory}: expected {rows} rows, the shards have {end}")
+
+
+def _missing(plan: Mapping[str, Any], records: Sequence[ShardRecord]) -> Iterator[tuple[str, range]]:
+    """The shards of the plan that are not done: name and rows."""
+    done = {record.name: record.rows for record in records}
+    try:
+        planned = [range(int(start), int(stop)) for start, stop in plan["shards"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise FormatError(f"{PLAN} lists no shards: {error}") from error
+    for i, rows in enumerate(planned):
+        if done.get(shard_name(i)) != rows:
+            yield shard_name(i), rows
+
+
+def _unfinished(directory: Path, missing: Sequence[tuple[str, range]]) -> str:
+    if not missing:
+        return f"the run in {directory} is not finished: {INDEX} is missing; run the same command again"
+    shown = ", ".join(f"{name} (rows {rows.start} to {rows.stop - 1})" for name, rows in missing[:3])
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    return f"the run in {directory} is not finished: missing {shown}{more}; the same command resumes it"
+
+
+def check_shards(directory: Path, deep: bool = False) -> list[str]:
+    """What is wrong with the files of a finished run, one message each; empty where all is well.
+
+    Compares sizes, and with `deep` the SHA-256 of every file.
+    """
+    records, rows = _parse_index(directory)
+    _check_rows(directory, records, rows)
+    problems = []
+    for record in records:
+        path = directory / record.name
+        where = f"{path} (rows {record.start} to {record.stop - 1})"
+        size = _size(path)
+        if size is None:
+            problems.append(f"{where} is missing")
+        elif size != record.bytes:
+            problems.append(f"{where} has {size} bytes, expected {record.bytes}")
+        elif deep and file_sha256(path) != record.sha256:
+            problems.append(f"{where} has changed: its SHA-256 is not the recorded one")
+    return problems
