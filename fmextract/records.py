@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol, runtime_checkable
 
@@ -71,9 +71,7 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.interpolation not in ("nearest", "bilinear", "bicubic"):
-            raise ConfigError(
-                f"unknown interpolation {self.interpolation!r}; expected nearest, bilinear or bicubic"
-            )
+            raise ConfigError(f"unknown interpolation {self.interpolation!r}; expected nearest, bilinear or bicubic")
         if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
             raise ConfigError(
                 f"mean and std must have one value a channel and std must be positive, got {self.mean} and {self.std}"
@@ -190,3 +188,81 @@ class SampleTable:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRow:
+    """One line of `fmextract layers`: a module (or one tensor of one of its calls) as the probe saw it.
+
+    `index` counts the rows in the order of execution, from 0; -1 for a module that the forward never calls.
+    `number` is the selector by kind and order, as `conv#20`, or "". `shape` and `bytes` are those of one image;
+    `refused` says why it cannot be stored row by row, else "".
+    """
+
+    index: int
+    path: str
+    type: str
+    number: str
+    calls: int
+    shape: tuple[int, ...] | None
+    axes: tuple[str, ...]
+    dtype: str
+    bytes: int
+    overwritten: bool
+    refused: str
+    field: Field | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """What a finished run says of one layer. `sparsity` is the share of exact zeros, None where not known."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    bytes_stored: int
+    sparsity: float | None
+    nonfinite: int
+    rel_error: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run did; `as_json` is what `--json` prints."""
+
+    output: str
+    images: int
+    failed: int
+    seconds: float
+    images_per_second: float
+    bytes_raw: int
+    bytes_stored: int
+    device: str
+    precision: str
+    batch_size: int
+    limiting_stage: str
+    stages: Mapping[str, Mapping[str, float]]
+    layers: tuple[LayerResult, ...]
+    resumed_images: int
+    failures: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, ready for `json.dumps`. `failures` are the first failed (key, message) pairs."""
+        return asdict(self)
+
+
+class Progress(Protocol):
+    """What a run tells a person while it goes; every call comes from the thread that called the run."""
+
+    def note(self, text: str) -> None:
+        """One line worth reading: what was chosen and why, a warning."""
+
+    def start(self, total: int, done: int) -> None:
+        """The images begin: `total` rows, of which `done` were there before."""
+
+    def advance(self, images: int, failed: int) -> None:
+        """`images` more rows are finished; `failed` rows have failed so far."""
+
+    def finish(self) -> None:
+        """The images are over, for good or ill."""
