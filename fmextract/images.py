@@ -1,0 +1,459 @@
+"""From encoded bytes, arrays, tensors and PIL images to the input of a model: the one place that knows decoders.
+
+Ordinary JPEGs are decoded by libjpeg-turbo (simplejpeg), everything else, and every JPEG with anything odd about it, by
+Pillow, whose verdict then counts. Both give the same pixels; resize and crop differ from torchvision's transforms on a
+PIL image by at most one level of 255. Heavy work releases the GIL, so that threads scale.
+
+What becomes of pixels that are not 8-bit RGB:
+
+* grey, palette, bilevel, CMYK, YCbCr: as Pillow's `convert("RGB")`; alpha and transparency are dropped by it, like in
+  torchvision's loader. Of an animation the first frame counts.
+* 16-bit grey (modes I;16*): divided by 257, so that white stays white and nothing is clipped.
+* 32-bit integers (mode I): 0..65535, what 16-bit files become, divided by 257; anything beyond stretched, minimum to
+  maximum.
+* floats (mode F): 0..1 times 255; else 0..255 as they are; else stretched, minimum to maximum. What is not finite
+  counts as the lowest.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from fmextract.errors import ConfigError, SampleError
+from fmextract.records import Preprocess, Status
+from fmextract.sources import NOT_DECODED
+
+__all__ = ["CustomPreprocess", "Image", "Preprocessing", "apply_size", "decode", "normalise", "parse_preprocess"]
+
+Pixels = NDArray[np.uint8]
+
+# All plug-ins at once: Pillow otherwise imports them in the middle of the first odd file, in whichever thread has it.
+PIL.Image.init()
+# Pillow warns about metadata it cannot make sense of, and of large images, which are refused here anyway. Once, for the
+# process: the list of filters belongs to all threads, and changing it for each image would not be safe.
+for _category in (UserWarning, PIL.Image.DecompressionBombWarning):
+    warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One decoded image.
+
+    `pixels` is uint8 (3, height, width), contiguous, of the size that the preprocessing gives; or, where `ready`, the
+    float32 input of the model itself, any channels, already normalised. `height` and `width` are those of the image
+    before it was resized (turned upright, where EXIF counts). `decoder` is simplejpeg, pillow or array.
+    """
+
+    pixels: Tensor
+    height: int
+    width: int
+    decoder: str
+    ready: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CustomPreprocess:
+    """A user's own preprocessing: RGB PIL image to float tensor (channels, height, width), the model's input.
+
+    `size` is the (height, width) that it gives, None where that is not known.
+    """
+
+    function: Callable[[PIL.Image.Image], Tensor]
+    origin: str
+    size: tuple[int, int] | None = None
+
+
+Preprocessing = Preprocess | CustomPreprocess
+
+
+def decode(data: Any, preprocess: Preprocessing | None, *, exif: bool = False) -> Image:
+    """One image, ready for a batch. Safe to call from several threads at once.
+
+    `data` is the bytes of a file; a PIL image; a uint8 or uint16 array or tensor, grey or with 1, 3 or 4 channels; or
+    a float tensor (channels, height, width), which is taken as the model's input, as it is. Channels are the last axis
+    of an array and the first of a tensor; the other end is tried where that axis cannot be channels. `exif` turns the
+    picture upright as its EXIF orientation says. `preprocess` may be None where all data are float tensors.
+
+    Raises SampleError(Status.UNDECODABLE) for anything wrong with the data, ConfigError where preprocessing is missing.
+    """
+    if isinstance(data, Tensor) and data.is_floating_point():
+        return _ready(data, preprocess, "array")
+    if preprocess is None:
+        raise ConfigError(f"the images need preprocessing, and the model brings none. {PREPROCESS_HELP}")
+    try:
+        picture, decoder = _picture(data, exif)
+        height, width = picture.shape[:2]
+        if isinstance(preprocess, CustomPreprocess):
+            made = _ready(preprocess.function(PIL.Image.fromarray(picture)), preprocess, decoder)
+            return replace(made, height=height, width=width)
+        return Image(_fit(picture, preprocess), height, width, decoder)
+    except SampleError:
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds for broken files, struct.error and SyntaxError among them
+        raise SampleError(Status.UNDECODABLE, _short(error)) from error
+
+
+def normalise(batch: Tensor, preprocess: Preprocess, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(pixel / 255 - mean) / std of a uint8 batch (B, 3, H, W), on its device, in its memory format.
+
+    Computed in float32, with the very bits that torchvision's to_tensor and normalize give, then cast to `dtype`.
+    """
+    mean, std = _constants(preprocess.mean, preprocess.std, batch.device)
+    return batch.to(torch.float32).div_(255).sub_(mean).div_(std).to(dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and std as (C, 1, 1) on the device: made once, for each upload would wait for the device."""
+    made = torch.tensor([mean, std], dtype=torch.float32).to(device)[..., None, None]
+    return made[0], made[1]
+
+
+# ---------------------------------------------------------------------------------------------------- decoding
+
+
+def _picture(data: Any, exif: bool) -> tuple[Pixels, str]:
+    """Pixels (h, w, 3) of whatever a source may load, and who decoded them."""
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        encoded = bytes(data)
+        pixels = _fast_jpeg(encoded)
+        if pixels is not None:
+            return _upright(pixels, _orientation(encoded) if exif else 1), "simplejpeg"
+        with PIL.Image.open(io.BytesIO(encoded), formats=_formats()) as image:
+            return _from_pil(image, exif), "pillow"
+    if isinstance(data, PIL.Image.Image):
+        return _from_pil(data, exif), "array"
+    if isinstance(data, Tensor):
+        return _from_array(data.detach().cpu().numpy(), first=True), "array"
+    if isinstance(data, np.ndarray):
+        return _from_array(data, first=False), "array"
+    raise SampleError(Status.UNDECODABLE, f"expected bytes, an array, a tensor or a PIL image, got {_kind(data)}")
+
+
+def _fast_jpeg(data: bytes) -> Pixels | None:
+    """Pixels of an ordinary JPEG, None for anything else: another colour space, damage, or only a warning."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
+        if colour not in ("YCbCr", "Gray"):
+            return None
+        _refuse_bomb(width, height)
+        # Neither the fast DCT nor the fast upsampling: they are off by up to 28 levels.
+        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
+    except ValueError:
+        return None
+    return pixels
+
+
+def _formats() -> list[str]:
+    """Computed for every file, as a plug-in for another format may be registered at any time."""
+    return [name for name in PIL.Image.ID if name not in NOT_DECODED]
+
+
+def _from_pil(image: PIL.Image.Image, exif: bool) -> Pixels:
+    _refuse_bomb(*image.size)
+    image.load()
+    # After load: a TIFF has turned itself by then and says so.
+    orientation = _tag(image) if exif else 1
+    wide = _WIDE.get(image.mode)
+    if wide is not None:
+        image = PIL.Image.fromarray(wide(np.asarray(image)))
+    return _upright(np.array(image.convert("RGB")), orientation)
+
+
+def _refuse_bomb(width: int, height: int) -> None:
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise SampleError(Status.UNDECODABLE, f"{width} x {height} pixels, more than the {limit} allowed")
+
+
+def _sixteen(values: NDArray[Any]) -> Pixels:
+    scaled: Pixels = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return scaled
+
+
+def _integers(values: NDArray[Any]) -> Pixels:
+    return _sixteen(values) if values.min() >= 0 and values.max() <= 0xFFFF else _stretched(values)
+
+
+def _floats(values: NDArray[Any]) -> Pixels:
+    finite = np.isfinite(values)
+    values = np.where(finite, values, values.min(initial=math.inf, where=finite))
+    if values.min() < 0 or values.max() > 255 or not finite.any():
+        return _stretched(values)
+    levels: Pixels = np.rint(values * (255 if values.max() <= 1 else 1)).astype(np.uint8)
+    return levels
+
+
+def _stretched(values: NDArray[Any]) -> Pixels:
+    low, high = float(values.min()), float(values.max())
+    if not high > low or not math.isfinite(high - low):
+        return np.zeros(values.shape, np.uint8)
+    return np.rint((values - low) * (255 / (high - low))).astype(np.uint8)
+
+
+_WIDE: dict[str, Callable[[NDArray[Any]], Pixels]] = {
+    "I;16": _sixteen,
+    "I;16L": _sixteen,
+    "I;16B": _sixteen,
+    "I;16N": _sixteen,
+    "I": _integers,
+    "F": _floats,
+}
+"""Modes that Pillow's convert clips to white: (h, w) values to (h, w) uint8."""
+
+
+def _from_array(values: NDArray[Any], *, first: bool) -> Pixels:
+    """(h, w, 3) of grey (h, w) or colour, whose channels are the first axis or the last."""
+    if values.dtype not in (np.uint8, np.uint16):
+        raise SampleError(
+            Status.UNDECODABLE,
+            f"expected pixels of type uint8 or uint16, got {values.dtype}; a model's input is a float torch tensor",
+        )
+    if values.ndim == 2:
+        values = values[..., None]
+    ends = (0, -1) if first else (-1, 0)
+    axis = next((end for end in ends if values.ndim == 3 and values.shape[end] in (1, 3, 4)), None)
+    if axis is None or 0 in values.shape:
+        raise SampleError(Status.UNDECODABLE, f"expected an image with 1, 3 or 4 channels, got shape {values.shape}")
+    values = np.moveaxis(values, axis, -1)[..., :3]
+    pixels = values if values.dtype == np.uint8 else _sixteen(values)
+    # A copy in any case: the caller's array may be read-only or written to again.
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else np.array(pixels, order="C")
+
+
+_TURNS: dict[int, Callable[[Pixels], Pixels]] = {
+    2: lambda p: p[:, ::-1],
+    3: lambda p: p[::-1, ::-1],
+    4: lambda p: p[::-1],
+    5: lambda p: p.swapaxes(0, 1),
+    6: lambda p: p[::-1].swapaxes(0, 1),
+    7: lambda p: p[::-1, ::-1].swapaxes(0, 1),
+    8: lambda p: p[:, ::-1].swapaxes(0, 1),
+}
+"""EXIF orientation to what brings the picture upright."""
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    turn = _TURNS.get(orientation)
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+def _orientation(data: bytes) -> int:
+    with PIL.Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+        return _tag(image)
+
+
+def _tag(image: PIL.Image.Image) -> int:
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # a broken EXIF block says nothing about orientation, and is no reason to refuse the pixels
+        return 1
+
+
+def _ready(values: Any, preprocess: Preprocessing | None, decoder: str) -> Image:
+    """A float tensor (channels, height, width) as the model's input."""
+    if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 3:
+        raise SampleError(Status.UNDECODABLE, f"expected a float tensor (channels, height, width), got {_kind(values)}")
+    height, width = values.shape[1:]
+    size = preprocess.size if preprocess is not None else None
+    if size is not None and size != (height, width):
+        raise SampleError(
+            Status.UNDECODABLE, f"expected an input of {size[0]} x {size[1]} (height x width), got {height} x {width}"
+        )
+    return Image(values.detach().cpu().to(torch.float32).contiguous(), height, width, decoder, ready=True)
+
+
+def _kind(value: Any) -> str:
+    shape = f" {tuple(value.shape)} of {value.dtype}" if isinstance(value, (Tensor, np.ndarray)) else ""
+    return type(value).__name__ + shape
+
+
+def _short(error: Exception) -> str:
+    """One line, the same in every run: the address of the buffer says nothing to anybody."""
+    text = re.sub(r"\s*<_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)).strip().partition("\n")[0][:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+# ---------------------------------------------------------------------------------------------- resize and crop
+
+_PIL_FILTERS = {
+    "nearest": PIL.Image.Resampling.NEAREST,
+    "bilinear": PIL.Image.Resampling.BILINEAR,
+    "bicubic": PIL.Image.Resampling.BICUBIC,
+}
+
+
+def _fit(picture: Pixels, preprocess: Preprocess) -> Tensor:
+    """Resize and centre crop: uint8 (3, h, w), contiguous.
+
+    On tensors, by torchvision. By Pillow, which computes nothing but the crop, where the resized image is mostly thrown
+    away (2 x 4000 pixels would grow to 256 x 512000 for a crop of 224 x 224), and for `nearest`, where torch's
+    differs from Pillow's.
+    """
+    resized = resized_size(picture.shape[0], picture.shape[1], preprocess.resize)
+    crop = preprocess.crop or resized
+    _refuse_bomb(crop[1], crop[0])
+    if math.prod(resized) > 4 * math.prod(crop) or (preprocess.interpolation == "nearest" and preprocess.resize):
+        return _planes(_fit_box(picture, resized, crop, _PIL_FILTERS[preprocess.interpolation]))
+    image = torch.from_numpy(picture).permute(2, 0, 1)
+    image = transforms.resize(
+        image,
+        list(resized),
+        interpolation=InterpolationMode(preprocess.interpolation),
+        antialias=preprocess.antialias,
+    )
+    image = transforms.center_crop(image, list(crop))
+    return _planes(image.permute(1, 2, 0).numpy())
+
+
+def _planes(pixels: Pixels) -> Tensor:
+    """(h, w, 3) to contiguous (3, h, w). By numpy: torch would start its own threads in each of ours to copy this."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def resized_size(height: int, width: int, resize: int | tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) after torchvision's resize: `resize` is the shorter side, the longer is cut to an integer."""
+    if resize is None:
+        return height, width
+    if isinstance(resize, tuple):
+        return resize
+    longer = int(resize * max(height, width) / min(height, width))
+    return (resize, longer) if height <= width else (longer, resize)
+
+
+def _fit_box(picture: Pixels, resized: tuple[int, int], crop: tuple[int, int], kind: PIL.Image.Resampling) -> Pixels:
+    """Resize and centre crop in one, without what lies outside the crop; black around an image that is smaller."""
+    spans = [_span(r, c) for r, c in zip(resized, crop, strict=True)]
+    (top, bottom, above), (left, right, before) = spans
+    scale_y, scale_x = picture.shape[0] / resized[0], picture.shape[1] / resized[1]
+    box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+    box = (box[0], box[1], min(box[2], picture.shape[1]), min(box[3], picture.shape[0]))
+    part = PIL.Image.fromarray(picture).resize((right - left, bottom - top), kind, box=box)
+    if part.size == (crop[1], crop[0]):
+        return np.asarray(part)
+    made = np.zeros((*crop, 3), np.uint8)
+    made[above : above + bottom - top, before : before + right - left] = np.asarray(part)
+    return made
+
+
+def _span(resized: int, crop: int) -> tuple[int, int, int]:
+    """Along one axis of a centre crop: first and last + 1 of the resized pixels seen, and the padding before them."""
+    if crop > resized:
+        return 0, resized, (crop - resized) // 2
+    start = round((resized - crop) / 2)
+    return start, start + crop, 0
+
+
+# --------------------------------------------------------------------------------------------- what users write
+
+PREPROCESS_HELP = (
+    "Say how with --preprocess (preprocess=): the name of a model whose preprocessing to take, module:callable, "
+    "none (the images are the model's inputs already), or as in "
+    "size=256,crop=224,mean=0.485/0.456/0.406,std=0.229/0.224/0.225,interpolation=bilinear"
+)
+
+
+def parse_preprocess(text: str, default: Preprocess | None = None) -> Preprocess:
+    """The inline form of --preprocess: `key=value` separated by commas, the parts of a value by slashes.
+
+    size: N, the shorter side, or HxW, both sides. crop: N or HxW; where it is not given, N x N after size=N, none after
+    size=HxW. mean and std: one number, or one a channel, on the scale 0..1. interpolation: nearest, bilinear, bicubic.
+    What is not given but size and crop is taken from `default`. Raises ConfigError.
+    """
+    fields = _fields(text)
+    if "resize" not in fields and default is None:
+        raise ConfigError(f"--preprocess {text!r}: size= is missing. {PREPROCESS_HELP}")
+    if default is None and not {"mean", "std"} <= fields.keys():
+        raise ConfigError(f"--preprocess {text!r}: mean= and std= are missing (mean=0,std=1 for the plain 0..1 scale)")
+    base = default or Preprocess(resize=None, crop=None)
+    try:
+        changes = {name: _READERS[name](value) for name, value in fields.items()}
+        if "resize" in changes and "crop" not in changes:
+            size = changes["resize"]
+            changes["crop"] = (size, size) if isinstance(size, int) else None
+        return replace(base, **changes, origin=f"--preprocess {text}")
+    except ValueError as error:
+        raise ConfigError(f"--preprocess {text!r}: {error}") from error
+
+
+def _fields(text: str) -> Mapping[str, str]:
+    names = {"size": "resize"}
+    fields: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        name = names.get(key, key)
+        if not equals or name not in _READERS or name in fields:
+            raise ConfigError(
+                f"--preprocess {text!r}: expected size, crop, mean, std, interpolation, once each, got {part!r}"
+            )
+        fields[name] = value
+    return fields
+
+
+def _read_size(text: str) -> int | tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    sides = [int(side) for side in match.groups() if side is not None] if match else []
+    if not sides or min(sides) < 1:
+        raise ValueError(f"expected a size as 224 or 192x256 (height x width), got {text!r}")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
+def _read_crop(text: str) -> tuple[int, int]:
+    size = _read_size(text)
+    return size if isinstance(size, tuple) else (size, size)
+
+
+def _read_numbers(text: str) -> tuple[float, ...]:
+    values = tuple(float(part) for part in text.split("/"))
+    if len(values) not in (1, 3) or not all(map(math.isfinite, values)):
+        raise ValueError(f"expected one number or three as 0.5/0.5/0.5, got {text!r}")
+    return values * 3 if len(values) == 1 else values
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "resize": _read_size,
+    "crop": _read_crop,
+    "mean": _read_numbers,
+    "std": _read_numbers,
+    "interpolation": str,
+}
+
+
+def apply_size(preprocess: Preprocess, size: str | int) -> Preprocess:
+    """The same preprocessing with inputs of exactly `size`: N (square) or HxW.
+
+    Where there is a centre crop, the shorter side grows in the same proportion (232 and 224 become 298 and 288); where
+    there is none, the image is resized to that size, whatever its own proportions. Raises ConfigError.
+    """
+    try:
+        height, width = _read_crop(str(size))
+    except ValueError as error:
+        raise ConfigError(f"--size: {error}") from error
+    if preprocess.crop is None:
+        return replace(preprocess, resize=(height, width))
+    factor = max(height / preprocess.crop[0], width / preprocess.crop[1])
+    resize = preprocess.resize
+    if isinstance(resize, tuple):
+        resize = (round(resize[0] * height / preprocess.crop[0]), round(resize[1] * width / preprocess.crop[1]))
+    elif resize is not None:
+        # An image as long as it is wide must still cover the crop's longer side.
+        resize = max(round(resize * factor), height, width)
+    return replace(preprocess, resize=resize, crop=(height, width))
