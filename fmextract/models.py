@@ -1,0 +1,522 @@
+"""From what a user names to a network, its weights and its preprocessing.
+
+`PROVIDERS` holds where networks come from, by the prefix of their name. No pickle is ever executed: weight files are
+safetensors, or are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import inspect
+import math
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+
+from fmextract.errors import ConfigError, MissingExtra, ModelError
+from fmextract.images import PREPROCESS_HELP, CustomPreprocess, Preprocessing, apply_size, parse_preprocess
+from fmextract.records import Preprocess
+from fmextract.sources import import_object
+
+__all__ = ["LoadedModel", "describe_preprocess", "load_model", "weights_digest"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A network ready for extraction.
+
+    `module` is on the CPU and in eval mode where it was built here; a caller's own module is left as it is.
+    `preprocess` is None where the images must be the model's inputs already (float tensors). `weights` says where the
+    values came from, `weights_sha256` what they are. `origin` is JSON-able: provider, name, library.
+    """
+
+    module: nn.Module
+    name: str
+    preprocess: Preprocessing | None
+    weights: str
+    weights_sha256: str
+    origin: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What --weights says. `kind` is default, random, file or name; `value` the seed, the path or the name."""
+
+    kind: str
+    value: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Weights:
+        if text == "default":
+            return cls("default")
+        if text.startswith("random:"):
+            seed = text.removeprefix("random:")
+            if not re.fullmatch(r"\d{1,19}", seed):
+                raise ModelError(f"--weights {text!r}: expected random:SEED with a whole number from 0")
+            return cls("random", seed)
+        path = Path(text)
+        if path.suffix.lower() in WEIGHT_FILES or path.is_file():
+            return cls("file", text)
+        return cls("name", text)
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == "default" else f"{self.kind}:{self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a provider gives: the network, its own preprocessing if it has one, and what its weights are called."""
+
+    module: nn.Module
+    preprocess: Preprocessing | None
+    weights: str
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """A place that networks come from. Both functions raise ModelError for a name they do not know."""
+
+    build: Callable[[str, Weights], Built]
+    preprocess: Callable[[str], Preprocessing | None]
+
+
+def load_model(
+    model: str | nn.Module,
+    weights: str = "default",
+    preprocess: str | Preprocessing | Callable[..., Tensor] | None = "model",
+    size: str | int | None = None,
+) -> LoadedModel:
+    """Build the network, load its weights, and settle how images become its inputs.
+
+    `model`: `resnet50` (torchvision), `torchvision:…`, `timm:…`, `module:callable`, `path/file.py:callable`, or a
+    module. `weights`: default, the name of a set of weights, random:SEED, or a file. `preprocess`: model, none, the
+    name of a model, an inline form, module:callable, a Preprocess or a callable (PIL image to float tensor); None and
+    "none" mean that images are the model's inputs already, as "model" does for a caller's module. `size`: the exact
+    input size, N or HxW. The caller's random state is left as it was.
+
+    Raises ModelError where the network or its weights cannot be had, ConfigError where the preprocessing is missing
+    or gives inputs of no fixed size.
+    """
+    wanted = Weights.parse(weights)
+    if isinstance(model, nn.Module):
+        name, provider = type(model).__name__, "python"
+        built = Built(model, None, "as given")
+        if wanted.kind != "default":
+            raise ModelError(f"weights={weights!r} needs a model's name; a module given is never changed")
+    else:
+        provider, name = _find_provider(model)
+        built = PROVIDERS[provider].build(name, wanted)
+        built.module.eval()
+    if wanted.kind == "file":
+        _load_file(built.module, Path(wanted.value))
+    return LoadedModel(
+        module=built.module,
+        name=model if isinstance(model, str) else name,
+        preprocess=_settle(preprocess, built.preprocess, model, size),
+        weights=f"file:{Path(wanted.value).name}" if wanted.kind == "file" else built.weights,
+        weights_sha256=weights_digest(built.module),
+        origin={"provider": provider, "model": name, **built.origin},
+    )
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over the state dict: names in order, types, shapes, bytes. Equal for equal values on any device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, Tensor) and not value.is_quantized:
+            digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        else:  # quantised modules keep scales, types and packed parameters here
+            digest.update(f"{name}\0{value!r}\0".encode())
+    return digest.hexdigest()
+
+
+def describe_preprocess(preprocess: Preprocessing | None) -> dict[str, Any]:
+    """The preprocessing as JSON-able values, for the file."""
+    if preprocess is None:
+        return {"kind": "none"}
+    if isinstance(preprocess, CustomPreprocess):
+        return {"kind": "custom", "callable": preprocess.origin, "size": _listed(preprocess.size)}
+    described = {key: _listed(value) for key, value in asdict(preprocess).items()}
+    return {"kind": "standard", **described, "size": _listed(preprocess.size)}
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+# ----------------------------------------------------------------------------------------------- preprocessing
+
+
+def _settle(
+    wanted: str | Preprocessing | Callable[..., Tensor] | None,
+    own: Preprocessing | None,
+    model: str | nn.Module,
+    size: str | int | None,
+) -> Preprocessing | None:
+    """The preprocessing that `wanted` names, with inputs of `size`."""
+    found = _named(wanted, own) if isinstance(wanted, str) else _as_preprocessing(wanted)
+    if found is None:
+        if wanted == "model" and isinstance(model, str):
+            raise ConfigError(f"the model {model!r} brings no preprocessing. {PREPROCESS_HELP}")
+        return None
+    if isinstance(found, CustomPreprocess):
+        if size is not None:
+            raise ConfigError(f"--size cannot change what {found.origin} does; leave it out")
+        return _measured(found)
+    if size is not None:
+        found = apply_size(found, size)
+    if found.size is None:
+        shown = model if isinstance(model, str) else type(model).__name__
+        raise ConfigError(
+            f"the preprocessing of {shown} keeps the proportions of each photo, but inputs must have one size. "
+            "Give it with --size N or --size HxW, for example --size 320x320"
+        )
+    return found
+
+
+def _named(text: str, own: Preprocessing | None) -> Preprocessing | None:
+    if text == "model":
+        return own
+    if text == "none":
+        return None
+    if "=" in text:
+        return parse_preprocess(text, own if isinstance(own, Preprocess) else None)
+    provider, name = _find_provider(text)
+    found = PROVIDERS[provider].preprocess(name)
+    if found is None:
+        raise ConfigError(f"the model {text!r} brings no preprocessing. {PREPROCESS_HELP}")
+    return found
+
+
+def _as_preprocessing(value: Any, origin: str = "") -> Preprocessing | None:
+    """Any form that Python code may give: ours, one of torchvision's presets, or a callable."""
+    if value is None or isinstance(value, (Preprocess, CustomPreprocess)):
+        return value
+    if type(value).__name__ in PRESETS and type(value).__module__.startswith("torchvision."):
+        return _from_preset(value, origin)
+    if not callable(value):
+        raise ConfigError(f"expected a callable from PIL image to float tensor, got {type(value).__name__}")
+    named = getattr(value, "__qualname__", type(value).__name__)
+    return CustomPreprocess(value, origin or f"{getattr(value, '__module__', type(value).__module__)}:{named}")
+
+
+PRESETS = ("ImageClassification", "SemanticSegmentation", "ObjectDetection", "VideoClassification", "OpticalFlow")
+
+
+def _from_preset(preset: Any, origin: str) -> Preprocess | None:
+    """One of torchvision's presets, which `weights.transforms()` makes, as a Preprocess. Optical flow takes two images.
+
+    The video preset resizes with antialias=False, whatever it is asked.
+    """
+    kind = type(preset).__name__
+    if kind == "OpticalFlow":
+        return None
+    resize, crop = getattr(preset, "resize_size", None), getattr(preset, "crop_size", None)
+    return Preprocess(
+        resize=None if resize is None else resize[0] if len(resize) == 1 else (resize[0], resize[1]),
+        crop=None if crop is None else (crop[0], crop[-1]),
+        mean=tuple(getattr(preset, "mean", (0.0, 0.0, 0.0))),
+        std=tuple(getattr(preset, "std", (1.0, 1.0, 1.0))),
+        interpolation=InterpolationMode(getattr(preset, "interpolation", "bilinear")).value,
+        antialias=kind != "VideoClassification",
+        origin=origin,
+    )
+
+
+def _measured(custom: CustomPreprocess) -> CustomPreprocess:
+    """With the size that it gives, which one grey picture tells."""
+    if custom.size is not None:
+        return custom
+    try:
+        shape = custom.function(PIL.Image.new("RGB", (320, 256), (128, 128, 128))).shape
+        _channels, height, width = shape
+    except Exception as error:  # a user's function: it may raise anything
+        raise ConfigError(
+            f"--preprocess {custom.origin}: expected a function from a PIL image to a float tensor "
+            f"(channels, height, width); a grey 320 x 256 picture gave {type(error).__name__}: {error}"
+        ) from error
+    return replace(custom, size=(height, width))
+
+
+# ---------------------------------------------------------------------------------------------------- building
+
+
+def _find_provider(model: str) -> tuple[str, str]:
+    """The provider and the name that it knows: by a known prefix first, then module:callable, then torchvision."""
+    prefix, colon, name = model.partition(":")
+    if colon and prefix in PROVIDERS:
+        return prefix, name
+    return ("python", model) if colon else ("torchvision", model)
+
+
+@contextlib.contextmanager
+def _building(name: str, weights: Weights) -> Iterator[None]:
+    """Seeds where random weights are wanted, leaves the caller's random state as it was, and keeps stdout clean."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), contextlib.redirect_stdout(sys.stderr):
+        if weights.kind == "random":
+            torch.manual_seed(int(weights.value))
+        try:
+            yield
+        except ConfigError:
+            raise
+        except Exception as error:  # the constructor of any library, or of the user's: it may raise anything
+            raise ModelError(f"building {name!r} raised {type(error).__name__}: {error}") from error
+
+
+def _build_torchvision(name: str, weights: Weights) -> Built:
+    name = _torchvision_name(name)
+    sets = torchvision.models.get_model_weights(name)
+    chosen = _torchvision_weights(name, sets, weights)
+    builder = torchvision.models.get_model_builder(name)
+    # Detection and segmentation models would otherwise fetch a trained backbone for untrained weights.
+    options = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    with _building(name, weights), _download_explained(name, chosen), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # GoogLeNet and Inception announce a change of their initialisation
+        module = builder(weights=chosen, **options)
+    shown = f"{type(chosen).__name__}.{chosen.name}" if chosen is not None else str(weights)
+    library = f"torchvision {metadata.version('torchvision')}"
+    return Built(module, _torchvision_preprocess(name, chosen), shown, {"library": library})
+
+
+def _torchvision_name(name: str) -> str:
+    """The name in torchvision's own list; a folder before it, as in `detection/ssd300_vgg16`, is taken off."""
+    known = torchvision.models.list_models()
+    short = name.rpartition("/")[2]
+    if short not in known:
+        raise ModelError(f"torchvision has no model {name!r}. {_closest(short, known)}{_OTHER_PLACES}")
+    return short
+
+
+_OTHER_PLACES = "Other places have a prefix: timm:NAME, module:callable, path/file.py:callable"
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.5)
+    return f"Closest: {', '.join(found)}. " if found else ""
+
+
+def _torchvision_weights(name: str, sets: Any, weights: Weights) -> Any:
+    """The member of the model's WeightsEnum, None for random weights and files."""
+    if weights.kind in ("random", "file"):
+        return None
+    if not list(sets):
+        raise ModelError(f"torchvision has no trained weights for {name!r}: use --weights random:0 or a file")
+    try:
+        return sets.DEFAULT if weights.kind == "default" else sets.verify(weights.value)
+    except KeyError as error:
+        names = ", ".join(member.name for member in sets)
+        raise ModelError(
+            f"{name!r} has no weights {weights.value!r}, and there is no such file. "
+            f"Expected default, {names}, random:SEED, or a file (.safetensors, .pth)"
+        ) from error
+
+
+def _torchvision_preprocess(name: str, chosen: Any = None) -> Preprocess | None:
+    """That of the chosen weights, else of the default ones."""
+    sets = torchvision.models.get_model_weights(name)
+    if chosen is None and not list(sets):
+        return None
+    member = chosen or sets.DEFAULT
+    return _from_preset(member.transforms(), f"torchvision:{type(member).__name__}.{member.name}")
+
+
+@contextlib.contextmanager
+def _download_explained(name: str, chosen: Any) -> Iterator[None]:
+    if chosen is None:
+        yield
+        return
+    cached = Path(torch.hub.get_dir(), "checkpoints", chosen.url.rpartition("/")[2])
+    was_there = cached.exists()
+    try:
+        yield
+    except Exception as error:
+        if was_there or cached.exists():
+            raise
+        raise ModelError(
+            f"the weights of {name!r} could not be downloaded from {chosen.url} ({error}). Without a network: put that "
+            f"file at {cached}, or give a file with --weights FILE, or take untrained weights with --weights random:0"
+        ) from error
+
+
+def _build_timm(name: str, weights: Weights) -> Built:
+    timm = _timm()
+    arch = _timm_name(name)
+    full = f"{arch}.{weights.value}" if weights.kind == "name" else name
+    trained = weights.kind in ("default", "name")
+    with _building(name, weights), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module = timm.create_model(full, pretrained=trained)
+        except Exception as error:
+            hint = ". Without a network: --weights FILE (.safetensors, .pth), or --weights random:0" if trained else ""
+            raise ModelError(f"timm could not build {full!r}: {error}{hint}") from error
+    tag = module.pretrained_cfg.get("tag") or "default"
+    shown = f"timm:{arch}.{tag}" if trained else str(weights)
+    preprocess = _timm_preprocess(timm.data.resolve_model_data_config(module), f"timm:{name}")
+    return Built(module, preprocess, shown, {"library": f"timm {timm.__version__}"})
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtra("timm", "timm", "a model whose name begins with timm:") from error
+    return timm
+
+
+def _timm_name(name: str) -> str:
+    """The architecture in `architecture.tag`."""
+    timm = _timm()
+    arch = name.partition(".")[0]
+    if not timm.is_model(arch):
+        raise ModelError(f"timm has no model {name!r}. {_closest(arch, timm.list_models())}")
+    return arch
+
+
+def _timm_preprocess(config: Mapping[str, Any], origin: str) -> Preprocessing:
+    """What timm's own evaluation transform does; that transform itself where it is none of our forms."""
+    _, height, width = config["input_size"]
+    mode, share, kind = config["crop_mode"], config["crop_pct"], config["interpolation"]
+    if len(config["mean"]) != 3 or mode not in ("center", "squash") or (mode == "center" and height != width):
+        return CustomPreprocess(_timm().data.create_transform(**config, is_training=False), origin, (height, width))
+    scaled = (math.floor(height / share), math.floor(width / share))
+    return Preprocess(
+        resize=scaled[0] if mode == "center" else scaled,
+        crop=(height, width),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=kind,
+        origin=origin,
+    )
+
+
+def _timm_preprocess_of(name: str) -> Preprocessing:
+    timm = _timm()
+    _timm_name(name)
+    config = timm.get_pretrained_cfg(name)
+    return _timm_preprocess(timm.data.resolve_data_config(pretrained_cfg=config.to_dict()), f"timm:{name}")
+
+
+def _build_python(text: str, weights: Weights) -> Built:
+    """A module, or (module, preprocessing), that a function of the user's returns; or a module that has that name."""
+    found = import_object(text, ModelError, "--model")
+    given = isinstance(found, nn.Module)
+    if weights.kind == "name" or (given and weights.kind == "random"):
+        raise ModelError(
+            f"--weights {weights.value!r} is no file, and {text} has no named weights and is built already"
+        )
+    with _building(text, weights):
+        made = found if given else found()
+    module, preprocess = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(module, nn.Module):
+        raise ModelError(
+            f"{text}: expected a torch module or (module, preprocessing), got {type(made).__name__}. "
+            "Name a function without arguments, a class, or a module"
+        )
+    return Built(module, _as_preprocessing(preprocess, text), str(weights))
+
+
+def _python_preprocess(text: str) -> Preprocessing | None:
+    return _as_preprocessing(import_object(text, ConfigError, "--preprocess"), text)
+
+
+def _not_yet(prefix: str) -> Provider:
+    def refuse(name: str, weights: Weights | None = None) -> Any:
+        raise ConfigError(
+            f"{prefix}:{name}: models with the prefix {prefix}: are not supported in this version. Supported: "
+            f"torchvision names, timm:NAME, module:callable, path/file.py:callable"
+        )
+
+    return Provider(refuse, refuse)
+
+
+PROVIDERS: dict[str, Provider] = {
+    "torchvision": Provider(_build_torchvision, lambda name: _torchvision_preprocess(_torchvision_name(name))),
+    "timm": Provider(_build_timm, _timm_preprocess_of),
+    "python": Provider(_build_python, _python_preprocess),
+    "hf": _not_yet("hf"),
+    "hub": _not_yet("hub"),
+    "open_clip": _not_yet("open_clip"),
+}
+
+
+# ------------------------------------------------------------------------------------------------ weight files
+
+
+def _load_file(module: nn.Module, path: Path) -> None:
+    """Every tensor of the file into the module. Raises ModelError unless names and shapes fit exactly."""
+    state = _unwrapped(_read_file(path), path, set(module.state_dict()))
+    try:
+        missing, unexpected = module.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise ModelError(f"the weights in {path} do not fit the model: {' '.join(str(error).split())[:500]}") from error
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
+        for what, names in (("missing", missing), ("not in the model", unexpected))
+        if names
+    ]
+    if problems:
+        raise ModelError(f"the weights in {path} do not fit the model: {'; '.join(problems)}")
+
+
+def _read_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ModelError(f"--weights: there is no file {str(path)!r}")
+    try:
+        return WEIGHT_FILES.get(path.suffix.lower(), _read_torch)(path)
+    except Exception as error:  # pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError …
+        raise ModelError(
+            f"cannot load weights from {path}: {' '.join(str(error).split())[:300]}. Expected a state dict "
+            "(torch.save(model.state_dict(), …)) or safetensors; pickled objects are not loaded, for they may run code"
+        ) from error
+
+
+def _read_torch(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors.torch import load_file
+
+    return load_file(path)
+
+
+WEIGHT_FILES: dict[str, Callable[[Path], Any]] = {
+    ".safetensors": _read_safetensors,
+    **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt", ".tar"), _read_torch),
+}
+
+# The published files of torchvision's DenseNets spell `denselayer1.norm.1.weight` what the model calls `norm1.weight`.
+_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
+
+
+def _unwrapped(state: Any, path: Path, own: set[str]) -> dict[str, Tensor]:
+    """The state dict inside the usual wrappers, under the names that the model (`own`) uses."""
+    for wrapper in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ModelError(f"{path} holds no state dict (names and tensors), but {type(state).__name__}")
+    for prefix in ("module.", "_orig_mod."):  # left by DataParallel and by torch.compile
+        if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in own):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return {name if name in own else _DENSENET.sub(r"\1\2", name): value for name, value in state.items()}
