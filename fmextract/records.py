@@ -50,7 +50,7 @@ class Source(Protocol):
         """
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """JSON-able identity of the source (count, digest of keys, digest of sizes): decides whether a run may resume."""
+        """JSON-able identity of the source (count, digests of keys and sizes): decides whether a run may resume."""
 
 
 @dataclass(frozen=True, slots=True)

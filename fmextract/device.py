@@ -1,0 +1,221 @@
+"""Between the host and the device: uploads, downloads, and when memory may be used again.
+
+This is the only module that knows streams and events. It speaks torch's generic accelerator interface, so that CUDA,
+XPU and every other device torch knows take one path; the CPU has a path of its own in which nothing is copied.
+
+The rules it keeps (PyTorch's CUDA notes, `Tensor.copy_`, `Tensor.record_stream`, the pinned-memory tutorial):
+
+ 1. Pinned buffers are made once and checked: a copy into pageable memory would block.
+ 2. Source and destination of a copy have one dtype and are contiguous; casts and permutes happen on the device before.
+ 3. The copy stream waits for an event of the compute stream before it copies.
+ 4. The completion event is recorded on the copy stream, after the copy.
+ 5. The host reads only after that event.
+ 6. A source is marked with `record_stream`, so that the allocator keeps it until the copy is done.
+ 7. Nothing that one stream allocated is used by another without a wait.
+ 8. Captured tensors are not written again: the engine never writes into what it hands over.
+ 9. A staging buffer is filled again only after the event of its upload.
+10. A slot goes back to the ring only when its last reader is done, and no view of it escapes.
+11. Uploads run on the compute stream itself, so that no consumer has to wait (images are small beside a forward).
+12. `.to("cpu", non_blocking=True)` is never used: it gives memory that is not finished.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from fmextract.errors import ConfigError
+
+
+def pick(text: str) -> torch.device:
+    """The device that `--device` names; `auto` is the accelerator of this machine, else the CPU.
+
+    Raises ConfigError when it is not there.
+    """
+    if text == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device(found.type, 0) if found is not None else torch.device("cpu")
+    if "," in text:
+        raise ConfigError(f"--device {text!r}: one device a run in this version; start one run a device")
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise ConfigError(f"--device {text!r}: expected auto, cpu, cuda, cuda:0 or mps") from None
+    if device.type == "cpu":
+        return device
+    present = torch.accelerator.current_accelerator(check_available=True)
+    if present is None or present.type != device.type:
+        have = present.type if present is not None else "only a CPU"
+        raise ConfigError(f"--device {text!r}: this machine has {have} as far as torch {torch.__version__} can see")
+    count = torch.accelerator.device_count()
+    if (device.index or 0) >= count:
+        raise ConfigError(f"--device {text!r}: this machine has {count} of them, numbered from 0")
+    return torch.device(device.type, device.index or 0)
+
+
+class Download(Protocol):
+    """Activations on their way to the host."""
+
+    def wait(self) -> list[torch.Tensor]:
+        """The tensors in host memory, finished; valid until `release`."""
+
+    def release(self) -> None:
+        """The last reader is done: the memory may be used again."""
+
+
+class Transfers(Protocol):
+    """How batches get to the device and activations back. `download` blocks while `depth` downloads are unreleased."""
+
+    def input_buffer(self, shape: Sequence[int]) -> torch.Tensor:
+        """A host buffer, uint8 of `shape`, that nothing else is using."""
+
+    def upload(self, buffer: torch.Tensor) -> torch.Tensor:
+        """The content of an `input_buffer` on the device. The buffer is handed back by this call."""
+
+    def download(self, tensors: Sequence[torch.Tensor]) -> Download: ...
+
+
+class Ring:
+    """`depth` tokens; taking one blocks until one is free, or gives up when `closed` was called."""
+
+    def __init__(self, tokens: Sequence[Any]) -> None:
+        self._free: queue.Queue[Any] = queue.Queue()
+        for token in tokens:
+            self._free.put(token)
+
+    def take(self) -> Any:
+        return self._free.get()
+
+    def give(self, token: Any) -> None:
+        self._free.put(token)
+
+
+class HostTransfers:
+    """The CPU: the device's memory is the host's, so a batch is used where it lies and activations are handed over."""
+
+    def __init__(self, depth: int) -> None:
+        self._tokens = Ring(range(depth))
+        self._buffers: list[torch.Tensor] = []
+
+    def input_buffer(self, shape: Sequence[int]) -> torch.Tensor:
+        for i, buffer in enumerate(self._buffers):
+            if tuple(buffer.shape) == tuple(shape):
+                return self._buffers.pop(i)
+        return torch.zeros(tuple(shape), dtype=torch.uint8)
+
+    def upload(self, buffer: torch.Tensor) -> torch.Tensor:
+        # The caller normalises at once into new memory; the next batch may be decoded into this one.
+        self._buffers.append(buffer)
+        return buffer
+
+    def download(self, tensors: Sequence[torch.Tensor]) -> Download:
+        self._tokens.take()
+        return _HostDownload(list(tensors), self._tokens)
+
+
+class _HostDownload:
+    def __init__(self, tensors: list[torch.Tensor], tokens: Ring) -> None:
+        self._tensors, self._tokens = tensors, tokens
+
+    def wait(self) -> list[torch.Tensor]:
+        return self._tensors
+
+    def release(self) -> None:
+        self._tensors = []
+        self._tokens.give(0)
+
+
+class DeviceTransfers:
+    """An accelerator: pinned buffers, a copy stream, and a ring of `depth` slots for downloads."""
+
+    def __init__(self, device: torch.device, depth: int) -> None:
+        self._device = device
+        self._copy = torch.Stream(device)
+        self._slots = Ring([_Slot() for _ in range(depth)])
+        self._free: list[torch.Tensor] = []
+        self._uploading: list[tuple[torch.Event, torch.Tensor]] = []
+
+    def input_buffer(self, shape: Sequence[int]) -> torch.Tensor:
+        still: list[tuple[torch.Event, torch.Tensor]] = []
+        for event, buffer in self._uploading:  # rule 9
+            if event.query():
+                self._free.append(buffer)
+            else:
+                still.append((event, buffer))
+        self._uploading = still
+        for i, buffer in enumerate(self._free):
+            if tuple(buffer.shape) == tuple(shape):
+                return self._free.pop(i)
+        return _pinned(tuple(shape))
+
+    def upload(self, buffer: torch.Tensor) -> torch.Tensor:
+        there = buffer.to(self._device, non_blocking=True)  # on the compute stream: rule 11
+        event = torch.Event(self._device)
+        event.record(torch.accelerator.current_stream(self._device))
+        self._uploading.append((event, buffer))
+        return there
+
+    def download(self, tensors: Sequence[torch.Tensor]) -> Download:
+        slot: _Slot = self._slots.take()
+        sources = [t.contiguous() for t in tensors]  # rule 2, on the compute stream
+        views = slot.views(sources)
+        ready = torch.Event(self._device)
+        ready.record(torch.accelerator.current_stream(self._device))
+        self._copy.wait_event(ready)  # rules 3 and 7
+        with self._copy:
+            for source, view in zip(sources, views, strict=True):
+                view.copy_(source, non_blocking=True)
+                source.record_stream(self._copy)  # rule 6
+        done = torch.Event(self._device)
+        done.record(self._copy)  # rule 4
+        return _DeviceDownload(slot, views, done, self._slots)
+
+
+class _Slot:
+    """One pinned block that holds all activations of a batch. It grows to the largest batch and stays."""
+
+    _ALIGN = 64
+
+    def __init__(self) -> None:
+        self._block: torch.Tensor | None = None
+
+    def views(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        sizes = [-(-t.numel() * t.element_size() // self._ALIGN) * self._ALIGN for t in sources]
+        if self._block is None or self._block.numel() < sum(sizes):
+            self._block = _pinned((sum(sizes),))
+        views, at = [], 0
+        for source, size in zip(sources, sizes, strict=True):
+            bytes_ = self._block[at : at + source.numel() * source.element_size()]
+            views.append(bytes_.view(source.dtype).view(source.shape))
+            at += size
+        return views
+
+
+class _DeviceDownload:
+    def __init__(self, slot: _Slot, views: list[torch.Tensor], done: torch.Event, ring: Ring) -> None:
+        self._slot, self._views, self._done, self._ring = slot, views, done, ring
+
+    def wait(self) -> list[torch.Tensor]:
+        self._done.synchronize()  # rule 5
+        return self._views
+
+    def release(self) -> None:
+        self._views = []
+        self._ring.give(self._slot)  # rule 10
+
+
+def _pinned(shape: tuple[int, ...]) -> torch.Tensor:
+    block = torch.zeros(shape, dtype=torch.uint8).pin_memory()
+    if not block.is_pinned():  # rule 1
+        raise ConfigError(
+            "this system gave no pinned memory; raise the locked-memory limit (ulimit -l) or use --device cpu"
+        )
+    return block
+
+
+def transfers(device: torch.device, depth: int) -> Transfers:
+    """The transfers for a device. `depth` batches of activations may be on the host at once."""
+    return HostTransfers(depth) if device.type == "cpu" else DeviceTransfers(device, depth)
