@@ -21,12 +21,13 @@ The rules it keeps (PyTorch's CUDA notes, `Tensor.copy_`, `Tensor.record_stream`
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Sequence
-from typing import Any, Protocol
+from contextlib import suppress
+from typing import Protocol, TypeVar
 
 import torch
 
+from fmextract.channel import Channel, Closed
 from fmextract.errors import ConfigError
 
 
@@ -75,29 +76,18 @@ class Transfers(Protocol):
     def upload(self, buffer: torch.Tensor) -> torch.Tensor:
         """The content of an `input_buffer` on the device. The buffer is handed back by this call."""
 
-    def download(self, tensors: Sequence[torch.Tensor]) -> Download: ...
+    def download(self, tensors: Sequence[torch.Tensor]) -> Download:
+        """Start bringing `tensors` to the host. Raises channel.Closed after `close`."""
 
-
-class Ring:
-    """`depth` tokens; taking one blocks until one is free, or gives up when `closed` was called."""
-
-    def __init__(self, tokens: Sequence[Any]) -> None:
-        self._free: queue.Queue[Any] = queue.Queue()
-        for token in tokens:
-            self._free.put(token)
-
-    def take(self) -> Any:
-        return self._free.get()
-
-    def give(self, token: Any) -> None:
-        self._free.put(token)
+    def close(self) -> None:
+        """The run ends: whoever waits for a free slot stops waiting."""
 
 
 class HostTransfers:
     """The CPU: the device's memory is the host's, so a batch is used where it lies and activations are handed over."""
 
     def __init__(self, depth: int) -> None:
-        self._tokens = Ring(range(depth))
+        self._tokens: Channel[int] = Channel(depth, range(depth))
         self._buffers: list[torch.Tensor] = []
 
     def input_buffer(self, shape: Sequence[int]) -> torch.Tensor:
@@ -112,12 +102,15 @@ class HostTransfers:
         return buffer
 
     def download(self, tensors: Sequence[torch.Tensor]) -> Download:
-        self._tokens.take()
+        self._tokens.get()
         return _HostDownload(list(tensors), self._tokens)
+
+    def close(self) -> None:
+        self._tokens.close()
 
 
 class _HostDownload:
-    def __init__(self, tensors: list[torch.Tensor], tokens: Ring) -> None:
+    def __init__(self, tensors: list[torch.Tensor], tokens: Channel[int]) -> None:
         self._tensors, self._tokens = tensors, tokens
 
     def wait(self) -> list[torch.Tensor]:
@@ -125,7 +118,7 @@ class _HostDownload:
 
     def release(self) -> None:
         self._tensors = []
-        self._tokens.give(0)
+        _give_back(self._tokens, 0)
 
 
 class DeviceTransfers:
@@ -134,7 +127,7 @@ class DeviceTransfers:
     def __init__(self, device: torch.device, depth: int) -> None:
         self._device = device
         self._copy = torch.Stream(device)
-        self._slots = Ring([_Slot() for _ in range(depth)])
+        self._slots: Channel[_Slot] = Channel(depth, [_Slot() for _ in range(depth)])
         self._free: list[torch.Tensor] = []
         self._uploading: list[tuple[torch.Event, torch.Tensor]] = []
 
@@ -159,7 +152,7 @@ class DeviceTransfers:
         return there
 
     def download(self, tensors: Sequence[torch.Tensor]) -> Download:
-        slot: _Slot = self._slots.take()
+        slot = self._slots.get()
         sources = [t.contiguous() for t in tensors]  # rule 2, on the compute stream
         views = slot.views(sources)
         ready = torch.Event(self._device)
@@ -172,6 +165,9 @@ class DeviceTransfers:
         done = torch.Event(self._device)
         done.record(self._copy)  # rule 4
         return _DeviceDownload(slot, views, done, self._slots)
+
+    def close(self) -> None:
+        self._slots.close()
 
 
 class _Slot:
@@ -195,7 +191,7 @@ class _Slot:
 
 
 class _DeviceDownload:
-    def __init__(self, slot: _Slot, views: list[torch.Tensor], done: torch.Event, ring: Ring) -> None:
+    def __init__(self, slot: _Slot, views: list[torch.Tensor], done: torch.Event, ring: Channel[_Slot]) -> None:
         self._slot, self._views, self._done, self._ring = slot, views, done, ring
 
     def wait(self) -> list[torch.Tensor]:
@@ -204,7 +200,15 @@ class _DeviceDownload:
 
     def release(self) -> None:
         self._views = []
-        self._ring.give(self._slot)  # rule 10
+        _give_back(self._ring, self._slot)  # rule 10
+
+
+T = TypeVar("T")
+
+
+def _give_back(ring: Channel[T], token: T) -> None:
+    with suppress(Closed):  # the run has ended: nobody is waiting for it
+        ring.put(token)
 
 
 def _pinned(shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,0 +1,154 @@
+"""What a run will do, before it does it: layers, chunks, shards, and what they will cost.
+
+A plan is plain data. It is published as `plan.json` before the first image is read, and everything that a shard holds
+depends on it alone; so a run that died is taken up again by whoever has the plan and the images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fmextract.errors import FormatError
+from fmextract.records import FORMAT_VERSION, Field, LayerSpec
+
+PLAN_FORMAT = "fmextract-plan"
+
+# Measured (docs/performance.md): chunks under 256 KiB cost the writer, over 1 MiB they make one image dear to read.
+CHUNK_BYTES = 1 << 20
+SPLIT_BYTES = 2 << 20
+MOST_IMAGES = 1024
+SHARD_BYTES = 2 << 30
+SHARD_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a run will cost. Bytes on disk come from compressing a probe batch, seconds from timing it.
+
+    `bytes_peak` is the memory the run adds to the loaded model; 0 seconds: not measured.
+    """
+
+    bytes_raw: int = 0
+    bytes_stored: int = 0
+    seconds: float = 0.0
+    bytes_peak: int = 0
+    stored_per_image: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that decides what the shards of a run hold, resolved: no `auto` is left.
+
+    `identity` is what a resume compares (see `differences`); `shard_rows` is the length of every shard but the last.
+    """
+
+    run_id: str
+    rows: int
+    layers: tuple[LayerSpec, ...]
+    precision: str
+    memory_format: str
+    batch_size: int
+    device: str
+    threads: int
+    codec: str
+    level: int
+    store: str
+    keep_bits: int | None
+    clip: bool
+    top: int
+    shard_rows: int
+    identity: Mapping[str, Any]
+    config: Mapping[str, Any]
+    info: Mapping[str, Any]
+    versions: Mapping[str, str]
+    estimate: Estimate = dataclasses.field(default_factory=Estimate)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def shards(self) -> list[range]:
+        """The row ranges of the shards, in order."""
+        return [range(a, min(a + self.shard_rows, self.rows)) for a in range(0, self.rows, self.shard_rows)]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data for `plan.json`; `from_json` is the inverse."""
+        made = dataclasses.asdict(self)
+        made["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
+        made["shards"] = [[part.start, part.stop] for part in self.shards]
+        return {"format": PLAN_FORMAT, "format_version": FORMAT_VERSION, **made}
+
+    @classmethod
+    def from_json(cls, obj: Any) -> Plan:
+        """Raises FormatError for anything but what `as_json` gives."""
+        if not isinstance(obj, dict) or obj.get("format") != PLAN_FORMAT:
+            raise FormatError("plan.json is not the plan of an fmextract run")
+        if obj.get("format_version") != FORMAT_VERSION:
+            raise FormatError(
+                f"plan.json is of version {obj.get('format_version')}, this program knows {FORMAT_VERSION}"
+            )
+        try:
+            known = {f.name: obj[f.name] for f in dataclasses.fields(cls)}
+            known["layers"] = tuple(_layer_from_json(layer) for layer in obj["layers"])
+            known["estimate"] = Estimate(**obj["estimate"])
+            known["notes"] = tuple(obj["notes"])
+            return cls(**known)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FormatError(f"plan.json is damaged: {type(error).__name__}: {error}") from error
+
+
+def _layer_from_json(obj: Mapping[str, Any]) -> LayerSpec:
+    made = {**obj}
+    for name in ("shape", "axes", "chunk"):
+        made[name] = tuple(made[name])
+    if made["field"] is not None:
+        made["field"] = Field(**{name: tuple(value) for name, value in made["field"].items()})
+    return LayerSpec(**made)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(field, old value, new value) for every field in which two nested mappings differ."""
+    for name in dict.fromkeys((*old, *new)):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from differences(a, b, f"{path}{name}.")
+        elif a != b:
+            yield f"{path}{name}", a, b
+
+
+def chunk_shape(shape: Sequence[int], axes: Sequence[str], itemsize: int, rows: int) -> tuple[int, ...]:
+    """(images, part of one image) of every chunk of a layer, about 512 KiB to 1 MiB.
+
+    Whole images, a power of two of them; where one is larger than 2 MiB, one image split along its channels. No more
+    images than `rows` needs, and at most 1024, so that shards can be short.
+    """
+    one = max(1, math.prod(shape)) * itemsize
+    if one > SPLIT_BYTES:
+        axis = axes.index("channel") if "channel" in axes else int(np.argmax(shape))
+        return (1, *_split(shape, axis, itemsize))
+    images = 1 << max(0, (CHUNK_BYTES // one).bit_length() - 1)
+    needed = 1 << max(0, rows - 1).bit_length()
+    return (min(images, MOST_IMAGES, needed), *shape)
+
+
+def _split(shape: Sequence[int], axis: int, itemsize: int) -> tuple[int, ...]:
+    per_step = math.prod(shape) // shape[axis] * itemsize
+    parts = list(shape)
+    parts[axis] = max(1, min(shape[axis], CHUNK_BYTES // per_step))
+    if per_step > SPLIT_BYTES and len(shape) > 1:  # one channel alone is too large: split its longest axis too
+        rest = max((i for i in range(len(shape)) if i != axis), key=lambda i: shape[i])
+        parts[rest] = max(1, shape[rest] * CHUNK_BYTES // per_step)
+    return tuple(parts)
+
+
+def shard_length(layers: Sequence[LayerSpec], batch_size: int, rows: int, wanted: int) -> int:
+    """Rows of a shard: about `wanted`, a multiple of the batch and of every layer's images a chunk; at most `rows`.
+
+    So batches never cross a shard, and shards can be packed chunk by chunk without decoding.
+    """
+    step = math.lcm(batch_size, *(layer.chunk[0] for layer in layers))
+    return min(max(step, wanted // step * step), -(-rows // step) * step)
