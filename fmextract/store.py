@@ -672,11 +672,13 @@ def read_layer(group: h5py.Group) -> LayerSpec:
 
 
 def read_samples(file: h5py.File, part: slice = slice(None)) -> SampleTable:
-    """The columns of a file, or of a part of its rows."""
+    """The columns of a file, or of a part of its rows; a label that is empty or -1 is None."""
     with _reading(file):
-        labels = None
+        labels: list[int | str | None] | None = None
         if "label" in file:
-            labels = _texts(file["label"], part) if file["label"].dtype.kind == "O" else file["label"][part].tolist()
+            column = file["label"]
+            stored = _texts(column, part) if column.dtype.kind == "O" else column[part].tolist()
+            labels = [None if label in ("", -1) else label for label in stored]
         return SampleTable(
             start=row_range(file).start + (part.start or 0),
             keys=_texts(file["key"], part),
@@ -771,7 +773,8 @@ def _description(dataset: h5py.Dataset, paths: Mapping[int, str]) -> list[str | 
     scales: list[str] = []
     for axis in range(0 if h5py.h5ds.is_scale(dataset.id) else dataset.ndim):
         scales.append(f"axis {axis}")
-        h5py.h5ds.iterate(dataset.id, axis, lambda scale: scales.append(paths[h5py.h5o.get_info(scale).addr]))
+        if h5py.h5ds.get_num_scales(dataset.id, axis):
+            h5py.h5ds.iterate(dataset.id, axis, lambda scale: scales.append(paths[h5py.h5o.get_info(scale).addr]))
     return [
         _type_name(dataset.dtype),
         str((dataset.shape, dataset.maxshape, dataset.chunks, filters)),
