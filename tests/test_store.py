@@ -192,7 +192,7 @@ def test_statistics_that_do_not_fit_are_refused(path: Path) -> None:
     "layers",
     [
         [FC, FC],
-        [layer("x" * 257, (1,), "feature")],
+        [layer("x" * 256, (1,), "feature")],
         [layer("%" * 86, (1,), "feature")],  # 258 bytes once escaped
         [layer("..", (1,), "feature")],
         [layer("", (1,), "feature")],
