@@ -1,0 +1,945 @@
+"""`open(path)` → Activations: numpy-like layers over one file or a directory of shards.
+
+HDF5 is asked only for what describes the data (names, shapes, where each chunk lies), and is closed again at once. The
+chunks are then read with `os.pread` and decoded by several threads: no lock of libhdf5 is held, nothing that must not
+be shared is open across a fork, and memory is the result plus one chunk a thread.
+
+Whatever a mutated file makes libhdf5 raise comes out as a FormatError or DamagedError; the caller's own mistakes in
+indexing come out as numpy's IndexError and TypeError.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import difflib
+import functools
+import itertools
+import json
+import math
+import os
+import stat
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from fmextract import codecs, index, store
+from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
+from fmextract.records import Field, LayerSpec
+from fmextract.selection import AxisIndex, Part, Selection, crossing, cut, per_axis, selection_of
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
+Array: TypeAlias = npt.NDArray[Any]
+Rows: TypeAlias = npt.NDArray[np.int64]
+
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+FILES_OPEN = 32
+"""Open shards: each costs one file descriptor and 20 bytes a chunk."""
+RECENT_BYTES = 16 * 2**20
+"""Decoded chunks kept, so that a loop over single rows decodes a chunk of many images once."""
+INFLATION = 1100
+"""No deflate stream grows by more (1032): a file that claims more values than this times its size is damaged."""
+
+
+class UnknownName(ConfigError, KeyError):  # noqa: N818 -- named after what is wrong, like its neighbours
+    """A layer, or the key of an image, that is not in the file; the message names the closest ones."""
+
+    __str__ = Exception.__str__  # KeyError's shows the message in quotes, with its line ends escaped
+
+
+def open(path: str | os.PathLike[str], *, threads: int | None = None) -> Activations:
+    """The activations in one .h5 file, or in a directory of shards.
+
+    `threads` decode chunks (all of the process's CPUs when None). Raises FormatError where there is no such file, it
+    is not fmextract's, is newer, or is a run in progress, and DamagedError where its content is not what was written.
+    """
+    place = Path(path)
+    if place.is_dir():
+        parts = _listed_shards(place)
+    else:
+        parts = [(place, None)]
+    return Activations(place, parts, threads)
+
+
+class Activations:
+    """What `open` returns: the layers by name, and the columns with one entry a row (an image). A context manager.
+
+    Safe to use from several threads. Columns are numpy arrays, loaded when first asked for.
+    """
+
+    def __init__(self, path: Path, parts: Sequence[tuple[Path, range | None]], threads: int | None = None) -> None:
+        self.path = path
+        self._files = _Files(parts)
+        self._threads = threads or _cpus()
+        self._recent = _Recent(RECENT_BYTES)
+        self._made: dict[str, Layer] = {}
+        first = self._files[0]
+        self.layers: tuple[str, ...] = first.layers
+        self.attrs: Mapping[str, Any] = first.attrs
+        """The root attributes; see `config`, `preprocess` and `versions` for those that hold JSON."""
+
+    def __enter__(self) -> Activations:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files and forget what is kept of them; reading afterwards raises ConfigError."""
+        self._files.close()
+        self._recent.clear()
+
+    def __len__(self) -> int:
+        """Rows, failed ones included."""
+        return self._files.rows
+
+    def __getitem__(self, name: str) -> Layer:
+        """A layer by name; raises UnknownName, a KeyError, that shows the closest names."""
+        if name not in self._made:
+            if name not in self.layers:
+                raise UnknownName(f"no layer {name!r} in {self.path}{_closest(name, self.layers)}")
+            self._made[name] = Layer(self, name)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layers
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the layers, like `layers`."""
+        return iter(self.layers)
+
+    @functools.cached_property
+    def keys(self) -> Array:
+        """Relative paths or tar keys, str (N) as objects."""
+        return self._column("key")
+
+    @functools.cached_property
+    def status(self) -> npt.NDArray[np.uint8]:
+        """uint8 (N), see `records.Status`; rows other than 0 hold NaN."""
+        return self._column("status")
+
+    @functools.cached_property
+    def messages(self) -> Array:
+        """What went wrong, str (N) as objects; empty where nothing did."""
+        return self._column("message")
+
+    @functools.cached_property
+    def heights(self) -> npt.NDArray[np.int32]:
+        """Height of the original image, int32 (N)."""
+        return self._column("height")
+
+    @functools.cached_property
+    def widths(self) -> npt.NDArray[np.int32]:
+        """Width of the original image, int32 (N)."""
+        return self._column("width")
+
+    @functools.cached_property
+    def labels(self) -> Array | None:
+        """The source's labels (N), None where it has none."""
+        return self._column("label") if "label" in self._files[0].columns else None
+
+    def row(self, key: str) -> int:
+        """The row of an image; raises UnknownName, a KeyError."""
+        try:
+            return self._row_of[key]
+        except KeyError:
+            raise UnknownName(f"no image {key!r} in {self.path}{_closest(key, self._row_of)}") from None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Everything needed to repeat the run."""
+        return self._json("fmextract_config")
+
+    @property
+    def preprocess(self) -> Mapping[str, Any]:
+        """How a photo became an input, the fields of `records.Preprocess`."""
+        return self._json("preprocess")
+
+    @property
+    def versions(self) -> Mapping[str, Any]:
+        """Versions of the libraries that made the file."""
+        return self._json("versions")
+
+    @property
+    def input_size(self) -> tuple[int, int] | None:
+        """(height, width) of the network's input, None where the file does not say."""
+        for step in ("crop", "resize"):
+            size = self.preprocess.get(step)
+            if isinstance(size, list) and len(size) == 2:
+                return int(size[0]), int(size[1])
+        return None
+
+    def rows(self, include_failed: bool = False) -> Rows:
+        """The rows with status 0, or all: int64, ascending."""
+        return np.arange(len(self)) if include_failed else np.flatnonzero(self.status == 0)
+
+    def batches(
+        self, names: Sequence[str] | None = None, size: int = 256, include_failed: bool = False
+    ) -> Iterator[tuple[Rows, dict[str, Array]]]:
+        """(rows int64 (n), {name: array (n, …)}) over several layers, all of them when None; see `Layer.batches`."""
+        layers = [self[name] for name in (self.layers if names is None else names)]
+        for rows in _batched(self.rows(include_failed), size):
+            yield rows, {layer.name: layer[rows] for layer in layers}
+
+    def dataset(self, *names: str, include_failed: bool = False) -> Dataset[tuple[Any, ...]]:
+        """A map-style torch Dataset of (row, one tensor a name), all layers when there is none.
+
+        Rows with a status other than 0 are left out unless asked for; so item i is row `dataset.rows[i]`. It pickles,
+        opens the files anew in every process, and reads whole batches at once for a DataLoader.
+        """
+        for name in names:
+            self[name]
+        return _torch_dataset(self.path, names or self.layers, self.rows(include_failed))
+
+    def info(self) -> dict[str, Any]:
+        """A summary as plain data: what `fmextract info` shows."""
+        failed = np.flatnonzero(self.status)
+        layers = [self[name].info() for name in self.layers]
+        return {
+            "path": str(self.path),
+            "format": f"{self.attrs.get('format')} {self.attrs.get('format_version')}",
+            "files": len(self._files),
+            "model": self.attrs.get("model"),
+            "weights_sha256": self.attrs.get("weights_sha256"),
+            "precision": self.attrs.get("precision"),
+            "created": self.attrs.get("created"),
+            "rows": len(self),
+            "failed": len(failed),
+            "failures": [
+                {"row": int(r), "key": self.keys[r], "status": int(self.status[r]), "message": self.messages[r]}
+                for r in failed[:5]
+            ],
+            "bytes_raw": sum(layer["bytes_raw"] for layer in layers),
+            "bytes_stored": sum(layer["bytes_stored"] for layer in layers),
+            "layers": layers,
+        }
+
+    def __repr__(self) -> str:
+        if self._files.closed:
+            return f"<Activations {str(self.path)!r}, closed>"
+        head = f"<Activations {str(self.path)!r}: {len(self):,} rows, {len(self.layers)} layers"
+        made_by = ", ".join(str(self.attrs[k]) for k in ("model", "precision") if k in self.attrs)
+        wide = max((len(name) for name in self.layers), default=0)
+        # A network has hundreds of layers, and each costs a look into the file: show the two ends.
+        shown = self.layers if len(self.layers) <= 24 else (*self.layers[:12], "…", *self.layers[-12:])
+        lines = (f"  {n:{wide}}  {self[n]._summary()}" if n in self.layers else f"  {n}" for n in shown)
+        return "\n".join([head + (f", {made_by}" if made_by else ""), *lines]) + ">"
+
+    @functools.cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.keys)}
+
+    def _column(self, name: str) -> Array:
+        return np.concatenate([file.column(name) for file in self._files])
+
+    def _json(self, name: str) -> Mapping[str, Any]:
+        with _damage(self.path):
+            value = json.loads(self.attrs.get(name, "{}"))
+        if not isinstance(value, dict):
+            raise DamagedError(f"{self.path}: attribute {name} is not a JSON object")
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Top:
+    """One of the strongest images of a channel.
+
+    `y` and `x` are the cell in the feature map, None for a layer without them. `box` is what that cell sees of the
+    network's input, in its pixels and clipped to it: (left, top, right, bottom), as PIL's `crop` takes it; None where
+    the receptive field is not defined.
+    """
+
+    row: int
+    key: str
+    value: float
+    y: int | None
+    x: int | None
+    box: tuple[float, float, float, float] | None
+
+
+class Stats:
+    """Statistics of a layer: one attribute a name in `names`, each an array (channels,) or (channels, k)."""
+
+    def __init__(self, layer: str, values: Mapping[str, Array]) -> None:
+        self._layer = layer
+        self._values = dict(values)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._values)
+
+    def __getattr__(self, name: str) -> Array:
+        try:
+            return self.__dict__["_values"][name]  # type: ignore[no-any-return]
+        except KeyError:
+            have = ", ".join(self.__dict__.get("_values", ()))
+            raise AttributeError(
+                f"no statistic {name!r} for {self.__dict__.get('_layer')}; there are: {have}"
+            ) from None
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._values]
+
+    def __repr__(self) -> str:
+        return f"<Stats of {self._layer}: {', '.join(self.names)}>"
+
+
+class Layer:
+    """One layer as an array of shape (N, …) that is read when indexed.
+
+    Indexing is numpy's: integers, slices with any step, Ellipsis, lists, integer arrays and boolean masks on any axis
+    (several arrays are paired, as in numpy). The result is a new array. Only the chunks that hold something wanted are
+    read. Raises IndexError and TypeError like numpy, DamagedError where the stored bytes are broken.
+    """
+
+    def __init__(self, acts: Activations, name: str) -> None:
+        self._acts = acts
+        self.name = name
+        first = acts._files[0].stored(name)
+        self.spec = first.spec
+        self.attrs: Mapping[str, Any] = first.attrs
+        self.shape: tuple[int, ...] = (len(acts), *first.spec.shape)
+        self.axes: tuple[str, ...] = ("sample", *first.spec.axes)
+        self.chunks = first.spec.chunk
+        self.dtype = np.dtype(first.spec.dtype)
+        self.codec = first.codec
+        for start in acts._files.starts:
+            if start % self.chunks[0]:
+                raise FormatError(
+                    f"{acts.path}: a file starts at row {start}, within a chunk of {self.chunks[0]} rows of {name}"
+                )
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all values, not compressed."""
+        return self.size * self.dtype.itemsize
+
+    @property
+    def module(self) -> str:
+        """The path of the module in the model."""
+        return self.spec.module
+
+    @property
+    def module_type(self) -> str:
+        return self.spec.module_type
+
+    @property
+    def compute_dtype(self) -> str:
+        """The type in the forward pass (torch's name)."""
+        return self.spec.compute_dtype
+
+    @property
+    def field(self) -> Field | None:
+        """The receptive field, None where it is not defined."""
+        return self.spec.field
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Array]:
+        return (self[row] for row in range(len(self)))
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
+        if copy is False:
+            raise ValueError("a layer is read from its file: it cannot become an array without a copy")
+        values: Array = self[...]
+        return values if dtype is None else values.astype(dtype, copy=False)
+
+    def __getitem__(self, key: Any) -> Any:
+        axes, place = per_axis(key, self.shape)
+        arrays = [axis for axis, one in enumerate(axes) if isinstance(one, np.ndarray)]
+        if len(arrays) > 1:
+            return self._paired(axes, place)
+        block = self._block([selection_of(one) for one in axes])
+        if not arrays:
+            return block[tuple(0 if isinstance(one, int) else slice(None) for one in axes)]
+        (axis,) = arrays
+        dropped = tuple(a for a, one in enumerate(axes) if isinstance(one, int))
+        block = np.moveaxis(block.squeeze(dropped), axis - sum(a < axis for a in dropped), place)
+        shape = axes[axis].shape  # type: ignore[union-attr]
+        return block.reshape(block.shape[:place] + shape + block.shape[place + 1 :])
+
+    def batches(self, size: int = 256, include_failed: bool = False) -> Iterator[tuple[Rows, Array]]:
+        """(rows int64 (n), maps (n, …)) in the order of the rows, n = `size` but for the last.
+
+        Rows with a status other than 0 are left out unless asked for. Memory is one batch and a few chunks.
+        """
+        for rows in _batched(self._acts.rows(include_failed), size):
+            yield rows, self[rows]
+
+    @functools.cached_property
+    def stats(self) -> Stats:
+        """Statistics per channel over the rows with status 0; ConfigError where the layer has none."""
+        return _merged_stats(self)
+
+    def top(self, channel: int, k: int = 9) -> list[Top]:
+        """The `k` images with the highest values in a channel, strongest first: as many as were kept (--top).
+
+        Raises IndexError for a channel that the layer does not have, ConfigError where nothing was kept.
+        """
+        stats = self.stats
+        if "top_value" not in stats.names:
+            raise ConfigError(f"{self._acts.path}: no strongest images were kept for {self.name} (extract with --top)")
+        channels = len(stats.top_value)
+        if not -channels <= channel < channels:
+            raise IndexError(f"channel {channel} is out of bounds for {self.name} with {channels} channels")
+        value, sample, y, x = (getattr(stats, f"top_{part}")[channel][:k] for part in ("value", "sample", "y", "x"))
+        first = self._acts._files[0].start
+        return [
+            self._one_top(int(s) - first, float(v), int(b), int(a))
+            for v, s, b, a in zip(value, sample, y, x, strict=True)
+            if s >= 0
+        ]
+
+    def info(self) -> dict[str, Any]:
+        """A summary as plain data."""
+        stored = sum(file.stored(self.name).nbytes for file in self._acts._files)
+        return {
+            "name": self.name,
+            "module": self.module,
+            "module_type": self.module_type,
+            "shape": list(self.shape),
+            "axes": list(self.axes),
+            "dtype": self.dtype.name,
+            "compute_dtype": self.compute_dtype,
+            "chunk": list(self.chunks),
+            "codec": self.codec,
+            "bytes_raw": self.nbytes,
+            "bytes_stored": stored,
+            "ratio": self.nbytes / stored if stored else None,
+        }
+
+    def __repr__(self) -> str:
+        return f"<Layer {self.name!r}: {self._summary()}>"
+
+    def _summary(self) -> str:
+        return f"{self.dtype.name} {self.shape} ({', '.join(self.axes)})"
+
+    def _one_top(self, row: int, value: float, y: int, x: int) -> Top:
+        if not 0 <= row < len(self):
+            raise DamagedError(f"{self._acts.path}: the statistics of {self.name} name row {row} of {len(self)}")
+        key = str(self._acts.keys[row])
+        if y < 0 or x < 0:
+            return Top(row, key, value, None, None, None)
+        box = _seen(self.field, (y, x), self._acts.input_size) if self.field else None
+        return Top(row, key, value, y, x, box)
+
+    def _block(self, selections: Sequence[Selection]) -> Array:
+        """The values at the crossing of one selection an axis, in their order: a new array."""
+        out = np.empty(tuple(len(one) for one in selections), self.dtype)
+        parts = [cut(one, chunk) for one, chunk in zip(selections, self.chunks, strict=True)]
+        work = functools.partial(self._fill, out)
+        _in_parallel(work, itertools.product(*parts), math.prod(map(len, parts)), self._acts._threads)
+        return out
+
+    def _fill(self, out: Array, parts: tuple[Part, ...]) -> None:
+        """Read one chunk and put what is wanted of it where it belongs in `out`."""
+        coords, theres, heres = zip(*parts, strict=True)
+        there = crossing(theres, out.shape)
+        if all(isinstance(here, slice) and here == slice(0, n, 1) for here, n in zip(heres, self.chunks, strict=True)):
+            # A whole chunk, in order: decode it in place where its values lie together in the result.
+            room = out[there]
+            if np.may_share_memory(room, out) and room.flags.c_contiguous:
+                self._read(coords, room)
+                return
+        out[there] = self._chunk(coords)[crossing(heres, self.chunks)]
+
+    def _chunk(self, coords: tuple[int, ...]) -> Array:
+        """A decoded chunk, perhaps one that was read a moment ago: never write to it."""
+        values = self._acts._recent.get((self.name, coords))
+        if values is None:
+            values = np.empty(self.chunks, self.dtype)
+            self._read(coords, values)
+            self._acts._recent.put((self.name, coords), values)
+        return values
+
+    def _read(self, coords: tuple[int, ...], out: Array) -> None:
+        """Decode the chunk at `coords` of the grid over all files into `out`, C-contiguous, of the chunk's shape."""
+        row = coords[0] * self.chunks[0]
+        file = self._acts._files.holding(row)
+        stored = file.stored(self.name)
+        if (stored.spec.shape, stored.spec.dtype, stored.spec.chunk) != (self.spec.shape, self.spec.dtype, self.chunks):
+            raise FormatError(f"{file.path}: layer {self.name} has other shapes or types here than in the first shard")
+        place = (coords[0] - file.rows.start // self.chunks[0], *coords[1:])
+        try:
+            file.read(stored, place, out)
+        except DamagedError as error:
+            last = min(row + self.chunks[0], file.rows.stop) - 1
+            raise DamagedError(f"{file.path}: layer {self.name}, rows {row} to {last}: {error}") from error
+
+    def _paired(self, axes: Sequence[AxisIndex], place: int) -> Array:
+        """Several index arrays: paired like numpy's, one chunk along the first of their axes at a time."""
+        fixed = [axis for axis, one in enumerate(axes) if not isinstance(one, range)]
+        free = [axis for axis, one in enumerate(axes) if isinstance(one, range)]
+        try:
+            points = np.broadcast_arrays(*(axes[axis] for axis in fixed))
+        except ValueError:
+            shapes = " ".join(str(np.shape(axes[axis])) for axis in fixed)
+            raise IndexError(f"shape mismatch: indexing arrays could not be broadcast together: {shapes}") from None
+        shape = points[0].shape
+        flat = [np.ascontiguousarray(one).reshape(-1).astype(np.int64) for one in points]
+        out = np.empty((len(flat[0]), *(len(axes[axis]) for axis in free)), self.dtype)  # type: ignore[arg-type]
+        number = flat[0] // self.chunks[fixed[0]]
+        order = np.argsort(number, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(number[order])) + 1):
+            selections: list[Selection] = [selection_of(one) for one in axes]
+            places = []
+            for axis, one in zip(fixed, flat, strict=True):
+                selections[axis], at = np.unique(one[group], return_inverse=True)
+                places.append(at)
+            block = np.moveaxis(self._block(selections), fixed, range(len(fixed)))
+            out[group] = block[tuple(places)]
+        out = out.reshape(shape + out.shape[1:])
+        return np.moveaxis(out, range(len(shape)), range(place, place + len(shape)))
+
+
+def _merged_stats(layer: Layer) -> Stats:
+    """The statistics of a layer over all rows; so far of a single file only."""
+    files = layer._acts._files
+    if len(files) > 1:
+        raise ConfigError(
+            f"{layer._acts.path}: statistics over several shards are not there yet; pack the directory first: "
+            f"fmextract pack {layer._acts.path} -o packed.h5"
+        )
+    values = files[0].stats(layer.name)
+    if not values:
+        raise ConfigError(f"{layer._acts.path}: no statistics for {layer.name}: its channel axis is not known")
+    return Stats(layer.name, values)
+
+
+def _seen(
+    field: Field, cell: tuple[int, int], size: tuple[int, int] | None
+) -> tuple[float, float, float, float] | None:
+    """(left, top, right, bottom) of what a cell sees of the input, clipped to its (height, width) where known."""
+    edges = []
+    for axis in (0, 1):
+        centre = field.offset[axis] + cell[axis] * field.stride[axis]
+        low, high = centre - field.size[axis] / 2, centre + field.size[axis] / 2
+        if size is not None:
+            low, high = max(low, 0.0), min(high, float(size[axis]))
+        edges.append((low, high))
+    (top, bottom), (left, right) = edges
+    return left, top, right, bottom
+
+
+# ----------------------------------------------------------------------------------------------------------- the files
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """One layer in one file: where its chunks lie. `codec` None leaves a chunk to libhdf5."""
+
+    spec: LayerSpec
+    attrs: Mapping[str, Any]
+    codec: str | None
+    offsets: npt.NDArray[np.int64]
+    sizes: npt.NDArray[np.int64]
+    masks: npt.NDArray[np.uint32]
+    """Filters that were not applied to a chunk, by bit."""
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.sizes.sum())
+
+
+class _File:
+    """One open .h5 file: a descriptor, its names and root attributes, and the layers met so far.
+
+    `rows` are its rows among all that are open. HDF5 itself is open only inside `hdf5()`.
+    """
+
+    def __init__(self, path: Path, rows: range | None) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._stored: dict[str, _Stored] = {}
+        self.fd = _descriptor(path)
+        weakref.finalize(self, os.close, self.fd)
+        self._identity = _identity(self.fd)
+        self.nbytes = os.fstat(self.fd).st_size
+        with self.hdf5() as file:
+            store.validate(file)
+            count = len(file["sample"])
+            self.attrs = _attributes(file)
+            self.columns = {name for name in file if isinstance(file[name], h5py.Dataset)}
+            self.layers = tuple(store.unescape_name(name) for name in file["layers"])
+            self._plausible(file["sample"])
+            self.start = int(file["sample"][0]) if count else 0
+        self.rows = range(count) if rows is None else rows
+        if len(self.rows) != count:
+            raise FormatError(f"{path} has {count} rows where rows {self.rows.start} to {self.rows.stop - 1} belong")
+
+    @contextlib.contextmanager
+    def hdf5(self) -> Iterator[h5py.File]:
+        """The file in HDF5, for a moment. Whatever it raises within comes out as a FormatError or DamagedError."""
+        with _damage(self.path), _hdf5_file(self.path) as file:
+            if _identity(file.id.get_vfd_handle()) != self._identity:
+                raise FormatError(f"{self.path} was replaced or changed since it was opened: open it again")
+            yield file
+
+    def column(self, name: str) -> Array:
+        """One entry a row; strings as objects."""
+        with self.hdf5() as file:
+            dataset = file[name]
+            self._plausible(dataset)
+            if dataset.chunks is not None:
+                self._complete(dataset)
+            strings = h5py.check_string_dtype(dataset.dtype) is not None
+            values: Array = np.asarray(dataset.asstr()[:] if strings else dataset[:])
+            return values
+
+    def stats(self, layer: str) -> dict[str, Array]:
+        """The statistics of a layer by name, empty where it has none."""
+        with self.hdf5() as file:
+            group = file["layers"][store.escape_name(layer)]
+            if "stats" not in group:
+                return {}
+            values = {}
+            for name, dataset in group["stats"].items():
+                self._plausible(dataset)
+                if not dataset.is_scale:
+                    values[name] = np.asarray(dataset[()])
+            return values
+
+    def stored(self, layer: str) -> _Stored:
+        """Where the chunks of a layer lie; looked up once."""
+        with self._lock:
+            if layer not in self._stored:
+                with self.hdf5() as file:
+                    self._stored[layer] = self._look_up(file, layer)
+            return self._stored[layer]
+
+    def read(self, stored: _Stored, place: tuple[int, ...], out: Array) -> None:
+        """Decode one chunk into `out`. Raises DamagedError (without saying where), MissingExtra."""
+        if stored.codec is None or stored.masks[place]:
+            region = tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, stored.spec.chunk, strict=True))
+            with self.hdf5() as file:
+                values = file["layers"][store.escape_name(stored.spec.name)]["activation"][region]
+            out[tuple(map(slice, values.shape))] = values
+            return
+        size, offset = int(stored.sizes[place]), int(stored.offsets[place])
+        if stored.codec == "none":
+            if size != out.nbytes:
+                raise DamagedError(f"a chunk of {out.nbytes} bytes has {size}")
+            there = os.preadv(self.fd, [out.data], offset)
+        else:
+            payload = os.pread(self.fd, size, offset)
+            there = len(payload)
+        if there != size:
+            raise DamagedError(f"the file ends within a chunk: {there} of {size} bytes are there")
+        if stored.codec != "none":
+            with _damage(self.path):
+                codecs.decode(payload, codec=stored.codec, dtype=stored.spec.dtype, values=out.size, out=out)
+
+    def _look_up(self, file: h5py.File, layer: str) -> _Stored:
+        group = file["layers"][store.escape_name(layer)]
+        dataset, spec = group["activation"], store.read_layer(group)
+        grid = self._complete(dataset)
+        offsets, sizes, masks = np.zeros(grid, np.int64), np.full(grid, -1, np.int64), np.zeros(grid, np.uint32)
+
+        def note(chunk: Any) -> None:
+            place = tuple(i // n for i, n in zip(chunk.chunk_offset, spec.chunk, strict=True))
+            offsets[place], sizes[place], masks[place] = chunk.byte_offset, chunk.size, chunk.filter_mask
+
+        dataset.id.chunk_iter(note)
+        if sizes.min() < 0 or offsets.min() < 0 or (offsets + sizes).max() > self.nbytes:
+            raise DamagedError(f"{self.path}: layer {layer} has chunks that lie outside the file")
+        kind = dataset.dtype
+        codec = codecs.filters_to_codec(dataset.id.get_create_plist(), kind.itemsize) if kind.isnative else None
+        return _Stored(spec, _attributes(group), codec, offsets, sizes, masks)
+
+    def _complete(self, dataset: h5py.Dataset) -> tuple[int, ...]:
+        """The grid of chunks of a dataset. Raises DamagedError where one is not there: HDF5 would show fill values."""
+        grid = store.chunk_grid(dataset.shape, dataset.chunks)
+        there = dataset.id.get_num_chunks()
+        if there != math.prod(grid):
+            raise DamagedError(f"{self.path}: {dataset.name} has {there} of {math.prod(grid)} chunks")
+        return grid
+
+    def _plausible(self, dataset: h5py.Dataset) -> None:
+        """Refuse a small table that claims more values than the file can hold, before memory is taken for it."""
+        if dataset.size * dataset.dtype.itemsize > INFLATION * self.nbytes:
+            raise DamagedError(f"{self.path}: {dataset.name} claims {dataset.size} values in {self.nbytes} bytes")
+
+
+class _Files:
+    """The files of an output in the order of their rows; a bounded number of them is open at a time."""
+
+    def __init__(self, parts: Sequence[tuple[Path, range | None]]) -> None:
+        self._parts = list(parts)
+        self._open: OrderedDict[int, _File] = OrderedDict()
+        self._lock = threading.Lock()
+        self.closed = False
+        if len(self._parts) == 1:
+            self._parts = [(self._parts[0][0], self[0].rows)]
+        self.starts = [rows.start for _, rows in self._parts if rows is not None]
+        self.rows = max((rows.stop for _, rows in self._parts if rows is not None), default=0)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, number: int) -> _File:
+        with self._lock:
+            if self.closed:
+                raise ConfigError(f"{self._parts[0][0]} was closed: open it again")
+            if number not in self._open:
+                path, rows = self._parts[number]
+                self._open[number] = _File(path, rows)
+            self._open.move_to_end(number)
+            if len(self._open) > FILES_OPEN:
+                self._open.popitem(last=False)  # closed when the last thread that reads from it lets go of it
+            return self._open[number]
+
+    def __iter__(self) -> Iterator[_File]:
+        return (self[number] for number in range(len(self)))
+
+    def holding(self, row: int) -> _File:
+        """The file that holds a row."""
+        return self[bisect.bisect_right(self.starts, row) - 1]
+
+    def close(self) -> None:
+        with self._lock:
+            self.closed = True
+            self._open.clear()
+
+
+def _descriptor(path: Path) -> int:
+    """An open descriptor of a file that starts like HDF5. Raises FormatError."""
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            raise FormatError(f"{path} is not a regular file")
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+    except FileNotFoundError:
+        partial = path.with_name(path.name + ".partial")
+        if (partial / index.PLAN).exists():
+            raise _in_progress(partial, path) from None
+        raise FormatError(f"no such file or directory: {path}") from None
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from error
+    if os.pread(fd, len(SIGNATURE), 0) != SIGNATURE:
+        os.close(fd)
+        raise FormatError(f"{path} is not an HDF5 file")
+    return fd
+
+
+def _hdf5_file(path: Path) -> h5py.File:
+    """Opened without a lock, since locks fail on network file systems, and nobody changes a finished file."""
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        if "locking flag" not in str(error):
+            raise
+        return h5py.File(path, "r")  # this process has it open with locks: libhdf5 wants all openings alike
+
+
+def _identity(fd: int) -> tuple[int, ...]:
+    """What changes when the content of a path does."""
+    have = os.fstat(fd)
+    return have.st_dev, have.st_ino, have.st_size, have.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """The boundary to libraries that read bytes which may be anything: whatever they raise is a DamagedError."""
+    try:
+        yield
+    except FmextractError:
+        raise
+    except Exception as error:
+        # libhdf5 and h5py raise OSError, RuntimeError, KeyError, ValueError, TypeError, … for a broken file.
+        raise DamagedError(f"{path} cannot be read, it is damaged: {str(error) or type(error).__name__}") from error
+
+
+def _attributes(group: h5py.Group) -> dict[str, Any]:
+    """The attributes as plain values, but for those of HDF5's own bookkeeping."""
+    plain: dict[str, Any] = {}
+    for name, value in group.attrs.items():
+        value = value.item() if isinstance(value, np.generic) else value
+        plain[name] = value.decode() if isinstance(value, bytes) else value
+    return plain
+
+
+def _listed_shards(folder: Path) -> list[tuple[Path, range | None]]:
+    """The shards of a finished directory. Raises FormatError for one that is not finished, or not ours."""
+    if not (folder / index.INDEX).exists() and (folder / index.PLAN).exists():
+        raise _in_progress(folder, folder)
+    records = index.load_index(folder)
+    if not records:
+        raise FormatError(f"{folder}: index.json lists no shards")
+    return [(folder / record.name, record.rows) for record in records]
+
+
+def _in_progress(folder: Path, output: Path) -> FormatError:
+    with _damage(folder):
+        there = len(index.load_records(folder))
+        total = len(index.read_json(folder / index.PLAN)["shards"])
+    return FormatError(
+        f"{output} is a run in progress: {there} of {total} shards are there. The same extract command resumes it"
+    )
+
+
+# --------------------------------------------------------------------------------------------------- threads and torch
+
+
+class _Recent:
+    """The chunks decoded last, up to a number of bytes (at least one)."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._room = nbytes
+        self._chunks: OrderedDict[tuple[str, tuple[int, ...]], Array] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, tuple[int, ...]]) -> Array | None:
+        with self._lock:
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+            return self._chunks.get(key)
+
+    def put(self, key: tuple[str, tuple[int, ...]], chunk: Array) -> None:
+        with self._lock:
+            self._room += self._chunks[key].nbytes if key in self._chunks else 0
+            self._chunks[key] = chunk
+            self._room -= chunk.nbytes
+            while self._room < 0 and len(self._chunks) > 1:
+                self._room += self._chunks.popitem(last=False)[1].nbytes
+
+    def clear(self) -> None:
+        with self._lock:
+            self._room += sum(chunk.nbytes for chunk in self._chunks.values())
+            self._chunks.clear()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """The threads that all readers of this process share."""
+    return ThreadPoolExecutor(_cpus(), thread_name_prefix="fmextract-read")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_parallel(work: Callable[[Any], None], tasks: Iterable[Any], count: int, threads: int) -> None:
+    """work(task) for every one of `count` tasks, on this thread and `threads` - 1 shared ones.
+
+    Returns, or raises the first error, when no thread works any more. This thread takes tasks too: so a pool that is
+    busy for others costs time only, and a single task costs no pool.
+    """
+    todo = iter(tasks)
+    lock = threading.Lock()
+    stopped = False
+
+    def drain() -> None:
+        nonlocal stopped
+        while True:
+            with lock:
+                task = None if stopped else next(todo, None)
+            if task is None:
+                return
+            try:
+                work(task)
+            except BaseException:
+                stopped = True
+                raise
+
+    helpers = [_pool().submit(drain) for _ in range(min(threads, count) - 1)]
+    if not helpers:
+        drain()
+        return
+    try:
+        drain()
+    except BaseException:
+        stopped = True  # an interrupt may also come between two tasks
+        raise
+    finally:
+        wait([helper for helper in helpers if not helper.cancel()])
+    for helper in helpers:
+        if not helper.cancelled():
+            helper.result()
+
+
+def _batched(rows: Rows, size: int) -> Iterator[Rows]:
+    if size < 1:
+        raise ConfigError(f"expected a batch size of at least 1, got {size}")
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+def _closest(name: object, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(name), itertools.islice(names, 10_000), n=3)
+    return f"; the closest are {', '.join(close)}" if close else ""
+
+
+class _RowsOfLayers:
+    """The working half of the torch Dataset, without torch: see `Activations.dataset`."""
+
+    def __init__(self, path: Path, names: Sequence[str], rows: Rows) -> None:
+        self.path = path
+        self.names = tuple(names)
+        self.rows = rows
+        self._opened: tuple[int, Activations] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, item: int) -> tuple[Any, ...]:
+        """(row, one tensor a layer)."""
+        (one,) = self.__getitems__([item])
+        return one
+
+    def __getitems__(self, items: Sequence[int]) -> list[tuple[Any, ...]]:
+        """Several items in one read; what a DataLoader asks for where it is there."""
+        import torch
+
+        rows = self.rows[list(items)]
+        acts = self._activations()
+        tensors = [torch.from_numpy(acts[name][rows]) for name in self.names]
+        return [(int(row), *(layer[i] for layer in tensors)) for i, row in enumerate(rows)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _torch_dataset, (self.path, self.names, self.rows)
+
+    def _activations(self) -> Activations:
+        """Opened once in each process. The workers of a DataLoader are parallel already: one thread each."""
+        import torch.utils.data
+
+        if self._opened is None or self._opened[0] != os.getpid():
+            worker = torch.utils.data.get_worker_info()
+            self._opened = os.getpid(), open(self.path, threads=None if worker is None else 1)
+        return self._opened[1]
+
+
+def _torch_dataset(path: Path, names: Sequence[str], rows: Rows) -> Dataset[tuple[Any, ...]]:
+    made: Dataset[tuple[Any, ...]] = _dataset_class()(path, names, rows)
+    return made
+
+
+@functools.cache
+def _dataset_class() -> Any:
+    """Made when wanted: this module does not import torch."""
+    from torch.utils.data import Dataset
+
+    return type("LayerDataset", (_RowsOfLayers, Dataset), {"__doc__": Activations.dataset.__doc__})

@@ -1,0 +1,546 @@
+"""The reader against numpy on the full arrays, and against h5py."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from files import make_file, make_shards
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from fmextract import reader
+from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
+from fmextract.records import Field
+
+ROWS = 22
+SHAPES = {"fc": (7,), "tokens": (5, 6), "maps": (6, 4, 3), "swin": (3, 2, 6), "video": (4, 2, 3, 3)}
+CHUNKS = {"fc": (4, 7), "tokens": (2, 5, 6), "maps": (1, 4, 4, 3), "swin": (4, 3, 2, 4), "video": (2, 3, 2, 3, 3)}
+DTYPES = {"fc": "float32", "tokens": "float16", "maps": "float32", "swin": "int16", "video": "float64"}
+PLACES = [("one", codec) for codec in ("gzip", "zstd", "lz4", "none")] + [("shards", "gzip"), ("shards", "none")]
+
+
+def make_arrays(rows: int = ROWS) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        name: (rng.normal(size=(rows, *shape)) * 100).round(2).astype(DTYPES[name]) for name, shape in SHAPES.items()
+    }
+
+
+ARRAYS = make_arrays()
+
+
+@pytest.fixture(scope="module")
+def outputs() -> Iterator[dict[tuple[str, str], reader.Activations]]:
+    """The same arrays in every way that they can be stored."""
+    with tempfile.TemporaryDirectory() as folder:
+        opened = {}
+        for place, codec in PLACES:
+            path = Path(folder) / f"{place}-{codec}"
+            if place == "one":
+                path = path.with_suffix(".h5")
+                make_file(path, ARRAYS, chunk=CHUNKS, codec=codec)
+            else:
+                make_shards(path, ARRAYS, (8, 12, 16), chunk=CHUNKS, codec=codec)
+            opened[place, codec] = reader.open(path)
+        yield opened
+        for acts in opened.values():
+            acts.close()
+
+
+@pytest.fixture
+def failing(tmp_path: Path) -> Path:
+    """Two layers of 22 rows of which 3 and 20 failed, with labels."""
+    arrays = {"maps": ARRAYS["maps"].copy(), "fc": ARRAYS["fc"].copy()}
+    status = [0] * ROWS
+    for row, code in ((3, 2), (20, 3)):
+        status[row] = code
+        for array in arrays.values():
+            array[row] = np.nan
+    make_file(tmp_path / "acts.h5", arrays, status=status, labels=[row % 3 for row in range(ROWS)])
+    return tmp_path / "acts.h5"
+
+
+# ------------------------------------------------------------------------------------------------------------ indexing
+
+
+@st.composite
+def one_index(draw: st.DrawFn, size: int) -> Any:
+    """An index of one axis, now and then out of bounds."""
+    inside = st.integers(-size, size - 1)
+    return draw(
+        st.one_of(
+            inside,
+            st.slices(size),
+            st.builds(
+                slice, *[st.none() | st.integers(-size - 2, size + 2)] * 2, st.sampled_from([None, -3, -1, 1, 2])
+            ),
+            st.lists(inside, max_size=2 * size),
+            st.lists(inside, min_size=2, max_size=2).map(np.array),
+            hnp.arrays(bool, size),
+            hnp.arrays(np.int32, (2, 2), elements=inside),
+            st.just(size) | st.lists(st.integers(-size - 1, size), max_size=3),
+        )
+    )
+
+
+@st.composite
+def any_index(draw: st.DrawFn, shape: tuple[int, ...]) -> Any:
+    """A whole index: some axes from the left, some from the right of an Ellipsis."""
+    used = draw(st.integers(0, len(shape)))
+    left = draw(st.integers(0, used))
+    key = [draw(one_index(size)) for size in (*shape[:left], *shape[len(shape) - (used - left) :])]
+    if left < used or draw(st.booleans()):
+        key.insert(left, Ellipsis)
+    return key[0] if len(key) == 1 and draw(st.booleans()) else tuple(key)
+
+
+def outcome(array: Any, key: Any) -> Any:
+    try:
+        return np.asarray(array[key])
+    except IndexError as error:
+        return type(error)
+
+
+@settings(max_examples=600, deadline=None)
+@given(data=st.data())
+def test_indexing_equals_numpy(outputs: dict[tuple[str, str], reader.Activations], data: st.DataObject) -> None:
+    acts = outputs[data.draw(st.sampled_from(PLACES))]
+    name = data.draw(st.sampled_from(list(SHAPES)))
+    key = data.draw(any_index(ARRAYS[name].shape))
+    want, got = outcome(ARRAYS[name], key), outcome(acts[name], key)
+    if isinstance(want, type):
+        assert got is want
+    else:
+        assert got.dtype == want.dtype
+        np.testing.assert_array_equal(got, want, strict=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_indexing_equals_h5py_where_it_can(
+    outputs: dict[tuple[str, str], reader.Activations], data: st.DataObject
+) -> None:
+    acts = outputs["one", "gzip"]
+    name = data.draw(st.sampled_from(list(SHAPES)))
+    shape = ARRAYS[name].shape
+    rows = data.draw(
+        st.slices(ROWS).filter(lambda s: (s.step or 1) > 0)
+        | st.lists(st.integers(0, ROWS - 1), min_size=1, unique=True).map(sorted)
+    )
+    rest = tuple(data.draw(st.slices(size).filter(lambda s: (s.step or 1) > 0)) for size in shape[1:])
+    with h5py.File(acts.path) as file:  # with locks, while the reader opens it without
+        try:
+            want = file[f"layers/{name}/activation"][(rows, *rest)]
+        except ValueError:  # h5py has no list of rows with an empty slice
+            reject()
+        np.testing.assert_array_equal(acts[name][(rows, *rest)], want)
+
+
+def test_masks_over_several_axes(outputs: dict[tuple[str, str], reader.Activations]) -> None:
+    layer, array = outputs["shards", "gzip"]["maps"], ARRAYS["maps"]
+    for mask in (array > 50, array.sum((2, 3)) > 0, np.zeros((ROWS, 6), bool)):
+        np.testing.assert_array_equal(layer[mask], array[mask])
+    np.testing.assert_array_equal(layer[array[:, :, 0, 0] > 0, ..., 1], array[array[:, :, 0, 0] > 0, ..., 1])
+
+
+@pytest.mark.parametrize(
+    "key", [1.0, "a", [0.5], True, None, (0, None), (..., ...), (0,) * 5, np.zeros(0), np.ones(5, bool), 22, -23, [22]]
+)
+def test_bad_index_raises_like_numpy(outputs: dict[tuple[str, str], reader.Activations], key: Any) -> None:
+    with pytest.raises(IndexError):
+        outputs["one", "gzip"]["maps"][key]
+
+
+def test_scalars_and_conversion(outputs: dict[tuple[str, str], reader.Activations]) -> None:
+    layer, array = outputs["one", "gzip"]["fc"], ARRAYS["fc"]
+    assert isinstance(layer[1, 2], np.float32)
+    np.testing.assert_array_equal(np.asarray(layer), array)
+    assert np.asarray(layer, dtype="float64").dtype == np.float64
+    np.testing.assert_array_equal(np.stack(list(layer)), array)
+    with pytest.raises(ValueError, match="copy"):
+        np.array(layer, copy=False)
+
+
+def test_results_are_the_callers(outputs: dict[tuple[str, str], reader.Activations]) -> None:
+    layer = outputs["one", "gzip"]["swin"]
+    layer[0:3][:] = 0
+    layer[5][:] = 0
+    np.testing.assert_array_equal(layer[...], ARRAYS["swin"])
+
+
+def test_only_touched_chunks_are_read(
+    outputs: dict[tuple[str, str], reader.Activations], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    read = reader._File.read
+    monkeypatch.setattr(reader._File, "read", lambda *a: (seen.append(a[2]), read(*a))[1])
+    acts = outputs["one", "gzip"]
+    for key, chunks in (
+        ((3, 5), {(3, 1, 0, 0)}),
+        ((slice(3, 5), slice(0, 2)), {(3, 0, 0, 0), (4, 0, 0, 0)}),
+        (([9, 1], [0, 5]), {(9, 0, 0, 0), (1, 1, 0, 0)}),
+        ((slice(0, 0),), set()),
+    ):
+        seen.clear()
+        acts._recent.clear()
+        acts["maps"][key]
+        assert set(seen) == chunks
+        assert len(seen) == len(chunks)
+
+
+def test_a_chunk_of_many_rows_is_decoded_once_in_a_loop(
+    outputs: dict[tuple[str, str], reader.Activations], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    read = reader._File.read
+    monkeypatch.setattr(reader._File, "read", lambda *a: (calls.append(1), read(*a))[1])
+    acts = outputs["one", "gzip"]
+    acts._recent.clear()
+    for row in range(8):
+        acts["fc"][row]
+    assert len(calls) == 2
+
+
+def test_recent_chunks_are_bounded() -> None:
+    recent = reader._Recent(100)
+    for number in range(10):
+        recent.put(("a", (number,)), np.zeros(30, np.uint8))
+        recent.put(("a", (number,)), np.zeros(30, np.uint8))
+    assert [recent.get(("a", (n,))) is not None for n in range(10)] == [False] * 7 + [True] * 3
+    recent.clear()
+    assert recent._room == 100
+
+
+def test_threads_read_at_once(outputs: dict[tuple[str, str], reader.Activations]) -> None:
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(15):
+            name = str(rng.choice(list(SHAPES)))
+            rows = rng.integers(-ROWS, ROWS, rng.integers(1, ROWS))
+            np.testing.assert_array_equal(acts[name][rows], ARRAYS[name][rows])
+
+    for place in (("one", "gzip"), ("one", "zstd"), ("shards", "gzip")):
+        with reader.open(outputs[place].path, threads=3) as acts, ThreadPoolExecutor(6) as pool:
+            list(pool.map(read, range(12)))
+
+
+def test_open_files_are_bounded(
+    outputs: dict[tuple[str, str], reader.Activations], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "FILES_OPEN", 1)
+    with reader.open(outputs["shards", "gzip"].path) as acts:
+        np.testing.assert_array_equal(acts["maps"][::-1], ARRAYS["maps"][::-1])
+        assert len(acts._files._open) == 1
+
+
+def test_an_error_in_a_thread_is_raised_and_stops_the_others() -> None:
+    done: list[int] = []
+
+    def work(task: int) -> None:
+        if task == 5:
+            raise DamagedError("five")
+        done.append(task)
+
+    with pytest.raises(DamagedError, match="five"):
+        reader._in_parallel(work, iter(range(10_000)), 10_000, 4)
+    assert len(done) < 10_000
+
+
+# ------------------------------------------------------------------------------------------------ columns and the rest
+
+
+def test_columns(failing: Path) -> None:
+    with reader.open(failing) as acts:
+        assert acts.layers == ("maps", "fc")
+        assert len(acts) == ROWS
+        assert acts.keys[4] == "img/00004.jpg"
+        assert acts.row("img/00004.jpg") == 4
+        assert np.flatnonzero(acts.status).tolist() == [3, 20]
+        assert acts.messages[3] == "broken"
+        assert acts.messages[4] == ""
+        assert acts.labels is not None
+        assert acts.labels.tolist() == [row % 3 for row in range(ROWS)]
+        assert acts.heights.tolist() == [480] * ROWS
+        assert acts.widths.dtype == np.int32
+        assert acts.config == {"model": "tiny"}
+        assert acts.versions == {"fmextract": "0"}
+        assert acts.input_size == (224, 224)
+        assert acts["maps"].axes == ("sample", "channel", "y", "x")
+        assert acts["maps"].attrs["module_type"] == acts["maps"].module_type == "Conv2d"
+        with pytest.raises(KeyError, match=r"closest are .*img/00004"):
+            acts.row("img/0004.jpg")
+        with pytest.raises(ConfigError, match=r"no layer 'map'.*closest are maps"):
+            acts["map"]
+
+
+def test_names_with_slashes_and_their_order(tmp_path: Path) -> None:
+    arrays = {name: ARRAYS["fc"] + i for i, name in enumerate(("z/y", "a", "50%", "m%2Fn", "relu:2", "b=mean"))}
+    make_file(tmp_path / "a.h5", arrays)
+    with reader.open(tmp_path / "a.h5") as acts:
+        assert list(acts) == list(arrays)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(acts[name][...], array)
+
+
+def test_info_and_repr(failing: Path) -> None:
+    with reader.open(failing) as acts:
+        info = acts.info()
+        assert info["rows"] == ROWS
+        assert info["failed"] == 2
+        assert info["failures"][0] == {"row": 3, "key": "img/00003.jpg", "status": 2, "message": "broken"}
+        maps = info["layers"][0]
+        assert (maps["name"], maps["shape"], maps["codec"]) == ("maps", [ROWS, 6, 4, 3], "gzip")
+        assert maps["bytes_raw"] == ARRAYS["maps"].nbytes
+        assert 0 < maps["bytes_stored"] < failing.stat().st_size
+        assert "2 layers, tiny, fp32" in repr(acts)
+        assert "maps  float32 (22, 6, 4, 3) (sample, channel, y, x)" in repr(acts)
+    assert "closed" in repr(acts)
+
+
+def test_closed(failing: Path) -> None:
+    acts = reader.open(failing)
+    layer = acts["maps"]
+    acts.close()
+    with pytest.raises(ConfigError, match="closed"):
+        layer[0]
+
+
+def test_rows_of_a_lone_shard_count_from_zero(tmp_path: Path) -> None:
+    paths = make_shards(tmp_path / "acts", {"maps": ARRAYS["maps"]}, (8, 16))
+    with reader.open(paths[1]) as acts:
+        np.testing.assert_array_equal(acts["maps"][:2], ARRAYS["maps"][8:10])
+        assert acts.row("img/00008.jpg") == 0
+
+
+def test_shards_equal_one_file(tmp_path: Path) -> None:
+    status = [int(row == 9) for row in range(ROWS)]
+    make_shards(tmp_path / "acts", ARRAYS, (8, 16), chunk=CHUNKS, status=status)
+    with reader.open(tmp_path / "acts") as acts:
+        assert acts.keys.tolist() == [f"img/{row:05}.jpg" for row in range(ROWS)]
+        assert acts.status.tolist() == status
+        assert acts.info()["files"] == 3
+        with pytest.raises(ConfigError, match="pack"):
+            acts["maps"].stats  # noqa: B018
+
+
+# ------------------------------------------------------------------------------------------------- batches and dataset
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 256])
+def test_batches_leave_out_failed_rows(failing: Path, size: int) -> None:
+    good = [row for row in range(ROWS) if row not in (3, 20)]
+    with reader.open(failing) as acts:
+        for include, want in ((False, good), (True, list(range(ROWS)))):
+            batches = list(acts["maps"].batches(size, include_failed=include))
+            rows = np.concatenate([rows for rows, _ in batches])
+            assert rows.dtype == np.int64
+            assert rows.tolist() == want
+            assert max(len(rows) for rows, _ in batches) <= size
+            np.testing.assert_array_equal(np.concatenate([maps for _, maps in batches]), acts["maps"][want])
+        rows, maps = next(acts.batches(["fc", "maps"], size))
+        assert list(maps) == ["fc", "maps"]
+        np.testing.assert_array_equal(maps["fc"], ARRAYS["fc"][rows])
+        with pytest.raises(ConfigError, match="at least 1"):
+            acts["maps"].batches(0).__next__()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_dataset_in_a_dataloader(failing: Path, workers: int) -> None:
+    torch = pytest.importorskip("torch")
+    with reader.open(failing) as acts:
+        dataset = acts.dataset("fc", "maps")
+        assert isinstance(dataset, torch.utils.data.Dataset)
+        acts["maps"][0:8]  # the pool and its threads are there before the workers fork
+        loader = torch.utils.data.DataLoader(dataset, batch_size=6, num_workers=workers, shuffle=True)
+        seen = []
+        for rows, fc, maps in loader:
+            np.testing.assert_array_equal(fc.numpy(), ARRAYS["fc"][rows.numpy()])
+            np.testing.assert_array_equal(maps.numpy(), ARRAYS["maps"][rows.numpy()])
+            seen += rows.tolist()
+        assert sorted(seen) == [row for row in range(ROWS) if row not in (3, 20)]
+        assert len(acts.dataset(include_failed=True)) == ROWS
+        with pytest.raises(KeyError):
+            acts.dataset("map")
+
+
+def test_dataset_pickles(failing: Path) -> None:
+    torch = pytest.importorskip("torch")
+    with reader.open(failing) as acts:
+        dataset = acts.dataset("maps")
+        row, maps = dataset[3]
+    again = pickle.loads(pickle.dumps(dataset))
+    assert again[3][0] == row == 4
+    assert torch.equal(again[3][1], maps)
+    assert torch.equal(maps, torch.from_numpy(ARRAYS["maps"][4]))
+    assert [item[0] for item in torch.utils.data.Subset(again, [0, 19]).__getitems__([1, 0])] == [21, 0]
+
+
+def test_reader_does_not_import_torch() -> None:
+    code = "import sys, fmextract.reader; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# ---------------------------------------------------------------------------------------------------------- statistics
+
+
+def make_stats(field: Field | None) -> dict[str, dict[str, Any]]:
+    top = {
+        "top_value": np.full((6, 3), np.nan),
+        "top_sample": np.full((6, 3), -1, np.int64),
+        "top_y": np.full((6, 3), -1, np.int32),
+        "top_x": np.full((6, 3), -1, np.int32),
+    }
+    for rank, entry in enumerate(((9.5, 21, 3, 2), (4.0, 0, 0, 0))):
+        for column, value in zip(top.values(), entry, strict=True):
+            column[5, rank] = value
+    return {"maps": {"zero_fraction": np.linspace(0, 1, 6), "count": np.arange(6), **top}}
+
+
+def test_stats_and_top(tmp_path: Path) -> None:
+    field = Field(size=(43.0, 43.0), stride=(32.0, 64.0), offset=(16.0, 32.0))
+    make_file(
+        tmp_path / "a.h5",
+        {"maps": ARRAYS["maps"], "fc": ARRAYS["fc"]},
+        spec={"maps": {"field": field}},
+        stats=make_stats(field),
+    )
+    with reader.open(tmp_path / "a.h5") as acts:
+        layer = acts["maps"]
+        assert layer.field == field
+        assert set(layer.stats.names) >= {"zero_fraction", "count", "top_value"}
+        assert "k" not in layer.stats.names
+        np.testing.assert_array_equal(layer.stats.zero_fraction, np.linspace(0, 1, 6))
+        with pytest.raises(AttributeError, match="zero_fraction"):
+            layer.stats.zeros  # noqa: B018
+        first, second = layer.top(5)
+        assert first == reader.Top(21, "img/00021.jpg", 9.5, 3, 2, (138.5, 90.5, 181.5, 133.5))
+        assert second.box == (10.5, 0.0, 53.5, 37.5)  # clipped: the cell looks over the edge
+        assert layer.top(-1, k=1) == [first]
+        assert layer.top(0) == []
+        with pytest.raises(IndexError, match="channel 6"):
+            layer.top(6)
+        with pytest.raises(ConfigError, match="no statistics for fc"):
+            acts["fc"].stats  # noqa: B018
+
+
+def test_top_without_a_receptive_field_has_no_box(tmp_path: Path) -> None:
+    make_file(tmp_path / "a.h5", {"maps": ARRAYS["maps"]}, stats=make_stats(None))
+    with reader.open(tmp_path / "a.h5") as acts:
+        assert acts["maps"].top(5)[0].box is None
+
+
+# ---------------------------------------------------------------------------------------------------- what open refuses
+
+
+def test_run_in_progress_is_refused(tmp_path: Path) -> None:
+    make_shards(tmp_path / "acts", {"fc": ARRAYS["fc"]}, (8, 16), finish=False)
+    with pytest.raises(FormatError, match=r"in progress: 2 of 3 shards .* same extract command resumes"):
+        reader.open(tmp_path / "acts")
+    (tmp_path / "acts").rename(tmp_path / "a.h5.partial")
+    with pytest.raises(FormatError, match="in progress: 2 of 3"):
+        reader.open(tmp_path / "a.h5")
+
+
+def test_missing_shard_is_refused(tmp_path: Path) -> None:
+    paths = make_shards(tmp_path / "acts", {"fc": ARRAYS["fc"]}, (8, 16))
+    paths[1].unlink()
+    with pytest.raises(FmextractError, match=r"shard-00001\.h5 is missing.*8 to 15"):
+        reader.open(tmp_path / "acts")
+
+
+def test_swapped_shards_are_refused(tmp_path: Path) -> None:
+    paths = make_shards(tmp_path / "acts", {"fc": ARRAYS["fc"][:20]}, (8, 16))
+    small = make_shards(tmp_path / "other", {"maps": ARRAYS["maps"][:20]}, (8, 16))[1].read_bytes()
+    record = paths[1].stat().st_size
+    paths[1].write_bytes(small[:record].ljust(record, b"\0"))
+    with pytest.raises(FormatError), reader.open(tmp_path / "acts") as acts:
+        acts["fc"][...]
+
+
+def test_replaced_file_is_noticed(failing: Path, tmp_path: Path) -> None:
+    with reader.open(failing) as acts:
+        make_file(tmp_path / "new.h5", {"maps": ARRAYS["maps"]})
+        (tmp_path / "new.h5").replace(failing)
+        with pytest.raises(FormatError, match="replaced"):
+            acts["maps"][0]
+
+
+@pytest.mark.parametrize("what", ["nothing", "an empty folder", "text", "empty", "another HDF5", "newer", "a pipe"])
+def test_not_ours_is_refused(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "a.h5"
+    expected = {"nothing": "no such file", "text": "not an HDF5", "empty": "not an HDF5", "newer": "upgrade"}
+    if what == "an empty folder":
+        path.mkdir()
+    elif what == "text":
+        path.write_text("label,pixel0\n" * 100)
+    elif what == "empty":
+        path.touch()
+    elif what == "another HDF5":
+        with h5py.File(path, "w") as file:
+            file["x"] = [1]
+    elif what == "newer":
+        make_file(path, {"fc": ARRAYS["fc"]})
+        with h5py.File(path, "r+") as file:
+            file.attrs["format_version"] = 2
+    elif what == "a pipe":
+        os.mkfifo(path)
+    with pytest.raises(FmextractError, match=expected.get(what)) as caught:
+        reader.open(path)
+    assert caught.value.exit_code == 2
+
+
+def test_damaged_chunk_names_file_layer_and_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    make_file(path, ARRAYS, chunk=CHUNKS)
+    with h5py.File(path) as file:
+        chunk = file["layers/fc/activation"].id.get_chunk_info_by_coord((8, 0))
+    with path.open("r+b") as raw:
+        raw.seek(chunk.byte_offset + chunk.size // 2)
+        raw.write(b"\xff" * 8)
+    with reader.open(path) as acts:
+        np.testing.assert_array_equal(acts["fc"][:8], ARRAYS["fc"][:8])
+        with pytest.raises(DamagedError, match=r"a\.h5: layer fc, rows 8 to 11"):
+            acts["fc"][...]
+
+
+def test_chunk_that_was_never_written_is_no_fill_value(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    make_file(path, {"fc": ARRAYS["fc"], "maps": ARRAYS["maps"]})
+    with h5py.File(path, "r+") as file:
+        for name in ("sample", "key", "status", "message", "height", "width", "layers/fc/activation"):
+            file[name].resize(30, 0)
+        file["layers/maps/activation"].resize(30, 0)
+    with reader.open(path) as acts, pytest.raises(DamagedError, match="6 of 8 chunks"):
+        acts["fc"][0]
+
+
+def test_pipelines_that_are_not_ours_go_through_libhdf5(tmp_path: Path) -> None:
+    """What h5repack or a person with h5py may have made of a file."""
+    path = tmp_path / "a.h5"
+    make_file(path, {"maps": ARRAYS["maps"]})
+    with h5py.File(path, "r+") as file:
+        group = file["layers/maps"]
+        values, scales = group["activation"][...], [axis[0] for axis in group["activation"].dims]
+        del group["activation"]
+        data = group.create_dataset(
+            "activation", data=values.astype(">f4"), chunks=(4, 4, 4, 3), compression="lzf", maxshape=(None, 6, 4, 3)
+        )
+        for axis, scale in zip(data.dims, scales, strict=True):
+            axis.attach_scale(scale)
+    with reader.open(path) as acts:
+        assert acts["maps"].codec is None
+        for key in (..., (slice(None, None, -2), [5, 0]), ([3, 21], 4)):
+            np.testing.assert_array_equal(acts["maps"][key], ARRAYS["maps"][key])
