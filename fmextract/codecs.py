@@ -12,6 +12,7 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -279,8 +280,57 @@ def _gather(planes: Array, words: Array) -> None:
 # ------------------------------------------------------------------------------------------------------- the codecs
 
 
+_ZLIB_HEADER = b"\x78\x01"
+_STORED_MOST = 65535
+_STORED_BLOCK = struct.Struct("<BHH")
+_SAMPLE = 4096
+_NOISE_ENTROPY = 7.85
+"""Bits a byte from which deflate gains under 2 %; the low mantissa bytes of dense maps measure 7.9 to 8.0."""
+
+
 def _deflate(planes: Array, level: int) -> bytes:
-    return bytes(isal_zlib.compress(planes, level))
+    """A zlib stream by ISA-L, in which planes of noise are stored blocks.
+
+    The low mantissa bytes of dense activations do not compress, yet would cost as much time as those that do
+    (benchmark on smooth dense maps, same ratio: float32 1.9 times, bfloat16 1.5 times as fast; inflating 2 to 3 times).
+    """
+    noise = [_is_noise(plane) for plane in planes]
+    if not any(noise):
+        return bytes(isal_zlib.compress(planes, level))
+    parts: list[bytes | memoryview] = [_ZLIB_HEADER]
+    for stored, run in groupby(range(len(planes)), key=noise.__getitem__):
+        rows = list(run)
+        part = planes[rows[0] : rows[-1] + 1].reshape(-1)
+        if stored:
+            parts += _stored_blocks(part.data)
+        else:
+            # A raw stream of its own; the sync flush ends it on a byte, where stored blocks may follow.
+            deflater = isal_zlib.compressobj(level, isal_zlib.DEFLATED, -isal_zlib.MAX_WBITS)
+            parts += (deflater.compress(part), deflater.flush(isal_zlib.Z_SYNC_FLUSH))
+    checksum = isal_zlib.adler32(planes.reshape(-1))
+    return b"".join((*parts, _stored_header(0, last=True), checksum.to_bytes(4, "big")))
+
+
+def _is_noise(plane: Array) -> bool:
+    """Whether deflate would gain next to nothing, judged by the entropy of evenly spread bytes."""
+    step = plane.size // _SAMPLE | 1  # odd: not in step with rows of 2^k values
+    if step < 3:  # too small to gain from asking
+        return False
+    share = np.bincount(plane[::step], minlength=256) / len(plane[::step])
+    share = share[share > 0]
+    return bool(-(share * np.log2(share)).sum() > _NOISE_ENTROPY)
+
+
+def _stored_blocks(data: memoryview) -> list[bytes | memoryview]:
+    blocks: list[bytes | memoryview] = []
+    for at in range(0, len(data), _STORED_MOST):
+        block = data[at : at + _STORED_MOST]
+        blocks += (_stored_header(len(block), last=False), block)
+    return blocks
+
+
+def _stored_header(length: int, *, last: bool) -> bytes:
+    return _STORED_BLOCK.pack(last, length, length ^ 0xFFFF)
 
 
 def _inflate(stream: bytes, nbytes: int) -> bytes:

@@ -88,6 +88,25 @@ def test_every_gzip_level_is_a_zlib_stream(level: int) -> None:
     assert zlib.decompress(payload) == array.view(np.uint8).reshape(-1, 4).T.tobytes()
 
 
+@pytest.mark.parametrize("count", [12288, 65535, 65536, 140_000])
+@pytest.mark.parametrize("noisy", [(0, 1, 2), (0, 3), (1, 2), (3,), (0, 1, 2, 3), ()])
+def test_planes_of_noise_are_stored_within_a_valid_stream(tmp_path: Path, noisy: tuple[int, ...], count: int) -> None:
+    rng = np.random.default_rng(count)
+    planes = rng.integers(0, 3, (4, count), np.uint8)
+    for plane in noisy:
+        planes[plane] = rng.integers(0, 256, count, np.uint8)
+    array = np.ascontiguousarray(planes.T).view(np.uint32).reshape(-1)
+    payload = encode([array], codec="gzip", level=None, dtype="uint32", values=count)
+    assert zlib.decompress(payload) == planes.tobytes()
+    assert len(payload) < len(noisy) * count * 1.001 + (4 - len(noisy)) * count * 0.3 + 200
+    if noisy:  # every value of a stored plane can be found in the stream as it is
+        assert planes[noisy[0]][:1000].tobytes() in payload
+    assert same_bits(read_by_hdf5(tmp_path / "x.h5", payload, "gzip", "uint32", count), array)
+    assert same_bits(decode(payload, codec="gzip", dtype="uint32", values=count), array)
+    with pytest.raises(DamagedError):
+        decode(payload[:-1], codec="gzip", dtype="uint32", values=count)
+
+
 @pytest.mark.parametrize(
     ("codec", "filters"),
     [
