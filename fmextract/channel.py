@@ -15,7 +15,7 @@ class Closed(Exception):
 
 
 class Channel(Generic[T]):
-    """At most `capacity` items wait in it; `put` and `get` block. Any thread may close it, which wakes all that wait."""
+    """At most `capacity` items wait in it; `put` and `get` block. Closing it, from any thread, wakes all that wait."""
 
     def __init__(self, capacity: int, items: Iterable[T] = ()) -> None:
         self._items: deque[T] = deque(items)

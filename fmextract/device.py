@@ -70,8 +70,8 @@ class Download(Protocol):
 class Transfers(Protocol):
     """How batches get to the device and activations back. `download` blocks while `depth` downloads are unreleased."""
 
-    def input_buffer(self, shape: Sequence[int]) -> torch.Tensor:
-        """A host buffer, uint8 of `shape`, that nothing else is using."""
+    def input_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A host buffer that nothing else is using."""
 
     def upload(self, buffer: torch.Tensor) -> torch.Tensor:
         """The content of an `input_buffer` on the device. The buffer is handed back by this call."""
@@ -90,11 +90,11 @@ class HostTransfers:
         self._tokens: Channel[int] = Channel(depth, range(depth))
         self._buffers: list[torch.Tensor] = []
 
-    def input_buffer(self, shape: Sequence[int]) -> torch.Tensor:
+    def input_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         for i, buffer in enumerate(self._buffers):
             if tuple(buffer.shape) == tuple(shape):
                 return self._buffers.pop(i)
-        return torch.zeros(tuple(shape), dtype=torch.uint8)
+        return torch.zeros(tuple(shape), dtype=dtype)
 
     def upload(self, buffer: torch.Tensor) -> torch.Tensor:
         # The caller normalises at once into new memory; the next batch may be decoded into this one.
@@ -131,7 +131,7 @@ class DeviceTransfers:
         self._free: list[torch.Tensor] = []
         self._uploading: list[tuple[torch.Event, torch.Tensor]] = []
 
-    def input_buffer(self, shape: Sequence[int]) -> torch.Tensor:
+    def input_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         still: list[tuple[torch.Event, torch.Tensor]] = []
         for event, buffer in self._uploading:  # rule 9
             if event.query():
@@ -142,7 +142,7 @@ class DeviceTransfers:
         for i, buffer in enumerate(self._free):
             if tuple(buffer.shape) == tuple(shape):
                 return self._free.pop(i)
-        return _pinned(tuple(shape))
+        return _pinned(tuple(shape), dtype)
 
     def upload(self, buffer: torch.Tensor) -> torch.Tensor:
         there = buffer.to(self._device, non_blocking=True)  # on the compute stream: rule 11
@@ -181,7 +181,7 @@ class _Slot:
     def views(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         sizes = [-(-t.numel() * t.element_size() // self._ALIGN) * self._ALIGN for t in sources]
         if self._block is None or self._block.numel() < sum(sizes):
-            self._block = _pinned((sum(sizes),))
+            self._block = _pinned((sum(sizes),), torch.uint8)
         views, at = [], 0
         for source, size in zip(sources, sizes, strict=True):
             bytes_ = self._block[at : at + source.numel() * source.element_size()]
@@ -211,8 +211,8 @@ def _give_back(ring: Channel[T], token: T) -> None:
         ring.put(token)
 
 
-def _pinned(shape: tuple[int, ...]) -> torch.Tensor:
-    block = torch.zeros(shape, dtype=torch.uint8).pin_memory()
+def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    block = torch.zeros(shape, dtype=dtype).pin_memory()
     if not block.is_pinned():  # rule 1
         raise ConfigError(
             "this system gave no pinned memory; raise the locked-memory limit (ulimit -l) or use --device cpu"

@@ -157,7 +157,9 @@ def _fast_jpeg(data: bytes) -> Pixels | None:
         _refuse_bomb(width, height)
         # Neither the fast DCT nor the fast upsampling: they are off by up to 28 levels.
         pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
-    except ValueError:
+    except SampleError:
+        raise
+    except Exception:  # ValueError for damage, KeyError for a subsampling that it does not know
         return None
     return pixels
 

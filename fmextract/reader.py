@@ -34,6 +34,7 @@ import numpy.typing as npt
 
 from fmextract import codecs, index, store
 from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
+from fmextract.heaps import check_heaps
 from fmextract.records import Field, LayerSpec
 from fmextract.selection import AxisIndex, Part, Selection, crossing, cut, per_axis, selection_of
 
@@ -52,7 +53,7 @@ INFLATION = 1100
 """No deflate stream grows by more (1032): a file that claims more values than this times its size is damaged."""
 
 
-class UnknownName(ConfigError, KeyError):  # noqa: N818 -- named after what is wrong, like its neighbours
+class UnknownName(ConfigError, KeyError):
     """A layer, or the key of an image, that is not in the file; the message names the closest ones."""
 
     __str__ = Exception.__str__  # KeyError's shows the message in quotes, with its line ends escaped
@@ -575,6 +576,7 @@ class _File:
         weakref.finalize(self, os.close, self.fd)
         self._identity = _identity(self.fd)
         self.nbytes = os.fstat(self.fd).st_size
+        check_heaps(self.fd, path)
         with self.hdf5() as file:
             store.validate(file)
             count = len(file["sample"])

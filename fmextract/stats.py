@@ -78,9 +78,9 @@ class RunningStats:
         if rows.numel() == 0:
             return
         x = rows.detach().movedim(1 + self._axis, 1).flatten(2) if rows.ndim > 2 else rows.detach()[:, :, None]
-        peaks = self._add(x, numbers)
+        peaks, masked = self._add(x, numbers)
         if self._k:
-            self._add_top(x, peaks, numbers)
+            self._add_top(x, peaks, numbers, masked)
 
     def result(self) -> dict[str, Array]:
         """The statistics so far: MOMENTS as (channels,), TOP as (channels, k) unless `top` is 0; float64 and int64.
@@ -113,49 +113,54 @@ class RunningStats:
 
     # ------------------------------------------------------------------------------------------ moments
 
-    def _add(self, x: Tensor, numbers: Tensor) -> Tensor:
-        """Add x (B, C, P) to the moments; returns the highest finite value of each image and channel, (B, C)."""
+    def _add(self, x: Tensor, numbers: Tensor) -> tuple[Tensor, bool]:
+        """Add x (B, C, P) to the moments.
+
+        Returns the highest finite value of each image and channel, (B, C), and whether there may be others than finite.
+        """
         peaks = self._full(-torch.inf, *x.shape[:2])
         bad = torch.zeros(len(x), dtype=torch.bool, device=self._device)
         size = _CPU_BLOCK if self._may_ask else _DEVICE_BLOCK
-        for images, channels, positions in _blocks(x, size):
-            block = x[images, channels, positions].to(self._wide, copy=True)
-            self._add_block(block, channels, peaks[images, channels], bad[images])
+        space = torch.empty(0, dtype=self._wide, device=self._device)
+        for block in _blocks(x, size):
+            images, channels, _ = block
+            self._add_block(x[block], space, channels, peaks[images, channels], bad[images])
         self._high = torch.maximum(self._high, peaks.amax(0))
         first_bad = torch.where(bad, numbers, _NEVER)
         self._bad_rows = torch.cat([self._bad_rows, first_bad]).sort().values[:NAMED_ROWS]
-        return peaks
+        return peaks, not self._may_ask or bool(bad.any())
 
-    def _add_block(self, block: Tensor, channels: slice, peaks: Tensor, bad: Tensor) -> None:
-        """Add a block (b, c, p), which is destroyed. `peaks` (b, c) and `bad` (b,) are views to be updated."""
-        low, high = block.amin((0, 2)), block.amax(2)
+    def _add_block(self, x: Tensor, space: Tensor, channels: slice, peaks: Tensor, bad: Tensor) -> None:
+        """Add a block x (b, c, p). `space` is room to work in; `peaks` (b, c) and `bad` (b,) are views to be updated.
+
+        Everything on the way is done in place in one block: fresh memory costs more than all the arithmetic.
+        """
+        wide = _like(x, space).copy_(x)
+        low, high = wide.amin((0, 2)), wide.amax(2)
         finite = None
         # The extremes of a block with a NaN or an infinity are not finite themselves: no pass of its own to find out.
         if not self._may_ask or not (low + high.amax(0)).isfinite().all():
-            finite = block.isfinite()
-            low = torch.where(finite, block, torch.inf).amin((0, 2))
-            high = torch.where(finite, block, -torch.inf).amax(2)
-            count = finite.sum((0, 2))
-            self._nonfinite[channels] += block.shape[0] * block.shape[2] - count
-            self._count[channels] += count
+            finite = wide.isfinite()
+            low = torch.where(finite, wide, torch.inf).amin((0, 2))
+            high = torch.where(finite, wide, -torch.inf).amax(2)
+            self._nonfinite[channels] += (~finite).sum((0, 2))
             bad |= ~finite.flatten(1).all(1)
-        else:
-            self._count[channels] += block.shape[0] * block.shape[2]
+        self._count[channels] += x.shape[0] * x.shape[2] if finite is None else finite.sum((0, 2))
         torch.maximum(peaks, high, out=peaks)
         self._low[channels] = torch.minimum(self._low[channels], low)
-        # A channel without a finite value so far has inf - inf here, and waits with its K.
+        # A channel without a finite value so far has inf - inf here, and waits for its K.
         shift = torch.where(self._shift[channels].isnan(), low / 2 + high.amax(0) / 2, self._shift[channels])
         self._shift[channels] = shift
-        centred = block - shift[:, None]
+        wide.sub_(shift[:, None])
         if finite is not None:
-            centred = torch.where(finite, centred, 0.0)
-        self._sum[channels] += centred.sum((0, 2))
-        self._squares[channels] += centred.square_().sum((0, 2))
-        self._zeros[channels] += block.eq_(0).sum((0, 2))
+            wide.masked_fill_(~finite, 0.0)
+        self._sum[channels] += wide.sum((0, 2))
+        self._squares[channels] += wide.mul_(wide).sum((0, 2))
+        self._zeros[channels] += wide.copy_(x).eq_(0).sum((0, 2))
 
     # ------------------------------------------------------------------------------------ strongest images
 
-    def _add_top(self, x: Tensor, peaks: Tensor, numbers: Tensor) -> None:
+    def _add_top(self, x: Tensor, peaks: Tensor, numbers: Tensor, masked: bool) -> None:
         """Let the images of x (B, C, P) with their peaks (B, C) compete for the places of each channel."""
         channels = torch.arange(x.shape[1], device=self._device)
         if self._may_ask:
@@ -165,23 +170,23 @@ class RunningStats:
         values, order = (t[:, : self._k] for t in values.sort(dim=1, descending=True, stable=True))
         entered = (order >= self._k) & (values > -torch.inf)
         held, image = order.clamp(max=self._k - 1), (order - self._k).clamp(min=0)
-        positions = self._positions(x, image, channels[:, None].expand_as(image), entered)
+        positions = self._positions(x, image, channels[:, None].expand_as(image), entered, masked)
         self._top_value[channels] = values
         self._top_row[channels] = torch.where(entered, numbers[image], self._top_row[channels].gather(1, held))
         self._top_position[channels] = torch.where(entered, positions, self._top_position[channels].gather(1, held))
 
-    def _positions(self, x: Tensor, image: Tensor, channel: Tensor, wanted: Tensor) -> Tensor:
+    def _positions(self, x: Tensor, image: Tensor, channel: Tensor, wanted: Tensor, masked: bool) -> Tensor:
         """The first place of the highest finite value of x[image, channel], (…), at least where `wanted`."""
         positions = torch.zeros_like(image)
         if not self._may_ask:
             for i in range(image.shape[1]):  # one place at a time bounds the copy to one map a channel
-                positions[:, i] = _argmax(x[image[:, i], channel[:, i]], 1)
+                positions[:, i] = _argmax(x[image[:, i], channel[:, i]], 1, masked)
             return positions
         for i in image[wanted].unique().tolist():
             here = wanted & (image == i)
             maps = x[i] if _planes(x) else x[i].T  # channels side by side are gathered side by side
             axis = int(_planes(x))
-            positions[here] = _argmax(maps.index_select(1 - axis, channel[here]), axis)
+            positions[here] = _argmax(maps.index_select(1 - axis, channel[here]), axis, masked)
         return positions
 
     def _top(self) -> dict[str, Array]:
@@ -217,8 +222,17 @@ def _blocks(x: Tensor, size: int) -> Iterator[tuple[slice, slice, slice]]:
             yield slice(b, b + images), *((part, everything) if outer == 1 else (everything, part))
 
 
-def _argmax(maps: Tensor, dim: int) -> Tensor:
-    """The first index of the highest finite value along `dim`."""
-    if maps.is_floating_point():
+def _like(x: Tensor, space: Tensor) -> Tensor:
+    """Room of the shape and the order in memory of the block x (b, c, p), at the beginning of `space`."""
+    b, c, p = x.shape
+    if space.numel() < x.numel():
+        space.resize_(x.numel())
+    flat = space[: x.numel()]
+    return flat.view(b, c, p) if _planes(x) else flat.view(b, p, c).transpose(1, 2)
+
+
+def _argmax(maps: Tensor, dim: int, masked: bool) -> Tensor:
+    """The first index of the highest finite value along `dim`; `masked` where other values may be there."""
+    if masked and maps.is_floating_point():
         maps = torch.where(maps.isfinite(), maps, -torch.inf)
     return maps.argmax(dim)

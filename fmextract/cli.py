@@ -1,0 +1,536 @@
+"""The command line: parse, call one public function, show what it returns as a table or as JSON. No logic of its own.
+
+stdout holds the result and nothing else; notes, progress and errors go to stderr. torch is imported by the commands
+that need it, so that `--help` and `info` answer at once.
+"""
+
+import contextlib
+import inspect
+import json
+import math
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from fmextract import text
+from fmextract.config import MEMORY_FORMATS, PRECISIONS, STORES, Config
+from fmextract.errors import FmextractError
+from fmextract.progress import TerminalProgress
+from fmextract.records import ModuleRow, Result
+
+if TYPE_CHECKING:
+    from fmextract.plan import Plan
+
+USAGE = 2
+SOME_FAILED = 3
+INTERRUPTED = 130
+
+# What every mistake in the usage is. Newer versions of typer bring a click of their own: it has no fixed address.
+ClickError: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
+class Interrupted(FmextractError):
+    """Ctrl-C while a command worked."""
+
+    exit_code = INTERRUPTED
+
+
+app = typer.Typer(
+    name="fmextract",
+    help="Stream images through a PyTorch model and keep the activations of its layers in HDF5.",
+    epilog="Begin with `fmextract demo`, or list the layers of a model: `fmextract layers resnet50`. "
+    "Exit codes: 0 done, 2 usage or configuration, 3 done but some images failed, 4 stopped early "
+    "(the same command resumes), 5 damaged file, 130 interrupted, 1 anything unexpected.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code. No traceback, unless --debug is given."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # a stream that a test or an embedding program put there
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        return app(arguments, prog_name="fmextract", standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except ClickError as error:
+        return _complain(f"{error.format_message()}{_where_help_is(error)}", USAGE)
+    except FmextractError as error:
+        _trace(arguments)
+        return _complain("\n".join([str(error), *getattr(error, "__notes__", ())]), error.exit_code)
+    except Exception as error:  # whatever escaped: a bug, said as one
+        _trace(arguments)
+        hint = "" if "--debug" in arguments else "; --debug shows the traceback, which helps to mend it"
+        return _complain(f"this is a bug in fmextract: {type(error).__name__}: {error}{hint}", 1)
+
+
+def _complain(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        print("error:", "\n".join(map(text.printable, message.splitlines())), file=sys.stderr)
+    return code
+
+
+def _where_help_is(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    return f"\nSee: {context.command_path} --help" if context is not None else ""
+
+
+def _trace(arguments: Sequence[str]) -> None:
+    if "--debug" in arguments:
+        traceback.print_exc()
+
+
+# ----------------------------------------------------------------------------------------------------- options
+
+
+def _option(*names: str, help: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, show_default=False)
+
+
+Json = Annotated[bool, _option("--json", help="Print the result as JSON.")]
+Debug = Annotated[bool, _option("--debug", help="Show the traceback of an error.")]
+Model = Annotated[
+    str,
+    _option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="resnet50 (any name of torchvision), timm:NAME, module:callable or path/file.py:callable.",
+    ),
+]
+Preprocessing = Annotated[
+    str | None,
+    _option(
+        "--preprocess",
+        metavar="HOW",
+        help="model (that of its weights), the name of another model, module:callable, none, or "
+        "in words: size=256,crop=224,mean=0.5,std=0.5,interpolation=bicubic. [default: model]",
+    ),
+]
+Size = Annotated[
+    str | None,
+    _option("--size", metavar="N|HxW", help="Exact size of the model's input, pixels. [default: the preprocessing's]"),
+]
+Layers = Annotated[
+    list[str] | None,
+    _option(
+        "--layer",
+        "-l",
+        metavar="SELECTOR",
+        help="What to take; repeatable. A path layer4.2.conv3, a glob 'layer?.*.conv1' (** crosses dots), "
+        "type:Conv2d, 'conv#0' (the first in order of execution; 'conv#-1' the last). Suffixes: :2 second call, @in "
+        "the input, [1] a member, =mean a reducer. [default: the model's main parts]",
+    ),
+]
+
+# The other options of a run, by the field of `Config` that each of them sets: type, what to write, help. Their defaults
+# live in `Config`: what is not given here is not passed on.
+_OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
+    "weights": (
+        str,
+        "WEIGHTS",
+        "default, the name of a set of weights, random:SEED, or a file (.safetensors, .pth). [default: default]",
+    ),
+    "exif": (bool, None, "Turn photos as their EXIF orientation says."),
+    "precision": (
+        str,
+        "|".join(PRECISIONS),
+        "Of the forward pass; auto takes the fastest whose measured error stays under --max-error. [default: auto]",
+    ),
+    "max_error": (
+        str,
+        "SHARE",
+        "Relative L2 error against fp32, median of the layers, that auto may cost. [default: 2%]",
+    ),
+    "batch_size": (str, "N|auto", "Images a batch; auto measures. [default: auto]"),
+    "device": (str, "DEVICE", "auto, cpu, cuda, cuda:0, mps. [default: auto]"),
+    "store": (str, "|".join(STORES), "Type of the values on disk; not every reader opens float16. [default: float32]"),
+    "clip": (bool, None, "With --store float16: clip what would overflow, instead of stopping."),
+    "keep_bits": (int, "BITS", "Mantissa bits kept; the rest is rounded away. [default: all there are]"),
+    "codec": (
+        str,
+        "gzip|zstd|lz4|none",
+        "Compression; readers of zstd and lz4 need a plugin. [default: gzip]",
+    ),
+    "level": (str, "N|auto", "Level of the codec. [default: auto, its fastest]"),
+    "memory_format": (
+        str,
+        "|".join(MEMORY_FORMATS),
+        "Of the forward pass; changes the last bits of a convolution. [default: auto]",
+    ),
+    "shard_size": (str, "SIZE", "Values, before compression, that one shard holds about, as 512MiB. [default: auto]"),
+    "workers": (str, "N|auto", "Threads that decode and compress. [default: auto, from the CPUs]"),
+    "limit": (int, "N", "Only the first N images. [default: all]"),
+    "seed": (int, "N", "Of everything random in the run. [default: 0]"),
+    "top": (int, "K", "Strongest images kept for each channel. [default: 9]"),
+    "compile": (bool, None, "Compile the model with torch.compile."),
+    "max_failures": (
+        str,
+        "COUNT|SHARE",
+        "Failed images allowed, as 12 or 5%; a share counts from 200 images on. [default: 5%]",
+    ),
+    "allow_outside": (bool, None, "Let a manifest name files that are not below its own folder."),
+    "overwrite": (bool, None, "Replace an earlier output of fmextract. Without it the same command resumes."),
+    "break_lock": (bool, None, "Take over an output that another run, which is surely dead, still holds."),
+}
+_SHORT = {"weights": ("-w",)}
+
+
+def _run_options() -> Iterator[inspect.Parameter]:
+    """Every field of `Config` as a parameter that typer reads."""
+    shared: dict[str, Any] = {"layers": Layers, "preprocess": Preprocessing, "size": Size}
+    for name in (field.name for field in fields(Config)):
+        kind, default = shared.get(name), None
+        if kind is None:
+            plain, metavar, help = _OPTIONS[name]
+            option = _option(f"--{name.replace('_', '-')}", *_SHORT.get(name, ()), metavar=metavar, help=help)
+            kind = Annotated[bool, option] if plain is bool else Annotated[plain | None, option]
+            default = False if plain is bool else None
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _with_run_options(command: Command) -> Command:
+    """`command` as typer sees it: with every option of a run in the place of its `**options`."""
+    own = inspect.signature(command)
+    *before, last = own.parameters.values()
+    assert last.kind is last.VAR_KEYWORD
+    positional = [parameter for parameter in before if parameter.kind is not parameter.KEYWORD_ONLY]
+    keywords = [parameter for parameter in before if parameter.kind is parameter.KEYWORD_ONLY]
+    signature = own.replace(parameters=[*positional, *_run_options(), *keywords])
+    command.__signature__ = signature  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
+    return command
+
+
+def _config(options: Mapping[str, Any]) -> Config:
+    return Config.of(**{name: value for name, value in options.items() if value is not None})
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A folder of images (recursive), a .csv, .jsonl or .txt manifest with a `path` column, or "
+        "module:callable giving a Dataset.",
+        show_default=False,
+    ),
+]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="A file name.h5, or a directory.", show_default=False)]
+Out = Annotated[
+    Path, _option("--out", "-o", metavar="OUT", help="name.h5 for one file, name/ for a directory of shards.")
+]
+
+
+# ---------------------------------------------------------------------------------------------------- commands
+
+
+@app.callback(invoke_without_command=True)
+def _fmextract(
+    context: typer.Context,
+    version: Annotated[bool, _option("--version", help="Print the version.")] = False,
+) -> int:
+    if version:
+        from importlib import metadata
+
+        _print(f"fmextract {metadata.version('fmextract')}")
+    elif context.invoked_subcommand is None:
+        _print(context.get_help())
+        return USAGE
+    return 0
+
+
+@app.command()
+@_with_run_options
+def extract(
+    source: Source,
+    model: Model,
+    out: Out,
+    *,
+    dry_run: Annotated[bool, _option("--dry-run", help="Print the plan and stop, as `fmextract plan` does.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+    **options: Any,
+) -> int:
+    """Run images through a model and keep its layers' activations.
+
+    fmextract extract photos/ -m resnet50 -l 'conv#0' -l 'layer*' -o acts.h5
+    """
+    if dry_run:
+        return plan(source, model, out, as_json=as_json, debug=debug, **options)
+    config = _config(options)
+    with _working(hint="what is done is kept: the same command goes on from there"):
+        from fmextract.run import run
+
+        result = run(source, model, out, config, TerminalProgress())
+    _show(result.as_json(), lambda: _summary(result), as_json)
+    return SOME_FAILED if _tell_failures(result) else 0
+
+
+@app.command()
+@_with_run_options
+def plan(
+    source: Source,
+    model: Model,
+    out: Annotated[Path | None, _option("--out", "-o", metavar="OUT", help="As in `extract`; may be left out.")] = None,
+    *,
+    as_json: Json = False,
+    debug: Debug = False,
+    **options: Any,
+) -> int:
+    """Say what `extract` would do, and what it would cost.
+
+    Takes the same options, measures on the first images, and writes nothing.
+
+    fmextract plan photos/ -m resnet50 -l 'layer*'
+    """
+    config = _config(options)
+    with _working():
+        from fmextract.run import make_plan
+
+        made = make_plan(source, model, out, config, TerminalProgress())
+    _show(made.as_json(), lambda: _plan(made), as_json)
+    return 0
+
+
+@app.command()
+def layers(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="As in `extract --model`; built with random weights, no download.")
+    ],
+    selectors: Layers = None,
+    preprocess: Preprocessing = None,
+    size: Size = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """List a model's layers in the order of execution.
+
+    fmextract layers resnet50 -l 'type:Conv2d'
+    """
+    with _working():
+        from fmextract.run import describe
+
+        rows = describe(model, preprocess=preprocess or "model", size=size, selectors=tuple(selectors or ()))
+    _show([asdict(row) for row in rows], lambda: _modules(rows), as_json)
+    return 0
+
+
+@app.command()
+def info(out: Output, as_json: Json = False, debug: Debug = False) -> int:
+    """Say what an output holds: its run, rows and layers.
+
+    fmextract info acts.h5
+    """
+    with _working():
+        from fmextract import reader
+
+        with reader.open(out) as acts:
+            said = acts.info()
+    _show(said, lambda: _info(said), as_json)
+    return 0
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, _option("--out", "-o", metavar="DIR", help="Where to put it. [default: demo/]")] = Path(
+        "demo"
+    ),
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Make a first file and picture with a trained network.
+
+    Photos out of scikit-image run through EfficientNet-Lite0; nothing is downloaded.
+
+    pip install 'fmextract[demo]' && fmextract demo
+    """
+    with _working():
+        from fmextract.demo import demo as run_demo
+
+        made = run_demo(out, TerminalProgress())
+    _show(made.as_json(), lambda: str(made), as_json)
+    return 0
+
+
+@contextlib.contextmanager
+def _working(hint: str = "") -> Iterator[None]:
+    """Around the one public function of a command: what libraries and models' own code print goes to stderr."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted{'; ' if hint else ''}{hint}") from None
+
+
+# ----------------------------------------------------------------------------------------------------- showing
+
+
+def _show(data: Any, render: Callable[[], str], as_json: bool) -> None:
+    _print(json.dumps(_valid(data), indent=2) if as_json else render())
+
+
+def _print(lines: str) -> None:
+    """To stdout. A reader that has seen enough (`| head`) closes it: the work is done all the same."""
+    try:
+        print(lines, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _valid(data: Any) -> Any:
+    """What JSON can hold: NaN and infinities, which it cannot, become null."""
+    if isinstance(data, Mapping):
+        return {str(key): _valid(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_valid(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return None
+    return data
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str]) -> str:
+    """Cut to the terminal; whole where stdout is a file or a pipe."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return text.table(head, rows, right=right, width=width)
+
+
+def _summary(result: Result) -> str:
+    held = [f"{text.count(result.images, 'image')} in {text.printable(result.output)}"]
+    if result.failed:
+        held.append(f"{result.failed:,} of them failed")
+    if result.resumed_images:
+        held.append(f"{result.resumed_images:,} there before")
+    run = [f"{text.duration(result.seconds)}, {text.rate(result.images_per_second)} images/s"]
+    run.append(f"{result.device}, {result.precision}, batch size {result.batch_size}")
+    if result.limiting_stage:
+        run.append(f"limited by {result.limiting_stage}")
+    if result.bytes_stored:
+        times = result.bytes_raw / result.bytes_stored
+        run.append(
+            f"{text.byte_count(result.bytes_raw)} → {text.byte_count(result.bytes_stored)} ({times:.1f} times smaller)"
+        )
+    rows = [
+        (
+            layer.name,
+            text.shape(layer.shape),
+            layer.dtype,
+            text.byte_count(layer.bytes_stored),
+            text.share(layer.sparsity),
+            f"{layer.nonfinite:,}" if layer.nonfinite else "",
+            text.share(layer.rel_error),
+        )
+        for layer in result.layers
+    ]
+    head = ("layer", "shape", "type", "stored", "zeros", "not finite", "error")
+    layers = _table(head, rows, right=("stored", "zeros", "not finite", "error"))
+    return "\n".join([", ".join(held), "; ".join(run), "", layers])
+
+
+def _tell_failures(result: Result) -> int:
+    """The number of images that failed; the first of them, with the reason, go to stderr."""
+    if result.failed:
+        lines = [f"{text.count(result.failed, 'image')} failed; the file holds the reasons (status, message):"]
+        lines += [f"  {text.printable(key)}: {text.printable(message)}" for key, message in result.failures]
+        if result.failed > len(result.failures):
+            lines.append("  …")
+        with contextlib.suppress(OSError):
+            print("\n".join(lines), file=sys.stderr)
+    return result.failed
+
+
+def _plan(made: "Plan") -> str:
+    cost = made.estimate
+    head = [
+        f"{text.count(made.rows, 'image')} in shards of {made.shard_rows:,}: {len(made.shards):,} of them",
+        f"{made.precision} on {made.device}, batch size {made.batch_size}, {made.memory_format}",
+        f"{text.count(made.threads, 'thread')}, {made.store} with {made.codec}, level {made.level}",
+        f"{text.byte_count(cost.bytes_raw)} of values, about {text.byte_count(cost.bytes_stored)} on disk"
+        + (f", about {text.duration(cost.seconds)}" if cost.seconds else "")
+        + (f", {text.byte_count(cost.bytes_peak)} of memory" if cost.bytes_peak else ""),
+    ]
+    rows = [
+        (
+            layer.name,
+            layer.module_type,
+            text.shape(layer.shape),
+            ", ".join(layer.axes),
+            layer.dtype,
+            layer.compute_dtype,
+            text.byte_count(cost.stored_per_image.get(layer.name, 0)),
+            text.share(layer.rel_error),
+        )
+        for layer in made.layers
+    ]
+    columns = ("layer", "type", "shape", "axes", "on disk", "computed in", "bytes/image", "error")
+    return "\n".join([*head, "", _table(columns, rows, right=("bytes/image", "error"))])
+
+
+def _modules(rows: Sequence[ModuleRow]) -> str:
+    head = ("index", "path", "number", "type", "calls", "shape", "bytes/image", "sees", "note")
+    lines = [
+        (
+            row.index if row.index >= 0 else "",
+            row.path,
+            row.number,
+            row.type,
+            row.calls if row.calls != 1 else "",
+            text.shape(row.shape),
+            text.byte_count(row.bytes) if row.bytes else "",
+            f"{text.shape([round(side) for side in row.field.size])} px" if row.field else "",
+            row.refused or ("overwritten later; kept as it was" if row.overwritten else ""),
+        )
+        for row in rows
+    ]
+    return _table(head, lines, right=("index", "calls", "bytes/image", "sees"))
+
+
+def _info(said: Mapping[str, Any]) -> str:
+    facts = [
+        ("output", said["path"]),
+        ("format", f"{said['format']}, {text.count(said['files'], 'file')}"),
+        ("model", said["model"]),
+        ("weights", f"sha256 {said['weights_sha256']}" if said["weights_sha256"] else None),
+        ("precision", said["precision"]),
+        ("created", said["created"]),
+        ("rows", f"{said['rows']:,}" + (f", {said['failed']:,} of them failed" if said["failed"] else "")),
+        ("values", f"{text.byte_count(said['bytes_raw'])} → {text.byte_count(said['bytes_stored'])} on disk"),
+    ]
+    lines = [f"{name:9}  {text.printable(value)}" for name, value in facts if value is not None]
+    lines += [
+        f"  {text.printable(failure['key'])}: {text.printable(failure['message'])}" for failure in said["failures"]
+    ]
+    rows = [
+        (
+            layer["name"],
+            text.shape(layer["shape"]),
+            ", ".join(layer["axes"]),
+            layer["dtype"],
+            layer["compute_dtype"],
+            layer["codec"],
+            text.byte_count(layer["bytes_stored"]),
+            f"{layer['ratio']:.1f}" if layer["ratio"] else "",
+        )
+        for layer in said["layers"]
+    ]
+    head = ("layer", "shape", "axes", "type", "computed in", "codec", "stored", "ratio")
+    return "\n".join([*lines, "", _table(head, rows, right=("stored", "ratio"))])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,654 @@
+"""The staged pipeline: from rows of a source to published shards.
+
+    decode (threads) → forward (the caller's thread) → cut into chunks (a thread) → encode (threads) → write (a thread)
+
+Every queue is bounded, rows keep their order, and the first error of any stage ends all of them. What a shard holds
+depends on the plan and the images alone, not on the number of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fmextract import codecs, images, index, store
+from fmextract.channel import Channel, Closed
+from fmextract.config import FailureBudget
+from fmextract.device import Download, Transfers, transfers
+from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
+from fmextract.planning import Plan
+from fmextract.precision import numerics, to_memory_format
+from fmextract.records import FileInfo, LayerSpec, Preprocess, Progress, SampleTable, Source, Status
+from fmextract.stats import RunningStats
+from fmextract.taps import Capture, Forward
+
+FLOAT16_MAX = 65504.0
+AHEAD = 2  # batches that are being decoded while one runs
+DEPTH = 2  # batches of activations on the host: one being encoded, one arriving
+PAYLOADS = 64  # encoded chunks, of at most about 1 MiB, that wait for the disk
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the pipeline needs beside the plan: things that cannot be written down in one."""
+
+    plan: Plan
+    info: FileInfo
+    source: Source
+    preprocess: images.Preprocessing | None
+    exif: bool
+    input_shape: tuple[int, ...]
+    ready: bool  # the images are the model's inputs already: float, not to be normalised
+    model: nn.Module
+    forward: Forward
+    capture: Capture
+    device: torch.device
+    budget: FailureBudget
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a run counts as it goes: busy seconds of each stage (summed over its threads), failures, shards."""
+
+    busy: dict[str, float] = field(default_factory=dict)
+    threads: dict[str, int] = field(default_factory=dict)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    failed: int = 0
+    seen: int = 0
+    smallest_batch: int = 0
+    records: list[index.ShardRecord] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            self.busy[stage] = self.busy.get(stage, 0.0) + seconds
+
+
+def run_shards(work: Work, directory: Path, shards: Sequence[range], progress: Progress, tally: Tally) -> None:
+    """Extract the rows of `shards` and publish each as a file in `directory`, in order.
+
+    Raises TooManyFailures, NoSpace, DeviceLost, CaptureError, or what else went wrong; published shards stay, the
+    shard in flight leaves no file. No thread of it is alive afterwards.
+    """
+    pipeline = _Pipeline(work, directory, tally)
+    try:
+        with numerics(work.plan.precision, work.device):
+            for shard in shards:
+                pipeline.extract(shard, shards, progress)
+        pipeline.finish()
+    except BaseException as error:
+        pipeline.abort()
+        if isinstance(error, Closed) and pipeline.failure is not None:
+            raise pipeline.failure from None  # a stage failed and closed the queues: its error is the one to tell
+        raise
+    finally:
+        pipeline.close()
+
+
+# ---------------------------------------------------------------------------------------------- decode
+
+
+@dataclass(slots=True)
+class _Decoding:
+    """A batch on its way: `outcomes[i]` gives (height, width, None or the SampleError) of row `rows[i]`."""
+
+    rows: range
+    buffer: torch.Tensor
+    outcomes: list[Future[tuple[int, int, SampleError | None]]]
+
+
+class _Decoder:
+    """Decodes rows into batch buffers on a pool of threads, `AHEAD` batches before they are needed."""
+
+    def __init__(self, work: Work, pool: ThreadPoolExecutor, moves: Transfers, tally: Tally) -> None:
+        self._work, self._pool, self._moves, self._tally = work, pool, moves, tally
+        self._shape = (work.plan.batch_size, *work.input_shape)
+
+    def batches(self, shards: Sequence[range]) -> Iterator[_Decoding]:
+        """Batches of the shards in order; none crosses a shard."""
+        ahead: deque[_Decoding] = deque()
+        for shard in shards:
+            for start in range(shard.start, shard.stop, self._work.plan.batch_size):
+                ahead.append(self._schedule(range(start, min(start + self._work.plan.batch_size, shard.stop))))
+                if len(ahead) > AHEAD:
+                    yield ahead.popleft()
+        yield from ahead
+
+    def _schedule(self, rows: range) -> _Decoding:
+        buffer = self._moves.input_buffer(self._shape, torch.float32 if self._work.ready else torch.uint8)
+        buffer[len(rows) :].zero_()  # a short batch is padded with black images
+        return _Decoding(rows, buffer, [self._pool.submit(self._decode, row, buffer[i]) for i, row in enumerate(rows)])
+
+    def _decode(self, row: int, into: torch.Tensor) -> tuple[int, int, SampleError | None]:
+        started = time.perf_counter()
+        try:
+            image = images.decode(self._work.source.load(row), self._work.preprocess, exif=self._work.exif)
+            if image.ready != self._work.ready or image.pixels.shape != into.shape:
+                raise SampleError(
+                    Status.UNDECODABLE,
+                    f"gives an input of {tuple(image.pixels.shape)}, expected {tuple(into.shape)} as the first image",
+                )
+            into.copy_(image.pixels)
+            return image.height, image.width, None
+        except SampleError as error:
+            into.zero_()  # a failed row keeps its place as a black image
+            return 0, 0, error
+        finally:
+            self._tally.add("decode", time.perf_counter() - started)
+
+
+# ------------------------------------------------------------------------------------------ cut, encode
+
+
+Piece = torch.Tensor | int  # a tensor of rows, or a number of failed rows, which are stored as the fill value
+
+
+@dataclass(slots=True)
+class _Chunk:
+    """One chunk of one layer, still as pieces of captured tensors."""
+
+    layer: int
+    at: tuple[int, ...]
+    pieces: list[Piece]
+
+
+class _Cutter:
+    """Cuts the rows of one layer, as they come, into chunks. Rows of unfinished chunks are copied; others are views."""
+
+    def __init__(self, layer: int, spec: LayerSpec) -> None:
+        self._layer, self._spec = layer, spec
+        self._images = spec.chunk[0]
+        self._grid = store.chunk_grid(spec.shape, spec.chunk[1:])
+        self._staged: list[Piece] = []
+        self._row = 0
+
+    def add(self, rows: torch.Tensor, failed: Sequence[bool]) -> Iterator[_Chunk]:
+        """`rows` (n, *shape) follow the rows before; rows whose `failed` is set are replaced by the fill value."""
+        n, at = len(failed), 0
+        while at < n:
+            missing = self._images - self._row % self._images
+            take = min(missing, n - at)
+            whole = take == self._images
+            pieces = list(_runs(rows, failed, at, at + take, copy=not whole))
+            at, self._row = at + take, self._row + take
+            if whole:
+                yield from self._chunks(pieces)
+            else:
+                self._staged += pieces
+                if take == missing:
+                    yield from self.flush()
+
+    def flush(self) -> Iterator[_Chunk]:
+        """The unfinished chunk at the end of a shard, if there is one."""
+        if self._staged:
+            staged, self._staged = self._staged, []
+            yield from self._chunks(staged)
+
+    def _chunks(self, pieces: list[Piece]) -> Iterator[_Chunk]:
+        image = (self._row - 1) // self._images
+        for part in np.ndindex(self._grid):
+            window = tuple(slice(i * step, (i + 1) * step) for i, step in zip(part, self._spec.chunk[1:], strict=True))
+            cut = [
+                p if isinstance(p, int) or self._grid == (1,) * len(self._grid) else p[(slice(None), *window)]
+                for p in pieces
+            ]
+            yield _Chunk(self._layer, (image, *part), cut)
+
+
+def _runs(rows: torch.Tensor, failed: Sequence[bool], start: int, stop: int, copy: bool) -> Iterator[Piece]:
+    """Rows start..stop as few pieces: runs of good rows, and counts of failed ones."""
+    while start < stop:
+        end = start
+        while end < stop and failed[end] == failed[start]:
+            end += 1
+        if failed[start]:
+            yield end - start
+        else:
+            yield rows[start:end].clone(memory_format=torch.contiguous_format) if copy else rows[start:end]
+        start = end
+
+
+@dataclass(slots=True)
+class _Encoded:
+    payload: bytes
+    digest: bytes
+    overflowed: int
+
+
+class _Encoder:
+    """Turns chunks into stored bytes on a pool of threads."""
+
+    def __init__(self, plan: Plan, tally: Tally) -> None:
+        self._plan, self._tally = plan, tally
+
+    def __call__(self, chunk: _Chunk, done: Callable[[], None]) -> _Encoded:
+        started = time.perf_counter()
+        try:
+            return self._encode(chunk)
+        finally:
+            done()
+            self._tally.add("encode", time.perf_counter() - started)
+
+    def _encode(self, chunk: _Chunk) -> _Encoded:
+        plan, spec = self._plan, self._plan.layers[chunk.layer]
+        values = int(np.prod(spec.chunk))
+        narrow = spec.dtype == "float16" and spec.compute_dtype != "float16"
+        bfloat16 = spec.compute_dtype == "bfloat16" and not narrow
+        arrays: list[np.ndarray[Any, Any]] = []
+        overflowed = 0
+        for piece in self._padded(chunk, spec):
+            if isinstance(piece, int):
+                arrays.append(_fill(piece, spec, bfloat16))
+            elif narrow:
+                array, over = _narrowed(piece, plan.clip)
+                arrays.append(array)
+                overflowed += over
+            else:
+                arrays.append(_array(piece))
+        payload = codecs.encode(
+            arrays,
+            codec=plan.codec,
+            level=plan.level,
+            dtype=spec.dtype,
+            values=values,
+            keep_bits=plan.keep_bits if np.dtype(spec.dtype).kind == "f" else None,
+            bfloat16=bfloat16,
+        )
+        return _Encoded(payload, store.chunk_digest(payload), overflowed)
+
+    @staticmethod
+    def _padded(chunk: _Chunk, spec: LayerSpec) -> Iterator[Piece]:
+        """The pieces with the edge of a split layer filled up to the full chunk."""
+        for piece in chunk.pieces:
+            if isinstance(piece, int) or piece.shape[1:] == spec.chunk[1:]:
+                yield piece
+            else:
+                full = piece.new_zeros((piece.shape[0], *spec.chunk[1:]))
+                if piece.is_floating_point():
+                    full.fill_(float("nan"))
+                full[tuple(slice(size) for size in piece.shape)] = piece
+                yield full
+
+
+def _array(piece: torch.Tensor) -> np.ndarray[Any, Any]:
+    """A C-contiguous array over the values of `piece`; bfloat16 as its uint16 bit patterns."""
+    piece = piece.contiguous()
+    if piece.dtype == torch.bfloat16:
+        return piece.view(torch.int16).numpy().view(np.uint16)
+    return piece.numpy()
+
+
+def _fill(rows: int, spec: LayerSpec, bfloat16: bool) -> np.ndarray[Any, Any]:
+    shape = (rows, *spec.chunk[1:])
+    return np.full(shape, 0x7FC0, np.uint16) if bfloat16 else np.full(shape, codecs.fill_value(spec.dtype), spec.dtype)
+
+
+def _narrowed(piece: torch.Tensor, clip: bool) -> tuple[np.ndarray[Any, Any], int]:
+    """(float32 values that fit into float16, how many finite ones did not)."""
+    wide = piece.to(torch.float32)
+    over = (wide.abs() > FLOAT16_MAX) & wide.isfinite()
+    count = int(over.count_nonzero())
+    if count and clip:
+        wide = torch.where(over, wide.clamp(-FLOAT16_MAX, FLOAT16_MAX), wide)
+    return wide.contiguous().numpy(), count
+
+
+# ------------------------------------------------------------------------------------------------ write
+
+
+@dataclass(slots=True)
+class _Captured:
+    """The activations of some rows of a batch, on their way to the host."""
+
+    download: Download
+    failed: list[bool]
+
+
+@dataclass(slots=True)
+class _ShardEnd:
+    """All rows of a shard have been captured: what stands beside its activations."""
+
+    rows: range
+    samples: SampleTable
+    stats: Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
+    batch_size: int
+    extra: Mapping[str, Any]
+
+
+@dataclass(slots=True)
+class _Pending:
+    chunk: _Chunk
+    encoded: Future[_Encoded]
+
+
+class _Writer:
+    """The one thread that owns HDF5: opens, fills, finishes and publishes one shard after the other."""
+
+    def __init__(self, work: Work, directory: Path, shards: Iterator[range], tally: Tally) -> None:
+        self._work, self._directory, self._shards, self._tally = work, directory, shards, tally
+        self._open: store.ShardWriter | None = None
+        self._overflowed: dict[str, int] = {}
+
+    def write(self, item: _Pending | _ShardEnd) -> None:
+        if isinstance(item, _ShardEnd):
+            started = time.perf_counter()
+            self._publish(item)
+        else:
+            encoded = item.encoded.result()
+            started = time.perf_counter()
+            self._count_overflow(item.chunk.layer, encoded.overflowed)
+            self._current().write_chunk(item.chunk.layer, item.chunk.at, encoded.payload, encoded.digest)
+        self._tally.add("write", time.perf_counter() - started)
+
+    def _current(self) -> store.ShardWriter:
+        if self._open is None:
+            rows = next(self._shards)
+            plan = self._work.plan
+            name = index.shard_name(rows.start // plan.shard_rows)
+            path = self._directory / f".{name}.tmp"
+            self._open = store.ShardWriter(path, rows, plan.layers, self._work.info, plan.codec, plan.level)
+        return self._open
+
+    def _count_overflow(self, layer: int, count: int) -> None:
+        if not count:
+            return
+        name = self._work.plan.layers[layer].name
+        if not self._work.plan.clip:
+            raise ConfigError(
+                f"layer {name!r} has values beyond ±{FLOAT16_MAX:.0f}, which float16 cannot hold. Use --store float32,"
+                " or --clip to store the largest float16 instead (the number of clipped values is kept in the file)."
+            )
+        self._overflowed[name] = self._overflowed.get(name, 0) + count
+
+    def _publish(self, end: _ShardEnd) -> None:
+        writer = self._current()
+        clipped = {name: {"clipped": np.int64(count)} for name, count in self._overflowed.items()}
+        digest = writer.finish(end.samples, end.stats, clipped)
+        self._open, self._overflowed = None, {}
+        final = self._directory / index.shard_name(end.rows.start // self._work.plan.shard_rows)
+        index.publish(writer.path, final)
+        record = index.record_shard(
+            final,
+            rows=end.rows,
+            statuses=end.samples.status,
+            content_digest=digest,
+            batch_size=end.batch_size,
+            extra=end.extra,
+        )
+        self._tally.records.append(record)
+
+    def abort(self) -> None:
+        if self._open is not None:
+            self._open.abort()
+
+
+# --------------------------------------------------------------------------------------------- pipeline
+
+
+class _Pipeline:
+    """The threads and queues of one run, and the forward passes between them."""
+
+    def __init__(self, work: Work, directory: Path, tally: Tally) -> None:
+        self._work, self._directory, self._tally = work, directory, tally
+        plan = work.plan
+        self._micro = plan.batch_size
+        self._moves = transfers(work.device, DEPTH)
+        self._decode_pool = _pool("fmextract-decode", plan.threads)
+        self._encode_pool = _pool("fmextract-encode", plan.threads)
+        tally.threads |= {"decode": plan.threads, "forward": 1, "encode": plan.threads, "write": 1}
+        self._captured: Channel[_Captured | _ShardEnd | None] = Channel(DEPTH + 1)
+        self._pending: Channel[_Pending | _ShardEnd | None] = Channel(PAYLOADS)
+        self.failure: BaseException | None = None
+        self._threads: list[threading.Thread] = []
+        self._batches: Iterator[_Decoding] | None = None
+        self._writer: _Writer | None = None
+
+    # ---- the caller's thread
+
+    def extract(self, shard: range, shards: Sequence[range], progress: Progress) -> None:
+        """Decode, run and capture the rows of one shard; the other threads store them meanwhile."""
+        if self._batches is None:
+            self._batches = _Decoder(self._work, self._decode_pool, self._moves, self._tally).batches(shards)
+            self._start(iter(shards))
+        source, plan = self._work.source, self._work.plan
+        samples = SampleTable.empty(shard.start, [source.key(r) for r in shard], [source.label(r) for r in shard])
+        stats = [self._statistics(spec) for spec in plan.layers]
+        smallest = plan.batch_size
+        for _ in range(0, len(shard), plan.batch_size):
+            batch = next(self._batches)
+            self._collect(batch, samples)
+            self._run(batch, samples, stats)
+            smallest = min(smallest, self._micro)
+            progress.advance(len(batch.rows), self._tally.failed)
+            self._check_budget()
+        results = {s.name: r.result() for s, r in zip(plan.layers, stats, strict=True) if r is not None}
+        self._tally.smallest_batch = smallest
+        self._captured.put(_ShardEnd(shard, samples, results, smallest, {}))
+
+    def _statistics(self, spec: LayerSpec) -> RunningStats | None:
+        if spec.channel_axis is None:
+            return None
+        return RunningStats(spec.shape, spec.axes, self._work.plan.top, self._work.device)
+
+    def _collect(self, batch: _Decoding, samples: SampleTable) -> None:
+        """Wait for the images of a batch; note size and failure of each."""
+        for row, outcome in zip(batch.rows, batch.outcomes, strict=True):
+            i = row - samples.start
+            samples.height[i], samples.width[i], error = outcome.result()
+            if error is not None:
+                self._fail(samples, row, error)
+        self._tally.seen += len(batch.rows)
+
+    def _fail(self, samples: SampleTable, row: int, error: SampleError) -> None:
+        i = row - samples.start
+        samples.status[i], samples.message[i] = int(error.status), str(error)
+        self._tally.failed += 1
+        if len(self._tally.failures) < 20:
+            self._tally.failures.append((samples.keys[i], str(error)))
+
+    def _check_budget(self) -> None:
+        if self._work.budget.exceeded(self._tally.failed, self._tally.seen):
+            key, message = self._tally.failures[0]
+            raise TooManyFailures(
+                f"{self._tally.failed} of {self._tally.seen} images failed, more than --max-failures"
+                f" {self._work.budget} allows. The first: {key!r}: {message}."
+                " The same command resumes; --max-failures sets another budget."
+            )
+
+    def _run(self, batch: _Decoding, samples: SampleTable, stats: Sequence[RunningStats | None]) -> None:
+        """Forward a batch, in pieces of `self._micro` rows where memory forced that, and hand its activations on."""
+        started = time.perf_counter()
+        pixels = self._moves.upload(batch.buffer)
+        inputs = self._inputs(pixels)
+        at = 0
+        while at < len(batch.rows):
+            rows = batch.rows[at : at + self._micro]
+            try:
+                tensors = self._forward(inputs[at : at + self._micro], rows, samples)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                self._halve(error)
+                continue
+            failed = [samples.status[row - samples.start] != Status.OK for row in rows]
+            kept = [tensor[: len(rows)] for tensor in tensors]
+            for running, tensor in zip(stats, kept, strict=True):
+                if running is not None:
+                    running.update(tensor, rows.start, [not bad for bad in failed])
+            self._tally.add("forward", time.perf_counter() - started)
+            self._captured.put(_Captured(self._moves.download(kept), failed))
+            started = time.perf_counter()
+            at += len(rows)
+
+    def _inputs(self, pixels: torch.Tensor) -> torch.Tensor:
+        if self._work.ready:
+            made = pixels.clone()
+        else:
+            assert isinstance(self._work.preprocess, Preprocess)
+            made = images.normalise(pixels, self._work.preprocess)
+        return to_memory_format(made, self._work.plan.memory_format)
+
+    def _halve(self, error: BaseException) -> None:
+        if self._micro == 1:
+            raise DeviceLost(
+                f"the device has not enough memory for one image: {error}. Ask for fewer layers, or use --device cpu."
+            ) from error
+        self._micro = (self._micro + 1) // 2
+
+    def _forward(self, inputs: torch.Tensor, rows: range, samples: SampleTable) -> list[torch.Tensor]:
+        try:
+            return self._work.capture.forward(self._work.forward, inputs)
+        except (CaptureError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise MemoryError(str(error)) from error
+            return self._one_by_one(inputs, rows, samples, error)
+
+    def _one_by_one(
+        self, inputs: torch.Tensor, rows: range, samples: SampleTable, error: Exception
+    ) -> list[torch.Tensor]:
+        """The batch made the model raise: run each image among black ones, and fail those that raise alone.
+
+        Position and neighbours never change a bit of a row, so the others come out as they would have.
+        """
+        neutral = torch.zeros_like(inputs)
+        try:
+            made = [t.clone() for t in self._work.capture.forward(self._work.forward, neutral)]
+        except Exception:
+            raise DeviceLost(f"the model fails on any input, first at row {rows.start}: {error}") from error
+        for i, row in enumerate(rows):
+            if samples.status[row - samples.start] != Status.OK:
+                continue
+            alone = neutral.clone()
+            alone[i] = inputs[i]
+            try:
+                tensors = self._work.capture.forward(self._work.forward, alone)
+            except CaptureError:
+                raise
+            except Exception as its:  # whatever a model raises for this one image is that image's verdict
+                self._fail(samples, row, SampleError(Status.FORWARD_FAILED, f"{type(its).__name__}: {its}"))
+                continue
+            for kept, tensor in zip(made, tensors, strict=True):
+                kept[i] = tensor[i]
+        return made
+
+    # ---- the other threads
+
+    def _start(self, shards: Iterator[range]) -> None:
+        self._writer = _Writer(self._work, self._directory, shards, self._tally)
+        for name, work in (("cut", self._cut), ("write", self._write)):
+            thread = threading.Thread(target=self._guarded, args=(work,), name=f"fmextract-{name}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        try:
+            with suppress(Closed):
+                work()
+        except BaseException as error:  # kept for the caller's thread, which raises it
+            self.failure = self.failure or error
+            self._close_channels()
+
+    def _cut(self) -> None:
+        torch.set_num_threads(1)  # it copies a few rows at most
+        encode = _Encoder(self._work.plan, self._tally)
+        cutters = [_Cutter(i, spec) for i, spec in enumerate(self._work.plan.layers)]
+        while (item := self._captured.get()) is not None:
+            if isinstance(item, _ShardEnd):
+                chunks = [chunk for cutter in cutters for chunk in cutter.flush()]
+                self._submit(encode, chunks, lambda: None)
+                self._pending.put(item)
+                cutters = [_Cutter(i, spec) for i, spec in enumerate(self._work.plan.layers)]
+            else:
+                tensors = item.download.wait()
+                chunks = [c for cutter, t in zip(cutters, tensors, strict=True) for c in cutter.add(t, item.failed)]
+                self._submit(encode, chunks, item.download.release)
+        self._pending.put(None)
+
+    def _submit(self, encode: _Encoder, chunks: Sequence[_Chunk], release: Callable[[], None]) -> None:
+        """Encode on the pool; `release` once the last of these chunks no longer needs its tensors."""
+        done = _Countdown(len(chunks), release)
+        for chunk in chunks:
+            self._pending.put(_Pending(chunk, self._encode_pool.submit(encode, chunk, done)))
+
+    def _write(self) -> None:
+        assert self._writer is not None
+        while (item := self._pending.get()) is not None:
+            self._writer.write(item)
+
+    # ---- the end
+
+    def finish(self) -> None:
+        """Wait until everything is stored. Raises what a stage raised."""
+        if self._threads:
+            self._captured.put(None)
+        for thread in self._threads:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def abort(self) -> None:
+        """Drop what is in flight; the shard being written leaves no file."""
+        self._close_channels()
+        for thread in self._threads:
+            thread.join()
+        if self._writer is not None:
+            self._writer.abort()
+
+    def close(self) -> None:
+        for pool in (self._decode_pool, self._encode_pool):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _close_channels(self) -> None:
+        self._moves.close()
+        self._captured.close()
+        self._pending.close()
+
+
+class _Countdown:
+    """Calls `action` when it was called as often as there are tasks; at once where there are none."""
+
+    def __init__(self, tasks: int, action: Callable[[], None]) -> None:
+        self._left, self._action, self._lock = tasks, action, threading.Lock()
+        if not tasks:
+            action()
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._action()
+
+
+def _pool(name: str, threads: int) -> ThreadPoolExecutor:
+    """Threads whose torch operations do not start teams of threads of their own: the pool is the parallelism."""
+    pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
+    meet = threading.Barrier(threads + 1)
+
+    def alone() -> None:
+        torch.set_num_threads(1)
+        meet.wait()
+
+    before = torch.get_num_threads()
+    for _ in range(threads):
+        pool.submit(alone)
+    meet.wait()
+    # The number is the thread's own for OpenMP but the process's for MKL: say again what holds for this thread.
+    torch.set_num_threads(before)
+    return pool
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)

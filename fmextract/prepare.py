@@ -1,0 +1,379 @@
+"""Before a run: open the source, lend and probe the model, resolve every `auto`, and write down the plan."""
+
+from __future__ import annotations
+
+import os
+import platform
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+
+from fmextract import choose, codecs, device, images, models, planning, precision, reducers, taps
+from fmextract.config import Config
+from fmextract.errors import FmextractError, LayerError, SampleError, SourceError
+from fmextract.planning import Plan
+from fmextract.records import LayerSpec, ModuleRow, Preprocess, Progress, Source
+from fmextract.sources import open_source
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything a run needs to know of its source and model before it can be planned.
+
+    The model is on `device`, in evaluation mode, and given back when the `prepare` block ends.
+    """
+
+    config: Config
+    source: Source
+    loaded: models.LoadedModel
+    device: torch.device
+    memory_format: str
+    input_shape: tuple[int, ...]
+    ready: bool
+    probed: tuple[taps.Probed, ...]
+    reductions: tuple[reducers.Reduction | None, ...]
+    stop: taps.Event | None
+    notes: tuple[str, ...]
+
+    def forward(self, batch: torch.Tensor) -> Any:
+        """The model's forward pass."""
+        return self.loaded.module(batch)
+
+
+@contextmanager
+def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iterator[Prepared]:
+    """Open, build, survey, probe. Raises SourceError, ModelError, LayerError or ConfigError, each with what to do."""
+    codecs.codec_named(config.codec).checked_level(config.level)
+    where = device.pick(config.device)
+    if config.precision != "auto":
+        precision.check(config.precision, where)
+    opened = open_source(source, limit=config.limit, allow_outside=config.allow_outside)
+    loaded = models.load_model(model, config.weights, config.preprocess, config.size)
+    input_shape, ready = _input_shape(opened, loaded, config)
+    memory_format = precision.resolve_memory_format(config.memory_format, loaded.module)
+    if where.type == "cpu":
+        precision.keep_freed_memory()
+    with precision.lent(loaded.module, where), precision.numerics("fp32", where):
+        probed, stop, notes = _probe(loaded, config.layers, input_shape, where)
+    reductions = tuple(_reduction(p) for p in probed)
+    for note in notes:
+        progress.note(note)
+    yield Prepared(
+        config, opened, loaded, where, memory_format, input_shape, ready, probed, reductions, stop, tuple(notes)
+    )
+
+
+def _input_shape(source: Source, loaded: models.LoadedModel, config: Config) -> tuple[tuple[int, ...], bool]:
+    """(channel, y, x) of the model's input, and whether images are inputs as they come.
+
+    Looks at the first image that can be read, since a Dataset may give finished tensors of any shape.
+    """
+    preprocess = loaded.preprocess
+    first: SampleError | None = None
+    for row in range(min(len(source), 100)):
+        try:
+            image = images.decode(source.load(row), preprocess, exif=config.exif)
+            return tuple(image.pixels.shape), image.ready
+        except SampleError as error:
+            first = first or error
+    if isinstance(preprocess, Preprocess) and preprocess.size is not None:
+        return (len(preprocess.mean), *preprocess.size), False
+    raise SourceError(f"none of the first images of {source.name} can be read. The first: {first}")
+
+
+def _probe(
+    loaded: models.LoadedModel, selectors: Sequence[str], input_shape: tuple[int, ...], where: torch.device
+) -> tuple[tuple[taps.Probed, ...], taps.Event | None, list[str]]:
+    module = loaded.module
+    noise = torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(0)).to(where)
+    seen = _surveyed(module, noise)
+    wanted = taps.resolve(selectors or taps.default_selectors(module, seen), seen)
+    probed, refused = taps.probe(module, module, wanted, input_shape, where)
+    notes = []
+    for refusal in refused:
+        if (selectors and refusal.tap.explicit) or not probed:
+            raise LayerError(f"layer {refusal.tap.name!r} cannot be stored row by row: {refusal.why}")
+        notes.append(f"left out {refusal.tap.name!r}: {refusal.why}")
+    return tuple(probed), seen.stop_before([p.tap for p in probed]), notes
+
+
+def _surveyed(module: torch.nn.Module, noise: torch.Tensor) -> taps.Survey:
+    try:
+        return taps.survey(module, module, noise)
+    except FmextractError:
+        raise
+    except Exception as error:
+        shape = " x ".join(map(str, noise.shape[1:]))
+        raise LayerError(
+            f"the model fails on an input of {shape} (channel x height x width): {type(error).__name__}: {error}."
+            " Another input size is set by --size, another preprocessing by --preprocess."
+        ) from error
+
+
+def _reduction(probed: taps.Probed) -> reducers.Reduction | None:
+    if not probed.tap.reducer:
+        return None
+    try:
+        return reducers.reduction(probed.tap.reducer, probed.shape, probed.axes)
+    except LayerError as error:
+        raise LayerError(f"layer {probed.tap.name!r}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------- plan
+
+
+def plan_for(prepared: Prepared, progress: Progress) -> Plan:
+    """What a run of `prepared` will do. Measures what `auto` leaves open."""
+    config, rows = prepared.config, len(prepared.source)
+    chosen = choose.choose(
+        choose.Question(
+            module=prepared.loaded.module,
+            forward=prepared.forward,
+            device=prepared.device,
+            memory_format=prepared.memory_format,
+            probed=prepared.probed,
+            reducers=reduce_functions(prepared),
+            stop=prepared.stop,
+            inputs=lambda n: _first_inputs(prepared, n),
+            precision=config.precision,
+            max_error=config.max_error,
+            batch_size=config.batch_size,
+            rows=rows,
+        )
+    )
+    layers = tuple(_layer_spec(prepared, i, chosen, rows) for i in range(len(prepared.probed)))
+    for note in chosen.notes:
+        progress.note(note)
+    wanted = config.shard_size or planning.SHARD_BYTES
+    per_image = max(1, sum(layer.values * np.dtype(layer.dtype).itemsize for layer in layers) // 2)
+    by_bytes = max(1, wanted // per_image)
+    return Plan(
+        run_id=uuid.uuid4().hex,
+        rows=rows,
+        layers=layers,
+        precision=chosen.precision,
+        memory_format=prepared.memory_format,
+        batch_size=chosen.batch_size,
+        device=str(prepared.device),
+        threads=config.workers or _cores(),
+        codec=config.codec,
+        level=codecs.codec_named(config.codec).checked_level(config.level),
+        store=config.store,
+        keep_bits=config.keep_bits,
+        clip=config.clip,
+        top=config.top,
+        shard_rows=planning.shard_length(layers, chosen.batch_size, rows, by_bytes),
+        identity=identity(prepared),
+        config=config.as_json(),
+        info=_describe_run(prepared),
+        versions=_versions(),
+        notes=(*prepared.notes, *chosen.notes),
+    )
+
+
+def reduce_functions(prepared: Prepared) -> list[Callable[[torch.Tensor], torch.Tensor] | None]:
+    """What each tap's tensor becomes in the hook, None where it is kept whole."""
+    return [None if r is None else r.apply for r in prepared.reductions]
+
+
+def _first_inputs(prepared: Prepared, n: int) -> torch.Tensor:
+    """The first `n` images that can be read, as inputs of the model in float32 on its device (repeated if fewer)."""
+    made: list[torch.Tensor] = []
+    source, preprocess = prepared.source, prepared.loaded.preprocess
+    for row in range(min(len(source), 4 * n + 16)):
+        if len(made) == n:
+            break
+        try:
+            image = images.decode(source.load(row), preprocess, exif=prepared.config.exif)
+        except SampleError:
+            continue
+        if image.pixels.shape == prepared.input_shape:
+            made.append(image.pixels)
+    if not made:
+        made = [torch.zeros(prepared.input_shape, dtype=torch.float32 if prepared.ready else torch.uint8)]
+    batch = torch.stack([made[i % len(made)] for i in range(n)]).to(prepared.device)
+    if not prepared.ready:
+        assert isinstance(preprocess, Preprocess)
+        batch = images.normalise(batch, preprocess)
+    return precision.to_memory_format(batch, prepared.memory_format)
+
+
+# How a tensor of the forward pass lies on disk. Everything of half precision is widened, exactly.
+_ON_DISK = {
+    torch.float32: "float32",
+    torch.bfloat16: "float32",
+    torch.float16: "float32",
+    torch.float64: "float64",
+    torch.bool: "uint8",
+    torch.uint8: "uint8",
+    torch.int8: "int8",
+    torch.int16: "int16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.uint16: "uint16",
+    torch.uint32: "uint32",
+    torch.uint64: "uint64",
+}
+
+
+def _layer_spec(prepared: Prepared, i: int, chosen: choose.Chosen, rows: int) -> LayerSpec:
+    probed, reduction, config = prepared.probed[i], prepared.reductions[i], prepared.config
+    dtype = chosen.dtypes[i]
+    if dtype not in _ON_DISK:
+        raise LayerError(f"layer {probed.tap.name!r}: values of type {dtype} cannot be stored")
+    on_disk = _ON_DISK[dtype]
+    if config.store == "float16" and on_disk == "float32":
+        on_disk = "float16"
+    shape = reduction.shape if reduction else probed.shape
+    axes = reduction.axes if reduction else probed.axes
+    return LayerSpec(
+        name=probed.tap.name,
+        module=probed.tap.module,
+        module_type=probed.tap.module_type,
+        call=probed.tap.number,
+        calls=probed.tap.calls,
+        tap=probed.tap.tap,
+        member=probed.tap.member,
+        reducer=probed.tap.reducer,
+        shape=shape,
+        axes=axes,
+        dtype=on_disk,
+        compute_dtype=str(dtype).removeprefix("torch."),
+        chunk=planning.chunk_shape(shape, axes, np.dtype(on_disk).itemsize, rows),
+        copied=probed.overwritten or i in chosen.overwritten,
+        rel_error=chosen.rel_errors[i],
+    )
+
+
+def identity(prepared: Prepared) -> dict[str, Any]:
+    """What must be the same for a run to be taken up again: everything that decides a stored value."""
+    config, loaded = prepared.config, prepared.loaded
+    return {
+        "model": loaded.name,
+        "weights": loaded.weights_sha256,
+        "preprocess": models.describe_preprocess(loaded.preprocess),
+        "input_shape": list(prepared.input_shape),
+        "exif": config.exif,
+        "layers": [p.tap.name for p in prepared.probed],
+        "precision": config.precision,
+        "memory_format": prepared.memory_format,
+        "batch_size": config.batch_size,
+        "device": prepared.device.type,
+        "store": config.store,
+        "clip": config.clip,
+        "keep_bits": config.keep_bits,
+        "codec": config.codec,
+        "level": config.level,
+        "top": config.top,
+        "source": dict(prepared.source.fingerprint()),
+    }
+
+
+def _describe_run(prepared: Prepared) -> dict[str, Any]:
+    loaded = prepared.loaded
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {
+        "title": f"Activations of {loaded.name} for {len(prepared.source)} images",
+        "source": prepared.source.name,
+        "history": f"{now} written by fmextract {_version('fmextract')}",
+        "model": loaded.name,
+        "weights": loaded.weights,
+        "weights_sha256": loaded.weights_sha256,
+        "origin": dict(loaded.origin),
+        "preprocess": models.describe_preprocess(loaded.preprocess),
+        "created": now,
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("fmextract", "torch", "torchvision", "h5py", "numpy", "pillow", "simplejpeg", "isal")
+    return {name: _version(name) for name in names} | {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+# --------------------------------------------------------------------------------------------- describe
+
+
+def describe(
+    model: Any,
+    *,
+    weights: str = "random:0",
+    preprocess: Any = "model",
+    size: str | None = None,
+    selectors: Sequence[str] = (),
+) -> list[ModuleRow]:
+    """Every module of a model as a forward pass uses it: what `fmextract layers` shows. Downloads nothing by default.
+
+    Rows in the order of execution (that in which calls end), modules that are never called last.
+    """
+    loaded = models.load_model(model, weights, preprocess, size)
+    if not isinstance(loaded.preprocess, Preprocess) or loaded.preprocess.size is None:
+        raise SourceError("the input size is not known: give --size N (or HxW)")
+    shape = (len(loaded.preprocess.mean), *loaded.preprocess.size)
+    cpu = torch.device("cpu")
+    with precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
+        noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
+        seen = _surveyed(loaded.module, noise)
+        wanted = taps.resolve(selectors or ["**", "."], seen)
+        probed, refused = taps.probe(loaded.module, loaded.module, wanted, shape, cpu)
+    return _module_rows(seen, wanted, probed, refused, everything=not selectors)
+
+
+def _module_rows(
+    seen: taps.Survey,
+    wanted: Sequence[taps.Tap],
+    probed: Sequence[taps.Probed],
+    refused: Sequence[taps.Refused],
+    everything: bool,
+) -> list[ModuleRow]:
+    numbers = {
+        path: f"{kind}#{i}"
+        for kind in sorted(set(seen.kinds.values()) - {""})
+        for i, path in enumerate(seen.numbered(kind))
+    }
+    known = {p.tap.name: p for p in probed}
+    why = {r.tap.name: r.why for r in refused}
+    rows: list[ModuleRow] = []
+    for tap in wanted:
+        found = known.get(tap.name)
+        rows.append(
+            ModuleRow(
+                index=len(rows),
+                path=tap.name,
+                type=tap.module_type,
+                number=numbers.get(tap.module, ""),
+                calls=tap.calls,
+                shape=found.shape if found else None,
+                axes=found.axes if found else (),
+                dtype=str(found.dtype).removeprefix("torch.") if found else "",
+                bytes=int(np.prod(found.shape)) * found.dtype.itemsize if found else 0,
+                overwritten=found.overwritten if found else False,
+                refused=why.get(tap.name, ""),
+            )
+        )
+    if everything:
+        silent = [path for path in seen.types if path not in seen.counts]
+        rows += [
+            ModuleRow(-1, path, seen.types[path], "", 0, None, (), "", 0, False, "never called") for path in silent
+        ]
+    return rows

@@ -1,0 +1,86 @@
+"""What a run tells a person while it goes: a bar on a terminal, single lines in a log file."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from typing import Any, TextIO
+
+from fmextract.text import count, duration, printable, rate
+
+BAR = "{percentage:3.0f}% {bar} {n:,}/{total:,} images, {rate_noinv_fmt}, {remaining} left, ends {eta:%H:%M}{postfix}"
+
+
+class TerminalProgress:
+    """A `records.Progress` on stderr: images/s, the expected end, failures. Without a terminal: notes, one last line.
+
+    A closed or full stderr never ends a run.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._bar: Any = None
+        self._total = self._done = self._new = self._failed = 0
+        self._began: float | None = None
+
+    def note(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
+            if self._bar is not None:
+                self._bar.clear()
+            self._stream.write("\n".join(map(printable, text.splitlines())) + "\n")
+            self._stream.flush()
+            if self._bar is not None:
+                self._bar.refresh()
+
+    def start(self, total: int, done: int) -> None:
+        self._total, self._done, self._new, self._failed = total, done, 0, 0
+        self._began = time.monotonic()
+        if self._stream.isatty():
+            # Not at the top: `--help` and `info` answer without it.
+            from tqdm import tqdm
+
+            # smoothing 0: the rate since the start. The first batches warm up and the last drain; a moving average
+            # would swing with both.
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                file=self._stream,
+                unit=" images",
+                smoothing=0,
+                bar_format=BAR,
+                dynamic_ncols=True,
+                leave=False,
+            )
+
+    def advance(self, images: int, failed: int) -> None:
+        self._new += images
+        self._failed = failed
+        if self._bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                if failed:
+                    self._bar.set_postfix_str(f"{failed:,} failed", refresh=False)
+                self._bar.update(images)
+
+    def finish(self) -> None:
+        if self._began is None:
+            return
+        seconds = time.monotonic() - self._began
+        self._began = None
+        if self._bar is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.close()
+            self._bar = None
+        self.note(self._last_line(seconds))
+
+    def _last_line(self, seconds: float) -> str:
+        reached = self._done + self._new
+        said = count(self._total, "image") if reached >= self._total else f"{reached:,} of {self._total:,} images"
+        parts = [f"{said} in {duration(seconds)}"]
+        if self._done:
+            parts.append(f"{self._done:,} of them were there before")
+        if self._new and seconds > 0:
+            parts.append(f"{rate(self._new / seconds)} images/s")
+        if self._failed:
+            parts.append(f"{self._failed:,} failed")
+        return ", ".join(parts)

@@ -1,0 +1,114 @@
+"""Words and numbers for people: sizes, durations, aligned tables, and keys that cannot harm a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Collection, Sequence
+
+ELLIPSIS = "…"
+NARROWEST = 8
+"""A column is not cut below this many characters: narrower says nothing."""
+
+
+def printable(text: object) -> str:
+    """`text` on one line, with control characters, bidirectional marks and lone surrogates shown as escapes.
+
+    File names may hold anything but "/" and NUL; printed as they are, they could move the cursor or paint the screen.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
+def byte_count(count: float) -> str:
+    """1536 → `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1000 or unit == "TiB":
+            break
+        count /= 1024
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """3725 → `1 h 02 min`, 65 → `1 min 05 s`, 2.5 → `2.5 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+
+
+def rate(per_second: float) -> str:
+    """1234.5 → `1,234`, 12.34 → `12.3`."""
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
+
+
+def share(fraction: float | None) -> str:
+    """0.125 → `12.5%`; a small share keeps its digits, None is empty."""
+    if fraction is None:
+        return ""
+    return f"{100 * fraction:.1f}%" if fraction >= 0.0095 or fraction == 0 else f"{100 * fraction:.2g}%"
+
+
+def shape(sizes: Sequence[int] | None) -> str:
+    """(64, 56, 56) → `64×56×56`; None, of what never ran, is empty."""
+    return "" if sizes is None else "×".join(map(str, sizes))
+
+
+def count(number: int, noun: str) -> str:
+    """1 → `1 image`, 1200 → `1,200 images`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def table(
+    head: Sequence[str], rows: Sequence[Sequence[object]], *, right: Collection[str] = (), width: int | None = None
+) -> str:
+    """Rows under their head, in aligned columns; the columns named in `right` are set to the right.
+
+    A column without a value in any row is left out. Where the whole is wider than `width`, the widest columns of text
+    are cut in the middle (both ends of a module's path matter). No `width`: nothing is cut.
+    """
+    cells = [[printable(cell) for cell in row] for row in rows]
+    kept = [i for i in range(len(head)) if not cells or any(row[i] for row in cells)]
+    columns = [[head[i], *(row[i] for row in cells)] for i in kept]
+    widths = [max(map(_columns, column)) for column in columns]
+    if width is not None:
+        widths = _fitted(widths, [head[i] not in right for i in kept], width)
+    padded = [
+        [_padded(_cut(cell, wide), wide, head[i] in right) for cell in column]
+        for i, column, wide in zip(kept, columns, widths, strict=True)
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
+
+
+def _fitted(widths: list[int], may_shrink: list[bool], width: int) -> list[int]:
+    """Take from the widest column that may shrink, until all of them fit or nothing more can be taken."""
+    widths = list(widths)
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        widest = max((i for i, may in enumerate(may_shrink) if may), key=widths.__getitem__, default=None)
+        if widest is None or widths[widest] <= NARROWEST:
+            break
+        widths[widest] -= 1
+    return widths
+
+
+def _columns(text: str) -> int:
+    """How many columns of a terminal `text` takes: wide East Asian characters take two, combining marks none."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def _cut(text: str, width: int) -> str:
+    if _columns(text) <= width:
+        return text
+    head, tail = text[: len(text) // 2], text[len(text) // 2 :]
+    while _columns(head) + _columns(tail) + 1 > width:
+        if len(head) > len(tail):
+            head = head[:-1]
+        else:
+            tail = tail[1:]
+    return head + ELLIPSIS + tail
+
+
+def _padded(text: str, width: int, right: bool) -> str:
+    space = " " * (width - _columns(text))
+    return space + text if right else text + space
