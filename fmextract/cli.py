@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from fmextract import text
+from fmextract import __version__, text
 from fmextract.config import MEMORY_FORMATS, PRECISIONS, STORES, Config
 from fmextract.errors import FmextractError
 from fmextract.progress import TerminalProgress
 from fmextract.records import ModuleRow, Result
 
 if TYPE_CHECKING:
-    from fmextract.plan import Plan
+    from fmextract.planning import Plan
 
 USAGE = 2
 SOME_FAILED = 3
@@ -245,9 +245,7 @@ def _fmextract(
     version: Annotated[bool, _option("--version", help="Print the version.")] = False,
 ) -> int:
     if version:
-        from importlib import metadata
-
-        _print(f"fmextract {metadata.version('fmextract')}")
+        _print(f"fmextract {__version__}")
     elif context.invoked_subcommand is None:
         _print(context.get_help())
         return USAGE
@@ -457,7 +455,7 @@ def _tell_failures(result: Result) -> int:
 def _plan(made: "Plan") -> str:
     cost = made.estimate
     head = [
-        f"{text.count(made.rows, 'image')} in shards of {made.shard_rows:,}: {len(made.shards):,} of them",
+        f"{text.count(made.rows, 'image')} in {text.count(len(made.shards), 'shard')} of up to {made.shard_rows:,}",
         f"{made.precision} on {made.device}, batch size {made.batch_size}, {made.memory_format}",
         f"{text.count(made.threads, 'thread')}, {made.store} with {made.codec}, level {made.level}",
         f"{text.byte_count(cost.bytes_raw)} of values, about {text.byte_count(cost.bytes_stored)} on disk"

@@ -1,0 +1,101 @@
+"""Write docs/cli.md from the commands, their options and help texts; `--check` only says whether it is up to date."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fmextract.cli import app
+
+TARGET = Path(__file__).with_name("cli.md")
+
+HEAD = """\
+# Commands
+
+Written by `scripts/docs` from the help texts: change those in `fmextract/cli.py`.
+
+Every command prints its result to stdout, as a table or with `--json` as JSON; notes, progress and errors go to stderr.
+
+| exit code | meaning |
+|--:|---|
+| 0 | done |
+| 1 | something unexpected: a bug |
+| 2 | usage or configuration: nothing was done |
+| 3 | done, but some images failed; their rows hold NaN, a status and a message |
+| 4 | stopped: too many failures, no space, lost device; what is done is kept, the same command resumes |
+| 5 | what is read is not what was written |
+| 130 | interrupted; the same command resumes |
+
+## Selectors
+
+Quote them: the shell has its own ideas about `*`, `?`, `[` and `#`.
+
+| selector | takes |
+|---|---|
+| `'layer4.2.conv3'` | the module of that path |
+| `'layer?.*.conv1'` | a glob: `*` and `?` stay within one name, `**` crosses dots; `'**.conv1'` is every conv1 |
+| `'type:Conv2d'` | every module of a type, subclasses included |
+| `'conv#0'`, `'conv#-1'` | the first and the last convolution to run; also `linear#`, `norm#`, `act#`, `pool#` |
+| `'relu:2'` | the second call of a module that is called several times; without it, every call |
+| `'fc@in'` | the input of a module instead of its output |
+| `'lstm[0]'`, `'encoder[hidden]'` | one member of an output that is a tuple or a dict |
+| `'layer4=mean'` | what a reducer makes of it |
+
+The suffixes come in this order: `:2`, `@in`, `[0]`, `=mean`. `fmextract layers MODEL -l SELECTOR` shows what one takes.
+"""
+
+
+def reference() -> str:
+    """The text of docs/cli.md."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    first, *others = commands.items()
+    known = {_names(option): _text(option) for option in first[1].params}
+    return "\n".join([HEAD, _section(*first, {}), *(_section(*other, known) for other in others)])
+
+
+def _section(name: str, command: Any, known: Mapping[str, str]) -> str:
+    """One command. Where it shares most of its options with the first one (`known`), only its own are listed."""
+    brief, _, rest = inspect.cleandoc(command.help).partition("\n")
+    *prose, example = [part.strip() for part in rest.split("\n\n")]
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    words = " ".join(["fmextract", name, *(argument.metavar for argument in arguments), "[OPTIONS]"])
+    rows = [(f"`{argument.metavar}`", _text(argument)) for argument in arguments]
+    rows += [(_names(option), _text(option)) for option in options if option.name != "help"]
+    shared = [row for row in rows if row[0] in known and known[row[0]] == row[1]]
+    if len(shared) > 10:
+        prose.append("Every other option is that of `extract`.")
+        rows = [row for row in rows if row not in shared]
+    table = ["| | |", "|---|---|", *(f"| {left} | {right} |" for left, right in rows)]
+    return "\n".join([f"## {name}", "", f"`{words}`", "", brief, *prose, "", "```sh", example, "```", "", *table, ""])
+
+
+def _names(option: Any) -> str:
+    names = ", ".join(sorted(option.opts, key=len))
+    return f"`{names} {option.metavar}`".replace("|", "\\|") if option.metavar else f"`{names}`"
+
+
+def _text(parameter: Any) -> str:
+    """The help, with what a table would take for its own lines, and stars for its own emphasis, escaped."""
+    text = parameter.help.replace("|", "\\|").replace("*", "\\*")
+    return f"{text} **Required.**" if parameter.required and parameter.param_type_name == "option" else text
+
+
+def main() -> int:
+    wanted = reference()
+    if sys.argv[1:] == ["--check"]:
+        current = TARGET.read_text(encoding="utf-8") if TARGET.exists() else ""
+        if current != wanted:
+            print("docs/cli.md is out of date: run scripts/docs", file=sys.stderr)
+        return int(current != wanted)
+    TARGET.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

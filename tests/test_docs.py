@@ -1,0 +1,122 @@
+"""Commands, options and documentation say the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from fmextract.cli import app
+from fmextract.config import Config
+
+ROOT = Path(__file__).parent.parent
+COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+OPTIONS = [
+    pytest.param(command, parameter, id=f"{name} {parameter.opts[0]}")
+    for name, command in COMMANDS.items()
+    for parameter in command.params
+]
+REFERENCE = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def section(command: str) -> str:
+    return REFERENCE.partition(f"\n## {command}\n")[2].partition("\n## ")[0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_and_is_documented(name: str) -> None:
+    assert COMMANDS[name].help
+    assert section(name)
+
+
+@pytest.mark.parametrize(("command", "parameter"), OPTIONS)
+def test_every_option_has_help_and_is_documented(command: Any, parameter: Any) -> None:
+    assert parameter.help
+    assert parameter.help.endswith((".", "]"))
+    words = parameter.opts if parameter.param_type_name == "option" else [parameter.metavar]
+    wanted = section(command.name)
+    if "Every other option is that of `extract`" in wanted:
+        wanted += section("extract")
+    assert all(word in wanted for word in words)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_json_and_debug(name: str) -> None:
+    offered = {word for parameter in COMMANDS[name].params for word in parameter.opts}
+    assert {"--json", "--debug"} <= offered
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_short_help_of_a_command_is_not_cut(name: str) -> None:
+    assert not COMMANDS[name].get_short_help_str(limit=68).endswith("...")
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Config)])
+def test_every_field_of_config_is_an_option_that_states_its_default(field: str) -> None:
+    (option,) = (parameter for parameter in COMMANDS["extract"].params if parameter.name == field)
+    default = getattr(Config(), field)
+    shown = {"max_error": "2%", "max_failures": "5%"}.get(field, str(default))
+    if default not in (None, False, ()):
+        assert f"[default: {shown}]" in option.help
+
+
+def test_the_reference_is_what_the_generator_writes() -> None:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert generate.reference() == REFERENCE, "run scripts/docs"
+
+
+def commands_shown(text: str) -> list[list[str]]:
+    """The words of every line in a ```sh block."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
+
+
+SHOWN = [words for words in commands_shown(README + REFERENCE) if words[0] == "fmextract"]
+
+
+@pytest.mark.parametrize("words", SHOWN, ids=" ".join)
+def test_every_command_shown_exists_and_parses(words: list[str]) -> None:
+    command = COMMANDS[words[1]]
+    command.make_context(words[1], words[2:]).close()
+
+
+@pytest.mark.parametrize("script", re.findall(r"scripts/\w+", README))
+def test_every_script_shown_exists(script: str) -> None:
+    path = ROOT / script
+    assert path.stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(path)], check=True)
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+def test_python_example_of_the_readme_uses_what_there_is() -> None:
+    import fmextract
+
+    block = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert block is not None
+    compile(block[1], "README.md", "exec")
+    for name in re.findall(r"\bfm\.(\w+)", block[1]):
+        assert name in fmextract.__all__
+
+
+def test_the_program_runs_as_a_module() -> None:
+    ended = subprocess.run([sys.executable, "-m", "fmextract", "--version"], capture_output=True, text=True, check=True)
+    assert ended.stdout.startswith("fmextract ")
