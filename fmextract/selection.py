@@ -105,7 +105,8 @@ def _place_of_arrays(axes: Sequence[AxisIndex], gap: int | None) -> int:
     ]
     if gap is not None:
         key.insert(gap, Ellipsis)
-    return np.empty((2,) * len(axes), bool)[tuple(key)].shape.index(1)
+    place: int = np.empty((2,) * len(axes), bool)[tuple(key)].shape.index(1)
+    return place
 
 
 class Part(NamedTuple):
