@@ -34,9 +34,22 @@ from fmextract.stats import RunningStats
 from fmextract.taps import Capture, Forward
 
 FLOAT16_MAX = 65504.0
+FIRST = 5  # keys that are named where something is wrong with them
 AHEAD = 2  # batches that are being decoded while one runs
 DEPTH = 2  # batches of activations on the host: one being encoded, one arriving
 PAYLOADS = 64  # encoded chunks, of at most about 1 MiB, that wait for the disk
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """What a tap hands over, after a reducer in the hook: the shape and axes of one image.
+
+    Statistics are of this. `finish` makes what is stored of it where that is less (`=top` stores each map's maximum).
+    """
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    finish: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +66,7 @@ class Work:
     model: nn.Module
     forward: Forward
     capture: Capture
+    captured: Sequence[Captured]  # one a layer
     device: torch.device
     budget: FailureBudget
 
@@ -67,6 +81,7 @@ class Tally:
     failed: int = 0
     seen: int = 0
     smallest_batch: int = 0
+    nonfinite: dict[str, list[str]] = field(default_factory=dict)  # the first keys of each layer that has such values
     records: list[index.ShardRecord] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -94,6 +109,32 @@ def run_shards(work: Work, directory: Path, shards: Sequence[range], progress: P
         raise
     finally:
         pipeline.close()
+
+
+class Nonfinite:
+    """Counts NaN and infinite values where no axis is known as the channel, so that nothing else can be counted."""
+
+    def __init__(self) -> None:
+        self._counts: list[torch.Tensor] = []
+        self._rows: list[int] = []
+
+    def update(self, rows: torch.Tensor, first_row: int, valid: Sequence[bool]) -> None:
+        """`rows` (B, …) are the rows from `first_row` on; those not `valid` are left out. No wait for a device."""
+        if not rows.is_floating_point():
+            return
+        good = [i for i, is_valid in enumerate(valid) if is_valid]
+        self._counts.append((~rows.isfinite()).flatten(1).sum(1)[good])
+        self._rows += [first_row + i for i in good]
+
+    def _per_row(self) -> np.ndarray[Any, Any]:
+        return torch.cat(self._counts).cpu().numpy() if self._counts else np.zeros(0, np.int64)
+
+    def result(self) -> int:
+        return int(self._per_row().sum())
+
+    def nonfinite_rows(self) -> list[int]:
+        """The first rows with such values."""
+        return [self._rows[i] for i in np.flatnonzero(self._per_row())[:FIRST]]
 
 
 # ---------------------------------------------------------------------------------------------- decode
@@ -255,7 +296,7 @@ class _Encoder:
                 arrays.append(array)
                 overflowed += over
             else:
-                arrays.append(_array(piece))
+                arrays.append(as_array(piece))
         payload = codecs.encode(
             arrays,
             codec=plan.codec,
@@ -281,7 +322,7 @@ class _Encoder:
                 yield full
 
 
-def _array(piece: torch.Tensor) -> np.ndarray[Any, Any]:
+def as_array(piece: torch.Tensor) -> np.ndarray[Any, Any]:
     """A C-contiguous array over the values of `piece`; bfloat16 as its uint16 bit patterns."""
     piece = piece.contiguous()
     if piece.dtype == torch.bfloat16:
@@ -322,8 +363,8 @@ class _ShardEnd:
     rows: range
     samples: SampleTable
     stats: Mapping[str, Mapping[str, np.ndarray[Any, Any]]]
+    layer_attrs: Mapping[str, Mapping[str, Any]]
     batch_size: int
-    extra: Mapping[str, Any]
 
 
 @dataclass(slots=True)
@@ -373,8 +414,10 @@ class _Writer:
 
     def _publish(self, end: _ShardEnd) -> None:
         writer = self._current()
-        clipped = {name: {"clipped": np.int64(count)} for name, count in self._overflowed.items()}
-        digest = writer.finish(end.samples, end.stats, clipped)
+        attrs = {name: dict(values) for name, values in end.layer_attrs.items()}
+        for name, count in self._overflowed.items():
+            attrs.setdefault(name, {})["clipped"] = np.int64(count)
+        digest = writer.finish(end.samples, end.stats, attrs)
         self._open, self._overflowed = None, {}
         final = self._directory / index.shard_name(end.rows.start // self._work.plan.shard_rows)
         index.publish(writer.path, final)
@@ -384,7 +427,6 @@ class _Writer:
             statuses=end.samples.status,
             content_digest=digest,
             batch_size=end.batch_size,
-            extra=end.extra,
         )
         self._tally.records.append(record)
 
@@ -423,7 +465,7 @@ class _Pipeline:
             self._start(iter(shards))
         source, plan = self._work.source, self._work.plan
         samples = SampleTable.empty(shard.start, [source.key(r) for r in shard], [source.label(r) for r in shard])
-        stats = [self._statistics(spec) for spec in plan.layers]
+        stats = [self._statistics(captured) for captured in self._work.captured]
         smallest = plan.batch_size
         for _ in range(0, len(shard), plan.batch_size):
             batch = next(self._batches)
@@ -432,14 +474,30 @@ class _Pipeline:
             smallest = min(smallest, self._micro)
             progress.advance(len(batch.rows), self._tally.failed)
             self._check_budget()
-        results = {s.name: r.result() for s, r in zip(plan.layers, stats, strict=True) if r is not None}
         self._tally.smallest_batch = smallest
-        self._captured.put(_ShardEnd(shard, samples, results, smallest, {}))
+        self._captured.put(self._shard_end(shard, samples, stats, smallest))
 
-    def _statistics(self, spec: LayerSpec) -> RunningStats | None:
-        if spec.channel_axis is None:
-            return None
-        return RunningStats(spec.shape, spec.axes, self._work.plan.top, self._work.device)
+    def _shard_end(
+        self, shard: range, samples: SampleTable, stats: Sequence[RunningStats | Nonfinite], batch_size: int
+    ) -> _ShardEnd:
+        """The one place where the host waits for the device's statistics, once a shard."""
+        arrays, attrs = {}, {}
+        for spec, running in zip(self._work.plan.layers, stats, strict=True):
+            if isinstance(running, RunningStats):
+                arrays[spec.name] = running.result()
+                count = int(arrays[spec.name]["nonfinite"].sum())
+            else:
+                count = running.result()
+                attrs[spec.name] = {"nonfinite": np.int64(count)}
+            if count:
+                known = self._tally.nonfinite.setdefault(spec.name, [])
+                known += [samples.keys[row - shard.start] for row in running.nonfinite_rows()]
+        return _ShardEnd(shard, samples, arrays, attrs, batch_size)
+
+    def _statistics(self, captured: Captured) -> RunningStats | Nonfinite:
+        if {"channel", "feature"} & set(captured.axes):
+            return RunningStats(captured.shape, captured.axes, self._work.plan.top, self._work.device)
+        return Nonfinite()
 
     def _collect(self, batch: _Decoding, samples: SampleTable) -> None:
         """Wait for the images of a batch; note size and failure of each."""
@@ -466,7 +524,7 @@ class _Pipeline:
                 " The same command resumes; --max-failures sets another budget."
             )
 
-    def _run(self, batch: _Decoding, samples: SampleTable, stats: Sequence[RunningStats | None]) -> None:
+    def _run(self, batch: _Decoding, samples: SampleTable, stats: Sequence[RunningStats | Nonfinite]) -> None:
         """Forward a batch, in pieces of `self._micro` rows where memory forced that, and hand its activations on."""
         started = time.perf_counter()
         pixels = self._moves.upload(batch.buffer)
@@ -481,9 +539,10 @@ class _Pipeline:
                 continue
             failed = [samples.status[row - samples.start] != Status.OK for row in rows]
             kept = [tensor[: len(rows)] for tensor in tensors]
-            for running, tensor in zip(stats, kept, strict=True):
-                if running is not None:
-                    running.update(tensor, rows.start, [not bad for bad in failed])
+            for i, (running, captured) in enumerate(zip(stats, self._work.captured, strict=True)):
+                running.update(kept[i], rows.start, [not bad for bad in failed])
+                if captured.finish is not None:
+                    kept[i] = captured.finish(kept[i])
             self._tally.add("forward", time.perf_counter() - started)
             self._captured.put(_Captured(self._moves.download(kept), failed))
             started = time.perf_counter()

@@ -31,13 +31,16 @@ SHARD_SECONDS = 300.0
 class Estimate:
     """What a run will cost. Bytes on disk come from compressing a probe batch, seconds from timing it.
 
-    `bytes_peak` is the memory the run adds to the loaded model; 0 seconds: not measured.
+    `bytes_peak` is the host memory that the run adds to the loaded model. `bytes_needed` is what must be free on the
+    disk, twice the output where several shards become one file; `bytes_free` is what is free, None where not known.
     """
 
     bytes_raw: int = 0
     bytes_stored: int = 0
     seconds: float = 0.0
     bytes_peak: int = 0
+    bytes_needed: int = 0
+    bytes_free: int | None = None
     stored_per_image: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -143,6 +146,15 @@ def _split(shape: Sequence[int], axis: int, itemsize: int) -> tuple[int, ...]:
         rest = max((i for i in range(len(shape)) if i != axis), key=lambda i: shape[i])
         parts[rest] = max(1, shape[rest] * CHUNK_BYTES // per_step)
     return tuple(parts)
+
+
+def rows_of_shard(cost: Estimate, rows: int, shard_size: int | None) -> int:
+    """How many rows a shard should have: as many as fill `shard_size` bytes, by default 2 GiB or 5 minutes of work."""
+    per_image = max(1.0, cost.bytes_stored / rows)
+    by_bytes = int((shard_size or SHARD_BYTES) / per_image)
+    if shard_size is not None or not cost.seconds:
+        return max(1, by_bytes)
+    return max(1, min(by_bytes, int(SHARD_SECONDS * rows / cost.seconds)))
 
 
 def shard_length(layers: Sequence[LayerSpec], batch_size: int, rows: int, wanted: int) -> int:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fmextract import choose, codecs, device, images, models, planning, precision, reducers, taps
-from fmextract.config import Config
+from fmextract import choose, codecs, device, engine, estimate, images, models, planning, precision, reducers, taps
+from fmextract.config import Config, is_single_file
 from fmextract.errors import FmextractError, LayerError, SampleError, SourceError
 from fmextract.planning import Plan
 from fmextract.records import LayerSpec, ModuleRow, Preprocess, Progress, Source
@@ -39,12 +42,18 @@ class Prepared:
     ready: bool
     probed: tuple[taps.Probed, ...]
     reductions: tuple[reducers.Reduction | None, ...]
+    largest: int  # bytes of the largest tensor that a module gives for one image in fp32
     stop: taps.Event | None
     notes: tuple[str, ...]
 
     def forward(self, batch: torch.Tensor) -> Any:
         """The model's forward pass."""
         return self.loaded.module(batch)
+
+    @property
+    def captured(self) -> tuple[engine.Captured, ...]:
+        """What each tap hands over once its reducer has run in the hook."""
+        return tuple(map(_captured, self.probed, self.reductions))
 
 
 @contextmanager
@@ -61,12 +70,23 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
     if where.type == "cpu":
         precision.keep_freed_memory()
     with precision.lent(loaded.module, where), precision.numerics("fp32", where):
-        probed, stop, notes = _probe(loaded, config.layers, input_shape, where)
+        probed, stop, largest, notes = _probe(loaded, config.layers, input_shape, where)
     reductions = tuple(_reduction(p) for p in probed)
     for note in notes:
         progress.note(note)
     yield Prepared(
-        config, opened, loaded, where, memory_format, input_shape, ready, probed, reductions, stop, tuple(notes)
+        config,
+        opened,
+        loaded,
+        where,
+        memory_format,
+        input_shape,
+        ready,
+        probed,
+        reductions,
+        largest,
+        stop,
+        tuple(notes),
     )
 
 
@@ -90,7 +110,7 @@ def _input_shape(source: Source, loaded: models.LoadedModel, config: Config) -> 
 
 def _probe(
     loaded: models.LoadedModel, selectors: Sequence[str], input_shape: tuple[int, ...], where: torch.device
-) -> tuple[tuple[taps.Probed, ...], taps.Event | None, list[str]]:
+) -> tuple[tuple[taps.Probed, ...], taps.Event | None, int, list[str]]:
     module = loaded.module
     noise = torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(0)).to(where)
     seen = _surveyed(module, noise)
@@ -101,7 +121,8 @@ def _probe(
         if (selectors and refusal.tap.explicit) or not probed:
             raise LayerError(f"layer {refusal.tap.name!r} cannot be stored row by row: {refusal.why}")
         notes.append(f"left out {refusal.tap.name!r}: {refusal.why}")
-    return tuple(probed), seen.stop_before([p.tap for p in probed]), notes
+    largest = max(4 * math.prod(info.shape) // len(noise) for call in seen.calls for info in call.outputs)
+    return tuple(probed), seen.stop_before([p.tap for p in probed]), largest, notes
 
 
 def _surveyed(module: torch.nn.Module, noise: torch.Tensor) -> taps.Survey:
@@ -129,8 +150,8 @@ def _reduction(probed: taps.Probed) -> reducers.Reduction | None:
 # ----------------------------------------------------------------------------------------------- plan
 
 
-def plan_for(prepared: Prepared, progress: Progress) -> Plan:
-    """What a run of `prepared` will do. Measures what `auto` leaves open."""
+def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
+    """What a run of `prepared` into `out` will do. Measures what `auto` leaves open, and what the run will cost."""
     config, rows = prepared.config, len(prepared.source)
     chosen = choose.choose(
         choose.Question(
@@ -141,7 +162,7 @@ def plan_for(prepared: Prepared, progress: Progress) -> Plan:
             probed=prepared.probed,
             reducers=reduce_functions(prepared),
             stop=prepared.stop,
-            inputs=lambda n: _first_inputs(prepared, n),
+            inputs=lambda n: _sample_inputs(prepared, n)[0],
             precision=config.precision,
             max_error=config.max_error,
             batch_size=config.batch_size,
@@ -149,11 +170,17 @@ def plan_for(prepared: Prepared, progress: Progress) -> Plan:
         )
     )
     layers = tuple(_layer_spec(prepared, i, chosen, rows) for i in range(len(prepared.probed)))
-    for note in chosen.notes:
+    level = codecs.codec_named(config.codec).checked_level(config.level)
+    threads = config.workers or _cores()
+    cost = _estimate(prepared, chosen, layers, level, threads)
+    needed = planning.rows_of_shard(cost, rows, config.shard_size)
+    shard_rows = planning.shard_length(layers, chosen.batch_size, rows, needed)
+    twice = 2 if is_single_file(out) and shard_rows < rows else 1
+    free = estimate.free_space(out)
+    cost = replace(cost, bytes_needed=twice * cost.bytes_stored, bytes_free=free)
+    notes = [*chosen.notes, *estimate.advice(layers, cost, rows, free)]
+    for note in notes:
         progress.note(note)
-    wanted = config.shard_size or planning.SHARD_BYTES
-    per_image = max(1, sum(layer.values * np.dtype(layer.dtype).itemsize for layer in layers) // 2)
-    by_bytes = max(1, wanted // per_image)
     return Plan(
         run_id=uuid.uuid4().hex,
         rows=rows,
@@ -162,47 +189,92 @@ def plan_for(prepared: Prepared, progress: Progress) -> Plan:
         memory_format=prepared.memory_format,
         batch_size=chosen.batch_size,
         device=str(prepared.device),
-        threads=config.workers or _cores(),
+        threads=threads,
         codec=config.codec,
-        level=codecs.codec_named(config.codec).checked_level(config.level),
+        level=level,
         store=config.store,
         keep_bits=config.keep_bits,
         clip=config.clip,
         top=config.top,
-        shard_rows=planning.shard_length(layers, chosen.batch_size, rows, by_bytes),
+        shard_rows=shard_rows,
         identity=identity(prepared),
         config=config.as_json(),
         info=_describe_run(prepared),
         versions=_versions(),
-        notes=(*prepared.notes, *chosen.notes),
+        estimate=cost,
+        notes=(*prepared.notes, *notes),
     )
+
+
+def _estimate(
+    prepared: Prepared, chosen: choose.Chosen, layers: Sequence[LayerSpec], level: int, threads: int
+) -> planning.Estimate:
+    config = prepared.config
+    stored_values = [
+        tensor if captured.finish is None else captured.finish(tensor)
+        for tensor, captured in zip(chosen.sample, prepared.captured, strict=True)
+    ]
+    stored, encode = estimate.encode_sample(layers, stored_values, config.codec, level, config.keep_bits)
+    decode = _sample_inputs(prepared, 4)[1]
+    costs = estimate.Costs(decode=decode, forward=chosen.seconds_per_image, encode=encode, stored=stored)
+    return estimate.estimate(
+        layers,
+        len(prepared.source),
+        chosen.batch_size,
+        threads,
+        costs,
+        device=prepared.device.type,
+        largest=prepared.largest,
+    )
+
+
+def _captured(probed: taps.Probed, reduction: reducers.Reduction | None) -> engine.Captured:
+    if reduction is None:
+        return engine.Captured(probed.shape, probed.axes)
+    if reduction.stores:
+        return engine.Captured(reduction.shape, reduction.axes)
+    # `=top`: statistics and positions are of the whole map, of which each channel's maximum is stored.
+    return engine.Captured(probed.shape, probed.axes, reducers.reduction("max", probed.shape, probed.axes).apply)
 
 
 def reduce_functions(prepared: Prepared) -> list[Callable[[torch.Tensor], torch.Tensor] | None]:
     """What each tap's tensor becomes in the hook, None where it is kept whole."""
-    return [None if r is None else r.apply for r in prepared.reductions]
+    return [r.apply if r is not None and r.stores else None for r in prepared.reductions]
 
 
-def _first_inputs(prepared: Prepared, n: int) -> torch.Tensor:
-    """The first `n` images that can be read, as inputs of the model in float32 on its device (repeated if fewer)."""
+def _sample_inputs(prepared: Prepared, n: int) -> tuple[torch.Tensor, float]:
+    """(`n` images spread over the source as inputs of the model, seconds that decoding one took on one core).
+
+    Images that fail are passed over; where fewer can be read than are asked for, they are repeated.
+    """
     made: list[torch.Tensor] = []
     source, preprocess = prepared.source, prepared.loaded.preprocess
-    for row in range(min(len(source), 4 * n + 16)):
+    tried, started = 0, time.perf_counter()
+    for row in _spread(len(source), 4 * n):
         if len(made) == n:
             break
+        tried += 1
         try:
             image = images.decode(source.load(row), preprocess, exif=prepared.config.exif)
         except SampleError:
             continue
         if image.pixels.shape == prepared.input_shape:
             made.append(image.pixels)
+    seconds = (time.perf_counter() - started) / max(1, tried)
     if not made:
         made = [torch.zeros(prepared.input_shape, dtype=torch.float32 if prepared.ready else torch.uint8)]
     batch = torch.stack([made[i % len(made)] for i in range(n)]).to(prepared.device)
     if not prepared.ready:
         assert isinstance(preprocess, Preprocess)
         batch = images.normalise(batch, preprocess)
-    return precision.to_memory_format(batch, prepared.memory_format)
+    return precision.to_memory_format(batch, prepared.memory_format), seconds
+
+
+def _spread(rows: int, tries: int) -> list[int]:
+    """Up to `tries` different rows, the first quarter of them spread evenly, as are the others between."""
+    step = max(1, rows * 4 // tries)
+    order = [start + offset for offset in range(0, step, max(1, step // 4)) for start in range(0, rows, step)]
+    return [row for row in dict.fromkeys(order) if row < rows][:tries]
 
 
 # How a tensor of the forward pass lies on disk. Everything of half precision is widened, exactly.
@@ -224,15 +296,16 @@ _ON_DISK = {
 
 
 def _layer_spec(prepared: Prepared, i: int, chosen: choose.Chosen, rows: int) -> LayerSpec:
-    probed, reduction, config = prepared.probed[i], prepared.reductions[i], prepared.config
-    dtype = chosen.dtypes[i]
+    probed, captured, config = prepared.probed[i], prepared.captured[i], prepared.config
+    sample = chosen.sample[i] if captured.finish is None else captured.finish(chosen.sample[i])
+    dtype = sample.dtype
     if dtype not in _ON_DISK:
         raise LayerError(f"layer {probed.tap.name!r}: values of type {dtype} cannot be stored")
     on_disk = _ON_DISK[dtype]
     if config.store == "float16" and on_disk == "float32":
         on_disk = "float16"
-    shape = reduction.shape if reduction else probed.shape
-    axes = reduction.axes if reduction else probed.axes
+    shape = tuple(sample.shape[1:])
+    axes = captured.axes if captured.finish is None else ("feature",)
     return LayerSpec(
         name=probed.tap.name,
         module=probed.tap.module,

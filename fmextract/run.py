@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import engine, index, precision, reader, taps
+from fmextract import engine, estimate, index, precision, reader, taps
 from fmextract.config import Config
 from fmextract.errors import TooManyFailures
 from fmextract.output import Output
@@ -41,7 +41,7 @@ def make_plan(source: Any, model: Any, out: Any, config: Config, progress: Progr
     """What `run` with the same arguments would do. Writes nothing."""
     progress = progress or Quiet()
     with prepare(source, model, config, progress) as prepared:
-        return plan_for(prepared, progress)
+        return plan_for(prepared, Path(out), progress)
 
 
 def extract(
@@ -79,7 +79,7 @@ def run(source: Any, model: Any, out: Any, config: Config, progress: Progress) -
     with prepare(source, model, config, progress) as prepared:
         output = Output(target)
         made = output.begin(
-            identity(prepared), lambda: plan_for(prepared, progress), progress, overwrite=config.overwrite
+            identity(prepared), lambda: _affordable(prepared, target, progress), progress, overwrite=config.overwrite
         )
         tally = engine.Tally()
         done = {record.start for record in output.records}
@@ -94,6 +94,13 @@ def run(source: Any, model: Any, out: Any, config: Config, progress: Progress) -
         output.fold(made)
     seconds = time.perf_counter() - started
     return _result(target, made, tally, seconds, resumed)
+
+
+def _affordable(prepared: Prepared, target: Path, progress: Progress) -> Plan:
+    """A new plan. Raises NoSpace where the disk cannot hold what it will write."""
+    made = plan_for(prepared, target, progress)
+    estimate.check_space(made.estimate.bytes_needed, made.estimate.bytes_free, target)
+    return made
 
 
 def _count_earlier(tally: engine.Tally, records: Sequence[index.ShardRecord]) -> None:
@@ -131,6 +138,7 @@ def _extract(
             model=module,
             forward=prepared.forward,
             capture=capture,
+            captured=prepared.captured,
             device=where,
             budget=prepared.config.max_failures,
         )

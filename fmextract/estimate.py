@@ -1,0 +1,113 @@
+"""What a run will cost: bytes from compressing a sample, seconds from timing it, memory from the shapes."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fmextract import codecs
+from fmextract.engine import DEPTH, PAYLOADS, as_array
+from fmextract.errors import NoSpace
+from fmextract.planning import CHUNK_BYTES, Estimate
+from fmextract.records import LayerSpec
+from fmextract.text import byte_count
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """Measured on a sample: seconds an image of each stage, on one core for decode and encode."""
+
+    decode: float
+    forward: float
+    encode: float
+    stored: dict[str, float]
+
+
+def encode_sample(
+    layers: Sequence[LayerSpec], sample: Sequence[torch.Tensor], codec: str, level: int, keep_bits: int | None
+) -> tuple[dict[str, float], float]:
+    """(stored bytes an image by layer, seconds an image on one core) from encoding what the probe captured."""
+    started = time.perf_counter()
+    stored = {}
+    for layer, tensor in zip(layers, sample, strict=True):
+        rows = min(len(tensor), layer.chunk[0])
+        piece = tensor[:rows].float() if layer.dtype == "float16" else tensor[:rows]
+        half = piece.dtype == torch.bfloat16
+        payload = codecs.encode(
+            [as_array(piece.cpu())],
+            codec=codec,
+            level=level,
+            dtype=layer.dtype,
+            values=layer.values * rows,
+            keep_bits=keep_bits if np.dtype(layer.dtype).kind == "f" else None,
+            bfloat16=half,
+        )
+        stored[layer.name] = len(payload) / rows
+    images = max(1, min(len(t) for t in sample))
+    return stored, (time.perf_counter() - started) / images
+
+
+def estimate(
+    layers: Sequence[LayerSpec], rows: int, batch_size: int, threads: int, costs: Costs, *, device: str, largest: int
+) -> Estimate:
+    """`largest`: bytes an image of the largest tensor inside the model. Times as on an otherwise idle machine."""
+    raw = [layer.values * np.dtype(layer.dtype).itemsize for layer in layers]
+    per_image = sum(costs.stored.values())
+    captured = sum(layer.values * np.dtype(layer.dtype).itemsize for layer in layers)
+    if device == "cpu":  # everything shares the cores; a forward pass takes them all
+        seconds = costs.forward + (costs.decode + costs.encode) / threads
+    else:
+        seconds = max(costs.forward, costs.decode / threads, costs.encode / threads)
+    # Three batches of activations, the encoded chunks that wait for the disk, and what the codec threads work on.
+    in_flight = (DEPTH + 1) * batch_size * captured + (PAYLOADS + 3 * threads) * CHUNK_BYTES
+    return Estimate(
+        bytes_raw=rows * sum(raw),
+        bytes_stored=int(rows * per_image),
+        seconds=rows * seconds,
+        bytes_peak=in_flight + (4 * batch_size * largest if device == "cpu" else 0),
+        stored_per_image=costs.stored,
+    )
+
+
+def advice(layers: Sequence[LayerSpec], estimate: Estimate, rows: int, free: int | None) -> list[str]:
+    """What to say of an output that is large: how large, and which reducers make it small."""
+    large = 100 << 30
+    if estimate.bytes_stored < (large if free is None else min(large, free // 2)):
+        return []
+    maps = [layer for layer in layers if layer.channel_axis is not None and len(layer.shape) > 1]
+    if not maps:
+        return []
+    mean = rows * sum(4 * layer.shape[layer.channel_axis or 0] for layer in maps)
+    pooled = rows * sum(4 * 16 * layer.shape[layer.channel_axis or 0] for layer in maps if "y" in layer.axes)
+    smaller = f"'{maps[0].name}=mean' (or =max) for all of them takes {byte_count(mean)}"
+    if pooled:
+        smaller += f", '=pool:4' {byte_count(pooled)}"
+    full, stored = byte_count(estimate.bytes_raw), byte_count(estimate.bytes_stored)
+    text = f"full maps of {len(layers)} layers for {rows:,} images are {full}, about {stored} on disk."
+    return [f"{text} Reducers keep less: {smaller}, before compression."]
+
+
+def free_space(out: Path) -> int | None:
+    """Free bytes where `out` will be; None where that cannot be asked."""
+    there = out.absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        return shutil.disk_usage(there).free
+    except OSError:
+        return None
+
+
+def check_space(needed: int, free: int | None, out: Path) -> None:
+    """Raises NoSpace before hours are spent on what the disk cannot hold."""
+    if free is not None and needed > free:
+        raise NoSpace(
+            f"{out} needs about {byte_count(needed)}, and its disk has {byte_count(free)} free. Take fewer layers or"
+            " reducers ('layer4=mean'), --limit the images, --keep-bits fewer, or name another disk."
+        )
