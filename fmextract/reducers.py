@@ -185,7 +185,7 @@ def _top(argument: str, shape: Shape, axes: Axes) -> Made:
 
 
 def _users(text: str, shape: Shape, axes: Axes) -> Made:
-    """A function of the user's: its shape is learned from two images of zeros, and only the same shape keeps its axes."""
+    """A function of the user's, tried on two images of zeros; axes keep their names only where the shape stays."""
     function = import_object(text, LayerError, f"reducer {text!r}")
     try:
         out = function(torch.zeros(2, *shape))
