@@ -32,7 +32,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from fmextract import codecs, index, store
+from fmextract import codecs, index, moments, store
 from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
 from fmextract.heaps import check_heaps
 from fmextract.records import Field, LayerSpec
@@ -514,17 +514,16 @@ class Layer:
 
 
 def _merged_stats(layer: Layer) -> Stats:
-    """The statistics of a layer over all rows; so far of a single file only."""
-    files = layer._acts._files
-    if len(files) > 1:
-        raise ConfigError(
-            f"{layer._acts.path}: statistics over several shards are not there yet; pack the directory first: "
-            f"fmextract pack {layer._acts.path} -o packed.h5"
-        )
-    values = files[0].stats(layer.name)
-    if not values:
-        raise ConfigError(f"{layer._acts.path}: no statistics for {layer.name}: its channel axis is not known")
-    return Stats(layer.name, values)
+    """The statistics of a layer over all rows; those of several shards are joined one by one, in their order."""
+    path = layer._acts.path
+    merged: dict[str, Array] = {}
+    for file in layer._acts._files:
+        part = file.stats(layer.name)
+        if not part:
+            raise ConfigError(f"{path}: no statistics for {layer.name}: its channel axis is not known")
+        with _damage(path):
+            merged = moments.merge([merged, part]) if merged else part
+    return Stats(layer.name, merged)
 
 
 def _seen(

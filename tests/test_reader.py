@@ -333,7 +333,7 @@ def test_shards_equal_one_file(tmp_path: Path) -> None:
         assert acts.keys.tolist() == [f"img/{row:05}.jpg" for row in range(ROWS)]
         assert acts.status.tolist() == status
         assert acts.info()["files"] == 3
-        with pytest.raises(ConfigError, match="pack"):
+        with pytest.raises(ConfigError, match="no statistics"):
             acts["maps"].stats  # noqa: B018
 
 
