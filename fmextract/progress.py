@@ -37,21 +37,25 @@ class TerminalProgress:
         self._total, self._done, self._new, self._failed = total, done, 0, 0
         self._began = time.monotonic()
         if self._stream.isatty():
-            # Not at the top: `--help` and `info` answer without it.
-            from tqdm import tqdm
+            with contextlib.suppress(OSError, ValueError):
+                self._bar = self._new_bar(total, done)
 
-            # smoothing 0: the rate since the start. The first batches warm up and the last drain; a moving average
-            # would swing with both.
-            self._bar = tqdm(
-                total=total,
-                initial=done,
-                file=self._stream,
-                unit=" images",
-                smoothing=0,
-                bar_format=BAR,
-                dynamic_ncols=True,
-                leave=False,
-            )
+    def _new_bar(self, total: int, done: int) -> Any:
+        # Not at the top: `--help` and `info` answer without it.
+        from tqdm import tqdm
+
+        # smoothing 0: the rate since the start. The first batches warm up and the last drain; a moving average would
+        # swing with both.
+        return tqdm(
+            total=total,
+            initial=done,
+            file=self._stream,
+            unit=" images",
+            smoothing=0,
+            bar_format=BAR,
+            dynamic_ncols=True,
+            leave=False,
+        )
 
     def advance(self, images: int, failed: int) -> None:
         self._new += images

@@ -28,6 +28,8 @@ FAINT = "#9a98a0"
 COLOURS = "magma"
 PANEL = 3.2
 """Inches of one panel's side."""
+CELL, GAP = 112, 5
+"""Pixels of one map's side in the mosaic of a layer, and between two of them."""
 
 
 def draw_maps(
@@ -84,10 +86,9 @@ def _strongest(acts: Activations, name: str, row: int, count: int) -> tuple[list
         raise ConfigError(
             f"{name} has the axes ({', '.join(axes)}): no maps to draw. Layers with maps: {maps or 'none'}"
         )
-    values = np.asarray(acts[name][row], dtype=np.float32).transpose(
-        [axes.index(axis) for axis in ("channel", "y", "x")]
-    )
-    spread = np.nan_to_num(values.std(axis=(1, 2)))
+    values = np.array(acts[name][row], dtype=np.float32).transpose([axes.index(axis) for axis in ("channel", "y", "x")])
+    values[~np.isfinite(values)] = np.nan  # drawn as holes
+    spread = np.nan_to_num(values).std(axis=(1, 2))
     numbers = sorted(np.argsort(-spread, kind="stable")[:count].tolist())
     return numbers, values[numbers]
 
@@ -128,20 +129,40 @@ def _draw_photo(panel: SubFigure, photo: PIL.Image.Image, key: str) -> None:
 
 
 def _draw_layer(panel: SubFigure, layer: Layer, numbers: Sequence[int], values: Array) -> None:
-    _caption(panel, _short(layer.name), shape(layer.shape[1:]))
     from matplotlib.patheffects import withStroke
 
+    _caption(panel, _short(layer.name), shape(layer.shape[1:]))
+    axis = panel.add_axes((0.05, 0.03, 0.9, 0.88))
     side = math.ceil(math.sqrt(len(numbers)))
-    for i, (number, values_of_one) in enumerate(zip(numbers, values, strict=True)):
+    axis.imshow(_mosaic(values, side))
+    axis.set_axis_off()
+    outlined = [withStroke(linewidth=1, foreground="black")]
+    for i, number in enumerate(numbers):
         line, column = divmod(i, side)
-        cell = 0.9 / side
-        axis = panel.add_axes((0.05 + column * cell, 0.91 - (line + 1) * 0.88 / side, cell * 0.96, 0.88 / side * 0.96))
-        axis.imshow(values_of_one, cmap=COLOURS, interpolation="nearest")
-        axis.set_axis_off()
-        axis.text(
-            0.04, 0.05, str(number), transform=axis.transAxes, color="white", size=4.5,
-            path_effects=[withStroke(linewidth=1, foreground="black")],
-        )  # fmt: skip
+        x, y = column * (CELL + GAP) + 5, (line + 1) * (CELL + GAP) - GAP - 6
+        axis.text(x, y, str(number), color="white", size=4.5, path_effects=outlined)
+
+
+def _mosaic(values: Array, side: int) -> PIL.Image.Image:
+    """The maps as cells of one picture, each scaled to its own range: far quicker than a plot for each of them."""
+    import matplotlib
+
+    colours = matplotlib.colormaps[COLOURS].with_extremes(bad=BACKGROUND)
+    lines = math.ceil(len(values) / side)
+    size = side * (CELL + GAP) - GAP, lines * (CELL + GAP) - GAP
+    picture = PIL.Image.new("RGB", size, BACKGROUND)
+    for i, one in enumerate(values):
+        low, high = _range(one)
+        painted = colours((one - low) / ((high - low) or 1), bytes=True)[..., :3]
+        line, column = divmod(i, side)
+        cell = PIL.Image.fromarray(np.ascontiguousarray(painted)).resize((CELL, CELL), PIL.Image.Resampling.NEAREST)
+        picture.paste(cell, (column * (CELL + GAP), line * (CELL + GAP)))
+    return picture
+
+
+def _range(values: Array) -> tuple[float, float]:
+    finite = values[np.isfinite(values)]
+    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
 
 def _short(name: str, most: int = 24) -> str:

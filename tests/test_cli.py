@@ -1,0 +1,460 @@
+"""The command line: exit codes to the letter, a clean stdout, messages instead of tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from files import make_file
+from PIL import Image
+
+import fmextract
+from fmextract import errors, text
+from fmextract.cli import main
+from fmextract.progress import TerminalProgress
+
+TINY = """
+import torch
+from fmextract import Preprocess
+
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.bn1 = torch.nn.BatchNorm2d(4)
+        self.relu = torch.nn.ReLU(inplace=True)
+        self.fc = torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.fc(x.mean((2, 3)))
+
+def model():
+    torch.manual_seed(0)
+    return Tiny(), Preprocess(resize=16, crop=(16, 16))
+
+def plain():
+    return Tiny()
+
+def talking():
+    print("built, and saying so on stdout")
+    made, preprocess = model()
+    made.register_forward_pre_hook(lambda *_: print("forward, and saying so on stdout"))
+    return made, preprocess
+"""
+
+KEYS = {
+    "output", "images", "failed", "seconds", "images_per_second", "bytes_raw", "bytes_stored", "device", "precision",
+    "batch_size", "limiting_stage", "stages", "layers", "resumed_images",
+}  # fmt: skip
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+Run = Callable[..., Said]
+
+
+@pytest.fixture
+def fm(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process."""
+
+    def run(*words: object) -> Said:
+        capfd.readouterr()
+        code = main([str(word) for word in words])
+        return Said(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model file, five good photos, and an output of another run."""
+    root = tmp_path_factory.mktemp("cli")
+    (root / "tiny.py").write_text(TINY)
+    (root / "photos").mkdir()
+    random = np.random.default_rng(0)
+    for i in range(5):
+        Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(root / "photos" / f"{i}.png")
+    make_file(root / "made.h5", {"conv": np.arange(96, dtype=np.float32).reshape(2, 3, 4, 4)}, status=[0, 2])
+    return root
+
+
+@pytest.fixture
+def options(place: Path, tmp_path: Path) -> list[object]:
+    """What every `extract` here says: photos, model, a place, and no measuring."""
+    fixed = ["--precision", "fp32", "--batch-size", "2", "--device", "cpu"]
+    return [place / "photos", "-m", f"{place / 'tiny.py'}:model", "-o", tmp_path / "acts.h5", *fixed]
+
+
+def assert_message(said: Said, code: int, *parts: str) -> None:
+    """An exit code, nothing on stdout, one message without a traceback that says all of `parts`."""
+    assert said.code == code, said.err
+    assert said.out == ""
+    assert "Traceback" not in said.err
+    assert said.err.count("error: ") >= 1
+    for part in parts:
+        assert part in said.err
+
+
+# --------------------------------------------------------------------------------------------- extract
+
+
+def test_extract_writes_a_file_and_says_so(fm: Run, options: list[object], tmp_path: Path) -> None:
+    said = fm("extract", *options, "-l", "conv1", "-l", "relu")
+    assert said.code == 0
+    assert "5 images" in said.out
+    for column in ("layer", "shape", "stored", "zeros"):
+        assert column in said.out
+    assert "4×16×16" in said.out
+    with fmextract.open(tmp_path / "acts.h5") as acts:
+        assert acts.layers == ("conv1", "relu")
+        assert list(acts.status) == [0] * 5
+
+
+def test_extract_json_is_the_contract(fm: Run, options: list[object], tmp_path: Path) -> None:
+    said = fm("extract", *options, "-l", "conv1", "--json")
+    assert said.code == 0
+    assert said.json.keys() >= KEYS
+    assert said.json["images"] == 5
+    assert said.json["failed"] == 0
+    assert said.json["output"] == str(tmp_path / "acts.h5")
+    assert said.json["stages"].keys() == {"decode", "forward", "encode", "write"}
+    (layer,) = said.json["layers"]
+    assert layer.keys() >= {"name", "shape", "dtype", "bytes_stored", "sparsity", "nonfinite"}
+
+
+def test_stdout_is_the_result_whatever_the_model_prints(fm: Run, options: list[object], place: Path) -> None:
+    options[2] = f"{place / 'tiny.py'}:talking"
+    said = fm("extract", *options, "-l", "conv1", "--json")
+    assert said.json["images"] == 5
+    assert "saying so on stdout" in said.err
+
+
+def test_a_bad_image_is_exit_code_3_and_named(fm: Run, options: list[object], place: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("0.png", "1.png"):
+        (photos / name).write_bytes((place / "photos" / name).read_bytes())
+    (photos / "bad\x1b[31m.png").write_bytes(b"not a picture")
+    said = fm("extract", photos, *options[1:], "-l", "fc", "--json")
+    assert said.code == 3
+    assert (said.json["images"], said.json["failed"]) == (3, 1)
+    assert said.json["failures"][0][0] == "bad\x1b[31m.png"
+    assert "1 image failed" in said.err
+    assert "bad\\x1b[31m.png: " in said.err
+    assert "\x1b" not in said.err
+
+
+def test_a_run_of_bad_images_only_is_stopped(fm: Run, options: list[object], tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "bad.png").write_bytes(b"not a picture")
+    assert_message(fm("extract", tmp_path / "photos", *options[1:], "-l", "fc", "--json"), 4, "bad.png")
+
+
+def test_dry_run_and_plan_say_the_same_and_write_nothing(fm: Run, options: list[object], tmp_path: Path) -> None:
+    dry, plan = (fm(*words, *options, "-l", "conv1", "--json") for words in (("extract", "--dry-run"), ("plan",)))
+    assert dry.code == plan.code == 0
+    assert dry.json["layers"] == plan.json["layers"]
+    assert dry.json["rows"] == 5
+    assert list(tmp_path.iterdir()) == []
+    table = fm("plan", *options, "-l", "conv1")
+    assert table.code == 0
+    assert "5 images" in table.out
+    assert "conv1" in table.out
+
+
+# --------------------------------------------------------------------------- what users get wrong: code 2
+
+
+def test_unknown_layer(fm: Run, options: list[object]) -> None:
+    assert_message(fm("extract", *options, "-l", "conv"), 2, "'conv'", "conv1")
+
+
+def test_unknown_model(fm: Run, options: list[object]) -> None:
+    options[2] = "resnet5"
+    assert_message(fm("extract", *options), 2, "resnet5", "resnet50")
+    options[2] = "no_such_module:model"
+    assert_message(fm("extract", *options), 2, "no_such_module")
+
+
+def test_model_without_preprocessing(fm: Run, options: list[object], place: Path) -> None:
+    options[2] = f"{place / 'tiny.py'}:plain"
+    assert_message(fm("extract", *options), 2, "--preprocess", "size=")
+
+
+def test_empty_and_missing_source(fm: Run, options: list[object], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert_message(fm("extract", tmp_path / "empty", *options[1:]), 2, "empty")
+    assert_message(fm("extract", tmp_path / "missing", *options[1:]), 2, "missing")
+
+
+def test_missing_weights_file(fm: Run, options: list[object]) -> None:
+    assert_message(fm("extract", *options, "-w", "missing.safetensors"), 2, "missing.safetensors")
+
+
+def test_output_that_is_something_else(fm: Run, options: list[object], tmp_path: Path) -> None:
+    (tmp_path / "acts.h5").write_text("a letter to my aunt")
+    assert_message(fm("extract", *options, "--overwrite"), 2, "acts.h5")
+    assert (tmp_path / "acts.h5").read_text() == "a letter to my aunt"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--clip"], ["--clip", "float16"]),
+        (["--keep-bits", "30"], ["--keep-bits", "23"]),
+        (["--keep-bits", "11", "--store", "float16"], ["--keep-bits", "10"]),
+        (["--precision", "fp8"], ["--precision", "bf16"]),
+        (["--codec", "rar"], ["rar", "gzip"]),
+        (["--batch-size", "many"], ["--batch-size", "auto"]),
+        (["--max-error", "little"], ["--max-error", "2%"]),
+        (["--shard-size", "big"], ["big", "512MiB"]),
+        (["--limit", "0"], ["--limit"]),
+        (["--limit", "ten"], ["--limit", "integer"]),
+        (["--device", "abacus"], ["abacus"]),
+        (["--size", "wide"], ["--size", "wide"]),
+        (["--layr", "conv1"], ["--layr", "--layer", "fmextract extract --help"]),
+    ],
+    ids=" ".join,
+)
+def test_options_that_cannot_be(fm: Run, options: list[object], words: list[str], parts: list[str]) -> None:
+    assert_message(fm("extract", *options, *words), 2, *parts)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["extrakt"], ["extrakt", "extract", "fmextract --help"]),
+        (["extract"], ["SOURCE"]),
+        (["extract", "photos"], ["--model"]),
+        (["extract", "photos", "-m", "resnet50"], ["--out"]),
+        (["info"], ["OUT"]),
+        (["info", "missing.h5"], ["missing.h5"]),
+        (["info", "."], ["not an fmextract output"]),
+    ],
+    ids=lambda value: " ".join(value) or "nothing",
+)
+def test_usage(fm: Run, words: list[str], parts: list[str]) -> None:
+    assert_message(fm(*words), 2, *parts)
+
+
+def test_no_command_shows_the_help(fm: Run) -> None:
+    said = fm()
+    assert said.code == 2
+    assert "Commands:" in said.out
+
+
+# ------------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Make the run raise an error."""
+    import fmextract.run
+
+    def fail_with(error: BaseException) -> None:
+        def run(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(fmextract.run, "run", run)
+
+    return fail_with
+
+
+ERRORS = [error for error in vars(errors).values() if isinstance(error, type) and hasattr(error, "exit_code")]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ERRORS if kind not in (errors.MissingExtra, errors.SampleError)])
+def test_every_error_has_its_exit_code(
+    fm: Run, options: list[object], failing: Callable[[BaseException], None], kind: type[errors.FmextractError]
+) -> None:
+    error = kind("what was wrong\x1b[31m")
+    if hasattr(error, "add_note"):  # Python 3.11
+        error.add_note("stage: decode")
+    failing(error)
+    said = fm("extract", *options)
+    assert_message(said, kind.exit_code, "error: what was wrong\\x1b[31m")
+    assert "stage: decode" in said.err or not hasattr(error, "add_note")
+
+
+def test_missing_extra_says_how_to_get_it(
+    fm: Run, options: list[object], failing: Callable[[BaseException], None]
+) -> None:
+    failing(errors.MissingExtra("timm", "timm", "a model of timm"))
+    assert_message(fm("extract", *options), 2, "pip install 'fmextract[timm]'")
+
+
+def test_interrupted_says_how_to_resume(
+    fm: Run, options: list[object], failing: Callable[[BaseException], None]
+) -> None:
+    failing(KeyboardInterrupt())
+    assert_message(fm("extract", *options), 130, "interrupted", "the same command goes on")
+
+
+def test_a_bug_is_called_one(fm: Run, options: list[object], failing: Callable[[BaseException], None]) -> None:
+    failing(ZeroDivisionError("division by zero"))
+    assert_message(fm("extract", *options), 1, "bug", "ZeroDivisionError: division by zero", "--debug")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("oh"), errors.NoSpace("oh")], ids=["bug", "error"])
+def test_debug_shows_the_traceback(
+    fm: Run, options: list[object], failing: Callable[[BaseException], None], error: Exception
+) -> None:
+    failing(error)
+    said = fm("extract", *options, "--debug")
+    assert said.code == getattr(error, "exit_code", 1)
+    assert "Traceback (most recent call last)" in said.err
+
+
+def test_a_closed_pipe_is_no_error(place: Path) -> None:
+    """`fmextract info … | head -1`: what is wanted was read, the rest is nobody's business."""
+    command = [sys.executable, "-m", "fmextract", "info", str(place / "made.h5"), "--json"]
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(write)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+# ---------------------------------------------------------------------------------------- the other commands
+
+
+def test_info(fm: Run, place: Path) -> None:
+    said = fm("info", place / "made.h5", "--json")
+    with fmextract.open(place / "made.h5") as acts:
+        assert said.json == acts.info()
+    table = fm("info", place / "made.h5")
+    assert table.code == said.code == 0
+    assert "2, 1 of them failed" in table.out
+    assert "2×3×4×4" in table.out
+
+
+def test_info_of_an_older_friend(fm: Run, tmp_path: Path) -> None:
+    (tmp_path / "notes.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    assert_message(fm("info", tmp_path / "notes.h5"), fm("info", tmp_path / "notes.h5").code, "notes.h5")
+
+
+def test_layers(fm: Run, place: Path) -> None:
+    words = ("layers", f"{place / 'tiny.py'}:model")
+    rows = fm(*words, "--json").json
+    assert [row["path"] for row in rows][:3] == ["conv1", "bn1", "relu"]
+    assert rows[0]["number"] == "conv#0"
+    assert rows[0]["shape"] == [4, 16, 16]
+    assert rows[1]["overwritten"]
+    table = fm(*words)
+    assert table.code == 0
+    assert "conv#0" in table.out
+    chosen = fm(*words, "-l", "type:Linear", "--json")
+    assert [row["path"] for row in chosen.json] == ["fc"]
+    assert_message(fm(*words, "-l", "nothing"), 2, "nothing")
+
+
+def test_version(fm: Run) -> None:
+    assert fm("--version") == (0, f"fmextract {fmextract.__version__}\n", "")
+
+
+@pytest.mark.parametrize("words", [["-h"], ["--help"], ["extract", "-h"], ["demo", "--help"]], ids=" ".join)
+def test_help(fm: Run, words: list[str]) -> None:
+    said = fm(*words)
+    assert said.code == 0
+    assert said.out.startswith("Usage: fmextract")
+
+
+# ---------------------------------------------------------------------------------------- progress and text
+
+
+class Stream:
+    """A stderr that remembers; a terminal or not."""
+
+    def __init__(self, terminal: bool, broken: bool = False) -> None:
+        self.said, self.terminal, self.broken = "", terminal, broken
+        self.encoding = "utf-8"
+
+    def write(self, said: str) -> int:
+        if self.broken:
+            raise BrokenPipeError
+        self.said += said
+        return len(said)
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def go(stream: Any) -> None:
+    progress = TerminalProgress(stream)
+    progress.note("precision bf16: error 1%\x07")
+    progress.start(total=100, done=20)
+    progress.advance(40, 0)
+    progress.note("half way")
+    progress.advance(40, 3)
+    progress.finish()
+    progress.finish()
+
+
+def test_progress_in_a_log_is_notes_and_one_last_line() -> None:
+    stream = Stream(terminal=False)
+    go(stream)
+    first, second, last = stream.said.splitlines()
+    assert (first, second) == ("precision bf16: error 1%\\x07", "half way")
+    assert last.startswith("100 images in ")
+    assert "20 of them were there before" in last
+    assert last.endswith("3 failed")
+
+
+def test_progress_on_a_terminal_shows_rate_and_end() -> None:
+    stream = Stream(terminal=True)
+    go(stream)
+    assert "images/s" in stream.said
+    assert "ends " in stream.said
+    assert "\x07" not in stream.said
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_closed_stderr_does_not_end_a_run(terminal: bool) -> None:
+    go(Stream(terminal, broken=True))
+
+
+def test_keys_cannot_harm_a_terminal() -> None:
+    assert text.printable("a\x1b[2J\n\u202eb\udcffü") == "a\\x1b[2J\\n\\u202eb\\udcffü"
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(0, "0 B"), (999, "999 B"), (1536, "1.5 KiB"), (250 << 20, "250 MiB"), (5 << 50, "5120 TiB")]
+)
+def test_byte_count(count: int, shown: str) -> None:
+    assert text.byte_count(count) == shown
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(2.51, "2.5 s"), (65, "1 min 05 s"), (3725, "1 h 02 min")])
+def test_duration(seconds: float, shown: str) -> None:
+    assert text.duration(seconds) == shown
+
+
+def test_table_fits_the_terminal_and_keeps_both_ends() -> None:
+    rows = [("features.denseblock4.denselayer16.conv2", 32, ""), ("日本語", 1000, "")]
+    whole = text.table(("path", "count", "note"), rows, right=("count",)).splitlines()
+    assert whole[1] == "features.denseblock4.denselayer16.conv2     32"
+    assert "note" not in whole[0]
+    cut = text.table(("path", "count", "note"), rows, right=("count",), width=30).splitlines()
+    assert cut[1].startswith("features.de")
+    assert cut[1].endswith("er16.conv2     32")
+    assert len(cut[1]) == 30
