@@ -24,6 +24,7 @@ import PIL.Image
 import torch
 import torchvision
 from torch import Tensor, nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import InterpolationMode
 
 from fmextract.errors import ConfigError, MissingExtra, ModelError
@@ -49,6 +50,11 @@ class LoadedModel:
     weights: str
     weights_sha256: str
     origin: Mapping[str, Any]
+
+    def forward(self, batch: Tensor) -> Any:
+        """The forward pass over `batch` (B, …). Torchvision's detection models take a list of images."""
+        transform = getattr(self.module, "transform", None)
+        return self.module(list(batch) if isinstance(transform, GeneralizedRCNNTransform) else batch)
 
 
 @dataclass(frozen=True, slots=True)

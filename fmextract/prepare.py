@@ -48,7 +48,7 @@ class Prepared:
 
     def forward(self, batch: torch.Tensor) -> Any:
         """The model's forward pass."""
-        return self.loaded.module(batch)
+        return self.loaded.forward(batch)
 
     @property
     def captured(self) -> tuple[engine.Captured, ...]:
@@ -111,23 +111,22 @@ def _input_shape(source: Source, loaded: models.LoadedModel, config: Config) -> 
 def _probe(
     loaded: models.LoadedModel, selectors: Sequence[str], input_shape: tuple[int, ...], where: torch.device
 ) -> tuple[tuple[taps.Probed, ...], taps.Event | None, int, list[str]]:
-    module = loaded.module
     noise = torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(0)).to(where)
-    seen = _surveyed(module, noise)
-    wanted = taps.resolve(selectors or taps.default_selectors(module, seen), seen)
-    probed, refused = taps.probe(module, module, wanted, input_shape, where)
+    seen = _surveyed(loaded, noise)
+    wanted = taps.resolve(selectors or taps.default_selectors(loaded.module, seen), seen)
+    probed, refused = taps.probe(loaded.module, loaded.forward, wanted, input_shape, where)
     notes = []
     for refusal in refused:
         if (selectors and refusal.tap.explicit) or not probed:
             raise LayerError(f"layer {refusal.tap.name!r} cannot be stored row by row: {refusal.why}")
         notes.append(f"left out {refusal.tap.name!r}: {refusal.why}")
-    largest = max(4 * math.prod(info.shape) // len(noise) for call in seen.calls for info in call.outputs)
+    largest = max(4 * math.prod(info.shape) // len(noise) for infos in seen.tensors.values() for info in infos)
     return tuple(probed), seen.stop_before([p.tap for p in probed]), largest, notes
 
 
-def _surveyed(module: torch.nn.Module, noise: torch.Tensor) -> taps.Survey:
+def _surveyed(loaded: models.LoadedModel, noise: torch.Tensor) -> taps.Survey:
     try:
-        return taps.survey(module, module, noise)
+        return taps.survey(loaded.module, loaded.forward, noise)
     except FmextractError:
         raise
     except Exception as error:
@@ -406,9 +405,9 @@ def describe(
     cpu = torch.device("cpu")
     with precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
         noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
-        seen = _surveyed(loaded.module, noise)
+        seen = _surveyed(loaded, noise)
         wanted = taps.resolve(selectors or ["**", "."], seen)
-        probed, refused = taps.probe(loaded.module, loaded.module, wanted, shape, cpu)
+        probed, refused = taps.probe(loaded.module, loaded.forward, wanted, shape, cpu)
     return _module_rows(seen, wanted, probed, refused, everything=not selectors)
 
 

@@ -2,7 +2,7 @@
 
 1. `survey` runs the model once and writes down every call of every module, in the order in which the calls end.
 2. `resolve` turns selectors (`layer4.*.conv1`, `conv#20`, `relu:2@in[0]=mean`) into taps.
-3. `probe` runs the model on batches of two sizes and decides by values where the batch is in each tap's tensor, which
+3. `probe` runs the model on three small batches and decides by values where the batch is in each tap's tensor, which
    tensors are overwritten later, and what each axis means. A tap whose rows would not belong to one image is refused.
 4. `tapped` puts hooks on the model for as long as a `with` block lasts and ends each forward after the last wanted tap.
 """
@@ -10,13 +10,15 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cached_property
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
@@ -83,6 +85,11 @@ class Selector:
             reducer=match["reducer"] or "",
         )
 
+    @classmethod
+    def of(cls, text: str, paths: Collection[str]) -> Selector:
+        """`text` itself where it is one of the module paths, however odd its letters; else taken apart."""
+        return cls(text, text, None, "out", (), "") if text in paths else cls.parse(text)
+
     @property
     def is_pattern(self) -> bool:
         """Whether it may stand for several modules."""
@@ -107,92 +114,95 @@ def _glob(pattern: str) -> re.Pattern[str]:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Shape (batch included) and type of one tensor in the output or input of a call; `path` leads to it."""
+    """Shape (batch included) and type of one tensor in the output or input of a call; `path` leads to it.
+
+    `names` is the same path with the field names of named tuples in place of their indices.
+    """
 
     path: tuple[str, ...]
+    names: tuple[str, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of a module: its number among the calls of that module (from 1), its tensors."""
+class Event(NamedTuple):
+    """The start ("in") or end ("out") of a call: the `number`-th start or end of that module, from 1."""
 
     module: str
     number: int
-    outputs: tuple[TensorInfo, ...]
-    inputs: tuple[TensorInfo, ...]
+    side: str
 
 
-Event = tuple[str, int, str]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Survey:
-    """Every call of one forward pass, in the order in which the calls ended.
+    """What one forward pass did: the starts and ends of all calls as they came, with the tensors in and out.
 
-    `events` are the starts and ends of the calls as they came: (path, number, "in" or "out").
     `types`, `kinds` and `lineage` (names of the classes it descends from) are of every module, called or not.
+    `aliases` are further paths of modules that have several, with the path that the others know them by.
     """
 
-    calls: tuple[Call, ...]
-    events: tuple[Event, ...]
-    counts: Mapping[str, int]
+    tensors: Mapping[Event, tuple[TensorInfo, ...]]
     types: Mapping[str, str]
     kinds: Mapping[str, str]
     lineage: Mapping[str, frozenset[str]]
+    aliases: Mapping[str, str]
+
+    @cached_property
+    def counts(self) -> Counter[str]:
+        """How many calls of each module ended."""
+        return Counter(event.module for event in self.tensors if event.side == "out")
 
     @property
     def order(self) -> list[str]:
         """Paths of the modules that were called, in order of their first call's end."""
-        return list(dict.fromkeys(call.module for call in self.calls))
+        return list(self.counts)
 
     def numbered(self, kind: str) -> list[str]:
         """Paths of the modules of a kind (`conv`, …) in the order of execution: `conv#N` is the N-th."""
         return [path for path in self.order if self.kinds[path] == kind]
 
     def stop_before(self, taps: Sequence[Tap]) -> Event | None:
-        """The first start of a call after the last wanted tap: a forward may end there. None: it runs to its end.
+        """The first start of a call after the last call of every tapped module. None: the forward runs to its end.
 
-        Stopping there and not in the tap itself leaves time to notice a module that is called once more than expected.
+        Not after the last wanted call: of a module that is called several times, every call has to be counted before
+        it is certain that the wanted one is what it was in the probe.
         """
-        position = {event: i for i, event in enumerate(self.events)}
-        last = max(position[tap.module, tap.number, tap.tap] for tap in taps)
-        return next((event for event in self.events[last + 1 :] if event[2] == "in"), None)
+        events = list(self.tensors)
+        position = {event: i for i, event in enumerate(events)}
+        last = max(position[Event(tap.module, tap.calls, tap.tap)] for tap in taps)
+        return next((event for event in events[last + 1 :] if event.side == "in"), None)
 
 
-def members(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-    """Every tensor in nested tuples, lists, dicts and dataclass-like outputs, with the keys that lead to it."""
+def _parts(value: Any) -> list[tuple[str, str, Any]]:
+    """(key, name, item) of everything in a tuple, list, mapping or dataclass; nothing for anything else."""
+    if isinstance(value, Mapping):
+        return [(str(key), str(key), item) for key, item in value.items()]
+    if isinstance(value, (tuple, list)):
+        names = getattr(value, "_fields", None) or range(len(value))
+        return [(str(i), str(name), item) for i, (name, item) in enumerate(zip(names, value, strict=True))]
+    if is_dataclass(value):
+        return [(entry.name, entry.name, getattr(value, entry.name)) for entry in fields(value)]
+    return []
+
+
+def _tensors_in(value: Any, path: tuple[str, ...] = (), names: tuple[str, ...] = ()) -> Iterator[TensorInfo]:
+    """Every tensor in nested tuples, lists, dicts and dataclasses."""
     if isinstance(value, torch.Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from members(item, (*path, str(key)))
-    elif isinstance(value, (tuple, list)):
-        for i, item in enumerate(value):
-            yield from members(item, (*path, str(i)))
-    elif is_dataclass(value):
-        for entry in fields(value):
-            yield from members(getattr(value, entry.name), (*path, entry.name))
+        yield TensorInfo(path, names, () if value.is_nested else tuple(value.shape), value.dtype)
+        return
+    for key, name, item in _parts(value):
+        yield from _tensors_in(item, (*path, key), (*names, name))
 
 
-def _member(value: Any, path: tuple[str, ...]) -> Any:
+def _member(value: Any, path: tuple[str, ...]) -> torch.Tensor | None:
+    """The tensor at `path`; None where this value has none."""
     for step in path:
-        if isinstance(value, Mapping):
-            value = value[step]
-        elif isinstance(value, (tuple, list)):
-            value = value[int(step)]
-        else:
-            value = getattr(value, step)
-    return value
+        value = next((item for key, _, item in _parts(value) if key == step), None)
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
-
-
-def _infos(value: Any) -> tuple[TensorInfo, ...]:
-    return tuple(TensorInfo(path, tuple(t.shape), t.dtype) for path, t in members(value))
 
 
 def check_hookable(model: nn.Module) -> None:
@@ -219,41 +229,40 @@ def survey(model: nn.Module, forward: Forward, batch: torch.Tensor) -> Survey:
     """
     check_hookable(model)
     modules = _named_modules(model)
-    calls: list[Call] = []
-    events: list[Event] = []
-    started: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
+    tensors: dict[Event, tuple[TensorInfo, ...]] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+
+    def note(path: str, side: str, value: Any) -> None:
+        counts[path, side] += 1
+        tensors[Event(path, counts[path, side], side)] = tuple(_tensors_in(value))
 
     def before(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            started[path] += 1
-            events.append((path, started[path], "in"))
-
-        return hook
+        return lambda module, args, kwargs: note(path, "in", _inputs(args, kwargs))
 
     def after(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            counts[path] += 1
-            events.append((path, counts[path], "out"))
-            calls.append(Call(path, counts[path], _infos(output), _infos(_inputs(args, kwargs))))
+        return lambda module, args, output: note(path, "out", output)
 
-        return hook
-
-    handles = [m.register_forward_pre_hook(before(path)) for path, m in modules.items()]
-    handles += [m.register_forward_hook(after(path), with_kwargs=True) for path, m in modules.items()]
+    handles = []
     try:
+        for path, module in modules.items():
+            handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
+            handles.append(module.register_forward_hook(after(path)))
         with torch.no_grad():
             forward(batch)
     finally:
         for handle in handles:
             handle.remove()
+    known_by = {id(module): path for path, module in modules.items()}
     return Survey(
-        calls=tuple(calls),
-        events=tuple(events),
-        counts=dict(counts),
+        tensors=tensors,
         types={path: type(m).__name__ for path, m in modules.items()},
         kinds={path: module_kind(m) for path, m in modules.items()},
         lineage={path: frozenset(cls.__name__ for cls in type(m).__mro__) for path, m in modules.items()},
+        aliases={
+            path: known_by[id(module)]
+            for path, module in model.named_modules(remove_duplicate=False)
+            if path and path not in modules
+        },
     )
 
 
@@ -280,46 +289,54 @@ class Tap:
 def resolve(selectors: Sequence[str], seen: Survey) -> list[Tap]:
     """The taps that `selectors` stand for, without repeats, in the order of execution.
 
-    Raises LayerError for a selector that matches nothing, naming the closest matches.
+    Raises LayerError for a selector that matches nothing, naming the closest matches. Of the modules that a pattern
+    matches, those that give no such tensor are left out.
     """
     found: dict[str, Tap] = {}
     for text in selectors:
-        selector = Selector.parse(text)
+        selector = Selector.of(text, seen.types)
+        made: list[Tap] = []
+        errors: list[LayerError] = []
         for module in _matching_modules(selector, seen):
-            for tap in _taps_of(selector, module, seen):
-                found.setdefault(tap.name, tap)
-    position = {(c.module, c.number): i for i, c in enumerate(seen.calls)}
-    # The input of a call exists before its output, and both stand where the call ends.
-    return sorted(found.values(), key=lambda t: (position[t.module, t.number], t.tap == "out"))
+            try:
+                made += _taps_of(selector, module, seen)
+            except LayerError as error:
+                errors.append(error)
+        if errors and not (made and selector.is_pattern):
+            raise errors[0]
+        for tap in made:
+            if tap.name not in found or tap.explicit:
+                found[tap.name] = tap
+    position = {event: i for i, event in enumerate(seen.tensors)}
+    return sorted(found.values(), key=lambda tap: position[Event(tap.module, tap.number, tap.tap)])
 
 
 def _matching_modules(selector: Selector, seen: Survey) -> list[str]:
     base = selector.base
+    paths = [path for path in (*seen.types, *seen.aliases) if path != ROOT]
     numbered = re.fullmatch(r"(\w+)#(-?\d+)", base)
-    if numbered:
+    if numbered and base not in paths:
         return [_numbered_module(selector, numbered[1], int(numbered[2]), seen)]
     if base.startswith("type:"):
-        wanted = base[len("type:") :].rpartition(".")[2]
-        matches = [path for path, names in seen.lineage.items() if wanted in names and path != ROOT]
+        base = base[len("type:") :].rpartition(".")[2]
+        matches = [path for path, names in seen.lineage.items() if base in names and path != ROOT]
         known = sorted({name for names in seen.lineage.values() for name in names})
-    elif selector.is_pattern:
-        pattern = _glob(base)
-        matches = [path for path in seen.types if path != ROOT and pattern.fullmatch(path)]
-        known = list(seen.types)
+    elif base in (".", ROOT):
+        matches, known = [ROOT], paths
     else:
-        wanted = ROOT if base in (".", ROOT) else base
-        matches = [wanted] if wanted in seen.types else []
-        known = list(seen.types)
+        pattern = _glob(base)
+        matches, known = [path for path in paths if path == base or pattern.fullmatch(path)], paths
     if not matches:
         raise LayerError(f"no layer matches {selector.text!r}.{_closest(base, known)} `fmextract layers` lists all.")
-    called = [path for path in matches if path in seen.counts]
+    order = {path: i for i, path in enumerate(seen.order)}
+    called = {seen.aliases.get(path, path) for path in matches} & set(order)
     if not called:
         raise LayerError(
             f"{selector.text!r} matches {_some(matches)}, which the forward pass never calls"
             " (its parent may use the weights directly, or it is a part of another mode)."
-            f"{_closest(base, [path for path in seen.order if path != ROOT])}"
+            f"{_closest(base, list(order))}"
         )
-    return sorted(called, key=seen.order.index)
+    return sorted(called, key=lambda path: order[path])
 
 
 def _numbered_module(selector: Selector, kind: str, number: int, seen: Survey) -> str:
@@ -342,42 +359,46 @@ def _closest(wanted: str, known: Sequence[str]) -> str:
     return f" Closest: {_some(close)}." if close else ""
 
 
-def _taps_of(selector: Selector, module: str, seen: Survey) -> Iterator[Tap]:
-    total = seen.counts[module]
-    if selector.call is not None and selector.call > total:
-        raise LayerError(f"{selector.text!r}: {module!r} is called {total} time{'s' * (total != 1)} in a forward pass")
-    for call in seen.calls:
-        if call.module != module or selector.call not in (None, call.number):
+def _taps_of(selector: Selector, module: str, seen: Survey) -> list[Tap]:
+    """The tensors of one module that the selector asks for. Raises LayerError where there is none."""
+    numbers = (Event(module, number, selector.tap) for number in itertools.count(1))
+    events = list(itertools.takewhile(lambda event: event in seen.tensors, numbers))
+    if selector.call is not None and selector.call > len(events):
+        times = f"{len(events)} time{'s' * (len(events) != 1)}"
+        raise LayerError(f"{selector.text!r}: {module!r} is called {times} in a forward pass")
+    made: list[Tap] = []
+    for event in events:
+        if selector.call not in (None, event.number):
             continue
-        infos = call.inputs if selector.tap == "in" else call.outputs
-        chosen = [info for info in infos if info.path[: len(selector.member)] == selector.member]
+        infos = seen.tensors[event]
+        depth = len(selector.member)
+        chosen = [info for info in infos if selector.member in (info.path[:depth], info.names[:depth])]
         if not chosen:
-            there = _some(["".join(f"[{p}]" for p in info.path) for info in infos]) or "no tensor at all"
-            raise LayerError(
-                f"{selector.text!r}: no such tensor in the {_side(selector.tap)} of {module!r}; it has {there}"
-            )
+            there = _some([_bracketed(info.names) or "one tensor" for info in infos]) if infos else "no tensor at all"
+            side = "input" if selector.tap == "in" else "output"
+            raise LayerError(f"{selector.text!r}: no such tensor in the {side} of {module!r}; it has {there}")
         for info in chosen:
             # A member is spelled out where it was asked for or where there are several.
-            shown = info.path if len(chosen) > 1 else selector.member
-            yield _tap(selector, call, total, info, shown, seen)
+            shown = info.path if len(chosen) > 1 else info.path[:depth]
+            made.append(_tap(selector, event, len(events), info, _bracketed(shown), seen))
+    return made
 
 
-def _side(tap: str) -> str:
-    return "input" if tap == "in" else "output"
+def _bracketed(path: Sequence[str]) -> str:
+    return "".join(f"[{key}]" for key in path)
 
 
-def _tap(selector: Selector, call: Call, total: int, info: TensorInfo, shown: tuple[str, ...], seen: Survey) -> Tap:
-    member = "".join(f"[{key}]" for key in shown)
-    number = f":{call.number}" if total > 1 else ""
+def _tap(selector: Selector, event: Event, calls: int, info: TensorInfo, member: str, seen: Survey) -> Tap:
+    number = f":{event.number}" if calls > 1 else ""
     reducer = f"={selector.reducer}" if selector.reducer else ""
-    side = "@in" if selector.tap == "in" else ""
+    side = "@in" if event.side == "in" else ""
     return Tap(
-        name=f"{call.module}{number}{side}{member}{reducer}",
-        module=call.module,
-        module_type=seen.types[call.module],
-        number=call.number,
-        calls=total,
-        tap=selector.tap,
+        name=f"{event.module}{number}{side}{member}{reducer}",
+        module=event.module,
+        module_type=seen.types[event.module],
+        number=event.number,
+        calls=calls,
+        tap=event.side,
         path=info.path,
         member=member,
         reducer=selector.reducer,
@@ -389,9 +410,10 @@ def _tap(selector: Selector, call: Call, total: int, info: TensorInfo, shown: tu
 def default_selectors(model: nn.Module, seen: Survey) -> list[str]:
     """The model's children, a container with several children replaced by them, until there are 4 or more."""
     level = dict(model.named_children())
+    called = seen.counts
     while True:
         # A ModuleList is never called itself: it stands for its children whatever their number.
-        opened = {n for n, m in level.items() if n not in seen.counts and len(list(m.children()))}
+        opened = {n for n, m in level.items() if n not in called and len(list(m.children()))}
         if len(level) - len(opened) < 4:
             opened |= {n for n, m in level.items() if _is_container(n, m)}
         if not opened:
@@ -403,7 +425,8 @@ def default_selectors(model: nn.Module, seen: Survey) -> list[str]:
             else:
                 expanded[name] = module
         level = expanded
-    return [name for name in level if name in seen.counts] or ["."]
+    giving = {event.module for event, infos in seen.tensors.items() if event.side == "out" and infos}
+    return [name for name in level if name in giving] or ["."]
 
 
 def _is_container(name: str, module: nn.Module) -> bool:
@@ -457,22 +480,26 @@ class Refused:
     why: str
 
 
-_SAMPLED = 1 << 16  # values of a row that are compared: more than enough to tell two images apart
+_SAMPLED = 1 << 16  # values of a tensor that are compared: more than enough to tell two images apart
 
 
 class _Watch:
     """Keep every wanted tensor of one forward pass as the hooks see it, to look at it again when the pass has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, forward: Forward, taps: Sequence[Tap], batch: torch.Tensor) -> None:
         self.seen: dict[int, torch.Tensor] = {}
-        self.before: dict[int, torch.Tensor] = {}
-        self.version: dict[int, int] = {}
-        self.counts: Mapping[tuple[str, str], int] = {}
+        self._before: dict[int, torch.Tensor] = {}
+        self._version: dict[int, int] = {}
+        hooks = _Hooks(taps, self._take)
+        with hooks.on(model), torch.no_grad():
+            hooks.run(forward, batch)
+        self.counts = hooks.counts
 
-    def __call__(self, index: int, tensor: torch.Tensor) -> None:
-        self.seen[index] = tensor
-        self.before[index] = _sampled(tensor)
-        self.version[index] = -1 if tensor.is_inference() else tensor._version
+    def _take(self, i: int, tensor: torch.Tensor | None) -> None:
+        if tensor is not None:
+            self.seen[i] = tensor
+            self._before[i] = _sampled(tensor)
+            self._version[i] = -1 if tensor.is_inference() else tensor._version
 
     def overwritten(self) -> set[int]:
         """Taps whose tensor was written after the hook saw it: by its version counter, or by its values.
@@ -483,18 +510,38 @@ class _Watch:
             i
             for i, tensor in self.seen.items()
             if tensor.is_inference()
-            or tensor._version != self.version[i]
-            or not torch.equal(_sampled(tensor).nan_to_num(), self.before[i].nan_to_num())
+            or tensor._version != self._version[i]
+            or not torch.equal(_sampled(tensor).nan_to_num(), self._before[i].nan_to_num())
         }
+
+    def lasting(self, earlier: _Watch) -> set[int]:
+        """Taps whose memory an earlier pass used too, though its tensors are still alive: a buffer of the model's own.
+
+        What is kept of it must be copied, since the next pass writes it while this one's values are on their way.
+        """
+        used = {_storage(tensor) for tensor in earlier.seen.values()} - {0}
+        return {i for i, tensor in self.seen.items() if _storage(tensor) in used}
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if tensor.is_quantized else tensor
 
 
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_nested
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """The address of its memory; 0 where it has none."""
+    return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
+
+
 def _sampled(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of about _SAMPLED values spread over the tensor, in float32 or wider."""
-    flat = _plain(tensor.detach()).reshape(-1)
+    """A copy of about _SAMPLED values spread over the tensor, in float32 or wider; nothing of a sparse one."""
+    if not _is_plain(tensor):
+        return torch.empty(0)
+    tensor = tensor.detach()
+    flat = _plain(torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
     flat = flat[:: max(1, flat.numel() // _SAMPLED)]
     return flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32, copy=True)
 
@@ -504,58 +551,43 @@ def probe(
 ) -> tuple[list[Probed], list[Refused]]:
     """Decide for each tap where its rows are, what its axes mean and whether it is overwritten later.
 
-    Three noise images A, B, C run as (A, B) and as (B, C, A): shapes at the two batch sizes propose the axis, values
-    decide, since A and B must come out the same among other neighbours. `image_shape` is (channel, y, x).
-    The model must already be in the mode in which it will run. Everything happens in its own precision under `no_grad`.
+    Four noise images run as (A, B), (B, C, A) and (C, A, D). Shapes at the two batch sizes propose the axis of the
+    batch; values decide, since each image must come out the same at any place among any neighbours.
+    `image_shape` is (channel, y, x). The model must already be in the mode in which it will run, and runs in its own
+    precision under `no_grad`.
     """
     noise = _distinct_noise(image_shape, device)
-    small, large = noise[[0, 1]], noise[[1, 2, 0]]
-    first = _watch(model, forward, taps, small)
+    pair = _Watch(model, forward, taps, noise[[0, 1]])
+    three = _Watch(model, forward, taps, noise[[1, 2, 0]])
     with AxisTracer() as tracer:
-        tracer.seed(large, image_axes(large.shape))
-        second = _watch(model, forward, taps, large)
-    hazards = first.overwritten() | second.overwritten()
+        traced = noise[[2, 0, 3]]
+        tracer.seed(traced, image_axes(traced.shape))
+        last = _Watch(model, forward, taps, traced)
+    copied = pair.overwritten() | three.overwritten() | last.overwritten() | last.lasting(three)
     probed: list[Probed] = []
     refused: list[Refused] = []
     for i, tap in enumerate(taps):
-        outcome = _judge(tap, first, second, i)
-        if isinstance(outcome, Refused):
-            refused.append(outcome)
+        layout = _judge(tap, i, (pair, three, last))
+        if isinstance(layout, Refused):
+            refused.append(layout)
             continue
-        tensor = second.seen[i]
-        shape = tuple(outcome.rows_first(tensor, 3).shape[1:])
-        per_image = without_batch(tracer.axes(tensor), outcome.axis, outcome.k, outcome.outer)
-        probed.append(
-            Probed(
-                tap=tap,
-                layout=outcome,
-                shape=shape,
-                axes=name_axes(per_image, len(shape)),
-                dtype=tensor.dtype,
-                overwritten=i in hazards,
-            )
-        )
+        tensor = last.seen[i]
+        shape = tuple(layout.rows_first(tensor, 3).shape[1:])
+        per_image = without_batch(tracer.axes(tensor), layout.axis, layout.k, layout.outer)
+        axes = name_axes(per_image, len(shape))
+        probed.append(Probed(tap, layout, shape, axes, _plain(tensor).dtype, overwritten=i in copied))
     return probed, refused
 
 
 def _distinct_noise(image_shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Three images that even a network of random weights keeps apart: other noise, contrast, colour and gradient."""
+    """Four images that even a network of random weights keeps apart: other noise, contrast, colour and gradient."""
     generator = torch.Generator().manual_seed(20_240_229)
-    noise = torch.randn((3, *image_shape), generator=generator)
+    noise = torch.randn((4, *image_shape), generator=generator)
     ramp = torch.linspace(-1, 1, image_shape[-1])
-    for i, (contrast, tilt) in enumerate([(0.4, 1.5), (1.0, -1.0), (1.6, 0.2)]):
+    for i, (contrast, tilt) in enumerate([(0.4, 1.5), (1.0, -1.0), (1.6, 0.2), (0.7, -0.4)]):
         noise[i] = noise[i] * contrast + tilt * ramp
         noise[i, i % image_shape[0]] += 1.5
     return noise.to(device)
-
-
-def _watch(model: nn.Module, forward: Forward, taps: Sequence[Tap], batch: torch.Tensor) -> _Watch:
-    watch = _Watch()
-    hooks = _Hooks(taps, watch, stop=None, done=lambda: False)
-    with hooks.on(model), torch.no_grad():
-        forward(batch)
-    watch.counts = hooks.counts
-    return watch
 
 
 def overwritten(model: nn.Module, forward: Forward, taps: Sequence[Tap], batch: torch.Tensor) -> set[int]:
@@ -563,33 +595,41 @@ def overwritten(model: nn.Module, forward: Forward, taps: Sequence[Tap], batch: 
 
     Asked again in the precision of the run: what autocast copies in one precision it may not in another.
     """
-    return _watch(model, forward, taps, batch).overwritten()
+    return _Watch(model, forward, taps, batch).overwritten()
 
 
-def _judge(tap: Tap, first: _Watch, second: _Watch, i: int) -> RowLayout | Refused:
-    """The layout of one tap's rows, from what it was in a batch of (A, B) and in one of (B, C, A)."""
-    key = (tap.module, tap.tap)
-    if first.counts[key] != tap.calls or second.counts[key] != tap.calls:
-        return Refused(
-            tap,
-            f"{tap.module!r} is called a varying number of times: {tap.calls}, {first.counts[key]} and "
-            f"{second.counts[key]} times in three forward passes",
-        )
-    a, b = first.seen[i], second.seen[i]
-    if a.is_complex():
-        return Refused(tap, "its values are complex")
-    if a.is_sparse or a.is_nested or b.is_sparse or b.is_nested:
+def _judge(tap: Tap, i: int, passes: tuple[_Watch, _Watch, _Watch]) -> RowLayout | Refused:
+    """The layout of one tap's rows, from what it was in the passes over (A, B), (B, C, A) and (C, A, D)."""
+    counts = [watch.counts[tap.module, tap.tap] for watch in passes]
+    if counts != [tap.calls] * 3:
+        times = ", ".join(map(str, [tap.calls, *counts]))
+        return Refused(tap, f"{tap.module!r} is called a varying number of times: {times} times in four forward passes")
+    if any(i not in watch.seen for watch in passes):
+        return Refused(tap, "it is not a tensor in every forward pass")
+    tensors = [watch.seen[i] for watch in passes]
+    if not all(map(_is_plain, tensors)):
         return Refused(tap, "it is a sparse or nested tensor")
-    layouts = _proposed_layouts(tuple(a.shape), tuple(b.shape))
+    if tensors[0].is_complex():
+        return Refused(tap, "its values are complex; a module that gives view_as_real or abs of them can be stored")
+    two, three, again = (tuple(tensor.shape) for tensor in tensors)
+    layouts = _proposed_layouts(two, three)
     if not layouts:
-        return Refused(
-            tap,
-            f"its shape does not follow the batch: {tuple(a.shape)} for 2 images and {tuple(b.shape)} for 3",
-        )
+        return Refused(tap, f"its shape does not follow the batch: {two} for 2 images and {three} for 3")
+    if again != three:
+        return Refused(tap, f"its shape changes with the images: {three} and {again} for 3 images each")
+    if 0 in three:
+        return Refused(tap, f"it holds no values: its shape is {two} for 2 images")
+    pair, among, last = (_plain(tensor) for tensor in tensors)
     for layout in layouts:
-        if _rows_agree(layout.rows_first(_plain(a), 2), layout.rows_first(_plain(b), 3)):
+        rows = layout.rows_first(among, 3)
+        # The batch size changes the last bits of a forward pass; the place in a batch and the neighbours never do.
+        if _rows_agree(layout.rows_first(pair, 2), rows, [(0, 2), (1, 0)], 1e-2) and _rows_agree(
+            rows, layout.rows_first(last, 3), [(1, 0), (2, 1)], 1e-5
+        ):
             return layout
-    return Refused(tap, "its rows change with the other images of the batch: no row belongs to one image alone")
+    return Refused(
+        tap, "its rows change with the other images of the batch, or at random: no row belongs to one image alone"
+    )
 
 
 def _proposed_layouts(two: tuple[int, ...], three: tuple[int, ...]) -> list[RowLayout]:
@@ -603,20 +643,18 @@ def _proposed_layouts(two: tuple[int, ...], three: tuple[int, ...]) -> list[RowL
     return [RowLayout(axis)] if k == 1 else [RowLayout(axis, k, outer=True), RowLayout(axis, k, outer=False)]
 
 
-def _rows_agree(two: torch.Tensor, three: torch.Tensor) -> bool:
-    """Whether A and B, rows 0 and 1 of `two`, are rows 2 and 0 of `three`: by far closer to themselves than to others.
+def _rows_agree(rows: torch.Tensor, others: torch.Tensor, same: Sequence[tuple[int, int]], tolerance: float) -> bool:
+    """Whether row i of `rows` is row j of `others`, for (i, j) in `same`: by far closer to it than to any other.
 
-    The batch size changes the last bits of a forward pass, so equality is no test; and rows of an untrained network may
-    be nearly alike, so that a fixed tolerance is none either.
+    `tolerance` is relative. It is not all, since rows of an untrained network may be nearly alike themselves.
     """
-    two_rows = [_sampled_row(row) for row in two]
-    three_rows = [_sampled_row(row) for row in three]
-    for own, same in ((0, 2), (1, 0)):
-        row = two_rows[own]
+    sampled = [_sampled_row(row) for row in others]
+    for i, j in same:
+        row = _sampled_row(rows[i])
         scale = float(row.norm())
-        to_self = float((row - three_rows[same]).norm())
-        to_others = min(float((row - three_rows[j]).norm()) for j in range(3) if j != same)
-        if to_self > 1e-3 * scale or to_self > max(0.25 * to_others, 1e-5 * scale):
+        away = [float((row - other).norm()) for other in sampled]
+        to_self = away.pop(j)
+        if to_self > tolerance * scale or to_self > max(0.25 * min(away), 1e-5 * scale):
             return False
     return True
 
@@ -632,24 +670,42 @@ class _StopForward(BaseException):
     """Ends a forward pass after the last wanted tap. Not an Exception, since models swallow those."""
 
 
-Take = Callable[[int, torch.Tensor], None]
-
-
 class _Hooks:
-    """Hooks that call `take(i, tensor)` whenever the tensor of tap i comes by, and count calls."""
+    """Hooks that call `take(i, tensor)` whenever the tensor of tap i comes by, and count calls.
 
-    def __init__(self, taps: Sequence[Tap], take: Take, stop: Event | None, done: Callable[[], bool]) -> None:
+    `take` gets None where the value has no such member. Before `stop`, a pass ends once every call has been counted.
+    """
+
+    def __init__(
+        self, taps: Sequence[Tap], take: Callable[[int, torch.Tensor | None], None], stop: Event | None = None
+    ) -> None:
         self._taps: dict[tuple[str, str], list[tuple[int, Tap]]] = {}
         for i, tap in enumerate(taps):
             self._taps.setdefault((tap.module, tap.tap), []).append((i, tap))
-        self._take, self._stop, self._done = take, stop, done
+        self._calls = {(tap.module, tap.tap): tap.calls for tap in taps}
+        self._take, self._stop = take, stop
+        self._stop_seen = 0
+        self._over = False
         self.counts: Counter[tuple[str, str]] = Counter()
-        self._stop_seen = 0
 
-    def reset(self) -> None:
-        """Before every forward pass."""
+    def run(self, forward: Forward, batch: torch.Tensor) -> None:
+        """One forward pass, to the stop or to its end. Raises whatever the model raises."""
         self.counts.clear()
-        self._stop_seen = 0
+        self._stop_seen, self._over = 0, False
+        try:
+            forward(batch)
+        except _StopForward:
+            return
+        except Exception:
+            if not self._over:
+                raise
+        if self._over:  # the model swallows even a BaseException: let its next passes run to their end
+            self._stop = None
+
+    def end(self) -> NoReturn:
+        """Called in `take`: nothing more of this pass is wanted. A model that swallows this is not listened to."""
+        self._over = True
+        raise _StopForward
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[None]:
@@ -657,9 +713,8 @@ class _Hooks:
         modules = _named_modules(model)
         handles = []
         try:
-            # The stop comes before the taps of the same module: it would be their next call.
             if self._stop is not None:
-                handles.append(modules[self._stop[0]].register_forward_pre_hook(self._maybe_stop))
+                handles.append(modules[self._stop.module].register_forward_pre_hook(self._maybe_stop))
             for path, side in self._taps:
                 if side == "in":
                     handles.append(modules[path].register_forward_pre_hook(self._before(path), with_kwargs=True))
@@ -677,16 +732,20 @@ class _Hooks:
         return lambda module, args, output: self._fire((path, "out"), output)
 
     def _fire(self, key: tuple[str, str], value: Any) -> None:
+        if self._over:
+            return
         self.counts[key] += 1
         for i, tap in self._taps[key]:
             if tap.number == self.counts[key]:
                 self._take(i, _member(value, tap.path))
 
     def _maybe_stop(self, module: nn.Module, args: Any) -> None:
-        assert self._stop is not None
+        if self._stop is None or self._over:
+            return
         self._stop_seen += 1
-        if self._stop_seen >= self._stop[1] and self._done():
-            raise _StopForward
+        complete = all(self.counts[key] >= calls for key, calls in self._calls.items())
+        if complete and self._stop_seen >= self._stop.number:
+            self.end()
 
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -702,23 +761,21 @@ class Capture:
     def __init__(self, taps: Sequence[Probed], reducers: Sequence[Reduce | None], stop: Event | None) -> None:
         self._taps = taps
         self._reducers = reducers
-        self._hooks = _Hooks([p.tap for p in taps], self._take, stop, self._complete)
+        self._hooks = _Hooks([p.tap for p in taps], self._take, stop)
         self._kept: dict[int, torch.Tensor] = {}
         self._watched: dict[int, tuple[torch.Tensor, int]] = {}
         self._batch = 0
-        self._error: CaptureError | None = None
+        self._error: Exception | None = None
 
     def forward(self, forward: Forward, batch: torch.Tensor) -> list[torch.Tensor]:
         """One forward pass over `batch` (B, …); one tensor (B, …) a tap, in the order of the taps.
 
-        The tensors may share memory with the model's own: use them before the next pass.
+        The tensors may be the model's own: read them only. The next pass leaves them as they are.
         Raises CaptureError when the pass does something else than the probe saw, and whatever the model raises.
         """
-        self._hooks.reset()
         self._batch, self._error = batch.shape[0], None
         try:
-            with suppress(_StopForward):
-                forward(batch)
+            self._hooks.run(forward, batch)
             if self._error is not None:
                 raise self._error
             self._check_counts()
@@ -728,39 +785,39 @@ class Capture:
             self._kept.clear()
             self._watched.clear()
 
-    def _complete(self) -> bool:
-        return len(self._kept) == len(self._taps)
-
-    def _take(self, i: int, tensor: torch.Tensor) -> None:
+    def _take(self, i: int, tensor: torch.Tensor | None) -> None:
         """Called by the hooks. Never raises an Exception: a model could swallow it and go on."""
-        if self._error is None and i not in self._kept:
-            try:
-                self._kept[i] = self._taken(i, tensor)
-            except CaptureError as error:
-                name = self._taps[i].tap.name
-                self._error = CaptureError(f"layer {name!r}: {error}, unlike in the probe; its rows cannot be trusted")
+        try:
+            self._kept[i] = self._taken(i, tensor)
+        except CaptureError as error:
+            name = self._taps[i].tap.name
+            self._error = CaptureError(f"layer {name!r}: {error}, unlike in the probe; its rows cannot be trusted")
+        except Exception as error:  # a reducer's, or no memory for a copy: for the caller, not for the model
+            self._error = error
         if self._error is not None:
-            raise _StopForward
+            self._hooks.end()
 
-    def _taken(self, i: int, tensor: torch.Tensor) -> torch.Tensor:
+    def _taken(self, i: int, tensor: torch.Tensor | None) -> torch.Tensor:
         probed = self._taps[i]
+        if tensor is None or not _is_plain(tensor):
+            raise CaptureError("the model gives no plain tensor here")
         rows = probed.layout.rows_first(_plain(tensor), self._batch)
         if tuple(rows.shape[1:]) != probed.shape:
             raise CaptureError(f"one image gives {tuple(rows.shape[1:])}, expected {probed.shape}")
         reduce = self._reducers[i]
-        if reduce is not None:
-            return reduce(rows)
+        kept = rows if reduce is None else reduce(rows)
+        if _storage(kept) != _storage(tensor):  # a reducer's result, or a quantized tensor made plain
+            return kept
         if probed.overwritten or tensor.is_inference():
-            return rows.clone()
-        if not tensor.is_quantized:
-            self._watched[i] = (tensor, tensor._version)
-        return rows
+            return kept.clone()
+        self._watched[i] = (tensor, tensor._version)
+        return kept
 
     def _check_counts(self) -> None:
-        for i, probed in enumerate(self._taps):
+        for probed in self._taps:
             tap = probed.tap
             called = self._hooks.counts[tap.module, tap.tap]
-            if i not in self._kept or called > tap.calls:
+            if called != tap.calls:
                 raise CaptureError(
                     f"module {tap.module!r} was called {called} times in a forward pass and {tap.calls} times in the"
                     " probe. A model whose path depends on the image cannot be stored row by row."
