@@ -3,6 +3,21 @@
 One image is layer1 to layer4 of a ResNet-50 in full: 1.4 million values, 5.6 MB in float32. Batches of 8 images, 96
 images in all, after a ReLU. Reported is CPU time, so that other work on the machine counts as little as it can, and
 beside it what it costs on the same machine to copy the bytes once and to sum them once.
+
+Measured with torch 2.14 on two shared cores of an x86-64 server (AVX-512, 1 MiB of L2 a core), one thread, the least of
+several runs beside other work; in copies of the same float32 bytes (0.46 ms an image):
+
+| | moments | with the top 9 |
+|---|---|---|
+| float32 contiguous | 5 (2.3 ms) | 7 (3.0 ms) |
+| float32 channels_last | 7 (3.2 ms) | 11 (5.1 ms) |
+| bfloat16 contiguous | 5 (2.1 ms) | 7 (3.2 ms) |
+| bfloat16 channels_last | 6 (2.9 ms) | 10 (4.7 ms) |
+
+The block: 2^15 values 5 times slower than 2^19 (calls of torch), 2^17 1.4 times, 2^18 1.1 times, 2^20 the same.
+What was tried: torch's own float64 sum 1.1 GB/s, count_nonzero 1.0, aminmax 1.8, vector_norm of order 0 1.0, against 15
+to 40 GB/s for each in-place step on a block that was widened before; one block of fresh memory for `x - K` doubled
+the cost. With two threads on busy cores the threads wait for one another: one thread a layer scales, two for one do not.
 """
 
 from __future__ import annotations

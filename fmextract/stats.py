@@ -67,7 +67,7 @@ class RunningStats:
         """Add the images of `rows` (B, *shape), any real type and any strides; row i is the global row first_row + i.
 
         `valid[i]` False leaves a row out. Batches come in the order of their rows. Nothing waits for the device.
-        Raises ValueError for another shape, too few or too many marks, and a batch that begins before the last one ended.
+        Raises ValueError for another shape, for marks of other rows, and for a batch before the end of the last one.
         """
         if tuple(rows.shape[1:]) != self._shape:
             raise ValueError(f"expected rows of shape {self._shape}, got {tuple(rows.shape[1:])}")
@@ -243,5 +243,5 @@ def _finite_or_lowest(maps: Tensor) -> Tensor:
 
 
 def _first_highest(maps: Tensor) -> Tensor:
-    """The first position of the highest value of each of (n, P). In bfloat16 `max` is four times as fast as `argmax`."""
+    """The first position of the highest value of each of (n, P). In bfloat16 `max` is four times as fast as argmax."""
     return maps.max(1).indices

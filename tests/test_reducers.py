@@ -166,7 +166,7 @@ def test_a_users_function_that_does_not_keep_the_rows(users: types.ModuleType) -
     users.total = lambda x: x.sum()
     users.turned = lambda x: x.movedim(1, 0)
     users.array = lambda x: x.numpy()
-    users.complex = lambda x: torch.fft.fft(x)
+    users.complex = torch.fft.fft
     users.broken = lambda x: x.reshape(1, 2, 3)
     for name, message in [
         ("total", r"expected a real tensor \(2, …\)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def running(
     stats = RunningStats(tuple(rows.shape[1:]), axes, top, CPU)
     stats._may_ask = ask
     edges = [0, *sorted(cuts or []), len(rows)]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         stats.update(rows[a:b], first + a, None if valid is None else valid[a:b])
     return stats
 
@@ -141,7 +142,7 @@ def test_merging_equals_one_run(case: dict[str, Any], order: Any) -> None:
     edges = [0, *sorted(case["cuts"]), len(rows)]
     parts = [
         running(rows[a:b], axes, top, first=first + a, valid=None if valid is None else valid[a:b]).result()
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in itertools.pairwise(edges)
     ]
     order.shuffle(parts)
     check(merge(parts), brute(rows, axes, top, first, valid), rtol=1e-9)
