@@ -125,7 +125,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(case=cases(), size=st.sampled_from([1, 7, 40, 1 << 17]))
 def test_equal_to_numpy_whatever_the_batches(case: dict[str, Any], size: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -135,7 +135,7 @@ def test_equal_to_numpy_whatever_the_batches(case: dict[str, Any], size: int) ->
     check(got, brute(case["rows"], case["axes"], case["top"], case["first"], case["valid"]))
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 @given(case=cases(), order=st.randoms(use_true_random=False))
 def test_merging_equals_one_run(case: dict[str, Any], order: Any) -> None:
     rows, axes, top, first, valid = (case[name] for name in ("rows", "axes", "top", "first", "valid"))
