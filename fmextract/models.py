@@ -143,11 +143,12 @@ def weights_digest(module: nn.Module) -> str:
     """SHA-256 over the state dict: names in order, types, shapes, bytes. Equal for equal values on any device."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
-        if isinstance(value, Tensor) and not value.is_quantized:
+        if isinstance(value, Tensor):
             digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
+            plain = value.dequantize() if value.is_quantized else value
+            flat = plain.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)
-        else:  # quantised modules keep scales, types and packed parameters here
+        else:  # the extra state of a module: quantised ones keep scales and types here
             digest.update(f"{name}\0{value!r}\0".encode())
     return digest.hexdigest()
 

@@ -18,7 +18,7 @@ import skimage.data
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from odd_images import encode, jpeg, odd_images, photo, png_claiming, sixteen_bit, with_orientation
+from odd_images import encode, jpeg, odd_images, photo, png_claiming, sixteen_bit, with_orientation, write_all
 from PIL import ImageOps
 from torchvision import models
 from torchvision.transforms import InterpolationMode, v2
@@ -96,7 +96,7 @@ def test_damaged_jpegs_fare_as_pillow_has_it():
     rng = random.Random(5)
     plain, progressive = jpeg(photo(90, 60)), jpeg(photo(90, 60), progressive=True, quality=60)
     seen = {"simplejpeg": 0, "pillow": 0, "refused": 0}
-    for turn in range(1500):
+    for turn in range(1000):
         data = bytearray(plain if turn % 2 else progressive)
         for _ in range(rng.choice((1, 1, 3))):
             data[rng.randrange(2, len(data) if rng.random() < 0.5 else 700)] = rng.randrange(256)
@@ -113,7 +113,7 @@ def test_damaged_jpegs_fare_as_pillow_has_it():
             seen[made.decoder] += 1
             assert expected is not None
             assert levels(made.pixels, expected) <= 1
-    assert min(seen.values()) > 50, seen
+    assert min(seen.values()) > 30, seen
 
 
 @settings(deadline=None, max_examples=150, derandomize=True)
@@ -307,11 +307,11 @@ def test_torchvision_presets_within_one_level(preprocess):
         assert levels(decode(image, preprocess).pixels, reference(image, preprocess)) <= 1
 
 
-SIDES = st.integers(1, 400)
-TARGETS = st.integers(1, 120)
+SIDES = st.integers(1, 200)
+TARGETS = st.integers(1, 90)
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(deadline=None, max_examples=120, derandomize=True)
 @given(
     width=SIDES,
     height=SIDES,
@@ -369,8 +369,8 @@ def test_threads_give_what_one_thread_gives():
 def test_nothing_leaks(tmp_path):
     """In a process of its own: no warning even under -W error, no gigantic intermediate, no Ghostscript."""
     (tmp_path / "bomb.png").write_bytes(png_claiming(10_000, 10_000))
-    for odd in odd_images():
-        (tmp_path / odd.name).write_bytes(odd.data)
+    (tmp_path / "taller.jpg").write_bytes(jpeg(photo(2, 4000)))
+    files = write_all(tmp_path)
     spy = tmp_path / "bin" / "gs"
     spy.parent.mkdir()
     spy.write_text(f"#!/bin/sh\ntouch '{tmp_path}/started'\n")
@@ -394,7 +394,7 @@ def test_nothing_leaks(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     decoded, megabytes = map(int, done.stdout.split())
-    assert decoded == sum(odd.decodes for odd in odd_images())
+    assert decoded == sum(odd.decodes for odd in files) + 1  # and taller.jpg
     assert megabytes < 120  # 2 x 4000 pixels alone would be 393 MB when resized to 256 x 512000
     assert "Warning" not in done.stderr
     assert not (tmp_path / "started").exists()
