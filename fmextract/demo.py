@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from importlib import resources
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmextract.errors import FmextractError, MissingExtra
 from fmextract.records import Preprocess, Progress
+from fmextract.text import printable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,19 +69,19 @@ class Demo:
         return asdict(self)
 
     def __str__(self) -> str:
-        layer = "blocks.2"
+        output, photos = shlex.quote(self.output), shlex.quote(self.photos)
         return f"""\
 {CAT} is a {self.cat} ({self.probability:.0%} sure), by the classifier's activations in the file.
 
-  photos       {self.photos}
-  activations  {self.output}
-  picture      {self.picture}
+  photos       {printable(self.photos)}
+  activations  {printable(self.output)}
+  picture      {printable(self.picture)}
 
 Next:
-  fmextract info {self.output}
+  fmextract info {output}
   fmextract layers fmextract.demo:model
-  fmextract extract {self.photos} -m fmextract.demo:model -l 'type:Conv2d' -o convs.h5
-  python -c "import fmextract; print(fmextract.open('{self.output}')['{layer}'][3].shape)\""""
+  fmextract extract {photos} -m fmextract.demo:model -l 'type:Conv2d' -o convs.h5
+  python -c "import fmextract, sys; print(fmextract.open(sys.argv[1]))" {output}"""
 
 
 def demo(out: Path, progress: Progress) -> Demo:
