@@ -68,7 +68,12 @@ class Download(Protocol):
 
 
 class Transfers(Protocol):
-    """How batches get to the device and activations back. `download` blocks while `depth` downloads are unreleased."""
+    """How batches get to the device and activations back, `depth` of them at a time.
+
+    `ahead` is the number of batches worth decoding before they are needed.
+    """
+
+    ahead: int
 
     def input_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A host buffer that nothing else is using."""
@@ -76,18 +81,29 @@ class Transfers(Protocol):
     def upload(self, buffer: torch.Tensor) -> torch.Tensor:
         """The content of an `input_buffer` on the device. The buffer is handed back by this call."""
 
+    def reserve(self) -> None:
+        """Before a forward pass: wait until there is room for its activations. Raises channel.Closed after `close`."""
+
     def download(self, tensors: Sequence[torch.Tensor]) -> Download:
-        """Start bringing `tensors` to the host. Raises channel.Closed after `close`."""
+        """Start bringing `tensors` to the host, into the room that was reserved."""
 
     def close(self) -> None:
         """The run ends: whoever waits for a free slot stops waiting."""
 
 
 class HostTransfers:
-    """The CPU: the device's memory is the host's, so a batch is used where it lies and activations are handed over."""
+    """The CPU: the device's memory is the host's, so a batch is used where it lies and activations are handed over.
 
-    def __init__(self, depth: int) -> None:
-        self._tokens: Channel[int] = Channel(depth, range(depth))
+    The forward pass and the codec share the cores, so they take turns: there is room for one batch, and a pass waits
+    until the one before is encoded. Side by side they would take longer: the threads of a matrix product wait for each
+    other at every step, so that one of them losing its core to the codec stops them all.
+    """
+
+    ahead = 1
+
+    def __init__(self) -> None:
+        self._room: Channel[int] = Channel(1, [0])
+        self._reserved = False
         self._buffers: list[torch.Tensor] = []
 
     def input_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -101,33 +117,41 @@ class HostTransfers:
         self._buffers.append(buffer)
         return buffer
 
+    def reserve(self) -> None:
+        if not self._reserved:
+            self._room.get()
+            self._reserved = True
+
     def download(self, tensors: Sequence[torch.Tensor]) -> Download:
-        self._tokens.get()
-        return _HostDownload(list(tensors), self._tokens)
+        self._reserved = False
+        return _HostDownload(list(tensors), self._room)
 
     def close(self) -> None:
-        self._tokens.close()
+        self._room.close()
 
 
 class _HostDownload:
-    def __init__(self, tensors: list[torch.Tensor], tokens: Channel[int]) -> None:
-        self._tensors, self._tokens = tensors, tokens
+    def __init__(self, tensors: list[torch.Tensor], room: Channel[int]) -> None:
+        self._tensors, self._room = tensors, room
 
     def wait(self) -> list[torch.Tensor]:
         return self._tensors
 
     def release(self) -> None:
         self._tensors = []
-        _give_back(self._tokens, 0)
+        _give_back(self._room, 0)
 
 
 class DeviceTransfers:
     """An accelerator: pinned buffers, a copy stream, and a ring of `depth` slots for downloads."""
 
+    ahead = 2
+
     def __init__(self, device: torch.device, depth: int) -> None:
         self._device = device
         self._copy = torch.Stream(device)
         self._slots: Channel[_Slot] = Channel(depth, [_Slot() for _ in range(depth)])
+        self._reserved: _Slot | None = None
         self._free: list[torch.Tensor] = []
         self._uploading: list[tuple[torch.Event, torch.Tensor]] = []
 
@@ -151,8 +175,13 @@ class DeviceTransfers:
         self._uploading.append((event, buffer))
         return there
 
+    def reserve(self) -> None:
+        self._reserved = self._reserved or self._slots.get()
+
     def download(self, tensors: Sequence[torch.Tensor]) -> Download:
-        slot = self._slots.get()
+        self.reserve()
+        slot, self._reserved = self._reserved, None
+        assert slot is not None
         sources = [t.contiguous() for t in tensors]  # rule 2, on the compute stream
         views = slot.views(sources)
         ready = torch.Event(self._device)
@@ -221,5 +250,5 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def transfers(device: torch.device, depth: int) -> Transfers:
-    """The transfers for a device. `depth` batches of activations may be on the host at once."""
-    return HostTransfers(depth) if device.type == "cpu" else DeviceTransfers(device, depth)
+    """The transfers for a device. `depth` batches of activations may be on the host at once, on a CPU one."""
+    return HostTransfers() if device.type == "cpu" else DeviceTransfers(device, depth)

@@ -35,8 +35,7 @@ from fmextract.taps import Capture, Forward
 
 FLOAT16_MAX = 65504.0
 FIRST = 5  # keys that are named where something is wrong with them
-AHEAD = 2  # batches that are being decoded while one runs
-DEPTH = 2  # batches of activations on the host: one being encoded, one arriving
+DEPTH = 2  # batches of activations of an accelerator on the host: one being encoded, one arriving
 PAYLOADS = 64  # encoded chunks, of at most about 1 MiB, that wait for the disk
 
 
@@ -88,6 +87,16 @@ class Tally:
     def add(self, stage: str, seconds: float) -> None:
         with self._lock:
             self.busy[stage] = self.busy.get(stage, 0.0) + seconds
+
+
+def check_budget(budget: FailureBudget, tally: Tally) -> None:
+    """Raises TooManyFailures where more images failed than the budget allows."""
+    if budget.exceeded(tally.failed, tally.seen):
+        first = "The first of this run: {!r}: {}. ".format(*tally.failures[0]) if tally.failures else ""
+        raise TooManyFailures(
+            f"{tally.failed} of {tally.seen} images failed, more than --max-failures {budget} allows. {first}"
+            "The same command resumes; --max-failures sets another budget."
+        )
 
 
 def run_shards(work: Work, directory: Path, shards: Sequence[range], progress: Progress, tally: Tally) -> None:
@@ -150,21 +159,30 @@ class _Decoding:
 
 
 class _Decoder:
-    """Decodes rows into batch buffers on a pool of threads, `AHEAD` batches before they are needed."""
+    """Decodes rows into batch buffers on a pool of threads, before they are needed."""
 
     def __init__(self, work: Work, pool: ThreadPoolExecutor, moves: Transfers, tally: Tally) -> None:
         self._work, self._pool, self._moves, self._tally = work, pool, moves, tally
         self._shape = (work.plan.batch_size, *work.input_shape)
+        self._ahead: deque[_Decoding] = deque()
+        self._to_come: Iterator[range] = iter(())
 
-    def batches(self, shards: Sequence[range]) -> Iterator[_Decoding]:
-        """Batches of the shards in order; none crosses a shard."""
-        ahead: deque[_Decoding] = deque()
-        for shard in shards:
-            for start in range(shard.start, shard.stop, self._work.plan.batch_size):
-                ahead.append(self._schedule(range(start, min(start + self._work.plan.batch_size, shard.stop))))
-                if len(ahead) > AHEAD:
-                    yield ahead.popleft()
-        yield from ahead
+    def start(self, shards: Sequence[range]) -> None:
+        """The batches to decode: those of the shards in order, none crossing a shard."""
+        size = self._work.plan.batch_size
+        self._to_come = (
+            range(a, min(a + size, shard.stop)) for shard in shards for a in range(shard.start, shard.stop, size)
+        )
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Start decoding the batches that should be under way now."""
+        while len(self._ahead) < self._moves.ahead and (rows := next(self._to_come, None)) is not None:
+            self._ahead.append(self._schedule(rows))
+
+    def take(self) -> _Decoding:
+        """The next batch, finished or not."""
+        return self._ahead.popleft()
 
     def _schedule(self, rows: range) -> _Decoding:
         buffer = self._moves.input_buffer(self._shape, torch.float32 if self._work.ready else torch.uint8)
@@ -396,8 +414,7 @@ class _Writer:
         if self._open is None:
             rows = next(self._shards)
             plan = self._work.plan
-            name = index.shard_name(rows.start // plan.shard_rows)
-            path = self._directory / f".{name}.tmp"
+            path = index.temporary_name(self._directory / index.shard_name(rows.start // plan.shard_rows))
             self._open = store.ShardWriter(path, rows, plan.layers, self._work.info, plan.codec, plan.level)
         return self._open
 
@@ -417,7 +434,9 @@ class _Writer:
         attrs = {name: dict(values) for name, values in end.layer_attrs.items()}
         for name, count in self._overflowed.items():
             attrs.setdefault(name, {})["clipped"] = np.int64(count)
-        digest = writer.finish(end.samples, end.stats, attrs)
+        smaller = {f"{end.rows.start}-{end.rows.stop - 1}": end.batch_size}
+        root = {"smaller_batches": smaller} if end.batch_size < self._work.plan.batch_size else {}
+        digest = writer.finish(end.samples, end.stats, attrs, root)
         self._open, self._overflowed = None, {}
         final = self._directory / index.shard_name(end.rows.start // self._work.plan.shard_rows)
         index.publish(writer.path, final)
@@ -427,6 +446,7 @@ class _Writer:
             statuses=end.samples.status,
             content_digest=digest,
             batch_size=end.batch_size,
+            extra={"chunks": writer.chunk_digests()},
         )
         self._tally.records.append(record)
 
@@ -453,27 +473,27 @@ class _Pipeline:
         self._pending: Channel[_Pending | _ShardEnd | None] = Channel(PAYLOADS)
         self.failure: BaseException | None = None
         self._threads: list[threading.Thread] = []
-        self._batches: Iterator[_Decoding] | None = None
+        self._decoder = _Decoder(work, self._decode_pool, self._moves, tally)
         self._writer: _Writer | None = None
 
     # ---- the caller's thread
 
     def extract(self, shard: range, shards: Sequence[range], progress: Progress) -> None:
         """Decode, run and capture the rows of one shard; the other threads store them meanwhile."""
-        if self._batches is None:
-            self._batches = _Decoder(self._work, self._decode_pool, self._moves, self._tally).batches(shards)
+        if not self._threads:
+            self._decoder.start(shards)
             self._start(iter(shards))
         source, plan = self._work.source, self._work.plan
         samples = SampleTable.empty(shard.start, [source.key(r) for r in shard], [source.label(r) for r in shard])
         stats = [self._statistics(captured) for captured in self._work.captured]
         smallest = plan.batch_size
         for _ in range(0, len(shard), plan.batch_size):
-            batch = next(self._batches)
+            batch = self._decoder.take()
             self._collect(batch, samples)
             self._run(batch, samples, stats)
             smallest = min(smallest, self._micro)
             progress.advance(len(batch.rows), self._tally.failed)
-            self._check_budget()
+            check_budget(self._work.budget, self._tally)
         self._tally.smallest_batch = smallest
         self._captured.put(self._shard_end(shard, samples, stats, smallest))
 
@@ -515,23 +535,15 @@ class _Pipeline:
         if len(self._tally.failures) < 20:
             self._tally.failures.append((samples.keys[i], str(error)))
 
-    def _check_budget(self) -> None:
-        if self._work.budget.exceeded(self._tally.failed, self._tally.seen):
-            key, message = self._tally.failures[0]
-            raise TooManyFailures(
-                f"{self._tally.failed} of {self._tally.seen} images failed, more than --max-failures"
-                f" {self._work.budget} allows. The first: {key!r}: {message}."
-                " The same command resumes; --max-failures sets another budget."
-            )
-
     def _run(self, batch: _Decoding, samples: SampleTable, stats: Sequence[RunningStats | Nonfinite]) -> None:
         """Forward a batch, in pieces of `self._micro` rows where memory forced that, and hand its activations on."""
+        self._moves.reserve()
         started = time.perf_counter()
-        pixels = self._moves.upload(batch.buffer)
-        inputs = self._inputs(pixels)
+        inputs = self._inputs(self._moves.upload(batch.buffer))
         at = 0
         while at < len(batch.rows):
             rows = batch.rows[at : at + self._micro]
+            self._moves.reserve()
             try:
                 tensors = self._forward(inputs[at : at + self._micro], rows, samples)
             except (torch.OutOfMemoryError, MemoryError) as error:
@@ -544,9 +556,11 @@ class _Pipeline:
                 if captured.finish is not None:
                     kept[i] = captured.finish(kept[i])
             self._tally.add("forward", time.perf_counter() - started)
+            at += len(rows)
+            if at == len(batch.rows):
+                self._decoder.go_on()  # on a CPU the next images are decoded beside the codec, not the forward pass
             self._captured.put(_Captured(self._moves.download(kept), failed))
             started = time.perf_counter()
-            at += len(rows)
 
     def _inputs(self, pixels: torch.Tensor) -> torch.Tensor:
         if self._work.ready:
