@@ -12,6 +12,7 @@
   x RunStopped                       4  stopped before the end; what is done is kept, the same command resumes
     - TooManyFailures                4
     - NoSpace                        4
+    - OutputLost                     4  the output became read-only, went away or stopped taking data during the run
     - DeviceLost                     4
     - CaptureError                   4  a forward pass did not do what the probe saw
   x SampleError                      -  one image failed; becomes the status and message of its row
@@ -84,6 +85,10 @@ class TooManyFailures(RunStopped):
 
 class NoSpace(RunStopped):
     """The disk is full."""
+
+
+class OutputLost(RunStopped):
+    """The output was writable when the run began, and is not any more."""
 
 
 class DeviceLost(RunStopped):

@@ -18,7 +18,7 @@ import re
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from fmextract.store import disk_error
 INDEX, PLAN = "index.json", "plan.json"
 INDEX_FORMAT = "fmextract-index"
 _NAME = re.compile(r"shard-(\d{5,})\.h5")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -43,16 +44,16 @@ def shard_name(i: int) -> str:
 def publish(temporary: Path, final: Path) -> None:
     """Make `temporary` durable and give it its final name, over what stood there. Raises NoSpace, OutputError."""
     try:
-        _fsync(temporary)
+        fsync(temporary)
         temporary.replace(final)
-        _fsync(final.parent)
+        fsync(final.parent)
     except OSError as error:
         raise disk_error(final, error) from error
 
 
 def write_json(path: Path, obj: Any) -> None:
     """Write `obj` so that `path` holds either what it held or all of `obj`, durably. Raises NoSpace, OutputError."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = temporary_name(path)
     try:
         temporary.write_text(json.dumps(obj, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
         publish(temporary, path)
@@ -63,7 +64,18 @@ def write_json(path: Path, obj: Any) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _fsync(path: Path) -> None:
+def temporary_name(path: Path) -> Path:
+    """A new name beside `path`, which `is_temporary` knows: for a file that is not whole yet."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is what a run that died left unfinished."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def fsync(path: Path) -> None:
+    """Make a file's bytes, or a directory's names, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -90,7 +102,9 @@ def read_json(path: Path) -> Any:
 class ShardRecord:
     """One finished shard: the rows `start` .. `stop`-1, its size in bytes and its digests (hex).
 
-    `statuses` counts its rows by status code, as text ("0": ok, see `records.Status`). `extra` is JSON-able.
+    `statuses` counts its rows by status code, as text ("0": ok, see `records.Status`). `batch_size` is the smallest
+    that was used: less than the plan's where memory forced that. `extra` is JSON-able; its `chunks` holds, by layer,
+    the first 16 hex digits of the digest of every chunk, one after the other in C order.
     """
 
     name: str
@@ -219,10 +233,15 @@ def fold_index(directory: Path, plan: Mapping[str, Any]) -> list[ShardRecord]:
             "format": INDEX_FORMAT,
             "format_version": FORMAT_VERSION,
             "rows": rows,
-            "shards": [record.to_json() for record in records],
+            # Digests of single chunks are for `verify`, which reads the shards' own records.
+            "shards": [replace(record, extra=_without_chunks(record.extra)).to_json() for record in records],
         },
     )
     return records
+
+
+def _without_chunks(extra: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in extra.items() if name != "chunks"}
 
 
 def load_index(directory: Path) -> list[ShardRecord]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,103 +16,340 @@ import numpy as np
 
 from fmextract import index, planning, reader, store
 from fmextract.config import is_single_file
-from fmextract.errors import OutputError
+from fmextract.errors import FormatError, OutputError, OutputLost
+from fmextract.index import INDEX, PLAN, ShardRecord
+from fmextract.lock import NAME as LOCK
+from fmextract.lock import Lock
 from fmextract.moments import merge
 from fmextract.planning import Plan
 from fmextract.records import Progress
 
-PLAN = "plan.json"
+COUNTED = ("clipped", "nonfinite")
+"""Attributes of a layer that count values of a shard: those of an output are their sums."""
+CHECKS = 4  # shards whose checksums are computed at once
 
 
 class Output:
-    """A file (`name.h5`, its shards meanwhile in `name.h5.partial/`) or a directory of shards."""
+    """A file (`name.h5`, its shards meanwhile in `name.h5.partial/`) or a directory of shards. A context manager.
 
-    def __init__(self, target: Path) -> None:
-        self._target = target
+    Inside the block the output is this process's alone. `records` are the shards that were there before and are kept.
+    """
+
+    def __init__(self, target: Path, progress: Progress, *, overwrite: bool = False, break_lock: bool = False) -> None:
+        self._target, self._progress = target, progress
+        self._overwrite, self._break_lock = overwrite, break_lock
         self._single = is_single_file(target)
         self.directory = target.with_name(target.name + ".partial") if self._single else target
-        self.records: list[index.ShardRecord] = []
+        self.records: list[ShardRecord] = []
+        self._lock = Lock(self.directory)
+        self._made_directory = False
 
-    def begin(
-        self, identity: Mapping[str, Any], make_plan: Callable[[], Plan], progress: Progress, *, overwrite: bool
-    ) -> Plan:
-        """The plan to follow: that of a run begun earlier with the same identity, else a new one, published."""
-        self._check_target(overwrite)
+    def __enter__(self) -> Output:
+        """Raises OutputError where the place holds something else, or another run is at work there."""
+        self._check_place()
+        # Looking at a finished output needs no lock: the place may well be read-only.
+        if self._overwrite or not self._is_finished() or (self._single and self.directory.exists()):
+            self._make_directory()
+            dead = self._lock.acquire(break_lock=self._break_lock)
+            if dead is not None:
+                self._progress.note(f"taking {self._target} over from {dead}, which ended without finishing it")
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._lock.release()
+        if self._made_directory or self._single:
+            with contextlib.suppress(OSError):  # it holds something, or was never made
+                self.directory.rmdir()
+
+    def begin(self, identity: Mapping[str, Any], make_plan: Callable[[], Plan]) -> Plan | None:
+        """The plan to follow: that of a run begun earlier, else a new one, published. None: the output is complete.
+
+        Raises OutputError, naming each field that differs, where another run was begun or finished there.
+        """
+        identity = json.loads(json.dumps(identity))
+        if self._single and self._is_finished() and not self._overwrite:
+            self._compare_finished(identity)
+            return None
         if (self.directory / PLAN).exists():
             earlier = Plan.from_json(index.read_json(self.directory / PLAN))
             changed = list(planning.differences(earlier.identity, identity))
-            if not changed:
-                self.records = index.load_records(self.directory)
-                progress.note(f"resuming {self._target}: {len(self.records)} of {len(earlier.shards)} shards are there")
-                return earlier
-            if not overwrite:
+            if changed and not self._overwrite:
                 raise OutputError(_refusal(self._target, changed))
-            self._remove_shards(earlier)
+            if not changed and self._takes_up(earlier):
+                return None if self._is_complete() else self._resume(earlier)
+            self._remove(earlier)
         made = make_plan()
-        try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+        with _writing(self.directory):
             index.write_json(self.directory / PLAN, made.as_json())
-        except OSError as error:
-            raise store.disk_error(self.directory, error) from error
         return made
 
-    def _check_target(self, overwrite: bool) -> None:
-        if self._single and self._target.is_dir():
-            raise OutputError(f"{self._target} is a directory; -o name.h5 must be a file")
-        if self._single and self._target.exists():
-            with reader.open(self._target):  # only an output of ours may be replaced
-                pass
-            if not overwrite:
-                raise OutputError(f"{self._target} exists and is finished. --overwrite replaces it, -o names another.")
-        if not self._single and self._target.exists():
-            if not self._target.is_dir():
-                raise OutputError(f"{self._target} is a file; name a directory, or a file ending in .h5")
-            if any(self._target.iterdir()) and not (self._target / PLAN).exists():
-                raise OutputError(
-                    f"{self._target} holds something that fmextract did not write; name another directory"
-                )
-
-    def _remove_shards(self, earlier: Plan) -> None:
-        """Only what the earlier plan lists is ours to remove."""
-        (self.directory / index.INDEX).unlink(missing_ok=True)
-        for i in range(len(earlier.shards)):
-            name = self.directory / index.shard_name(i)
-            name.with_suffix(".json").unlink(missing_ok=True)
-            name.unlink(missing_ok=True)
-        (self.directory / PLAN).unlink()
-
     def fold(self, made: Plan) -> None:
-        """All shards are there: write the index, or make the one file of them."""
-        if not self._single:
-            index.fold_index(self.directory, made.as_json())
-            return
-        shards = [self.directory / index.shard_name(i) for i in range(len(made.shards))]
-        if len(shards) == 1:
-            index.publish(shards[0], self._target)
+        """All shards are there: write the index, or make the one file of them. Raises OutputLost, NoSpace."""
+        with resumable():
+            if not self._single:
+                index.fold_index(self.directory, made.as_json())
+                return
+            shards = [self.directory / index.shard_name(i) for i in range(len(made.shards))]
+            if len(shards) == 1:
+                index.publish(shards[0], self._target)
+            else:
+                _pack(shards, self._target, self.directory)
+            self._remove(made)
+
+    # ---- what is there
+
+    def _check_place(self) -> None:
+        target = self._target
+        if self._single:
+            if target.is_dir():
+                raise OutputError(f"{target} is a directory; -o name.h5 must be a file")
+            if target.exists():
+                _check_ours(target)
+            _check_directory(self.directory)
+        elif target.exists() and not target.is_dir():
+            raise OutputError(f"{target} is a file; name a directory, or a file ending in .h5")
         else:
-            packed = self.directory / f".{self._target.name}.tmp"
-            store.pack(shards, packed, stats=merged_stats(shards))
-            index.publish(packed, self._target)
-        shutil.rmtree(self.directory)
+            _check_directory(target)
+
+    def _is_finished(self) -> bool:
+        return self._target.exists() if self._single else (self.directory / INDEX).exists()
+
+    def _compare_finished(self, identity: Mapping[str, Any]) -> None:
+        with reader.open(self._target) as acts:
+            config = acts.config
+        changed = list(planning.differences(config.get("identity", {}), identity))
+        if changed:
+            raise OutputError(
+                f"{self._target} is finished, and was made otherwise ({_listed(changed)})."
+                " --overwrite replaces it, -o names another."
+            )
+        if (self.directory / PLAN).exists():  # the run was ended between publishing and tidying up
+            earlier = Plan.from_json(index.read_json(self.directory / PLAN))
+            if earlier.run_id == config.get("run_id"):
+                self._remove(earlier)
+            else:
+                self._progress.note(f"{self.directory} holds another, unfinished run; it is left alone")
+        self._progress.note(f"{self._target} is complete already")
+
+    def _takes_up(self, earlier: Plan) -> bool:
+        """Whether the run with the same identity is taken up. One begun with --overwrite is, by the same command."""
+        if not self._overwrite:
+            return True
+        return not self._is_finished() and bool(earlier.config.get("overwrite"))
+
+    def _is_complete(self) -> bool:
+        """Whether a directory has its index and every file of it."""
+        if not self._is_finished():
+            return False
+        try:
+            index.load_index(self.directory)
+        except FormatError as error:
+            self._progress.note(f"{error}: its rows are extracted again")
+            self._acquire_late()
+            with _writing(self.directory):
+                (self.directory / INDEX).unlink()
+            return False
+        self._progress.note(f"{self._target} is complete already")
+        return True
+
+    def _acquire_late(self) -> None:
+        self._lock.acquire(break_lock=self._break_lock)
+
+    def _resume(self, earlier: Plan) -> Plan:
+        """Keep the shards that are whole; remove what a run that died left unfinished."""
+        with _writing(self.directory):
+            self._remove_temporaries()
+        planned = {index.shard_name(i): rows for i, rows in enumerate(earlier.shards)}
+        there = [record for record in index.load_records(self.directory) if planned.get(record.name) == record.rows]
+        with ThreadPoolExecutor(CHECKS) as pool:
+            digests = pool.map(lambda record: index.file_sha256(self.directory / record.name), there)
+            for record, digest in zip(there, digests, strict=True):
+                if digest == record.sha256:
+                    self.records.append(record)
+                else:
+                    self._progress.note(f"{record.name} has changed since it was written; its rows are extracted again")
+        self._progress.note(f"resuming {self._target}: {len(self.records)} of {len(planned)} shards are there")
+        return earlier
+
+    # ---- what is changed
+
+    def _make_directory(self) -> None:
+        with _writing(self.directory):
+            missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
+            self._made_directory = bool(missing)
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in missing:
+                index.fsync(path.parent)
+
+    def _remove_temporaries(self) -> None:
+        for path in self.directory.iterdir():
+            if index.is_temporary(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _remove(self, earlier: Plan) -> None:
+        """Remove what a plan and an index list, and nothing else: the index first, since without it nothing is whole,
+        the plan last, since it says what there is to remove."""
+        names = [index.shard_name(i) for i in range(len(earlier.shards))]
+        with _writing(self.directory):
+            (self.directory / INDEX).unlink(missing_ok=True)
+            for name in names:
+                (self.directory / name).with_suffix(".json").unlink(missing_ok=True)
+                (self.directory / name).unlink(missing_ok=True)
+            self._remove_temporaries()
+            (self.directory / PLAN).unlink(missing_ok=True)
+            index.fsync(self.directory)
 
 
-def merged_stats(shards: Sequence[Path]) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
-    """The statistics of all shards together, layer by layer, one layer in memory at a time for each shard."""
-    parts: dict[str, list[Mapping[str, np.ndarray[Any, Any]]]] = {}
-    for path in shards:
-        with reader.open(path) as acts:
-            for name in acts.layers:
-                stats = acts[name].stats
-                if stats.names:
-                    parts.setdefault(name, []).append({key: getattr(stats, key) for key in stats.names})
-    return {name: merge(of_layer) for name, of_layer in parts.items()}
+def _check_ours(target: Path) -> None:
+    """Only a file that says it is ours, and can be read, may be compared with or replaced."""
+    try:
+        with reader.open(target):
+            pass
+    except FormatError as error:
+        raise OutputError(f"{target} exists and is no output of fmextract, or a broken one: {error}") from error
+
+
+def _check_directory(directory: Path) -> None:
+    """An output of ours, the beginning of one, or nothing at all."""
+    if not directory.exists() or (directory / PLAN).exists():
+        return
+    foreign = [path.name for path in directory.iterdir() if path.name != LOCK and not index.is_temporary(path.name)]
+    if foreign:
+        raise OutputError(
+            f"{directory} holds something that fmextract did not write ({foreign[0]}); name another directory"
+        )
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise store.disk_error(path, error) from error
+
+
+@contextlib.contextmanager
+def resumable() -> Iterator[None]:
+    """Within a run that could write when it began, an output that cannot be written is one that was lost."""
+    try:
+        yield
+    except OutputError as error:
+        raise OutputLost(f"{error}. What is done is kept; the same command resumes once that is mended.") from error
 
 
 def _refusal(target: Path, changed: Sequence[tuple[str, Any, Any]]) -> str:
-    listed = "; ".join(f"{name}: {_short(old)} there, {_short(new)} now" for name, old, new in changed)
-    return f"{target} was begun otherwise ({listed}). The same arguments resume it, --overwrite starts anew."
+    return f"{target} was begun otherwise ({_listed(changed)}). The same arguments resume it, --overwrite starts anew."
+
+
+def _listed(changed: Sequence[tuple[str, Any, Any]]) -> str:
+    return "; ".join(f"{name}: {_change(old, new)}" for name, old, new in changed)
+
+
+def _change(old: Any, new: Any) -> str:
+    if isinstance(old, list) and isinstance(new, list) and len(f"{old}{new}") > 120:
+        # Long lists differ somewhere: say where.
+        gone, come = ([str(value) for value in a if value not in b] for a, b in ((old, new), (new, old)))
+        if gone or come:
+            return f"there also {_short(gone)}, now also {_short(come)}"
+    return f"{_short(old)} there, {_short(new)} now"
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = "auto" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# ------------------------------------------------------------------------------------------------------------- packing
+
+
+def pack(directory: Path, out: Path, *, leave_out: Sequence[range] = (), overwrite: bool = False) -> None:
+    """Make one file of a directory of shards, copying chunks as they are.
+
+    A run that is not finished, or has lost shards, is refused unless `leave_out` names exactly the rows that are
+    missing: they are in the file as failed rows. Raises FormatError, DamagedError, OutputError, NoSpace.
+    """
+    if not directory.is_dir():
+        raise OutputError(f"{directory} is not a directory of shards")
+    if not is_single_file(out):
+        raise OutputError(f"{out}: expected the name of a file, as name.h5")
+    if out.exists():
+        _check_ours(out)
+        if not overwrite:
+            raise OutputError(f"{out} exists; --overwrite replaces it, -o names another")
+    parts = _parts(directory, leave_out)
+    with _writing(out):
+        _pack(parts, out, out.parent)
+
+
+def _parts(directory: Path, leave_out: Sequence[range]) -> list[Path | range]:
+    """The shards of a directory, and the rows that are left out, in the order of their rows."""
+    if not leave_out:
+        return [directory / record.name for record in index.load_index(directory)]
+    plan = Plan.from_json(index.read_json(directory / PLAN))
+    there = {record.name for record in index.load_records(directory)}
+    parts: list[Path | range] = []
+    for i, rows in enumerate(plan.shards):
+        name = index.shard_name(i)
+        parts.append(directory / name if name in there else rows)
+    missing = _joined(part for part in parts if isinstance(part, range))
+    if _joined(leave_out) != missing or len(missing) == 0 or not there:
+        raise OutputError(f"{directory}: told to leave out {_said(_joined(leave_out))}; missing are {_said(missing)}")
+    return parts
+
+
+def _joined(ranges: Iterable[range]) -> list[range]:
+    """The same rows as few ranges, in order."""
+    made: list[range] = []
+    for part in sorted(ranges, key=lambda rows: rows.start):
+        if made and part.start <= made[-1].stop:
+            made[-1] = range(made[-1].start, max(made[-1].stop, part.stop))
+        elif len(part):
+            made.append(part)
+    return made
+
+
+def _said(ranges: Sequence[range]) -> str:
+    return ", ".join(f"{rows.start}-{rows.stop - 1}" for rows in ranges) or "no rows"
+
+
+def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
+    """One file of all parts, published under its name at once. `scratch` is a directory beside or below it."""
+    shards = [part for part in parts if isinstance(part, Path)]
+    temporary = index.temporary_name(scratch / target.name)
+    stats, attrs, smaller = _merged(shards)
+    with store.open_shard(shards[0]) as first:
+        info = store.read_info(first)
+    left_out = _joined(part for part in parts if isinstance(part, range))
+    extra = {
+        **{name: value for name, value in info.extra.items() if name != "smaller_batches"},
+        **({"smaller_batches": smaller} if smaller else {}),
+        **({"left_out": _said(left_out)} if left_out else {}),
+    }
+    info = replace(info, extra=extra)
+    try:
+        store.pack(parts, temporary, info=info, stats=stats, layer_attrs=attrs)
+        index.publish(temporary, target)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _merged(
+    shards: Sequence[Path],
+) -> tuple[dict[str, dict[str, np.ndarray[Any, Any]]], dict[str, dict[str, Any]], dict[str, int]]:
+    """Statistics and counts of all shards together, and the batch sizes that memory forced; one shard at a time."""
+    stats: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    smaller: dict[str, int] = {}
+    for path in shards:
+        with reader.open(path) as acts:
+            smaller |= json.loads(acts.attrs.get("smaller_batches", "{}"))
+            for name in acts.layers:
+                layer = acts[name]
+                counts.update({(name, key): int(layer.attrs[key]) for key in COUNTED if key in layer.attrs})
+                if part := acts._files[0].stats(name):
+                    stats[name] = merge([stats[name], part]) if name in stats else part
+    attrs: dict[str, dict[str, Any]] = {}
+    for (name, key), count in counts.items():
+        attrs.setdefault(name, {})[key] = np.int64(count)
+    return stats, attrs, smaller

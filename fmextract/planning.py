@@ -48,7 +48,9 @@ class Estimate:
 class Plan:
     """Everything that decides what the shards of a run hold, resolved: no `auto` is left.
 
-    `identity` is what a resume compares (see `differences`); `shard_rows` is the length of every shard but the last.
+    `threads` decode and encode; `forward_threads` are those of one operation of the model on a CPU, whose number
+    changes the last bits. `identity` is what a resume compares (see `differences`); `shard_rows` is the length of
+    every shard but the last.
     """
 
     run_id: str
@@ -59,6 +61,7 @@ class Plan:
     batch_size: int
     device: str
     threads: int
+    forward_threads: int
     codec: str
     level: int
     store: str
@@ -109,7 +112,7 @@ def _layer_from_json(obj: Mapping[str, Any]) -> LayerSpec:
     for name in ("shape", "axes", "chunk"):
         made[name] = tuple(made[name])
     if made["field"] is not None:
-        made["field"] = Field(**{name: tuple(value) for name, value in made["field"].items()})
+        made["field"] = Field(**{name: tuple(v) if isinstance(v, list) else v for name, v in made["field"].items()})
     return LayerSpec(**made)
 
 

@@ -189,6 +189,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
         batch_size=chosen.batch_size,
         device=str(prepared.device),
         threads=threads,
+        forward_threads=torch.get_num_threads(),
         codec=config.codec,
         level=level,
         store=config.store,
@@ -199,7 +200,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
         identity=identity(prepared),
         config=config.as_json(),
         info=_describe_run(prepared),
-        versions=_versions(),
+        versions=versions(),
         estimate=cost,
         notes=(*prepared.notes, *notes),
     )
@@ -364,7 +365,8 @@ def _describe_run(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what makes the values: libraries, Python, the kind of machine."""
     names = ("fmextract", "torch", "torchvision", "h5py", "numpy", "pillow", "simplejpeg", "isal")
     return {name: _version(name) for name in names} | {
         "python": platform.python_version(),

@@ -12,6 +12,15 @@ from fmextract.text import count, duration, printable, rate
 BAR = "{percentage:3.0f}% {bar} {n:,}/{total:,} images, {rate_noinv_fmt}, {remaining} left, ends {eta:%H:%M}{postfix}"
 
 
+class Quiet:
+    """A `records.Progress` that says nothing."""
+
+    def note(self, text: str) -> None: ...
+    def start(self, total: int, done: int) -> None: ...
+    def advance(self, images: int, failed: int) -> None: ...
+    def finish(self) -> None: ...
+
+
 class TerminalProgress:
     """A `records.Progress` on stderr: images/s, the expected end, failures. Without a terminal: notes, one last line.
 

@@ -10,31 +10,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from fmextract import engine, estimate, index, precision, reader, taps
+from fmextract import engine, estimate, index, precision, reader, replay, taps
 from fmextract.config import Config
 from fmextract.errors import TooManyFailures
-from fmextract.output import Output
+from fmextract.output import Output, resumable
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, describe, identity, plan_for, prepare, reduce_functions
-from fmextract.records import FileInfo, LayerResult, LayerSpec, Progress, Result
+from fmextract.progress import Quiet
+from fmextract.records import FileInfo, LayerResult, Progress, Result
 
 __all__ = ["describe", "extract", "make_plan", "run"]
-
-
-class Quiet:
-    """A Progress that says nothing."""
-
-    def note(self, text: str) -> None: ...
-    def start(self, total: int, done: int) -> None: ...
-    def advance(self, images: int, failed: int) -> None: ...
-    def finish(self) -> None: ...
 
 
 def make_plan(source: Any, model: Any, out: Any, config: Config, progress: Progress | None = None) -> Plan:
@@ -76,24 +69,20 @@ def run(source: Any, model: Any, out: Any, config: Config, progress: Progress) -
     """Do what `fmextract extract` does. Raises as `extract`."""
     started = time.perf_counter()
     target = Path(out)
-    with prepare(source, model, config, progress) as prepared:
-        output = Output(target)
-        made = output.begin(
-            identity(prepared), lambda: _affordable(prepared, target, progress), progress, overwrite=config.overwrite
-        )
-        tally = engine.Tally()
-        done = {record.start for record in output.records}
-        _count_earlier(tally, output.records)
-        todo = [part for part in made.shards if part.start not in done]
-        resumed = sum(len(record.rows) for record in output.records)
-        if todo:
-            _extract(prepared, made, output.directory, todo, resumed, progress, tally)
-        if tally.failed == made.rows:
-            key, message = _first_failure(output.directory, tally)
-            raise TooManyFailures(f"every one of the {made.rows} images failed. The first: {key!r}: {message}")
-        output.fold(made)
-    seconds = time.perf_counter() - started
-    return _result(target, made, tally, seconds, resumed)
+    tally = engine.Tally()
+    resumed = 0
+    with (
+        Output(target, progress, overwrite=config.overwrite, break_lock=config.break_lock) as output,
+        prepare(source, model, config, progress) as prepared,
+    ):
+        made = output.begin(identity(prepared), lambda: _affordable(prepared, target, progress))
+        if made is not None:
+            resumed = sum(len(record.rows) for record in output.records)
+            _count_earlier(tally, output.records)
+            _extract(prepared, made, output, resumed, progress, tally)
+            _check_failures(made, output.directory, tally, config)
+            output.fold(made)
+    return _result(target, tally, time.perf_counter() - started, resumed if made is not None else None)
 
 
 def _affordable(prepared: Prepared, target: Path, progress: Progress) -> Plan:
@@ -109,25 +98,52 @@ def _count_earlier(tally: engine.Tally, records: Sequence[index.ShardRecord]) ->
     tally.seen = sum(len(record.rows) for record in records)
 
 
-def _first_failure(directory: Path, tally: engine.Tally) -> tuple[str, str]:
-    return tally.failures[0] if tally.failures else ("", f"see the messages in {directory}")
+def _check_failures(made: Plan, directory: Path, tally: engine.Tally, config: Config) -> None:
+    """Nothing is called done where every image failed, whatever the budget; nor where an earlier run had a larger one.
+
+    Raises TooManyFailures.
+    """
+    if tally.failed < made.rows:
+        engine.check_budget(config.max_failures, tally)
+        return
+    key, message = tally.failures[0] if tally.failures else _first_failure(directory / index.shard_name(0))
+    raise TooManyFailures(f"every one of the {made.rows} images failed. The first: {key!r}: {message}")
+
+
+def _first_failure(shard: Path) -> tuple[str, str]:
+    with reader.open(shard) as acts:
+        return str(acts.keys[0]), str(acts.messages[0])
 
 
 def _extract(
-    prepared: Prepared,
-    made: Plan,
-    directory: Path,
-    todo: Sequence[range],
-    resumed: int,
-    progress: Progress,
-    tally: engine.Tally,
+    prepared: Prepared, made: Plan, output: Output, resumed: int, progress: Progress, tally: engine.Tally
 ) -> None:
+    """The shards that are not there yet."""
+    done = {record.start for record in output.records}
+    todo = [part for part in made.shards if part.start not in done]
+    if not todo:
+        return
+    with working(prepared, made) as work:
+        if output.records:
+            replay.check_resume(work, output.directory, output.records, progress)
+        progress.start(made.rows, resumed)
+        try:
+            with resumable():
+                engine.run_shards(work, output.directory, todo, progress, tally)
+        finally:
+            progress.finish()
+
+
+@contextmanager
+def working(prepared: Prepared, made: Plan) -> Iterator[engine.Work]:
+    """The model on its device, in the plan's precision, hooked: everything that the engine needs."""
     where = torch.device(made.device)
     with (
+        _threads(made.forward_threads),
         precision.lent(prepared.loaded.module, where, made.precision, made.memory_format) as module,
         taps.tapped(module, _copied_as_planned(prepared, made), reduce_functions(prepared), prepared.stop) as capture,
     ):
-        work = engine.Work(
+        yield engine.Work(
             plan=made,
             info=_file_info(made),
             source=prepared.source,
@@ -142,11 +158,17 @@ def _extract(
             device=where,
             budget=prepared.config.max_failures,
         )
-        progress.start(made.rows, resumed)
-        try:
-            engine.run_shards(work, directory, todo, progress, tally)
-        finally:
-            progress.finish()
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Forward passes run on `count` threads: another number would change the last bits of a resumed run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _copied_as_planned(prepared: Prepared, made: Plan) -> list[taps.Probed]:
@@ -161,6 +183,7 @@ def _file_info(made: Plan) -> FileInfo:
     info = made.info
     config = {"options": made.config, "identity": made.identity, "batch_size": made.batch_size, "device": made.device}
     config |= {"memory_format": made.memory_format, "weights": info["weights"], "origin": info["origin"]}
+    config |= {"run_id": made.run_id, "forward_threads": made.forward_threads, "notes": list(made.notes)}
     return FileInfo(
         title=info["title"],
         source=info["source"],
@@ -175,23 +198,27 @@ def _file_info(made: Plan) -> FileInfo:
     )
 
 
-def _result(target: Path, made: Plan, tally: engine.Tally, seconds: float, resumed: int) -> Result:
-    new = made.rows - resumed
+def _result(target: Path, tally: engine.Tally, seconds: float, resumed: int | None) -> Result:
+    """What a finished output holds, and what this run did for it. `resumed` None: it was complete before."""
     with reader.open(target) as acts:
-        layers = tuple(_layer_result(acts[name], made.layers[i]) for i, name in enumerate(acts.layers))
-        failures = tally.failures or _failures(acts)
+        rows = len(acts)
+        layers = tuple(_layer_result(acts[name]) for name in acts.layers)
+        config, chosen = acts.config, str(acts.attrs.get("precision"))
+        failed, failures = int(np.count_nonzero(acts.status)), _failures(acts)
+        bytes_raw = sum(acts[name].nbytes for name in acts.layers)
+    resumed = rows if resumed is None else resumed
     load = {stage: busy / tally.threads.get(stage, 1) for stage, busy in tally.busy.items()}
     return Result(
         output=str(target),
-        images=made.rows,
-        failed=tally.failed,
+        images=rows,
+        failed=failed,
         seconds=round(seconds, 3),
-        images_per_second=round(new / seconds, 3),
-        bytes_raw=sum(made.rows * spec.values * np.dtype(spec.dtype).itemsize for spec in made.layers),
+        images_per_second=round((rows - resumed) / seconds, 3),
+        bytes_raw=bytes_raw,
         bytes_stored=_bytes(target),
-        device=made.device,
-        precision=made.precision,
-        batch_size=tally.smallest_batch or made.batch_size,
+        device=config["device"],
+        precision=chosen,
+        batch_size=tally.smallest_batch or config["batch_size"],
         limiting_stage=max(load, key=lambda stage: load[stage]) if load else "none",
         stages={
             stage: {"busy_seconds": round(busy, 3), "threads": tally.threads.get(stage, 1)}
@@ -200,7 +227,7 @@ def _result(target: Path, made: Plan, tally: engine.Tally, seconds: float, resum
         layers=layers,
         resumed_images=resumed,
         failures=tuple(failures),
-        notes=made.notes,
+        notes=tuple(config.get("notes", ())),
     )
 
 
@@ -214,10 +241,10 @@ def _failures(acts: reader.Activations) -> list[tuple[str, str]]:
     return [(str(acts.keys[row]), str(acts.messages[row])) for row in rows]
 
 
-def _layer_result(layer: reader.Layer, spec: LayerSpec) -> LayerResult:
-    stats = layer.stats
-    sparsity, nonfinite = None, 0
-    if "zero_fraction" in stats.names:
+def _layer_result(layer: reader.Layer) -> LayerResult:
+    spec, sparsity, nonfinite = layer.spec, None, int(layer.attrs.get("nonfinite", 0))
+    if spec.channel_axis is not None:
+        stats = layer.stats
         count = np.asarray(stats.count, np.float64)
         sparsity = float(np.nansum(stats.zero_fraction * count) / count.sum()) if count.sum() else None
         nonfinite = int(np.sum(stats.nonfinite))

@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 import h5py
 import numpy as np
 
-from fmextract.codecs import CODECS, Array, Codec, codec_named, fill_value
+from fmextract.codecs import CODECS, Array, Codec, codec_named, encode, fill_value
 from fmextract.errors import DamagedError, FmextractError, FormatError, LayerError, NoSpace, OutputError
 from fmextract.records import (
     FORMAT,
@@ -36,6 +36,7 @@ from fmextract.records import (
     FileInfo,
     LayerSpec,
     SampleTable,
+    Status,
 )
 
 Stats: TypeAlias = Mapping[str, Mapping[str, Any]]
@@ -140,14 +141,17 @@ class ShardWriter:
         samples: SampleTable,
         stats: Stats | None = None,
         layer_attrs: Mapping[str, Mapping[str, Any]] | None = None,
+        root_attrs: Mapping[str, Any] | None = None,
     ) -> str:
         """Write what stands beside the activations, close, make durable. Returns the content digest, in hex.
 
-        `stats` and `layer_attrs` are by the layer's name. Raises ValueError where a chunk is missing, or the columns
-        do not fit the rows.
+        `stats` and `layer_attrs` are by the layer's name; `root_attrs` is what only the end of a shard knows of it.
+        Raises ValueError where a chunk is missing, or the columns do not fit the rows.
         """
         if len(samples) != len(self.rows) or samples.start != self.rows.start:
             raise ValueError(f"expected columns for rows {self.rows}, got {len(samples)} from {samples.start}")
+        with self._whole_or_nothing():
+            _set_attrs(self._open_file(), root_attrs or {})
         return self._finish([samples], label_type(samples.labels), stats, layer_attrs)
 
     def _finish(
@@ -187,6 +191,13 @@ class ShardWriter:
         for name, attrs in layer_attrs.items():
             _set_attrs(file["layers"][escape_name(name)], attrs)
 
+    def chunk_digests(self) -> dict[str, str]:
+        """By layer: the first 16 hex digits of the digest of every chunk, one after the other in C order."""
+        return {
+            spec.name: "".join(done[place].hex()[:16] for place in np.ndindex(grid))
+            for spec, grid, done in zip(self.layers, self._grids, self._digests, strict=True)
+        }
+
     def abort(self) -> None:
         """Close and remove the file, if it is not finished. May be called again."""
         file, self._file = self._file, None
@@ -199,7 +210,8 @@ class ShardWriter:
             os.truncate(self.path, 0)
         with contextlib.suppress(Exception):
             file.close()
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the disk may have become read-only: what went wrong first is told
+            self.path.unlink(missing_ok=True)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -808,7 +820,7 @@ def _put_values(hasher: Any, dataset: h5py.Dataset) -> None:
 
 
 def pack(
-    parts: Sequence[Path],
+    parts: Sequence[Path | range],
     out: Path,
     *,
     info: FileInfo | None = None,
@@ -817,17 +829,22 @@ def pack(
 ) -> str:
     """Merge files whose rows follow one another into `out`, a temporary name. Returns the content digest.
 
-    Chunks are copied as they are, without decoding. `info` defaults to that of the first part; statistics are those
+    Chunks are copied as they are, without decoding. A range among the parts stands for rows that are left out: they
+    keep their places as failed rows without a key. `info` defaults to that of the first file; statistics are those
     given, none by default. Raises FormatError where the parts do not belong together, DamagedError for a broken one.
     """
-    if not parts:
+    files = [part for part in parts if not isinstance(part, range)]
+    if not files:
         raise ValueError("expected at least one file to pack")
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(open_shard(parts[0]))
+        first = stack.enter_context(open_shard(files[0]))
         layout = _layout(first)
         ranges, labels = [], []
-        for path in parts:
-            with open_shard(path) as file:
+        for part in parts:
+            if isinstance(part, range):
+                ranges.append(part)
+                continue
+            with open_shard(part) as file:
                 _check_same_run(first, file, layout)
                 ranges.append(row_range(file))
                 labels.append(file["label"].dtype if "label" in file else None)
@@ -835,9 +852,12 @@ def pack(
         rows = range(ranges[0].start, ranges[-1].stop)
         specs, codec, level = layout
         writer = stack.enter_context(ShardWriter(out, rows, specs, info or read_info(first), codec, level))
-        for path, span in zip(parts, ranges, strict=True):
-            with open_shard(path) as file:
-                _copy_chunks(file, writer, span.start - rows.start)
+        for part, span in zip(parts, ranges, strict=True):
+            if isinstance(part, range):
+                _fill_chunks(writer, span.start - rows.start, len(span), codec, level)
+            else:
+                with open_shard(part) as file:
+                    _copy_chunks(file, writer, span.start - rows.start)
         return writer._finish(_tables(parts), _common_label_type(labels), stats, layer_attrs)
 
 
@@ -865,7 +885,7 @@ def _check_same_run(first: h5py.File, file: h5py.File, layout: tuple[list[LayerS
             raise FormatError(f"{file.filename} was made with another {name} than {first.filename}")
 
 
-def _check_ranges(parts: Sequence[Path], ranges: Sequence[range], specs: Sequence[LayerSpec]) -> None:
+def _check_ranges(parts: Sequence[Path | range], ranges: Sequence[range], specs: Sequence[LayerSpec]) -> None:
     for path, (before, span) in zip(parts[1:], pairwise(ranges), strict=True):
         if span.start != before.stop:
             raise FormatError(
@@ -889,10 +909,26 @@ def _copy_chunks(file: h5py.File, writer: ShardWriter, rows_before: int) -> None
             writer.write_chunk(layer, (index[0] + shift, *index[1:]), payload, chunk_digest(payload))
 
 
-def _tables(parts: Sequence[Path]) -> Iterator[SampleTable]:
-    for path in parts:
-        with open_shard(path) as file:
-            yield read_samples(file)
+def _fill_chunks(writer: ShardWriter, rows_before: int, rows: int, codec: str, level: int) -> None:
+    for layer, spec in enumerate(writer.layers):
+        full = np.full(spec.chunk, fill_value(spec.dtype), spec.dtype)
+        payload = encode([full], codec=codec, level=level, dtype=spec.dtype, values=full.size)
+        digest, shift = chunk_digest(payload), rows_before // spec.chunk[0]
+        for index in np.ndindex(chunk_grid((rows, *spec.shape), spec.chunk)):
+            writer.write_chunk(layer, (index[0] + shift, *index[1:]), payload, digest)
+
+
+def _tables(parts: Sequence[Path | range]) -> Iterator[SampleTable]:
+    for part in parts:
+        if not isinstance(part, range):
+            with open_shard(part) as file:
+                yield read_samples(file)
+            continue
+        for at in range(part.start, part.stop, COLUMN_CHUNK):
+            table = SampleTable.empty(at, [""] * min(COLUMN_CHUNK, part.stop - at), None)
+            table.status = [Status.UNREADABLE] * len(table)
+            table.message = ["left out when the shards were packed: this row's shard was missing"] * len(table)
+            yield table
 
 
 def _common_label_type(types: Sequence[np.dtype[Any] | None]) -> np.dtype[Any] | None:
