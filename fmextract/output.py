@@ -255,7 +255,7 @@ def _change(old: Any, new: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = "auto" if value is None else repr(value)
+    text = "not set" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

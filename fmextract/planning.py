@@ -160,6 +160,15 @@ def rows_of_shard(cost: Estimate, rows: int, shard_size: int | None) -> int:
     return max(1, min(by_bytes, int(SHARD_SECONDS * rows / cost.seconds)))
 
 
+def within_shard(layer: LayerSpec, rows: int) -> LayerSpec:
+    """The layer with no more images in a chunk than a shard of about `rows` has.
+
+    Else a pooled layer, of which a thousand images make a chunk, would make the shards of the maps beside it huge.
+    """
+    images = min(layer.chunk[0], 1 << (rows.bit_length() - 1))
+    return dataclasses.replace(layer, chunk=(images, *layer.chunk[1:]))
+
+
 def shard_length(layers: Sequence[LayerSpec], batch_size: int, rows: int, wanted: int) -> int:
     """Rows of a shard: about `wanted`, a multiple of the batch and of every layer's images a chunk; at most `rows`.
 

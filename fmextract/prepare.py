@@ -173,6 +173,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
     threads = config.workers or _cores()
     cost = _estimate(prepared, chosen, layers, level, threads)
     needed = planning.rows_of_shard(cost, rows, config.shard_size)
+    layers = tuple(planning.within_shard(layer, needed) for layer in layers)
     shard_rows = planning.shard_length(layers, chosen.batch_size, rows, needed)
     twice = 2 if is_single_file(out) and shard_rows < rows else 1
     free = estimate.free_space(out)
