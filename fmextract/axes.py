@@ -32,9 +32,17 @@ BATCH, CHANNEL, TOKEN, UNKNOWN = "batch", "channel", "token", ""
 
 
 def image_axes(shape: Sequence[int]) -> Axes:
-    """The axes of a model's input: (batch, channel, y, x), or (batch, channel, time, y, x) for a clip."""
-    roles = (BATCH, CHANNEL, *SPATIAL[-(len(shape) - 2) :])
+    """The axes of a model's input: (batch, channel, y, x), or (batch, channel, time, y, x) for a clip.
+
+    A signal is (batch, channel, x); of more axes than a clip's nothing is known.
+    """
+    roles = (BATCH, CHANNEL, *_spatial(len(shape) - 2))[: len(shape)]
     return tuple(((role, size),) for role, size in zip(roles, shape, strict=True))
+
+
+def _spatial(count: int) -> tuple[str, ...]:
+    """Roles of `count` axes behind the channel: x; y, x; time, y, x."""
+    return SPATIAL[-count:] if 0 < count <= len(SPATIAL) else (UNKNOWN,) * count
 
 
 class AxisTracer(TorchDispatchMode):
@@ -67,7 +75,10 @@ class AxisTracer(TorchDispatchMode):
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__.rstrip("_")
         rule = RULES.get(name, _elementwise)
-        made = rule(args, kwargs, lambda t: before.get(id(t)), out)
+        try:
+            made = rule(args, kwargs, lambda t: before.get(id(t)), out)
+        except (IndexError, TypeError, ValueError):  # an overload with other arguments: nothing is known of its result
+            made = None
         for tensor, axes in zip(_outputs(out), _per_output(made), strict=False):
             if axes is not None and tuple(_sizes(axes)) == tuple(tensor.shape):
                 self._known[tensor] = axes
@@ -114,12 +125,12 @@ def _resized(axis: Axis, size: int) -> Axis:
 
 
 def _role(axis: Axis) -> str:
-    wide = {role for role, size in axis if size > 1} or {role for role, _ in axis[:1]}
+    wide = {role for role, size in axis if size > 1} or {role for role, _ in axis[:1]} or {UNKNOWN}
     if len(wide) == 1:
         return next(iter(wide))
     if UNKNOWN in wide or BATCH in wide:
         return UNKNOWN
-    return TOKEN if CHANNEL not in wide else "feature"
+    return TOKEN if CHANNEL not in wide else CHANNEL
 
 
 def name_axes(axes: Axes | None, ndim: int) -> tuple[str, ...]:
@@ -131,7 +142,7 @@ def name_axes(axes: Axes | None, ndim: int) -> tuple[str, ...]:
     if axes is None:
         return unknown
     roles = [_role(axis) for axis in axes]
-    if not set(roles) & set(SPATIAL):
+    if not set(roles) & set(SPATIAL):  # without positions a channel is called a feature
         roles = ["feature" if role == CHANNEL else role for role in roles]
     if UNKNOWN in roles or BATCH in roles or len(set(roles)) != len(roles):
         return unknown
@@ -146,6 +157,8 @@ def without_batch(axes: Axes | None, axis: int, k: int, outer: bool) -> Axes | N
     if axes is None:
         return None
     atoms = axes[axis]
+    if k == 1 and {role for role, _ in atoms} <= {UNKNOWN}:  # the trace lost it, the probe's values found it
+        atoms = ((BATCH, _size(atoms)),)
     at = 0 if outer else len(atoms) - 1
     elsewhere = any(role == BATCH for i, other in enumerate(axes) if i != axis for role, _ in other)
     if not atoms or atoms[at][0] != BATCH or elsewhere:
@@ -166,32 +179,44 @@ def _elementwise(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: 
 
 def _broadcast(inputs: list[Axes], shape: Sequence[int]) -> Axes | None:
     # An input of the full shape knows best: a mask or a bias of fewer axes says less.
-    for axes in inputs:
-        if _sizes(axes) == list(shape):
-            return axes
-    aligned = [axes for axes in inputs if len(axes) == len(shape)]
-    if not aligned:
-        return None
+    aligned = sorted((axes for axes in inputs if len(axes) == len(shape)), key=lambda a: _sizes(a) != list(shape))
     merged: list[Axis] = []
     for i, size in enumerate(shape):
-        found = next((axes[i] for axes in aligned if _size(axes[i]) == size), None)
-        if found is None:
+        fitting = [axes[i] for axes in aligned if _size(axes[i]) == size]
+        if not fitting:
             return None
-        merged.append(found)
+        merged.append(next((axis for axis in fitting if UNKNOWN not in dict(axis)), fitting[0]))
     return tuple(merged)
 
 
 def _channel_first(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: Any) -> Any:
-    """Convolution, 2-d pooling, upsampling, batch and group norm: (batch, channel, spatial…)."""
-    tensor = _outputs(out)[0]
-    shape = tensor.shape
-    if not 2 <= len(shape) <= 5:
-        return None
+    """Convolution, batch and group norm: (batch, channel, positions…), whatever was known of axis 1."""
+    shape = _outputs(out)[0].shape
     known = get(args[0])
-    first: Axis = known[0] if known and _size(known[0]) == shape[0] else ((UNKNOWN, shape[0]),)
-    names = SPATIAL[-(len(shape) - 2) :] if len(shape) > 2 else ()
-    spatial = tuple(((role, size),) for role, size in zip(names, shape[2:], strict=True))
-    return (first, ((CHANNEL, shape[1]),), *spatial)
+    if known is None or len(known) != len(shape):
+        known = tuple(((UNKNOWN, size),) for size in shape)
+    first: Axis = known[0] if _size(known[0]) == shape[0] else ((UNKNOWN, shape[0]),)
+    usual = _spatial(len(shape) - 2)
+    positions = (
+        ((_position(axis, role, len(usual)), size),)
+        for axis, role, size in zip(known[2:], usual, shape[2:], strict=True)
+    )
+    return (first, ((CHANNEL, shape[1]),), *positions)
+
+
+def _position(axis: Axis, usual: str, count: int) -> str:
+    """What an axis behind the channel means: what it meant before the operation where that is clear."""
+    role = _role(axis)
+    clear = role in (*SPATIAL, CHANNEL) or (role == TOKEN and count == 1)
+    return role if clear else usual
+
+
+def _pooled(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: Any) -> Any:
+    """Pooling and resampling keep every axis; where nothing is known they are given (batch, channel, positions…)."""
+    known = get(args[0])
+    if known is None or any(_role(axis) == UNKNOWN for axis in known[1:]):
+        return _channel_first(args, kwargs, get, out)
+    return _resize(args, kwargs, get, out)
 
 
 def _channel_last(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: Any) -> Any:
@@ -213,9 +238,9 @@ def _layer_norm(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: A
     if len(args[1]) != 1:
         return _elementwise(args, kwargs, get, out)
     known = get(args[0])
-    if known is not None:
-        return known
-    return _last_is_channel(None, _outputs(out)[0].shape)
+    if known is None or _role(known[-1]) == UNKNOWN:
+        return _last_is_channel(known, _outputs(out)[0].shape)
+    return known
 
 
 def _matrix_product(position: int) -> Rule:
@@ -351,6 +376,12 @@ def _stack(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: Any) -
     return (*known[:dim], ((UNKNOWN, shape[dim]),), *known[dim:])
 
 
+def _index(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: Any) -> Any:
+    """x[:, indices]: the indexed axis changes its length. Several arrays of indices, or wide ones, move axes about."""
+    arrays = [indices for indices in args[1] if indices is not None]
+    return _resize(args, kwargs, get, out) if len(arrays) == 1 and arrays[0].dim() == 1 else None
+
+
 def _drop_axis(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: Any) -> Any:
     """select(x, dim, index) and unbind(x, dim)."""
     known = get(args[0])
@@ -362,10 +393,21 @@ def _drop_axis(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: An
 
 def _reduce(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: Any) -> Any:
     """mean, sum, amax, var … over given axes: they vanish, or stay with length 1."""
+    return _reduced(args, kwargs, get, out, 1)
+
+
+def _reduce_norm(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: Any) -> Any:
+    """norm(x, order, dims): as `_reduce`."""
+    return _reduced(args, kwargs, get, out, 2)
+
+
+def _reduced(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: Any, position: int) -> Any:
     known = get(args[0])
     if known is None:
         return None
-    dims = args[1] if len(args) > 1 else kwargs.get("dim")
+    dims = args[position] if len(args) > position else kwargs.get("dim")
+    if isinstance(dims, torch.Tensor):  # max(x, y)
+        return _elementwise(args, kwargs, get, out)
     if dims is None or dims == []:
         dims = list(range(len(known)))
     gone = {d % len(known) for d in ([dims] if isinstance(dims, int) else dims)}
@@ -402,17 +444,27 @@ def _unknown(args: Sequence[Any], kwargs: dict[str, Any], get: Lookup, out: Any)
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
-            "convolution", "_convolution", "conv1d", "conv2d", "conv3d", "mkldnn_convolution", "cudnn_convolution",
-            "max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool2d", "mkldnn_max_pool2d", "avg_pool2d",
-            "avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d",
-            "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "_upsample_bilinear2d_aa",
-            "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d", "upsample_nearest3d", "upsample_trilinear3d",
+            "convolution", "_convolution", "conv1d", "conv2d", "conv3d", "conv2d_relu", "mkldnn_convolution",
+            "cudnn_convolution", "cudnn_convolution_relu", "miopen_convolution", "_mps_convolution", "deform_conv2d",
             "native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-            "miopen_batch_norm", "batch_norm", "_batch_norm_with_update", "native_group_norm", "quantized_max_pool2d",
+            "miopen_batch_norm", "batch_norm", "_batch_norm_with_update", "native_group_norm", "col2im", "roi_align",
+            "grid_sampler_2d", "grid_sampler_3d",
         ),
         _channel_first,
     ),
-    **dict.fromkeys(("linear", "mkldnn_linear"), _channel_last),
+    **dict.fromkeys(
+        (
+            "max_pool1d", "max_pool2d", "max_pool2d_with_indices", "max_pool3d_with_indices", "mkldnn_max_pool2d",
+            "quantized_max_pool1d", "quantized_max_pool2d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+            "adaptive_avg_pool1d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d",
+            "adaptive_max_pool3d", "fractional_max_pool2d", "mkldnn_adaptive_avg_pool2d", "upsample_nearest1d",
+            "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
+            "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+            "_upsample_nearest_exact2d", "pixel_shuffle", "pixel_unshuffle",
+        ),
+        _pooled,
+    ),
+    **dict.fromkeys(("linear", "linear_relu", "mkldnn_linear"), _channel_last),
     **dict.fromkeys(("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm"), _layer_norm),
     **dict.fromkeys(("mm", "bmm", "matmul"), _matrix_product(0)),
     **dict.fromkeys(("addmm", "baddbmm", "_addmm_activation"), _matrix_product(1)),
@@ -424,15 +476,18 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("expand", "repeat"), _expand),
     **dict.fromkeys(
         (
-            "slice", "constant_pad_nd", "reflection_pad2d", "replication_pad2d", "split", "split_with_sizes",
-            "chunk", "narrow", "index_select",
+            "slice", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+            "replication_pad1d", "replication_pad2d", "replication_pad3d", "split", "split_with_sizes", "chunk",
+            "narrow", "index_select", "gather", "topk", "glu", "_fft_r2c", "_fft_c2r",
         ),
         _resize,
     ),
+    "index": _index,
     "cat": _cat,
     "stack": _stack,
     **dict.fromkeys(("select", "unbind"), _drop_axis),
-    **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "norm", "argmax"), _reduce),
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "argmax"), _reduce),
+    **dict.fromkeys(("norm", "linalg_vector_norm"), _reduce_norm),
     **dict.fromkeys(
         (
             "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
@@ -443,6 +498,6 @@ RULES: dict[str, Rule] = {
         _attention,
     ),
     **dict.fromkeys(("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), _fused_attention),
-    **dict.fromkeys(("im2col", "col2im", "unfold"), _unknown),
+    **dict.fromkeys(("im2col", "unfold"), _unknown),
     "as_strided": _restrided,
 }  # fmt: skip
