@@ -356,8 +356,10 @@ def _join(seen: Sequence[Seen]) -> Seen:
 
 def _aligned(operand: _Operand, out: Axes | None, skip: int | None = None) -> bool:
     """Whether the positions of `operand` stand along the same axes as in an output with axes `out`."""
+    if operand.seen is None or not operand.seen.placed:
+        return True
     if operand.axes is None or out is None:
-        return operand.seen is not None and operand.seen.everything
+        return operand.seen.everything
     own = [tuple(a for a in axis if _roles((a,))) for axis in operand.axes]
     their = [tuple(a for a in axis if _roles((a,))) for axis in out]
     pairs = list(zip(reversed(own), reversed(their), strict=False))
@@ -655,12 +657,14 @@ def _permute(operation: _Operation) -> Seen:
         order[a], order[b] = order[b], order[a]
 
     def one(role: str, span: Span) -> Span:
-        parts = _parts(axes, role)
+        parts, own = _parts(axes, role), len(span.order)
         if len(parts) < 2:
             return span
-        if len(parts) != len(span.order):
+        moved = [k for j in order for k, (i, _) in enumerate(parts) if i == j]
+        # An attention map has positions twice, those of its rows first: these are the ones that are followed.
+        if len(parts) < own or any(k >= own for k in moved[:own]):
             raise _LostError
-        return replace(span, order=tuple(span.order[k] for j in order for k, (i, _) in enumerate(parts) if i == j))
+        return replace(span, order=tuple(span.order[k] for k in moved[:own]))
 
     return _map(seen, one)
 
@@ -812,7 +816,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
                      "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_with_update", "native_group_norm"), _norm),
     **dict.fromkeys(("native_layer_norm", "_fused_rms_norm"), _layer_norm),
-    **dict.fromkeys(("_softmax", "_log_softmax"), _softmax),
+    **dict.fromkeys(("_softmax", "_log_softmax", "_safe_softmax"), _softmax),
     **dict.fromkeys(("mm", "bmm"), _matrix_product("self", "mat2")),
     "addmm": _matrix_product("mat1", "mat2"),
     "_addmm_activation": _matrix_product("mat1", "mat2"),
