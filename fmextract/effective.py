@@ -102,7 +102,9 @@ def _energy(objective: torch.Tensor, leaf: torch.Tensor) -> NDArray[np.float64] 
     if not objective.requires_grad:
         return None
     try:
-        found: Sequence[torch.Tensor | None] = torch.autograd.grad(objective, leaf, retain_graph=True, allow_unused=True)
+        found: Sequence[torch.Tensor | None] = torch.autograd.grad(
+            objective, leaf, retain_graph=True, allow_unused=True
+        )
     except RuntimeError:  # a value that the gradient needs was overwritten
         return None
     if found[0] is None:

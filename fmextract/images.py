@@ -35,6 +35,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from fmextract.boxes import Span, crop_span, resized_size
 from fmextract.errors import ConfigError, SampleError
 from fmextract.records import Preprocess, Status
 from fmextract.sources import NOT_DECODED
@@ -299,15 +300,13 @@ def _short(error: Exception) -> str:
 # Resized pixels beyond which only those in the crop are computed: 2 x 4000 pixels would become 256 x 512000.
 _HUGE = 1 << 22
 
-Span = tuple[int, int, int]
-
 
 def _fit(picture: Pixels, preprocess: Preprocess) -> Tensor:
     """Resize and centre crop, as torchvision does with a PIL image: uint8 (3, h, w), contiguous."""
     resized = resized_size(picture.shape[0], picture.shape[1], preprocess.resize)
     crop = preprocess.crop or resized
     _refuse_bomb(crop[1], crop[0])
-    rows, columns = _span(resized[0], crop[0]), _span(resized[1], crop[1])
+    rows, columns = crop_span(resized[0], crop[0]), crop_span(resized[1], crop[1])
     if math.prod(resized) > max(_HUGE, 4 * math.prod(crop)):
         part = _resize_part(picture, resized, rows, columns, preprocess.interpolation)
     else:
@@ -355,29 +354,11 @@ def _resize_part(picture: Pixels, size: tuple[int, int], rows: Span, columns: Sp
     return np.asarray(PIL.Image.fromarray(picture).resize(shape, kind, box=box))
 
 
-def _span(resized: int, crop: int) -> Span:
-    """Along one axis of a centre crop: first and last + 1 of the resized pixels seen, and the padding before them."""
-    if crop > resized:
-        return 0, resized, (crop - resized) // 2
-    start = round((resized - crop) / 2)
-    return start, start + crop, 0
-
-
 def _padded(part: Pixels, size: tuple[int, int], above: int, before: int) -> Pixels:
     """Black around an image that is smaller than the crop."""
     made = np.zeros((*size, 3), np.uint8)
     made[above : above + part.shape[0], before : before + part.shape[1]] = part
     return made
-
-
-def resized_size(height: int, width: int, resize: int | tuple[int, int] | None) -> tuple[int, int]:
-    """(height, width) after torchvision's resize: `resize` is the shorter side, the longer is cut to an integer."""
-    if resize is None:
-        return height, width
-    if isinstance(resize, tuple):
-        return resize
-    longer = int(resize * max(height, width) / min(height, width))
-    return (resize, longer) if height <= width else (longer, resize)
 
 
 # --------------------------------------------------------------------------------------------- what users write
