@@ -284,7 +284,9 @@ def extract(
 def plan(
     source: Source,
     model: Model,
-    out: Annotated[Path | None, _option("--out", "-o", metavar="OUT", help="As in `extract`; may be left out.")] = None,
+    out: Annotated[Path, _option("--out", "-o", metavar="OUT", help="As in `extract`. [default: acts.h5]")] = Path(
+        "acts.h5"
+    ),
     *,
     as_json: Json = False,
     debug: Debug = False,
@@ -341,6 +343,30 @@ def info(out: Output, as_json: Json = False, debug: Debug = False) -> int:
             said = acts.info()
     _show(said, lambda: _info(said), as_json)
     return 0
+
+
+@app.command()
+def pack(
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="A directory of shards, as `extract -o DIR/` leaves.", show_default=False),
+    ],
+    out: Annotated[Path, _option("--out", "-o", metavar="FILE", help="The file to make, as name.h5.")],
+    overwrite: Annotated[bool, _option("--overwrite", help="Replace an earlier output of fmextract.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Make one file of a directory of shards.
+
+    Chunks are copied as they are; the directory stays.
+
+    fmextract pack acts/ -o acts.h5
+    """
+    with _working():
+        from fmextract import output
+
+        output.pack(directory, out, overwrite=overwrite)
+    return info(out, as_json=as_json)
 
 
 @app.command()

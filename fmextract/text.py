@@ -42,10 +42,10 @@ def rate(per_second: float) -> str:
 
 
 def share(fraction: float | None) -> str:
-    """0.125 → `12.5%`; a small share keeps its digits, None is empty."""
-    if fraction is None:
-        return ""
-    return f"{100 * fraction:.1f}%" if fraction >= 0.0095 or fraction == 0 else f"{100 * fraction:.2g}%"
+    """0.125 → `12.5%`; a small share keeps its digits, 0 is `0`, None is empty."""
+    if not fraction:
+        return "" if fraction is None else "0"
+    return f"{100 * fraction:.1f}%" if fraction >= 0.0095 else f"{100 * fraction:.2g}%"
 
 
 def shape(sizes: Sequence[int] | None) -> str:

@@ -21,11 +21,11 @@ ORDER = re.findall(
     r"\S+",
     """
     errors records
-    text config progress channel selection heaps moments
+    text config progress channel pool selection heaps moments boxes
     codecs
-    store index reader
-    sources images models axes taps geometry reducers stats
-    planning device precision choose engine estimate prepare output
+    store index lock watch reader
+    sources images models axes taps geometry effective reducers stats
+    planning device precision choose engine estimate prepare replay output
     run launch
     export look.maps look demo bench
     __init__ cli __main__

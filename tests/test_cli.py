@@ -172,6 +172,7 @@ def test_dry_run_and_plan_say_the_same_and_write_nothing(fm: Run, options: list[
     assert dry.json["layers"] == plan.json["layers"]
     assert dry.json["rows"] == 5
     assert list(tmp_path.iterdir()) == []
+    del options[options.index("-o") : options.index("-o") + 2]
     table = fm("plan", *options, "-l", "conv1")
     assert table.code == 0
     assert "5 images" in table.out
@@ -351,6 +352,18 @@ def test_info_of_an_older_friend(fm: Run, tmp_path: Path) -> None:
     assert_message(fm("info", tmp_path / "notes.h5"), fm("info", tmp_path / "notes.h5").code, "notes.h5")
 
 
+def test_pack(fm: Run, options: list[object], tmp_path: Path) -> None:
+    options[options.index("-o") + 1] = tmp_path / "shards"
+    assert fm("extract", *options, "-l", "conv1", "--shard-size", "8KiB").code == 0
+    said = fm("pack", tmp_path / "shards", "-o", tmp_path / "packed.h5", "--json")
+    assert (said.code, said.err) == (0, "")
+    assert said.json["rows"] == 5
+    with fmextract.open(tmp_path / "packed.h5") as one, fmextract.open(tmp_path / "shards") as many:
+        np.testing.assert_array_equal(one["conv1"][:], many["conv1"][:])
+    assert_message(fm("pack", tmp_path / "shards", "-o", tmp_path / "packed.h5"), 2, "--overwrite")
+    assert fm("pack", tmp_path / "shards", "-o", tmp_path / "packed.h5", "--overwrite").code == 0
+
+
 def test_layers(fm: Run, place: Path) -> None:
     words = ("layers", f"{place / 'tiny.py'}:model")
     rows = fm(*words, "--json").json
@@ -442,6 +455,13 @@ def test_keys_cannot_harm_a_terminal() -> None:
 )
 def test_byte_count(count: int, shown: str) -> None:
     assert text.byte_count(count) == shown
+
+
+@pytest.mark.parametrize(
+    ("fraction", "shown"), [(None, ""), (0.0, "0"), (0.5, "50.0%"), (0.0123, "1.2%"), (0.000038, "0.0038%")]
+)
+def test_share(fraction: float | None, shown: str) -> None:
+    assert text.share(fraction) == shown
 
 
 @pytest.mark.parametrize(("seconds", "shown"), [(2.51, "2.5 s"), (65, "1 min 05 s"), (3725, "1 h 02 min")])
