@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +28,17 @@ from fmextract.config import FailureBudget
 from fmextract.device import Download, Transfers, transfers
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
 from fmextract.planning import Plan
+from fmextract.pool import Pool
 from fmextract.precision import numerics, to_memory_format
 from fmextract.records import FileInfo, LayerSpec, Preprocess, Progress, SampleTable, Source, Status
 from fmextract.stats import RunningStats
 from fmextract.taps import Capture, Forward
+from fmextract.watch import InFlight, Watch
 
 FLOAT16_MAX = 65504.0
 FIRST = 5  # keys that are named where something is wrong with them
 DEPTH = 2  # batches of activations of an accelerator on the host: one being encoded, one arriving
+HANGING = 10.0  # seconds that the end of a run waits for threads in foreign code; then it leaves them behind
 PAYLOADS = 64  # encoded chunks, of at most about 1 MiB, that wait for the disk
 
 
@@ -82,11 +85,13 @@ class Tally:
     smallest_batch: int = 0
     nonfinite: dict[str, list[str]] = field(default_factory=dict)  # the first keys of each layer that has such values
     records: list[index.ShardRecord] = field(default_factory=list)
+    moves: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, stage: str, seconds: float) -> None:
         with self._lock:
             self.busy[stage] = self.busy.get(stage, 0.0) + seconds
+            self.moves += 1
 
 
 def check_budget(budget: FailureBudget, tally: Tally) -> None:
@@ -103,9 +108,11 @@ def run_shards(work: Work, directory: Path, shards: Sequence[range], progress: P
     """Extract the rows of `shards` and publish each as a file in `directory`, in order.
 
     Raises TooManyFailures, NoSpace, DeviceLost, CaptureError, or what else went wrong; published shards stay, the
-    shard in flight leaves no file. No thread of it is alive afterwards.
+    shard in flight leaves no file. No thread of it is alive afterwards, unless it hangs in foreign code. Notes on what
+    is being waited for, when nothing has moved for long, come from a thread of their own.
     """
     pipeline = _Pipeline(work, directory, tally)
+    watch = Watch(lambda: tally.moves, pipeline.waits_for, progress.note)
     try:
         with numerics(work.plan.precision, work.device):
             for shard in shards:
@@ -117,6 +124,7 @@ def run_shards(work: Work, directory: Path, shards: Sequence[range], progress: P
             raise pipeline.failure from None  # a stage failed and closed the queues: its error is the one to tell
         raise
     finally:
+        watch.stop()
         pipeline.close()
 
 
@@ -161,8 +169,8 @@ class _Decoding:
 class _Decoder:
     """Decodes rows into batch buffers on a pool of threads, before they are needed."""
 
-    def __init__(self, work: Work, pool: ThreadPoolExecutor, moves: Transfers, tally: Tally) -> None:
-        self._work, self._pool, self._moves, self._tally = work, pool, moves, tally
+    def __init__(self, work: Work, pool: Pool, moves: Transfers, in_flight: InFlight, tally: Tally) -> None:
+        self._work, self._pool, self._moves, self._in_flight, self._tally = work, pool, moves, in_flight, tally
         self._shape = (work.plan.batch_size, *work.input_shape)
         self._ahead: deque[_Decoding] = deque()
         self._to_come: Iterator[range] = iter(())
@@ -191,6 +199,7 @@ class _Decoder:
 
     def _decode(self, row: int, into: torch.Tensor) -> tuple[int, int, SampleError | None]:
         started = time.perf_counter()
+        self._in_flight.begin(row)
         try:
             image = images.decode(self._work.source.load(row), self._work.preprocess, exif=self._work.exif)
             if image.ready != self._work.ready or image.pixels.shape != into.shape:
@@ -204,6 +213,7 @@ class _Decoder:
             into.zero_()  # a failed row keeps its place as a black image
             return 0, 0, error
         finally:
+            self._in_flight.end()
             self._tally.add("decode", time.perf_counter() - started)
 
 
@@ -398,17 +408,21 @@ class _Writer:
         self._work, self._directory, self._shards, self._tally = work, directory, shards, tally
         self._open: store.ShardWriter | None = None
         self._overflowed: dict[str, int] = {}
+        self.now = "encode"
 
     def write(self, item: _Pending | _ShardEnd) -> None:
         if isinstance(item, _ShardEnd):
+            self.now = "write"
             started = time.perf_counter()
             self._publish(item)
         else:
             encoded = item.encoded.result()
+            self.now = "write"
             started = time.perf_counter()
             self._count_overflow(item.chunk.layer, encoded.overflowed)
             self._current().write_chunk(item.chunk.layer, item.chunk.at, encoded.payload, encoded.digest)
         self._tally.add("write", time.perf_counter() - started)
+        self.now = "encode"
 
     def _current(self) -> store.ShardWriter:
         if self._open is None:
@@ -473,7 +487,9 @@ class _Pipeline:
         self._pending: Channel[_Pending | _ShardEnd | None] = Channel(PAYLOADS)
         self.failure: BaseException | None = None
         self._threads: list[threading.Thread] = []
-        self._decoder = _Decoder(work, self._decode_pool, self._moves, tally)
+        self._in_flight = InFlight(directory)
+        self._decoder = _Decoder(work, self._decode_pool, self._moves, self._in_flight, tally)
+        self._now = "decode"
         self._writer: _Writer | None = None
 
     # ---- the caller's thread
@@ -488,6 +504,7 @@ class _Pipeline:
         stats = [self._statistics(captured) for captured in self._work.captured]
         smallest = plan.batch_size
         for _ in range(0, len(shard), plan.batch_size):
+            self._now = "decode"
             batch = self._decoder.take()
             self._collect(batch, samples)
             self._run(batch, samples, stats)
@@ -537,6 +554,7 @@ class _Pipeline:
 
     def _run(self, batch: _Decoding, samples: SampleTable, stats: Sequence[RunningStats | Nonfinite]) -> None:
         """Forward a batch, in pieces of `self._micro` rows where memory forced that, and hand its activations on."""
+        self._now = "store"
         self._moves.reserve()
         started = time.perf_counter()
         inputs = self._inputs(self._moves.upload(batch.buffer))
@@ -544,6 +562,7 @@ class _Pipeline:
         while at < len(batch.rows):
             rows = batch.rows[at : at + self._micro]
             self._moves.reserve()
+            self._now = "forward"
             try:
                 tensors = self._forward(inputs[at : at + self._micro], rows, samples)
             except (torch.OutOfMemoryError, MemoryError) as error:
@@ -556,6 +575,7 @@ class _Pipeline:
                 if captured.finish is not None:
                     kept[i] = captured.finish(kept[i])
             self._tally.add("forward", time.perf_counter() - started)
+            self._now = "store"
             at += len(rows)
             if at == len(batch.rows):
                 self._decoder.go_on()  # on a CPU the next images are decoded beside the codec, not the forward pass
@@ -663,6 +683,7 @@ class _Pipeline:
 
     def finish(self) -> None:
         """Wait until everything is stored. Raises what a stage raised."""
+        self._now = "store"
         if self._threads:
             self._captured.put(None)
         for thread in self._threads:
@@ -680,7 +701,17 @@ class _Pipeline:
 
     def close(self) -> None:
         for pool in (self._decode_pool, self._encode_pool):
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.close(HANGING)
+        self._in_flight.close()
+
+    def waits_for(self) -> str:
+        """The stage that holds up all others, for a person."""
+        if self._now == "decode":
+            rows = [f"{self._work.source.key(row)!r} (for {s:.0f} s)" for row, s in self._in_flight.rows()[:FIRST]]
+            return f"images to be read and decoded: {', '.join(rows) or 'none is being decoded'}"
+        if self._now == "forward" or self._writer is None:
+            return "a forward pass of the model"
+        return {"encode": "chunks to be encoded", "write": f"the disk of {self._directory}"}[self._writer.now]
 
     def _close_channels(self) -> None:
         self._moves.close()
@@ -704,19 +735,10 @@ class _Countdown:
             self._action()
 
 
-def _pool(name: str, threads: int) -> ThreadPoolExecutor:
+def _pool(name: str, threads: int) -> Pool:
     """Threads whose torch operations do not start teams of threads of their own: the pool is the parallelism."""
-    pool = ThreadPoolExecutor(threads, thread_name_prefix=name)
-    meet = threading.Barrier(threads + 1)
-
-    def alone() -> None:
-        torch.set_num_threads(1)
-        meet.wait()
-
     before = torch.get_num_threads()
-    for _ in range(threads):
-        pool.submit(alone)
-    meet.wait()
+    pool = Pool(name, threads, begin=lambda: torch.set_num_threads(1))
     # The number is the thread's own for OpenMP but the process's for MKL: say again what holds for this thread.
     torch.set_num_threads(before)
     return pool

@@ -23,6 +23,7 @@ from fmextract.lock import Lock
 from fmextract.moments import merge
 from fmextract.planning import Plan
 from fmextract.records import Progress
+from fmextract.watch import left_behind
 
 COUNTED = ("clipped", "nonfinite")
 """Attributes of a layer that count values of a shard: those of an output are their sums."""
@@ -32,7 +33,8 @@ CHECKS = 4  # shards whose checksums are computed at once
 class Output:
     """A file (`name.h5`, its shards meanwhile in `name.h5.partial/`) or a directory of shards. A context manager.
 
-    Inside the block the output is this process's alone. `records` are the shards that were there before and are kept.
+    Inside the block the output is this process's alone. `records` are the shards that were there before and are kept,
+    `crashed_at` the rows that were being decoded when the run before ended without a word.
     """
 
     def __init__(self, target: Path, progress: Progress, *, overwrite: bool = False, break_lock: bool = False) -> None:
@@ -41,6 +43,7 @@ class Output:
         self._single = is_single_file(target)
         self.directory = target.with_name(target.name + ".partial") if self._single else target
         self.records: list[ShardRecord] = []
+        self.crashed_at: list[int] = []
         self._lock = Lock(self.directory)
         self._made_directory = False
 
@@ -157,6 +160,7 @@ class Output:
 
     def _resume(self, earlier: Plan) -> Plan:
         """Keep the shards that are whole; remove what a run that died left unfinished."""
+        self.crashed_at = left_behind(self.directory)
         with _writing(self.directory):
             self._remove_temporaries()
         planned = {index.shard_name(i): rows for i, rows in enumerate(earlier.shards)}

@@ -77,6 +77,7 @@ def run(source: Any, model: Any, out: Any, config: Config, progress: Progress) -
     ):
         made = output.begin(identity(prepared), lambda: _affordable(prepared, target, progress))
         if made is not None:
+            _tell_crash(prepared, output, progress)
             resumed = sum(len(record.rows) for record in output.records)
             _count_earlier(tally, output.records)
             _extract(prepared, made, output, resumed, progress, tally)
@@ -90,6 +91,15 @@ def _affordable(prepared: Prepared, target: Path, progress: Progress) -> Plan:
     made = plan_for(prepared, target, progress)
     estimate.check_space(made.estimate.bytes_needed, made.estimate.bytes_free, target)
     return made
+
+
+def _tell_crash(prepared: Prepared, output: Output, progress: Progress) -> None:
+    if output.crashed_at:
+        keys = ", ".join(repr(prepared.source.key(row)) for row in output.crashed_at[:5] if row < len(prepared.source))
+        progress.note(
+            f"the run before ended without a word while these were being decoded: {keys}. If it does so again, one of"
+            " them crashes the decoder, and has to be taken out of the source."
+        )
 
 
 def _count_earlier(tally: engine.Tally, records: Sequence[index.ShardRecord]) -> None:

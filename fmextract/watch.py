@@ -1,0 +1,92 @@
+"""What a run is doing right now: for a person when it hangs, and for the next run when foreign code crashed it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+from fmextract import index
+
+PATIENCE = 60.0
+"""Seconds without any movement before a run says what it waits for; then after twice as long, and so on."""
+_NAME = "in-flight"
+
+
+class Watch:
+    """A thread that speaks when nothing has moved for `PATIENCE` seconds. It ends nothing: a network may come back."""
+
+    def __init__(self, moves: Callable[[], int], waits_for: Callable[[], str], say: Callable[[str], None]) -> None:
+        """`moves` counts what has been done, `waits_for` says what is being waited for."""
+        self._moves, self._waits_for, self._say = moves, waits_for, say
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="fmextract-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        seen, since, patience = self._moves(), time.monotonic(), PATIENCE
+        while not self._over.wait(min(1.0, patience / 4)):
+            now = time.monotonic()
+            if (moved := self._moves()) != seen:
+                seen, since, patience = moved, now, PATIENCE
+            elif now - since >= patience:
+                self._say(f"nothing has moved for {now - since:.0f} s: waiting for {self._waits_for()}")
+                patience *= 2
+
+
+class InFlight:
+    """The rows that are being decoded, also in a file: it is still there when a decoder has crashed the process."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = index.temporary_name(directory / _NAME)
+        self._rows: dict[int, tuple[int, float]] = {}
+        self._slots: dict[int, int] = {}
+        self._handle: int | None = None
+        with contextlib.suppress(OSError):  # a full disk is told by those who have to write
+            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+
+    def begin(self, row: int) -> None:
+        """This thread decodes `row` from now on."""
+        self._rows[threading.get_ident()] = row, time.monotonic()
+        self._note(row)
+
+    def end(self) -> None:
+        """This thread is done with its row."""
+        del self._rows[threading.get_ident()]
+        self._note(-1)
+
+    def rows(self) -> list[tuple[int, float]]:
+        """(row, seconds so far), the longest first."""
+        now = time.monotonic()
+        return sorted(((row, now - since) for row, since in self._rows.copy().values()), key=lambda item: -item[1])
+
+    def close(self) -> None:
+        """The file goes: this run has come to an end of its own."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
+
+    def _note(self, row: int) -> None:
+        slot = self._slots.setdefault(threading.get_ident(), len(self._slots))
+        if self._handle is not None:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._handle, array("q", [row]).tobytes(), 8 * slot)
+
+
+def left_behind(directory: Path) -> list[int]:
+    """The rows that were being decoded when an earlier run here ended without a word."""
+    rows: set[int] = set()
+    for path in directory.glob(f".{_NAME}.*"):
+        with contextlib.suppress(OSError, ValueError):
+            rows.update(row for row in array("q", path.read_bytes()) if row >= 0)
+    return sorted(rows)
