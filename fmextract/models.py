@@ -401,7 +401,8 @@ def _timm_preprocess(config: Mapping[str, Any], origin: str) -> Preprocessing:
     """What timm's own evaluation transform does; that transform itself where it is none of our forms."""
     _, height, width = config["input_size"]
     mode, share, kind = config["crop_mode"], config["crop_pct"], config["interpolation"]
-    if len(config["mean"]) != 3 or mode not in ("center", "squash") or (mode == "center" and height != width):
+    ours = kind in ("nearest", "bilinear", "bicubic") and len(config["mean"]) == 3
+    if not ours or mode not in ("center", "squash") or (mode == "center" and height != width):
         return CustomPreprocess(_timm().data.create_transform(**config, is_training=False), origin, (height, width))
     scaled = (math.floor(height / share), math.floor(width / share))
     return Preprocess(

@@ -151,7 +151,10 @@ def test_timm_inputs_agree_with_its_own_transform(name):
     assert ((made - expected).abs() <= 1.001 / 255 / min(preprocess.std)).all()
 
 
-@pytest.mark.parametrize("change", [{"crop_mode": "border"}, {"input_size": (3, 64, 96)}, {"crop_mode": "squash"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"crop_mode": "border"}, {"input_size": (3, 64, 96)}, {"crop_mode": "squash"}, {"interpolation": "lanczos"}],
+)
 def test_odd_timm_configurations_do_what_timm_does(change):
     config = {
         "input_size": (3, 64, 64), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3,

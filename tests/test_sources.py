@@ -210,6 +210,7 @@ def test_many_names_are_held_compactly():
     assert held < 50_000 * (19 + 8) * 1.2
     with pytest.raises(IndexError, match="expected a row from 0 to 49999, got -1"):
         names[-1]
+    assert sources.Names([b"ab", b"c"]).digest() != sources.Names([b"a", b"bc"]).digest()
 
 
 def test_no_torch_is_imported():
