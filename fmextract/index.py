@@ -256,8 +256,7 @@ def load_index(directory: Path) -> list[ShardRecord]:
             raise OutputError(f"{directory} is not an fmextract output: it has neither {INDEX} nor {PLAN}")
         missing = list(_missing(plan, load_records(directory)))
         raise OutputError(_unfinished(directory, missing))
-    records, rows = _parse_index(directory)
-    _check_rows(directory, records, rows)
+    records = read_index(directory)
     for record in records:
         size = _size(directory / record.name)
         if size is None:
@@ -270,6 +269,13 @@ def load_index(directory: Path) -> list[ShardRecord]:
                 f"{directory / record.name} (rows {record.start} to {record.stop - 1}) has {size} bytes, "
                 f"expected {record.bytes}"
             )
+    return records
+
+
+def read_index(directory: Path) -> list[ShardRecord]:
+    """The records in index.json, in row order, whatever has become of their files. Raises FormatError."""
+    records, rows = _parse_index(directory)
+    _check_rows(directory, records, rows)
     return records
 
 
@@ -327,8 +333,7 @@ def check_shards(directory: Path, deep: bool = False) -> list[str]:
 
     Compares sizes, and with `deep` the SHA-256 of every file.
     """
-    records, rows = _parse_index(directory)
-    _check_rows(directory, records, rows)
+    records = read_index(directory)
     problems = []
     for record in records:
         path = directory / record.name

@@ -389,12 +389,12 @@ def _create_layer(group: h5py.Group, spec: LayerSpec, rows: int, codec: Codec, l
     activation = _create_dataset(layer, "activation", (rows, *spec.shape), spec.dtype, spec.chunk, filters)
     activation.dims[0].attach_scale(group.parent["sample"])
     for axis, (role, size) in enumerate(zip(spec.axes, spec.shape, strict=True), start=1):
-        values, attrs = _coordinate(spec.field, role, size)
+        values, attrs = coordinate(spec.field, role, size)
         activation.dims[axis].attach_scale(_create_scale(layer, role, values, attrs))
     return activation
 
 
-def _coordinate(field: Field | None, role: str, size: int) -> tuple[Array, dict[str, str]]:
+def coordinate(field: Field | None, role: str, size: int) -> tuple[Array, dict[str, str]]:
     """The values along an axis: the centre of each cell's receptive field for y and x, else the index."""
     if role not in ("y", "x"):
         return np.arange(size, dtype=np.int32), {}

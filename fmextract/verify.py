@@ -1,0 +1,475 @@
+"""Is an output what was written? Checksums, every chunk, counts, coordinates, statistics, rows; and K images run again.
+
+A checksum says that something changed; decoding says where. Memory is a few chunks, whatever the size of the output.
+Torch is imported only to run images again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fmextract import index, moments, reader, store
+from fmextract.errors import ConfigError, FormatError, OutputError
+from fmextract.index import INDEX, PLAN, ShardRecord
+from fmextract.planning import Plan, differences
+from fmextract.records import Progress, Status
+
+if TYPE_CHECKING:
+    from fmextract.prepare import Prepared
+
+Array = reader.Array
+BLOCK_BYTES = 32 << 20
+"""Values looked at at once, at least one chunk."""
+ROUNDING = 1e-5
+"""Share of the largest value by which a mean differs when it is summed in another order, or in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that is not as it was written. `layer` and `rows` (as 8-15) are empty where that is not known."""
+
+    file: str
+    layer: str
+    rows: str
+    what: str
+
+    def __str__(self) -> str:
+        where = [self.file, self.layer and f"layer {self.layer}", self.rows and f"rows {self.rows}"]
+        return f"{', '.join(filter(None, where))}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `verify` looked at and what it found. `largest_error` is that of the images run again, relative L2."""
+
+    path: str
+    files: int
+    rows: int
+    layers: int
+    chunks: int
+    bytes: int
+    rerun: int
+    largest_error: float | None
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, ready for `json.dumps`."""
+        return {**asdict(self), "ok": self.ok}
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    rerun: int = 0,
+    model: Any = None,
+    source: Any = None,
+    seed: int | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compare a finished output with everything it says of itself, and `rerun` random images with the model.
+
+    `model` and `source` are needed for `rerun` where they were not named by a text that is in the file. `seed` chooses
+    the images. Raises OutputError or FormatError for what is no finished output, ConfigError where images cannot be
+    run again. What is damaged is no exception but a problem in the report.
+    """
+    place = Path(path)
+    check = _Check(place)
+    check.run()
+    largest = None
+    if rerun and not check.problems:
+        largest = _rerun(check, rerun, model, source, seed, progress)
+    return Report(
+        path=str(place),
+        files=check.files,
+        rows=check.rows,
+        layers=len(check.layers),
+        chunks=check.chunks,
+        bytes=check.bytes,
+        rerun=rerun if largest is not None else 0,
+        largest_error=largest,
+        problems=tuple(check.problems),
+    )
+
+
+class _Check:
+    """One pass over the files of an output."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.problems: list[Problem] = []
+        self.files = self.rows = self.chunks = self.bytes = 0
+        self.layers: tuple[str, ...] = ()
+        self._first: tuple[Path, Mapping[str, Any]] | None = None
+        self._hashes: list[Array] = []
+
+    def run(self) -> None:
+        if not self.place.exists() or (self.place.is_dir() and not (self.place / INDEX).exists()):
+            reader.open(self.place)  # raises, saying what there is
+        if self.place.is_dir():
+            self._directory()
+        else:
+            self._file(self.place, None)
+        hashes = np.concatenate(self._hashes) if self._hashes else np.zeros(0)
+        if len(np.unique(hashes)) != len(hashes):
+            self._wrong(self.place, "two rows have the same key")
+
+    def _wrong(self, file: Path, what: str, layer: str = "", rows: range | None = None) -> None:
+        shown = f"{rows.start}-{rows.stop - 1}" if rows is not None and len(rows) else ""
+        self.problems.append(Problem(str(file), layer, shown, what))
+
+    @contextlib.contextmanager
+    def _looking_at(self, file: Path, rows: range | None = None) -> Iterator[None]:
+        """What cannot be read there is a problem, and the rest is looked at all the same."""
+        try:
+            yield
+        except (FormatError, OutputError) as error:
+            self._wrong(file, str(error).removeprefix(f"{file}: ").removeprefix(f"{file} "), rows=rows)
+
+    # ---- a directory
+
+    def _directory(self) -> None:
+        records: list[ShardRecord] = []
+        with self._looking_at(self.place / INDEX):
+            records = index.read_index(self.place)
+        with self._looking_at(self.place / PLAN):
+            planned = Plan.from_json(index.read_json(self.place / PLAN))
+            if records and planned.shards != [record.rows for record in records]:
+                self._wrong(self.place / PLAN, f"plans other shards than {INDEX} lists")
+        for record in records:
+            path = self.place / record.name
+            chunks = self._own_record(path, record)
+            if not path.exists():
+                self._wrong(path, "is missing", rows=record.rows)
+                continue
+            before = len(self.problems)
+            self._file(path, record, chunks)
+            if index.file_sha256(path) != record.sha256 and len(self.problems) == before:
+                self._wrong(path, "its SHA-256 is not the recorded one", rows=record.rows)
+
+    def _own_record(self, path: Path, record: ShardRecord) -> Mapping[str, str]:
+        """The digests of the chunks in a shard's own record, which must say what the index says."""
+        chunks: Mapping[str, str] = {}
+        own = path.with_suffix(".json")
+        with self._looking_at(own, record.rows):
+            said = ShardRecord.from_json(index.read_json(own))
+            chunks = said.extra.get("chunks", {})
+            if replace(said, extra={}) != replace(record, extra={}):
+                self._wrong(own, f"is another record than that in {INDEX}", rows=record.rows)
+        return chunks
+
+    # ---- a file
+
+    def _file(self, path: Path, record: ShardRecord | None, chunks: Mapping[str, str] | None = None) -> None:
+        rows = record.rows if record else None
+        self.files += 1
+        self.bytes += path.stat().st_size
+        with self._looking_at(path, rows), reader.open(path) as acts:
+            self.rows += len(acts)
+            self._same_run(path, acts)
+            start = acts._files[0].start
+            before = len(self.problems)
+            with self._looking_at(path, rows):
+                self._columns(path, acts, record, range(start, start + len(acts)))
+            for name in acts.layers:
+                with self._looking_at(path, rows):
+                    self._layer(path, acts[name], start, (chunks or {}).get(name))
+            with self._looking_at(path, rows):
+                digest = store.content_digest(path)
+                stored = acts.attrs.get("content_digest")
+                if digest != stored and len(self.problems) == before:
+                    self._wrong(path, "the content is not the one its content_digest was made of", rows=rows)
+                if record and stored != record.content_digest:
+                    self._wrong(path, "its content_digest is not the recorded one", rows=rows)
+
+    def _same_run(self, path: Path, acts: reader.Activations) -> None:
+        self.layers = self.layers or acts.layers
+        said = {name: acts.attrs.get(name) for name in ("fmextract_config", "model", "weights_sha256", "precision")}
+        self._first = self._first or (path, {**said, "layers": acts.layers})
+        if {**said, "layers": acts.layers} != self._first[1]:
+            self._wrong(path, f"is of another run than {self._first[0].name}")
+
+    def _columns(self, path: Path, acts: reader.Activations, record: ShardRecord | None, rows: range) -> None:
+        if record and rows != record.rows:
+            self._wrong(path, f"holds the rows {rows.start} to {rows.stop - 1}", rows=record.rows)
+        if not np.array_equal(acts._column("sample"), np.arange(rows.start, rows.stop)):
+            self._wrong(path, "/sample does not count its rows", rows=rows)
+        status, messages = acts.status, acts.messages
+        if not np.isin(status, [int(code) for code in Status]).all():
+            self._wrong(path, "/status has codes that do not exist", rows=rows)
+        if any(bool(said) != bool(code) for said, code in zip(messages, status, strict=True)):
+            self._wrong(path, "/message and /status do not agree", rows=rows)
+        counts = {str(code): count for code, count in sorted(Counter(status.tolist()).items())}
+        if record and counts != dict(record.statuses):
+            self._wrong(path, f"has the statuses {counts}, recorded are {dict(record.statuses)}", rows=rows)
+        left_out = acts.attrs.get("left_out")
+        keys = acts.keys[status != Status.UNREADABLE] if left_out else acts.keys
+        self._hashes.append(np.fromiter(map(hash, keys), np.int64, len(keys)))
+        for name, column in (("height", acts.heights), ("width", acts.widths)):
+            if (column < 0).any():
+                self._wrong(path, f"/{name} is negative", rows=rows)
+
+    def _layer(self, path: Path, layer: reader.Layer, start: int, digests: str | None) -> None:
+        self._coordinates(path, layer)
+        file = layer._acts._files[0]
+        stored = file.stored(layer.name)
+        self.chunks += stored.sizes.size
+        recount = _Recount(layer)
+        per_image = layer.nbytes // max(1, len(layer))
+        step = max(1, BLOCK_BYTES // max(1, per_image * layer.chunks[0])) * layer.chunks[0]
+        broken = False
+        for number, place in enumerate(np.ndindex(stored.sizes.shape) if digests else ()):
+            payload = os.pread(file.fd, int(stored.sizes[place]), int(stored.offsets[place]))
+            if store.chunk_digest(payload).hex()[:16] != (digests or "")[16 * number : 16 * number + 16]:
+                broken = True
+                at = start + place[0] * layer.chunks[0]
+                rows = range(at, min(at + layer.chunks[0], start + len(layer)))
+                self._wrong(path, f"the chunk {place} has changed", layer.name, rows)
+        for at in range(0, len(layer), step):
+            rows = range(start + at, start + min(at + step, len(layer)))
+            try:
+                values = layer[at : at + step]
+            except FormatError as error:
+                broken = True
+                self._wrong(path, str(error).rpartition(": ")[2], layer.name, self._damaged(layer, at, step, start))
+                continue
+            for what in recount.add(values, at):
+                self._wrong(path, what, layer.name, rows)
+        if not broken:
+            for what in recount.compare():
+                self._wrong(path, what, layer.name, range(start, start + len(layer)))
+
+    @staticmethod
+    def _damaged(layer: reader.Layer, at: int, step: int, start: int) -> range:
+        """The first rows of a block that cannot be decoded: those of one chunk."""
+        for first in range(at, min(at + step, len(layer)), layer.chunks[0]):
+            last = min(first + layer.chunks[0], len(layer))
+            try:
+                layer[first:last]
+            except FormatError:
+                return range(start + first, start + last)
+        return range(start + at, start + min(at + step, len(layer)))
+
+    def _coordinates(self, path: Path, layer: reader.Layer) -> None:
+        with layer._acts._files[0].hdf5() as file:
+            group = file["layers"][store.escape_name(layer.name)]
+            for role, size in zip(layer.axes[1:], layer.shape[1:], strict=True):
+                expected, _ = store.coordinate(layer.field, role, size)
+                if not np.array_equal(group[role][:], expected):
+                    self._wrong(path, f"the coordinate {role} is not what the receptive field gives", layer.name)
+
+
+class _Recount:
+    """The statistics of a layer, counted again from what is stored, against those in the file."""
+
+    def __init__(self, layer: reader.Layer) -> None:
+        self._layer, self._ok = layer, layer._acts.status == Status.OK
+        self._stats = layer._acts._files[0].stats(layer.name)
+        self._axis = layer.spec.channel_axis
+        self._seen: dict[str, Array] = {}
+        self._nonfinite = 0
+        options = layer._acts.config.get("options", {})
+        narrowed = layer.spec.dtype == "float16" and layer.spec.compute_dtype != "float16"
+        bits = options.get("keep_bits") or (10 if narrowed else None)
+        # Statistics are of the values before they were rounded.
+        self._rounding = 0.0 if bits is None or layer.dtype.kind != "f" else 2.0**-bits
+        self._flushes = narrowed
+        self._clip = 65504.0 if narrowed and options.get("clip") else math.inf
+
+    def add(self, values: Array, at: int) -> Iterator[str]:
+        """A block of rows from `at` on; yields what is wrong with it."""
+        ok = self._ok[at : at + len(values)]
+        failed = values[~ok]
+        if failed.size and not (np.isnan(failed) if failed.dtype.kind == "f" else failed == 0).all():
+            yield "a failed row holds values"
+        good = values[ok]
+        if good.dtype.kind == "f":
+            self._nonfinite += int(np.count_nonzero(~np.isfinite(good)))
+        if self._axis is None or not self._stats:
+            return
+        if "top_value" in self._stats and not self._top_is_there(values, at):
+            yield "the strongest images are not where the statistics say"
+        by_channel = np.moveaxis(good, 1 + self._axis, 0).reshape(good.shape[1 + self._axis], -1)
+        part = _moments(by_channel.astype(np.float64))
+        self._seen = moments.merge([self._seen, part]) if self._seen else part
+
+    def _top_is_there(self, values: Array, at: int) -> bool:
+        """Whether each of the strongest in these rows is stored in its place."""
+        value, sample, y, x = (self._stats[f"top_{name}"] for name in ("value", "sample", "y", "x"))
+        first = at + self._layer._acts._files[0].start
+        channel, k = np.nonzero((sample >= first) & (sample < first + len(values)))
+        row = sample[channel, k] - first
+        if not self._ok[at + row].all():
+            return False
+        places: dict[str, Array] = {self._layer.axes[1 + (self._axis or 0)]: channel}
+        if self._layer.spec.reducer != "top":
+            places |= {"y": y[channel, k], "token": y[channel, k], "x": x[channel, k]}
+        where = [places.get(role) for role in self._layer.axes[1:]]
+        if any(place is None for place in where):
+            return True  # an axis whose places are not kept
+        try:
+            found = values[(row, *where)].astype(np.float64)
+        except IndexError:
+            return False
+        return bool(np.all(np.abs(found - self._clipped(value[channel, k])) <= self._tolerance(value[channel, k])))
+
+    def _clipped(self, values: Array) -> Array:
+        clipped: Array = np.clip(values, -self._clip, self._clip)
+        return clipped
+
+    def _tolerance(self, values: Array) -> Array:
+        tolerance: Array = np.abs(values) * self._rounding + (1e-7 if self._flushes else 0.0)
+        return tolerance
+
+    def compare(self) -> Iterator[str]:
+        """What the statistics in the file say otherwise, once all rows were added."""
+        counted = int(self._layer.attrs.get("nonfinite", self._nonfinite))
+        if self._layer.spec.reducer == "top":  # of the whole maps, of which only the maxima are stored
+            return
+        if counted != self._nonfinite:
+            yield f"has {self._nonfinite} values that are not finite, counted were {counted}"
+        if not self._seen:
+            return
+        told = self._stats
+        scale = np.fmax(np.abs(told["min"]), np.abs(told["max"]))
+        near = scale * (ROUNDING + self._rounding) + (1e-7 if self._flushes else 0.0)
+        slack: dict[str, Array] = {
+            "count": np.zeros_like(scale),
+            "nonfinite": np.zeros_like(scale),
+            "zero_fraction": np.full_like(scale, 1.0 if self._flushes else 1e-12),
+            "min": self._tolerance(told["min"]),
+            "max": self._tolerance(told["max"]),
+            "mean": near,
+            "std": near,
+        }
+        for name in moments.MOMENTS:
+            expected, found = told[name].astype(np.float64), self._seen[name].astype(np.float64)
+            if name in ("min", "max"):
+                expected = self._clipped(expected)
+            elif name in ("mean", "std") and self._clip != math.inf:
+                continue
+            same = (np.abs(found - expected) <= slack[name]) | (np.isnan(found) & np.isnan(expected))
+            if not same.all():
+                channel = int(np.flatnonzero(~same)[0])
+                yield (
+                    f"the values are not those that {name} was taken of: channel {channel} gives {found[channel]:.9g},"
+                    f" stored is {expected[channel]:.9g}"
+                )
+
+
+def _moments(values: Array) -> dict[str, Array]:
+    """MOMENTS of (channels, n) in float64, over the finite values."""
+    finite = np.isfinite(values)
+    count = finite.sum(1)
+    n = np.maximum(count, 1)
+    zeroed = np.where(finite, values, 0.0)
+    mean = zeroed.sum(1) / n
+    deviation = np.where(finite, values - mean[:, None], 0.0)
+    empty = count == 0
+    return {
+        "count": count,
+        "mean": np.where(empty, np.nan, mean),
+        "std": np.where(empty, np.nan, np.sqrt((deviation**2).sum(1) / n)),
+        "min": np.where(empty, np.nan, np.where(finite, values, np.inf).min(1, initial=np.inf)),
+        "max": np.where(empty, np.nan, np.where(finite, values, -np.inf).max(1, initial=-np.inf)),
+        "zero_fraction": np.where(empty, np.nan, ((values == 0) & finite).sum(1) / n),
+        "nonfinite": values.shape[1] - count,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- run again
+
+
+def _rerun(check: _Check, count: int, model: Any, source: Any, seed: int | None, progress: Progress | None) -> float:
+    """Run `count` random images again; notes what does not agree, returns the largest error."""
+    from fmextract import prepare, replay, run
+    from fmextract.config import Config
+    from fmextract.progress import Quiet
+
+    with reader.open(check.place) as acts:
+        first = acts._files[0].start
+        there = np.flatnonzero(acts.keys != "")
+        chosen = np.random.default_rng(seed).choice(there, min(count, len(there)), replace=False)
+        options = _options(acts)
+        model, source = _named(acts, model, source)
+        with prepare.prepare(source, model, Config.of(**options), progress or Quiet()) as prepared:
+            now = json.loads(json.dumps(prepare.identity(prepared)))
+            changed = list(differences({**acts.config["identity"], "device": now["device"]}, now))
+            if changed:
+                listed = "; ".join(f"{name}: {old!r} then, {new!r} now" for name, old, new in changed)
+                raise ConfigError(f"cannot run images of {check.place} again: {listed}")
+            with run.working(prepared, _plan_of(acts, prepared)) as work:
+                found = replay.differences(work, acts, first, [first + int(row) for row in chosen])
+    for difference in itertools.filterfalse(lambda d: d.tolerated, found):
+        rows = range(difference.row, difference.row + 1)
+        check._wrong(check.place, f"{difference.key!r} run again: {difference.message}", difference.layer, rows)
+    return max((difference.error for difference in found), default=0.0)
+
+
+def _options(acts: reader.Activations) -> dict[str, Any]:
+    options = dict(acts.config.get("options", {}))
+    if not isinstance(options.get("preprocess"), str):
+        raise ConfigError(f"{acts.path} does not say how its images were preprocessed")
+    return options
+
+
+def _named(acts: reader.Activations, model: Any, source: Any) -> tuple[Any, Any]:
+    """The model and the source: those given, else by the names in the file."""
+    name, place = str(acts.attrs.get("model")), str(acts.attrs.get("source"))
+    if model is None:
+        if acts.config.get("origin", {}).get("provider") == "python" and ":" not in name:
+            raise ConfigError(f"{acts.path}: the model {name} was an object in a program; give it as model=…")
+        model = name
+    if source is None:
+        if not Path(place).exists() and ":" not in place:
+            raise ConfigError(
+                f"{acts.path}: the source {place!r} is not there; go to its folder, or give it as source=…"
+            )
+        source = place
+    return model, source
+
+
+def _plan_of(acts: reader.Activations, prepared: Prepared) -> Plan:
+    """The plan that an output was made by, from what the output says."""
+    config, attrs = acts.config, acts.attrs
+    options = config["options"]
+    layers = tuple(acts[name].spec for name in acts.layers)
+    from fmextract import codecs
+
+    info = {name: attrs.get(name) for name in ("title", "source", "history", "model", "weights_sha256", "created")}
+    return Plan(
+        run_id=str(config.get("run_id", "")),
+        rows=acts._files[0].start + len(acts),
+        layers=layers,
+        precision=str(attrs["precision"]),
+        memory_format=config["memory_format"],
+        batch_size=config["batch_size"],
+        device=str(prepared.device),
+        threads=1,
+        forward_threads=config["forward_threads"],
+        codec=options["codec"],
+        level=codecs.codec_named(options["codec"]).checked_level(options["level"]),
+        store=options["store"],
+        keep_bits=options["keep_bits"],
+        clip=options["clip"],
+        top=options["top"],
+        shard_rows=len(acts),
+        identity=config["identity"],
+        config=options,
+        info={**info, "preprocess": acts.preprocess, "weights": config["weights"], "origin": config["origin"]},
+        versions=acts.versions,
+    )
