@@ -672,7 +672,8 @@ def read_layer(group: h5py.Group) -> LayerSpec:
             member=attrs.get("member", ""),
             reducer=attrs.get("reducer", ""),
             shape=data.shape[1:],
-            axes=tuple(data.dims[axis][0].name.rpartition("/")[2] for axis in range(1, data.ndim)),
+            # By the scale's own name: to ask for the path of an object that a reference led to takes 10 ms.
+            axes=tuple(h5py.h5ds.get_scale_name(data.dims[axis][0].id).decode() for axis in range(1, data.ndim)),
             dtype=data.dtype.name,
             compute_dtype=attrs["compute_dtype"],
             chunk=data.chunks,
