@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fmextract import codecs, images, index, store
+from fmextract import chunks, images, index, store
 from fmextract.channel import Channel, Closed
 from fmextract.config import FailureBudget
 from fmextract.device import Download, Transfers, transfers
@@ -30,12 +30,11 @@ from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError,
 from fmextract.planning import Plan
 from fmextract.pool import Pool
 from fmextract.precision import numerics, to_memory_format
-from fmextract.records import FileInfo, LayerSpec, Preprocess, Progress, SampleTable, Source, Status
+from fmextract.records import FileInfo, Preprocess, Progress, SampleTable, Source, Status
 from fmextract.stats import RunningStats
 from fmextract.taps import Capture, Forward
 from fmextract.watch import InFlight, Watch
 
-FLOAT16_MAX = 65504.0
 FIRST = 5  # keys that are named where something is wrong with them
 DEPTH = 2  # batches of activations of an accelerator on the host: one being encoded, one arriving
 HANGING = 10.0  # seconds that the end of a run waits for threads in foreign code; then it leaves them behind
@@ -217,162 +216,6 @@ class _Decoder:
             self._tally.add("decode", time.perf_counter() - started)
 
 
-# ------------------------------------------------------------------------------------------ cut, encode
-
-
-Piece = torch.Tensor | int  # a tensor of rows, or a number of failed rows, which are stored as the fill value
-
-
-@dataclass(slots=True)
-class _Chunk:
-    """One chunk of one layer, still as pieces of captured tensors."""
-
-    layer: int
-    at: tuple[int, ...]
-    pieces: list[Piece]
-
-
-class _Cutter:
-    """Cuts the rows of one layer, as they come, into chunks. Rows of unfinished chunks are copied; others are views."""
-
-    def __init__(self, layer: int, spec: LayerSpec) -> None:
-        self._layer, self._spec = layer, spec
-        self._images = spec.chunk[0]
-        self._grid = store.chunk_grid(spec.shape, spec.chunk[1:])
-        self._staged: list[Piece] = []
-        self._row = 0
-
-    def add(self, rows: torch.Tensor, failed: Sequence[bool]) -> Iterator[_Chunk]:
-        """`rows` (n, *shape) follow the rows before; rows whose `failed` is set are replaced by the fill value."""
-        n, at = len(failed), 0
-        while at < n:
-            missing = self._images - self._row % self._images
-            take = min(missing, n - at)
-            whole = take == self._images
-            pieces = list(_runs(rows, failed, at, at + take, copy=not whole))
-            at, self._row = at + take, self._row + take
-            if whole:
-                yield from self._chunks(pieces)
-            else:
-                self._staged += pieces
-                if take == missing:
-                    yield from self.flush()
-
-    def flush(self) -> Iterator[_Chunk]:
-        """The unfinished chunk at the end of a shard, if there is one."""
-        if self._staged:
-            staged, self._staged = self._staged, []
-            yield from self._chunks(staged)
-
-    def _chunks(self, pieces: list[Piece]) -> Iterator[_Chunk]:
-        image = (self._row - 1) // self._images
-        for part in np.ndindex(self._grid):
-            window = tuple(slice(i * step, (i + 1) * step) for i, step in zip(part, self._spec.chunk[1:], strict=True))
-            cut = [
-                p if isinstance(p, int) or self._grid == (1,) * len(self._grid) else p[(slice(None), *window)]
-                for p in pieces
-            ]
-            yield _Chunk(self._layer, (image, *part), cut)
-
-
-def _runs(rows: torch.Tensor, failed: Sequence[bool], start: int, stop: int, copy: bool) -> Iterator[Piece]:
-    """Rows start..stop as few pieces: runs of good rows, and counts of failed ones."""
-    while start < stop:
-        end = start
-        while end < stop and failed[end] == failed[start]:
-            end += 1
-        if failed[start]:
-            yield end - start
-        else:
-            yield rows[start:end].clone(memory_format=torch.contiguous_format) if copy else rows[start:end]
-        start = end
-
-
-@dataclass(slots=True)
-class _Encoded:
-    payload: bytes
-    digest: bytes
-    overflowed: int
-
-
-class _Encoder:
-    """Turns chunks into stored bytes on a pool of threads."""
-
-    def __init__(self, plan: Plan, tally: Tally) -> None:
-        self._plan, self._tally = plan, tally
-
-    def __call__(self, chunk: _Chunk, done: Callable[[], None]) -> _Encoded:
-        started = time.perf_counter()
-        try:
-            return self._encode(chunk)
-        finally:
-            done()
-            self._tally.add("encode", time.perf_counter() - started)
-
-    def _encode(self, chunk: _Chunk) -> _Encoded:
-        plan, spec = self._plan, self._plan.layers[chunk.layer]
-        values = int(np.prod(spec.chunk))
-        narrow = spec.dtype == "float16" and spec.compute_dtype != "float16"
-        bfloat16 = spec.compute_dtype == "bfloat16" and not narrow
-        arrays: list[np.ndarray[Any, Any]] = []
-        overflowed = 0
-        for piece in self._padded(chunk, spec):
-            if isinstance(piece, int):
-                arrays.append(_fill(piece, spec, bfloat16))
-            elif narrow:
-                array, over = _narrowed(piece, plan.clip)
-                arrays.append(array)
-                overflowed += over
-            else:
-                arrays.append(as_array(piece))
-        payload = codecs.encode(
-            arrays,
-            codec=plan.codec,
-            level=plan.level,
-            dtype=spec.dtype,
-            values=values,
-            keep_bits=plan.keep_bits if np.dtype(spec.dtype).kind == "f" else None,
-            bfloat16=bfloat16,
-        )
-        return _Encoded(payload, store.chunk_digest(payload), overflowed)
-
-    @staticmethod
-    def _padded(chunk: _Chunk, spec: LayerSpec) -> Iterator[Piece]:
-        """The pieces with the edge of a split layer filled up to the full chunk."""
-        for piece in chunk.pieces:
-            if isinstance(piece, int) or piece.shape[1:] == spec.chunk[1:]:
-                yield piece
-            else:
-                full = piece.new_zeros((piece.shape[0], *spec.chunk[1:]))
-                if piece.is_floating_point():
-                    full.fill_(float("nan"))
-                full[tuple(slice(size) for size in piece.shape)] = piece
-                yield full
-
-
-def as_array(piece: torch.Tensor) -> np.ndarray[Any, Any]:
-    """A C-contiguous array over the values of `piece`; bfloat16 as its uint16 bit patterns."""
-    piece = piece.contiguous()
-    if piece.dtype == torch.bfloat16:
-        return piece.view(torch.int16).numpy().view(np.uint16)
-    return piece.numpy()
-
-
-def _fill(rows: int, spec: LayerSpec, bfloat16: bool) -> np.ndarray[Any, Any]:
-    shape = (rows, *spec.chunk[1:])
-    return np.full(shape, 0x7FC0, np.uint16) if bfloat16 else np.full(shape, codecs.fill_value(spec.dtype), spec.dtype)
-
-
-def _narrowed(piece: torch.Tensor, clip: bool) -> tuple[np.ndarray[Any, Any], int]:
-    """(float32 values that fit into float16, how many finite ones did not)."""
-    wide = piece.to(torch.float32)
-    over = (wide.abs() > FLOAT16_MAX) & wide.isfinite()
-    count = int(over.count_nonzero())
-    if count and clip:
-        wide = torch.where(over, wide.clamp(-FLOAT16_MAX, FLOAT16_MAX), wide)
-    return wide.contiguous().numpy(), count
-
-
 # ------------------------------------------------------------------------------------------------ write
 
 
@@ -397,8 +240,8 @@ class _ShardEnd:
 
 @dataclass(slots=True)
 class _Pending:
-    chunk: _Chunk
-    encoded: Future[_Encoded]
+    chunk: chunks.Chunk
+    encoded: Future[chunks.Encoded]
 
 
 class _Writer:
@@ -438,8 +281,8 @@ class _Writer:
         name = self._work.plan.layers[layer].name
         if not self._work.plan.clip:
             raise ConfigError(
-                f"layer {name!r} has values beyond ±{FLOAT16_MAX:.0f}, which float16 cannot hold. Use --store float32,"
-                " or --clip to store the largest float16 instead (the number of clipped values is kept in the file)."
+                f"layer {name!r} has values beyond ±{chunks.FLOAT16_MAX:.0f}, which float16 cannot hold. Use --store"
+                " float32, or --clip to store the largest float16 instead (how many were clipped stands in the file)."
             )
         self._overflowed[name] = self._overflowed.get(name, 0) + count
 
@@ -480,15 +323,18 @@ class _Pipeline:
         plan = work.plan
         self._micro = plan.batch_size
         self._moves = transfers(work.device, DEPTH)
-        self._decode_pool = _pool("fmextract-decode", plan.threads)
-        self._encode_pool = _pool("fmextract-encode", plan.threads)
+        self._decode_pool = thread_pool("fmextract-decode", plan.threads)
+        self._encode_pool = thread_pool("fmextract-encode", plan.threads)
         tally.threads |= {"decode": plan.threads, "forward": 1, "encode": plan.threads, "write": 1}
+        tally.threads |= {"statistics": plan.threads}
         self._captured: Channel[_Captured | _ShardEnd | None] = Channel(DEPTH + 1)
         self._pending: Channel[_Pending | _ShardEnd | None] = Channel(PAYLOADS)
         self.failure: BaseException | None = None
         self._threads: list[threading.Thread] = []
         self._in_flight = InFlight(directory)
         self._decoder = _Decoder(work, self._decode_pool, self._moves, self._in_flight, tally)
+        self._encoder = chunks.Encoder(plan)
+        self._describing: list[Future[None]] = []
         self._now = "decode"
         self._writer: _Writer | None = None
 
@@ -511,6 +357,7 @@ class _Pipeline:
             smallest = min(smallest, self._micro)
             progress.advance(len(batch.rows), self._tally.failed)
             check_budget(self._work.budget, self._tally)
+        self._described()
         self._tally.smallest_batch = smallest
         self._captured.put(self._shard_end(shard, samples, stats, smallest))
 
@@ -556,6 +403,7 @@ class _Pipeline:
         """Forward a batch, in pieces of `self._micro` rows where memory forced that, and hand its activations on."""
         self._now = "store"
         self._moves.reserve()
+        self._described()
         started = time.perf_counter()
         inputs = self._inputs(self._moves.upload(batch.buffer))
         at = 0
@@ -570,17 +418,45 @@ class _Pipeline:
                 continue
             failed = [samples.status[row - samples.start] != Status.OK for row in rows]
             kept = [tensor[: len(rows)] for tensor in tensors]
-            for i, (running, captured) in enumerate(zip(stats, self._work.captured, strict=True)):
-                running.update(kept[i], rows.start, [not bad for bad in failed])
-                if captured.finish is not None:
-                    kept[i] = captured.finish(kept[i])
             self._tally.add("forward", time.perf_counter() - started)
+            self._describe(stats, kept, rows.start, [not bad for bad in failed])
+            kept = [t if c.finish is None else c.finish(t) for t, c in zip(kept, self._work.captured, strict=True)]
             self._now = "store"
             at += len(rows)
             if at == len(batch.rows):
                 self._decoder.go_on()  # on a CPU the next images are decoded beside the codec, not the forward pass
             self._captured.put(_Captured(self._moves.download(kept), failed))
             started = time.perf_counter()
+
+    def _describe(
+        self, stats: Sequence[RunningStats | Nonfinite], rows: Sequence[torch.Tensor], first: int, valid: Sequence[bool]
+    ) -> None:
+        """Bring the statistics up to date: on a device in its stream, on a CPU on the pool, one layer a thread.
+
+        A layer's batches stay in order, since those of the batch before are waited for.
+        """
+        if self._work.device.type != "cpu":
+            for running, tensor in zip(stats, rows, strict=True):
+                running.update(tensor, first, valid)
+            return
+        self._described()
+        self._describing = [
+            self._encode_pool.submit(self._timed_update, running, tensor, first, valid)
+            for running, tensor in zip(stats, rows, strict=True)
+        ]
+
+    def _timed_update(
+        self, running: RunningStats | Nonfinite, rows: torch.Tensor, first: int, valid: Sequence[bool]
+    ) -> None:
+        started = time.perf_counter()
+        running.update(rows, first, valid)
+        self._tally.add("statistics", time.perf_counter() - started)
+
+    def _described(self) -> None:
+        """Wait for the statistics of the batch before."""
+        waiting, self._describing = self._describing, []
+        for future in waiting:
+            future.result()
 
     def _inputs(self, pixels: torch.Tensor) -> torch.Tensor:
         if self._work.ready:
@@ -654,25 +530,31 @@ class _Pipeline:
 
     def _cut(self) -> None:
         torch.set_num_threads(1)  # it copies a few rows at most
-        encode = _Encoder(self._work.plan, self._tally)
-        cutters = [_Cutter(i, spec) for i, spec in enumerate(self._work.plan.layers)]
+        cutters = [chunks.Cutter(i, spec) for i, spec in enumerate(self._work.plan.layers)]
         while (item := self._captured.get()) is not None:
             if isinstance(item, _ShardEnd):
-                chunks = [chunk for cutter in cutters for chunk in cutter.flush()]
-                self._submit(encode, chunks, lambda: None)
+                self._submit([chunk for cutter in cutters for chunk in cutter.flush()], lambda: None)
                 self._pending.put(item)
-                cutters = [_Cutter(i, spec) for i, spec in enumerate(self._work.plan.layers)]
+                cutters = [chunks.Cutter(i, spec) for i, spec in enumerate(self._work.plan.layers)]
             else:
                 tensors = item.download.wait()
-                chunks = [c for cutter, t in zip(cutters, tensors, strict=True) for c in cutter.add(t, item.failed)]
-                self._submit(encode, chunks, item.download.release)
+                cut = [c for cutter, t in zip(cutters, tensors, strict=True) for c in cutter.add(t, item.failed)]
+                self._submit(cut, item.download.release)
         self._pending.put(None)
 
-    def _submit(self, encode: _Encoder, chunks: Sequence[_Chunk], release: Callable[[], None]) -> None:
+    def _submit(self, cut: Sequence[chunks.Chunk], release: Callable[[], None]) -> None:
         """Encode on the pool; `release` once the last of these chunks no longer needs its tensors."""
-        done = _Countdown(len(chunks), release)
-        for chunk in chunks:
-            self._pending.put(_Pending(chunk, self._encode_pool.submit(encode, chunk, done)))
+        done = _Countdown(len(cut), release)
+        for chunk in cut:
+            self._pending.put(_Pending(chunk, self._encode_pool.submit(self._encode, chunk, done)))
+
+    def _encode(self, chunk: chunks.Chunk, done: Callable[[], None]) -> chunks.Encoded:
+        started = time.perf_counter()
+        try:
+            return self._encoder(chunk)
+        finally:
+            done()
+            self._tally.add("encode", time.perf_counter() - started)
 
     def _write(self) -> None:
         assert self._writer is not None
@@ -735,7 +617,7 @@ class _Countdown:
             self._action()
 
 
-def _pool(name: str, threads: int) -> Pool:
+def thread_pool(name: str, threads: int) -> Pool:
     """Threads whose torch operations do not start teams of threads of their own: the pool is the parallelism."""
     before = torch.get_num_threads()
     pool = Pool(name, threads, begin=lambda: torch.set_num_threads(1))

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from fmextract import codecs
-from fmextract.engine import DEPTH, PAYLOADS, as_array
+from fmextract.chunks import as_array
+from fmextract.engine import DEPTH, PAYLOADS
 from fmextract.errors import NoSpace
 from fmextract.planning import CHUNK_BYTES, Estimate
 from fmextract.records import LayerSpec

@@ -112,7 +112,8 @@ def _layer_from_json(obj: Mapping[str, Any]) -> LayerSpec:
     for name in ("shape", "axes", "chunk"):
         made[name] = tuple(made[name])
     if made["field"] is not None:
-        made["field"] = Field(**{name: tuple(v) if isinstance(v, list) else v for name, v in made["field"].items()})
+        field: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in made["field"].items()}
+        made["field"] = Field(**field)
     return LayerSpec(**made)
 
 

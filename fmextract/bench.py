@@ -1,0 +1,402 @@
+"""How fast this machine can be, stage by stage, and how near to that a whole run comes.
+
+Each stage is measured alone, through the same code that a run uses, with all the threads it would have; beside it
+stands the bare library call it is made of, so that a slow stage cannot pass for a low limit. On a CPU everything shares
+the cores, so the least time for an image is the sum over the stages; on an accelerator stages overlap, and the slowest
+one is the limit. The end-to-end run is given as a share of that limit.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fmextract import chunks, codecs, engine, images, precision, run, store, taps
+from fmextract.config import Config
+from fmextract.errors import ConfigError
+from fmextract.planning import Plan
+from fmextract.prepare import Prepared, plan_for, prepare, reduce_functions
+from fmextract.progress import Quiet
+from fmextract.records import LayerSpec, Preprocess, Progress
+from fmextract.stats import RunningStats
+
+STAGE_SECONDS = 1.0  # each stage is repeated for about this long, each time it is measured
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One stage alone: images a second with all its threads, and of the bare library call (0: there is none)."""
+
+    name: str
+    images_per_second: float
+    bare: float = 0.0
+    what: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `fmextract bench` found. `share` is the end-to-end rate over the limit, both in images a second."""
+
+    model: str
+    device: str
+    precision: str
+    memory_format: str
+    batch_size: int
+    layers: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    limit: float
+    limiting_stage: str
+    end_to_end: float
+    share: float
+    would_help: str
+    bytes_raw_per_image: int
+    bytes_stored_per_image: int
+    runs: tuple[float, ...]
+    machine: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, ready for `json.dumps`."""
+        return asdict(self)
+
+
+def bench(source: Any, model: Any, config: Config, progress: Progress, *, repeats: int = 3) -> Report:
+    """Measure the stages and whole runs, by turns, `repeats` times; medians are reported.
+
+    `source` None makes photographic JPEGs from the photos of the demo (extra `demo`). Raises as `run.run`.
+    """
+    if repeats < 1:
+        raise ConfigError(f"--repeats {repeats}: expected 1 or more")
+    with tempfile.TemporaryDirectory(prefix="fmextract-bench-") as scratch:
+        folder = Path(scratch)
+        source = source if source is not None else make_photos(folder / "photos", config.limit or 128)
+        with prepare(source, model, config, progress) as prepared:
+            made = plan_for(prepared, folder / "out.h5", progress)
+            measured: dict[str, list[Stage]] = {}
+            runs = []
+            for turn in range(repeats):
+                progress.note(f"measuring, turn {turn + 1} of {repeats}")
+                for stage in _stages(prepared, made, folder):
+                    measured.setdefault(stage.name, []).append(stage)
+                seconds, stored = _end_to_end(prepared, made, folder / f"run{turn}")
+                runs.append(made.rows / seconds)
+    return _report(prepared, made, [_median(turns) for turns in measured.values()], runs, stored)
+
+
+def _median(turns: Sequence[Stage]) -> Stage:
+    rates, bare = [s.images_per_second for s in turns], [s.bare for s in turns]
+    return replace(turns[0], images_per_second=statistics.median(rates), bare=statistics.median(bare))
+
+
+def _report(prepared: Prepared, made: Plan, stages: list[Stage], runs: list[float], stored: int) -> Report:
+    counted = [s for s in stages if s.what != "bare"]
+    seconds = {s.name: 1 / s.images_per_second for s in counted}
+    slowest = max(seconds, key=lambda name: seconds[name])
+    on_cpu = prepared.device.type == "cpu"
+    least = sum(seconds.values()) if on_cpu else seconds[slowest]
+    rate = statistics.median(runs)
+    return Report(
+        model=prepared.loaded.name,
+        device=made.device,
+        precision=made.precision,
+        memory_format=made.memory_format,
+        batch_size=made.batch_size,
+        layers=tuple(layer.name for layer in made.layers),
+        stages=tuple(stages),
+        limit=1 / least,
+        limiting_stage=slowest,
+        end_to_end=rate,
+        share=rate * least,
+        would_help=_WOULD_HELP[slowest],
+        bytes_raw_per_image=made.estimate.bytes_raw // made.rows,
+        bytes_stored_per_image=stored // made.rows,
+        runs=tuple(runs),
+        machine=machine(),
+    )
+
+
+_WOULD_HELP = {
+    "decode": "smaller images on disk, or more cores",
+    "upload": "a faster bus",
+    "forward": "a lower precision (--precision bf16), a smaller model or earlier layers, a faster device",
+    "statistics": "fewer layers; --top 0",
+    "download": "reducers, which run on the device ('layer4=mean')",
+    "encode": "reducers ('layer4=mean', '=pool:4'), --keep-bits, --codec lz4, or more cores",
+    "write": "a faster disk, or a stronger codec",
+}
+
+
+# ---------------------------------------------------------------------------------------------- stages
+
+
+def _stages(prepared: Prepared, made: Plan, folder: Path) -> list[Stage]:
+    """Every stage once. The tensors that the later ones work on are what the forward pass captures of real images."""
+    batch, tensors, forward = _forward(prepared, made)
+    stages = [_decode(prepared, made), forward, _statistics(prepared, made, tensors)]
+    if prepared.device.type != "cpu":
+        stages[1:1] = [_upload(prepared, batch)]
+        stages.append(_download(tensors, made.batch_size))
+    host = [t.cpu() for t in tensors]
+    payloads, encode = _encode(made, host)
+    return [*stages, encode, _write(made, payloads, folder)]
+
+
+def _drop(_: Any) -> None:
+    """What a repeated piece of work gives is of no interest."""
+
+
+def _rate(work: Callable[[], None], count: int, device: torch.device | None = None) -> float:
+    """Images a second of `work`, which does `count` of them; once to warm up, then for STAGE_SECONDS."""
+    work()
+    _wait(device)
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < STAGE_SECONDS:
+        work()
+        done += count
+    _wait(device)
+    return done / (time.perf_counter() - started)
+
+
+def _wait(device: torch.device | None) -> None:
+    if device is not None and device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@contextmanager
+def _threads(made: Plan) -> Iterator[Callable[[Sequence[Callable[[], Any]]], list[Any]]]:
+    """A function that runs tasks on as many threads as a run has, and gives their results in order."""
+    pool = engine.thread_pool("fmextract-bench", made.threads)
+    try:
+        yield lambda tasks: [future.result() for future in [pool.submit(task) for task in tasks]]
+    finally:
+        pool.close(1.0)
+
+
+def _decode(prepared: Prepared, made: Plan) -> Stage:
+    rows = range(min(len(prepared.source), 64))
+    data = [prepared.source.load(row) for row in rows]
+
+    def ours(row: int) -> None:
+        images.decode(prepared.source.load(row), prepared.loaded.preprocess, exif=prepared.config.exif)
+
+    with _threads(made) as run_all:
+        rate = _rate(lambda: _drop(run_all([partial(ours, row) for row in rows])), len(rows))
+        bare = _rate(lambda: _drop(run_all([partial(_bare_decode, item) for item in data])), len(rows))
+    return Stage("decode", rate, bare, "libjpeg-turbo alone, without resizing")
+
+
+def _bare_decode(data: Any) -> None:
+    import simplejpeg
+
+    if isinstance(data, bytes) and data[:2] == b"\xff\xd8":
+        simplejpeg.decode_jpeg(data, colorspace="RGB")
+
+
+def _forward(prepared: Prepared, made: Plan) -> tuple[torch.Tensor, list[torch.Tensor], Stage]:
+    """(a batch of uint8 images on the host, what was captured of it, the stage with the bare model beside it)."""
+    preprocess = prepared.loaded.preprocess
+    rows = [row % len(prepared.source) for row in range(made.batch_size)]
+    pixels = torch.stack([images.decode(prepared.source.load(r), preprocess).pixels for r in rows])
+    where = prepared.device
+    there = pixels.to(where)
+    with (
+        precision.lent(prepared.loaded.module, where, made.precision, made.memory_format) as module,
+        precision.numerics(made.precision, where),
+    ):
+
+        def inputs() -> torch.Tensor:
+            batch = there.clone() if prepared.ready else images.normalise(there, _plain(preprocess))
+            return precision.to_memory_format(batch, made.memory_format)
+
+        ready = inputs()
+        bare = _rate(lambda: _stopped(prepared, module, ready), len(rows), where)
+        with taps.tapped(module, prepared.probed, reduce_functions(prepared), prepared.stop) as capture:
+            rate = _rate(lambda: _drop(capture.forward(prepared.forward, inputs())), len(rows), where)
+            tensors = [t.clone() for t in capture.forward(prepared.forward, inputs())]
+    return pixels, tensors, Stage("forward", rate, bare, "the model alone")
+
+
+def _stopped(prepared: Prepared, module: torch.nn.Module, ready: torch.Tensor) -> None:
+    """The bare model, ended where a run ends it: after the last wanted layer."""
+    last = [replace(p, overwritten=False) for p in prepared.probed[-1:]]
+    with taps.tapped(module, last, [lambda t: t.new_empty(0)], prepared.stop) as capture:
+        capture.forward(prepared.forward, ready.clone())
+
+
+def _plain(preprocess: images.Preprocessing | None) -> Preprocess:
+    assert isinstance(preprocess, Preprocess)
+    return preprocess
+
+
+def _statistics(prepared: Prepared, made: Plan, tensors: Sequence[torch.Tensor]) -> Stage:
+    at = 0
+    running = [
+        RunningStats(c.shape, c.axes, made.top, prepared.device)
+        for c in prepared.captured
+        if {"channel", "feature"} & set(c.axes)
+    ]
+    described = [t for t, c in zip(tensors, prepared.captured, strict=True) if {"channel", "feature"} & set(c.axes)]
+
+    def update(first: int) -> None:
+        valid = [True] * made.batch_size
+        if prepared.device.type != "cpu":
+            for one, tensor in zip(running, described, strict=True):
+                one.update(tensor, first, valid)
+            return
+        run_all([partial(one.update, t, first, valid) for one, t in zip(running, described, strict=True)])
+
+    def work() -> None:
+        nonlocal at
+        update(at)
+        at += made.batch_size
+
+    with _threads(made) as run_all:
+        return Stage("statistics", _rate(work, made.batch_size, prepared.device))
+
+
+def _upload(prepared: Prepared, batch: torch.Tensor) -> Stage:
+    pinned = batch.pin_memory()
+    rate = _rate(lambda: _drop(pinned.to(prepared.device, non_blocking=True)), len(batch), prepared.device)
+    return Stage("upload", rate)
+
+
+def _download(tensors: Sequence[torch.Tensor], images_a_batch: int) -> Stage:
+    sources = [t.contiguous() for t in tensors]
+    targets = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in sources]
+
+    def work() -> None:
+        for source, target in zip(sources, targets, strict=True):
+            target.copy_(source, non_blocking=True)
+
+    return Stage("download", _rate(work, images_a_batch, sources[0].device))
+
+
+def _encode(made: Plan, tensors: Sequence[torch.Tensor]) -> tuple[list[tuple[int, bytes]], Stage]:
+    """(the encoded chunks of a batch with their layers, the stage)."""
+    encoder = chunks.Encoder(made)
+    cut = [
+        chunk
+        for i, (spec, tensor) in enumerate(zip(made.layers, tensors, strict=True))
+        for cutter in [chunks.Cutter(i, spec)]
+        for chunk in (*cutter.add(tensor, [False] * len(tensor)), *cutter.flush())
+    ]
+    tasks = [partial(encoder, chunk) for chunk in cut]
+    with _threads(made) as run_all:
+        payloads = [(chunk.layer, encoded.payload) for chunk, encoded in zip(cut, run_all(tasks), strict=True)]
+        # A chunk at the end of a batch holds fewer images than it could: count the images, not the chunks.
+        rate = _rate(lambda: _drop(run_all(tasks)), len(tensors[0]))
+    return payloads, Stage("encode", rate, _bare_encode(made, tensors), f"{_library(made.codec)} on shuffled bytes")
+
+
+def _library(codec: str) -> str:
+    return {"gzip": "ISA-L", "zstd": "zstandard", "lz4": "lz4", "none": "a copy"}[codec]
+
+
+def _bare_encode(made: Plan, tensors: Sequence[torch.Tensor]) -> float:
+    """The codec's library alone, on bytes that are shuffled already."""
+    codec = codecs.codec_named(made.codec)
+    if codec.name != "gzip":
+        return 0.0
+    from isal import isal_zlib
+
+    shuffled = [_shuffled(spec, row) for spec, t in zip(made.layers, tensors, strict=True) for row in t]
+    with _threads(made) as run_all:
+        return _rate(
+            lambda: _drop(run_all([partial(isal_zlib.compress, data, 1) for data in shuffled])), len(tensors[0])
+        )
+
+
+def _shuffled(spec: LayerSpec, row: torch.Tensor) -> bytes:
+    values = row.float().contiguous().numpy().astype(spec.dtype, copy=False).reshape(-1)
+    return values.view(np.uint8).reshape(-1, values.itemsize).T.tobytes()
+
+
+def _write(made: Plan, payloads: Sequence[tuple[int, bytes]], folder: Path) -> Stage:
+    """The encoded chunks of one batch, written and made durable again and again; bare: the same bytes by os.write."""
+    path = folder / "write.bin"
+    blob = b"".join(payload for _, payload in payloads)
+
+    def ours() -> None:
+        for _, payload in payloads:
+            store.chunk_digest(payload)
+        bare()
+
+    def bare() -> None:
+        with path.open("wb", buffering=0) as file:
+            file.write(blob)
+            os.fsync(file.fileno())
+
+    return Stage("write", _rate(ours, made.batch_size), _rate(bare, made.batch_size), "os.write and fsync")
+
+
+def _end_to_end(prepared: Prepared, made: Plan, folder: Path) -> tuple[float, int]:
+    """(seconds from the first image to the published file, its bytes): a run without its start."""
+    folder.mkdir()
+    started = time.perf_counter()
+    with run.working(prepared, made) as work:
+        engine.run_shards(work, folder, made.shards, Quiet(), engine.Tally())
+    return time.perf_counter() - started, sum(file.stat().st_size for file in folder.glob("*.h5"))
+
+
+# --------------------------------------------------------------------------------------------- material
+
+
+def make_photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Path:
+    """`count` JPEGs of quality 85, crops of the demo's photos at many scales, of ImageNet's size; gives `folder`."""
+    import PIL.Image
+
+    from fmextract.demo import copy_photos
+
+    folder.mkdir(parents=True, exist_ok=True)
+    originals: list[PIL.Image.Image] = []
+    for path in sorted(copy_photos(folder / "originals").iterdir()):
+        with PIL.Image.open(path) as photo:
+            if min(photo.size) >= 300:
+                originals.append(photo.convert("RGB"))
+        path.unlink()
+    (folder / "originals").rmdir()
+    random = np.random.default_rng(0)
+    for i in range(count):
+        original = originals[i % len(originals)]
+        scale = random.uniform(0.4, 1.0) * min(original.width / width, original.height / height)
+        w, h = int(width * scale), int(height * scale)
+        x, y = (int(random.integers(0, side - part + 1)) for side, part in ((original.width, w), (original.height, h)))
+        crop = original.resize((width, height), PIL.Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
+        crop.save(folder / f"{i:05}.jpg", quality=85)
+    return folder
+
+
+def machine() -> dict[str, Any]:
+    """What the figures come from: processor, cores, versions."""
+    from importlib import metadata
+
+    libraries = ("fmextract", "torch", "torchvision", "numpy", "h5py", "isal", "simplejpeg")
+    found: dict[str, Any] = {name: metadata.version(name) for name in libraries}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator),
+        "python": platform.python_version(),
+        **found,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
