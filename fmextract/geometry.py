@@ -473,11 +473,13 @@ def _interpolation(reach: float, exact: bool) -> Callable[[_Operation, int, int,
         if args.get("align_corners") and out > 1:
             ratio, half = (cells - 1) / (out - 1), 0.0
         wide = reach * max(1.0, ratio) if operation.name.endswith("_aa") else reach
+        # Where a place falls between two cells by rounding alone, it may be either.
+        slack = 0.0 if (ratio * 64).is_integer() else 1e-4
         found: list[Window | None] = []
         for i in range(out):
             centre = (i + half) * ratio - (half if reach else 0.0)
-            low = math.floor(centre) if not reach else math.floor(centre - wide) + 1
-            high = math.floor(centre) if not reach else math.ceil(centre + wide) - 1
+            low = math.floor(centre - slack) if not reach else math.floor(centre - wide - slack) + 1
+            high = math.floor(centre + slack) if not reach else math.ceil(centre + wide + slack) - 1
             found.append((min(max(low, 0), cells - 1), min(max(high, 0), cells - 1)))
         return found, ratio
 
