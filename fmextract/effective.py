@@ -2,9 +2,9 @@
 
 The field of a deep layer is larger than the image, while nearly all of the gradient of a cell with respect to the image
 lies in a small part in the middle of it (Luo, Li, Urtasun and Zemel, "Understanding the Effective Receptive Field in
-Deep Convolutional Neural Networks", NeurIPS 2016). As there, a gradient of 1 is put on the centre of the map; here with
-a random sign for each channel, so that the square of the result is in expectation the sum of the squares of all
-channels, and no two of them cancel.
+Deep Convolutional Neural Networks", NeurIPS 2016). As there, a gradient is put on the centre of the map; here it is
+random normal for each channel, so that the square of the result is in expectation the sum of the squares of all
+channels, and none cancels another.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _objectives(probed: Sequence[Probed], taps: Sequence[int]) -> list[Reduce]:
-    """For each tap, its rows (1, …) to the sum of the centre cell's values with random signs: a scalar.
+    """For each tap, its rows (1, …) to the sum of the centre cell's values with random factors: a scalar.
 
     It is taken in the hook: the tensor may be overwritten a moment later.
     """
@@ -89,8 +89,8 @@ def _objectives(probed: Sequence[Probed], taps: Sequence[int]) -> list[Reduce]:
         def take(rows: torch.Tensor) -> torch.Tensor:
             values = rows[(slice(None), *centre)]
             generator = torch.Generator().manual_seed(0)
-            signs = torch.randint(0, 2, values.shape, generator=generator).to(values.device, values.dtype) * 2 - 1
-            return (values * signs).sum()
+            factors = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
+            return (values * factors).sum()
 
         return take
 

@@ -301,7 +301,7 @@ def _result(operation: _Operation, tensor: torch.Tensor) -> Seen | None:
         return LOST
     try:
         seen = (rule or _pointwise)(operation)
-    except _LostError:
+    except (_LostError, LookupError, TypeError, ValueError):  # also an overload with other arguments than is known here
         return LOST
     if seen is not None and operation.out_axes is None and not seen.everything:
         return LOST
@@ -315,6 +315,15 @@ def _roles(axis: Axis) -> set[str]:
     """The directions of the image in which one moves along `axis`: all of them, where it is not known."""
     wide = {role for role, size in axis if size > 1}
     return set(ROLES) if wide & {TOKEN, UNKNOWN} else wide & set(ROLES)
+
+
+def _moves(span: Span | None, axes: Axes, at: int, role: str) -> bool:
+    """Whether one moves in a direction along the axis `at`, or may do so: it is not known, and the rest stands nowhere
+    else."""
+    if span is None or role not in _roles(axes[at]):
+        return False
+    explicit = any(name == role for name, _ in axes[at])
+    return explicit or math.prod(size for _, size in _parts(axes, role)) < span.cells
 
 
 def _parts(axes: Axes, role: str) -> list[tuple[int, int]]:
@@ -360,10 +369,13 @@ def _aligned(operand: _Operand, out: Axes | None, skip: int | None = None) -> bo
         return True
     if operand.axes is None or out is None:
         return operand.seen.everything
-    own = [tuple(a for a in axis if _roles((a,))) for axis in operand.axes]
-    their = [tuple(a for a in axis if _roles((a,))) for axis in out]
-    pairs = list(zip(reversed(own), reversed(their), strict=False))
-    return all(a == b or not a or len(own) - 1 - i == skip for i, (a, b) in enumerate(pairs))
+    axes, seen = operand.axes, operand.seen
+    for at in range(-1, -1 - min(len(axes), len(out)), -1):
+        moves = any(_moves(seen.span(role), axes, at, role) for role in ROLES)
+        own, their = (tuple(atom for atom in axis if _roles((atom,))) for axis in (axes[at], out[at]))
+        if moves and own != their and len(axes) + at != skip:
+            return False
+    return True
 
 
 def _union(operation: _Operation, out: Axes | None, skip: int | None = None) -> Seen:
@@ -376,7 +388,7 @@ def _absorb(span: Span, axes: Axes, at: int, role: str) -> Span:
     """The span after the values along axis `at` were mixed: all of a direction, its fast part, or nothing of it."""
     parts = _parts(axes, role)
     inside = [k for k, (i, _) in enumerate(parts) if i == at]
-    if not inside and role not in _roles(axes[at]):
+    if not _moves(span, axes, at, role):
         return span
     if len(inside) == len(parts):
         return replace(span, whole=True)
@@ -503,7 +515,7 @@ def _change_axis(seen: Seen, axes: Axes, at: int, change: Callable[[Span], Span]
     """`change` the span along the axis `at`, where that is one direction in order; positions elsewhere stay."""
 
     def one(role: str, span: Span) -> Span:
-        if role not in _roles(axes[at]):
+        if not _moves(span, axes, at, role):
             return span
         if axes[at] != ((role, span.cells),):
             if span.whole:
@@ -567,7 +579,7 @@ def _reduce(operation: _Operation) -> Seen:
     def one(role: str, span: Span) -> Span | None:
         parts = _parts(axes, role)
         gone = [size for i, size in parts if i in dims]
-        if not any(role in _roles(axes[i]) for i in dims):
+        if not any(_moves(span, axes, i, role) for i in dims):
             return span
         if len(gone) < len(parts):
             raise _LostError
@@ -713,8 +725,7 @@ def _over(seen: Seen, axes: Axes, dims: Iterable[int]) -> Seen:
     inside = set(dims)
     for role in ROLES:
         span, parts = seen.span(role), _parts(axes, role)
-        along = any(role in _roles(axes[i]) for i in inside)
-        if span is not None and along and all(i in inside for i, _ in parts):
+        if any(_moves(span, axes, i, role) for i in inside) and all(i in inside for i, _ in parts):
             seen = replace(seen, has_global=True)
     return seen
 
@@ -743,17 +754,18 @@ def _product(left: _Operand, right: _Operand) -> _Operand:
     if left.seen is None or right.seen is None:
         known, own, at = (left, a, len(a) - 1) if left.seen is not None else (right, b, len(b) - 2)
         return _Operand(_absorbed(known.seen, own, at)[0] if known.seen is not None else None, axes, shape)
-    rows, columns = _roles(a[-2]), _roles(b[-1])
-    contracted = _roles(a[-1]) | _roles(b[-2])
     spans: dict[str, Span | None] = {}
     has_global = left.seen.has_global or right.seen.has_global
     for role in ROLES:
         one, other = left.seen.span(role), right.seen.span(role)
-        placed = one if one is not None and (role in rows or other is None) else other
-        if placed is not None and role in contracted | (rows & columns):
-            partial = any(name == role for axis in a[:-2] for name, n in axis if n > 1)
-            kept = role in rows | columns or partial
-            spans[role] = replace(placed, whole=True, bound=placed.bound or partial) if kept else None
+        in_rows, in_columns = _moves(one, a, -2, role), _moves(other, b, -1, role)
+        contracted = _moves(one, a, -1, role) or _moves(other, b, -2, role)
+        if contracted or (in_rows and in_columns):
+            # Windows stand in the axes before the last two.
+            windowed = any(name == role for axis in a[:-2] for name, n in axis if n > 1)
+            placed = one if in_rows or other is None else other
+            kept = placed is not None and (in_rows or in_columns or windowed)
+            spans[role] = replace(placed, whole=True, bound=placed.bound or windowed) if placed and kept else None
         else:
             joined = _join([Seen(one, None), Seen(other, None)])
             spans[role] = joined.y
@@ -775,7 +787,7 @@ def _attention(operation: _Operation) -> Seen:
 def _self_attention(operation: _Operation) -> Seen:
     """The fused layers: (batch, token, feature), query, key and value all the same."""
     seen, axes = operation.image("query" if "query" in operation.args else "src")
-    return _map(seen, lambda role, span: replace(span, whole=True) if role in _roles(axes[-2]) else span)
+    return _map(seen, lambda role, span: replace(span, whole=True) if _moves(span, axes, -2, role) else span)
 
 
 _CONSTANTS = frozenset(
