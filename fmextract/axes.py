@@ -266,6 +266,8 @@ def regroup(axes: Axes, shape: Sequence[int]) -> Axes | None:
     """The axes after a view to `shape`: atoms are merged and split in their order; None where they do not divide."""
     atoms = [atom for axis in axes for atom in axis]
     made: list[Axis] = []
+    if 0 in shape:
+        return None
     for size in shape:
         axis: list[Atom] = []
         have = 1
