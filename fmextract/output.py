@@ -138,7 +138,8 @@ class Output:
         """Whether the run with the same identity is taken up. One begun with --overwrite is, by the same command."""
         if not self._overwrite:
             return True
-        return not self._is_finished() and bool(earlier.config.get("overwrite"))
+        unfinished = self._single or not self._is_finished()  # a single file may be the old one
+        return unfinished and bool(earlier.config.get("overwrite"))
 
     def _is_complete(self) -> bool:
         """Whether a directory has its index and every file of it."""

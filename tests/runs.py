@@ -1,0 +1,147 @@
+"""Tiny runs for tests: a model of three layers, images of 8 x 8 pixels, shards of four rows."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from fmextract import reader, run
+from fmextract.config import Config
+from fmextract.records import Result
+
+LAYERS = ("conv", "relu", "fc")
+OPTIONS: Mapping[str, Any] = {
+    "layers": LAYERS,
+    "preprocess": "size=8,crop=8,mean=0.5,std=0.5",
+    "precision": "fp32",
+    "batch_size": 4,
+    "workers": 2,
+    "shard_size": 1,  # less than a row: shards as short as they can be, one batch
+    "device": "cpu",
+}
+
+
+class Tiny(nn.Module):
+    """A convolution, a ReLU in place after it, a linear layer."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.relu = nn.ReLU(inplace=True)
+            self.fc = nn.Linear(4, 5)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.fc(self.relu(self.conv(x)).mean((2, 3)))
+        return made
+
+
+def picture(number: int) -> bytes:
+    """A PNG of noise, different for every number."""
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_photos(folder: Path, count: int, bad: Mapping[int, bytes] | None = None) -> Path:
+    """A folder of `count` pictures, those in `bad` with that content."""
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number:04}.png").write_bytes((bad or {}).get(number, picture(number)))
+    return folder
+
+
+class Notes:
+    """A Progress that keeps what it is told. `on_advance` is called as the images come."""
+
+    def __init__(self, on_advance: Callable[[int], None] = lambda done: None) -> None:
+        self.notes: list[str] = []
+        self.done = 0
+        self._on_advance = on_advance
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def start(self, total: int, done: int) -> None:
+        self.done = done
+
+    def advance(self, images: int, failed: int) -> None:
+        self.done += images
+        self._on_advance(self.done)
+
+    def finish(self) -> None: ...
+
+    def __contains__(self, text: str) -> bool:
+        return any(text in note for note in self.notes)
+
+
+def extract(source: Any, out: Path, *, model: Any = None, notes: Any = None, **options: Any) -> Result:
+    """A run with OPTIONS, changed by `options`.
+
+    On one thread: on a machine that is busy, two that wait for each other at every operation take fifty times as long.
+    """
+    config = Config.of(**{**OPTIONS, **options})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run.run(source, Tiny() if model is None else model, out, config, Notes() if notes is None else notes)
+    finally:
+        torch.set_num_threads(threads)
+
+
+class Ended(BaseException):
+    """A run is ended from outside, at a chosen moment."""
+
+
+def extract_until(rows: int, source: Any, out: Path, **options: Any) -> None:
+    """A run that is ended when `rows` rows are done, and the shards before the last one are published."""
+    directory = out.with_name(f"{out.name}.partial") if out.suffix else out
+
+    def stop(done: int) -> None:
+        if done >= rows:
+            end = time.monotonic() + 20
+            while len(list(directory.glob("shard-*.json"))) < (done - 1) // 4 and time.monotonic() < end:
+                time.sleep(0.001)
+            raise Ended
+
+    try:
+        extract(source, out, notes=Notes(stop), **options)
+    except Ended:
+        return
+    raise AssertionError("the run came to its end")
+
+
+def chunks(out: Path) -> dict[tuple[str, int, tuple[int, ...]], bytes]:
+    """Every stored chunk, by layer, first row of its file, and place."""
+    held = {}
+    with reader.open(out) as acts:
+        for file in acts._files:
+            for name in acts.layers:
+                stored = file.stored(name)
+                for place in np.ndindex(stored.sizes.shape):
+                    with file.path.open("rb") as raw:
+                        raw.seek(int(stored.offsets[place]))
+                        held[name, file.rows.start, place] = raw.read(int(stored.sizes[place]))
+    return held
+
+
+def same(one: Path, other: Path) -> None:
+    """Asserts that two outputs hold the same: every chunk, every column, every statistic."""
+    assert chunks(one) == chunks(other)
+    with reader.open(one) as a, reader.open(other) as b:
+        for column in ("keys", "status", "messages", "heights", "widths"):
+            np.testing.assert_array_equal(getattr(a, column), getattr(b, column))
+        for name in a.layers:
+            for statistic in a[name].stats.names:
+                np.testing.assert_array_equal(getattr(a[name].stats, statistic), getattr(b[name].stats, statistic))

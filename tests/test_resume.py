@@ -1,0 +1,436 @@
+"""A run that was ended goes on where it was; what differs is refused by name; nothing partial passes for the whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import torch
+from runs import Notes, Tiny, extract, extract_until, make_photos, same
+from torch import nn
+
+from fmextract import index, lock, output, reader, verify
+from fmextract.errors import FormatError, OutputError, RunStopped
+
+ROWS = 18
+SHARDS = 5
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("resume") / "photos", ROWS)
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path) -> Path:
+    """The undisturbed run, as a directory."""
+    out = photos.parent / "whole"
+    extract(photos, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole_file(photos: Path) -> Path:
+    out = photos.parent / "whole.h5"
+    extract(photos, out)
+    return out
+
+
+# -------------------------------------------------------------------------------------------------------------- shards
+
+
+def test_a_directory_holds_what_the_format_says(whole: Path) -> None:
+    names = sorted(path.name for path in whole.iterdir())
+    shards = [f"shard-{i:05}.{kind}" for i in range(SHARDS) for kind in ("h5", "json")]
+    assert names == ["index.json", "plan.json", *shards]
+    plan = json.loads((whole / "plan.json").read_text())
+    assert plan["shards"] == [[0, 4], [4, 8], [8, 12], [12, 16], [16, 18]]
+    with reader.open(whole) as acts:
+        assert acts.keys.tolist() == [f"{row:04}.png" for row in range(ROWS)]
+
+
+def test_one_file_equals_the_directory_and_leaves_nothing_beside_it(whole: Path, whole_file: Path) -> None:
+    assert not whole_file.with_name("whole.h5.partial").exists()
+    with reader.open(whole) as parts, reader.open(whole_file) as one:
+        for name in parts.layers:
+            np.testing.assert_array_equal(parts[name][:], one[name][:])
+            for statistic in one[name].stats.names:
+                np.testing.assert_array_equal(
+                    getattr(parts[name].stats, statistic), getattr(one[name].stats, statistic)
+                )
+
+
+def test_statistics_of_shards_merge_to_those_of_all_rows(whole: Path) -> None:
+    with reader.open(whole) as acts:
+        values = np.moveaxis(acts["relu"][:].astype(np.float64), 1, 0).reshape(4, -1)
+        stats = acts["relu"].stats
+        np.testing.assert_array_equal(stats.count, values.shape[1])
+        np.testing.assert_allclose(stats.mean, values.mean(1), rtol=1e-12)
+        np.testing.assert_allclose(stats.std, values.std(1), rtol=1e-12)
+        np.testing.assert_array_equal(stats.max, values.max(1))
+        np.testing.assert_array_equal(stats.zero_fraction, (values == 0).mean(1))
+        best = acts["relu"][:].max((2, 3)).argmax(0)
+        np.testing.assert_array_equal(stats.top_sample[:, 0], best)
+        assert [top.row for top in acts["relu"].top(2, k=1)] == [best[2]]
+
+
+def test_pack_copies_chunks_as_they_are(whole: Path, whole_file: Path, tmp_path: Path) -> None:
+    output.pack(whole, tmp_path / "packed.h5")
+    same(tmp_path / "packed.h5", whole_file)
+    assert [path.name for path in tmp_path.iterdir()] == ["packed.h5"]
+    with pytest.raises(OutputError, match="exists"):
+        output.pack(whole, tmp_path / "packed.h5")
+    output.pack(whole, tmp_path / "packed.h5", overwrite=True)
+
+
+def test_an_incomplete_run_is_an_error_everywhere(photos: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract_until(9, photos, out)
+    there = [record.name for record in index.load_records(out)]
+    assert there
+    for read in (reader.open, verify.verify, lambda path: output.pack(path, tmp_path / "packed.h5")):
+        with pytest.raises((FormatError, OutputError), match="finished|in progress"):
+            read(out)
+    missing = [range(4 * len(there), ROWS)]
+    with pytest.raises(OutputError, match=f"missing are {missing[0].start}-17"):
+        output.pack(out, tmp_path / "packed.h5", leave_out=[range(ROWS - 2, ROWS)])
+    output.pack(out, tmp_path / "packed.h5", leave_out=missing)
+    with reader.open(tmp_path / "packed.h5") as packed, reader.open(whole) as acts:
+        left = missing[0].start
+        assert packed.attrs["left_out"] == f"{left}-17"
+        assert packed.status.tolist() == [0] * left + [1] * (ROWS - left)
+        assert np.isnan(packed["conv"][left:]).all()
+        np.testing.assert_array_equal(packed["fc"][:left], acts["fc"][:left])
+        assert "left out" in packed.messages[-1]
+    assert verify.verify(tmp_path / "packed.h5").ok
+
+
+def test_a_missing_shard_is_an_error_everywhere_and_is_made_again(photos: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract(photos, out)
+    (out / "shard-00002.h5").unlink()
+    with pytest.raises(FormatError, match="shard-00002.h5 is missing, with it the rows 8 to 11"):
+        reader.open(out)
+    with pytest.raises(FormatError, match="shard-00002.h5"):
+        output.pack(out, tmp_path / "packed.h5")
+    (problem,) = verify.verify(out).problems
+    assert (Path(problem.file).name, problem.rows) == ("shard-00002.h5", "8-11")
+    assert extract(photos, out).resumed_images == ROWS - 4
+    same(out, whole)
+
+
+# -------------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("rows", [1, 8, 17])
+@pytest.mark.parametrize("name", ["out", "out.h5"])
+def test_a_resumed_run_equals_an_undisturbed_one(
+    photos: Path, whole: Path, whole_file: Path, tmp_path: Path, name: str, rows: int
+) -> None:
+    out = tmp_path / name
+    extract_until(rows, photos, out)
+    with pytest.raises(FormatError, match="in progress"):
+        reader.open(out)
+    result = extract(photos, out)
+    assert result.images == ROWS
+    assert result.resumed_images == {1: 0, 8: 4, 17: 16}[rows]
+    same(out, whole_file if out.suffix else whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name]
+    assert not [path for path in out.parent.rglob("*") if path.name.startswith(".") or path.name == lock.NAME]
+
+
+def test_a_resume_measures_nothing_again(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    extract_until(9, photos, out, precision="auto")
+    plan = (out / "plan.json").read_bytes()
+
+    def measured(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("fmextract.run.plan_for", measured)
+    extract(photos, out, precision="auto")
+    assert (out / "plan.json").read_bytes() == plan
+
+
+def test_a_finished_run_is_left_alone(photos: Path, tmp_path: Path) -> None:
+    for name in ("out", "out.h5"):
+        extract(photos, tmp_path / name)
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        notes = Notes()
+        result = extract(photos, tmp_path / name, notes=notes)
+        assert "is complete already" in notes
+        assert (result.images, result.resumed_images, result.images_per_second) == (ROWS, ROWS, 0)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+class Other(nn.Module):
+    """The layers of Tiny, with the same weights and another forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        tiny = Tiny()
+        self.conv, self.relu, self.fc = tiny.conv, tiny.relu, tiny.fc
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.fc(self.relu(self.conv(1.01 * x)).mean((2, 3)))
+        return made
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("name", ["out", "out.h5"])
+def test_what_changed_is_refused_by_name(photos: Path, tmp_path: Path, name: str, finished: bool) -> None:
+    out = tmp_path / name
+    if finished:
+        extract(photos, out)
+    else:
+        extract_until(9, photos, out)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"model": Tiny(seed=1)}, "weights: '"),
+        ({"model": Other()}, "model: 'Tiny' there, 'Other' now"),
+        ({"layers": ["conv", "fc"]}, r"layers: \['conv', 'relu', 'fc'\] there, \['conv', 'fc'\] now"),
+        ({"preprocess": "size=8,crop=8,mean=0,std=1"}, r"preprocess.mean: \[0.5, 0.5, 0.5\] there"),
+        ({"precision": "bf16"}, "precision: 'fp32' there, 'bf16' now"),
+        ({"keep_bits": 7}, "keep_bits: not set there, 7 now"),
+        ({"store": "float16"}, "store: 'float32' there, 'float16' now"),
+        ({"codec": "none"}, "codec: 'gzip' there, 'none' now"),
+        ({"limit": ROWS - 1}, f"source.count: {ROWS} there, {ROWS - 1} now"),
+    ]
+    for change, message in changes:
+        with pytest.raises(OutputError, match=message):
+            extract(photos, out, **change)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("change", ["grown", "renamed", "gone"])
+def test_a_changed_source_is_refused(tmp_path: Path, change: str) -> None:
+    photos = make_photos(tmp_path / "photos", 8)
+    extract_until(5, photos, tmp_path / "out")
+    victim = photos / "0006.png"
+    if change == "grown":
+        victim.write_bytes(victim.read_bytes() + b" ")
+    elif change == "renamed":
+        victim.rename(photos / "0006b.png")
+    else:
+        victim.unlink()
+    field = {"grown": "source.sizes", "renamed": "source.keys", "gone": "source.count: 8 there, 7 now"}[change]
+    with pytest.raises(OutputError, match=field):
+        extract(photos, tmp_path / "out")
+
+
+class Louder(Tiny):
+    """The same name, weights and layers; only the code says something else."""
+
+    def __init__(self, times: float) -> None:
+        super().__init__()
+        self.times = times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * self.times)
+
+
+def test_changed_code_is_noticed_by_running_a_stored_batch_again(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract_until(9, photos, out, model=Louder(1.0))
+    with pytest.raises(OutputError, match=r"cannot be made again: layer '.*' of '000\d.png' \(row \d\) differs by"):
+        extract(photos, out, model=Louder(1.01))
+    notes = Notes()
+    extract(photos, out, model=Louder(1.0 + 1e-6), notes=notes)
+    assert "as rounding explains" in notes
+
+
+def test_a_changed_image_of_the_same_size_is_noticed(tmp_path: Path) -> None:
+    """Sizes and keys do not tell; the stored batch does, as far as it goes."""
+    images = [np.full((8, 8, 3), row, np.uint8) for row in range(ROWS)]
+    extract_until(9, images, tmp_path / "out")
+    changed = [image + 1 for image in images]
+    with pytest.raises(OutputError, match="cannot be made again"):
+        extract(changed, tmp_path / "out")
+
+
+def test_a_shard_that_changed_is_made_again(photos: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract_until(17, photos, out)
+    shard = out / "shard-00001.h5"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    notes = Notes()
+    extract(photos, out, notes=notes)
+    assert "shard-00001.h5 has changed since it was written" in notes
+    same(out, whole)
+
+
+class Hungry(Tiny):
+    """Has no memory for more than two images at once, once it is told so."""
+
+    most = 99
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("too much")
+        return super().forward(x)
+
+
+def test_smaller_batches_are_recorded_and_equal_within_rounding(photos: Path, tmp_path: Path) -> None:
+    model = Hungry()
+    extract(photos, tmp_path / "roomy", model=model)
+    model = Hungry()
+    notes = Notes(lambda done: setattr(model, "most", 2) if done >= 6 else None)
+    result = extract(photos, tmp_path / "tight", model=model, notes=notes)
+    assert result.batch_size == 2
+    records = index.load_index(tmp_path / "tight")
+    assert [record.batch_size for record in records] == [4, 4, 2, 2, 2]
+    with reader.open(tmp_path / "tight") as tight, reader.open(tmp_path / "roomy") as roomy:
+        for name in tight.layers:
+            np.testing.assert_allclose(tight[name][:], roomy[name][:], rtol=1e-5, atol=1e-6)
+    output.pack(tmp_path / "tight", tmp_path / "packed.h5")
+    with reader.open(tmp_path / "packed.h5") as packed:
+        assert json.loads(packed.attrs["smaller_batches"]) == {"8-11": 2, "12-15": 2, "16-17": 2}
+    assert verify.verify(tmp_path / "packed.h5").ok
+
+
+def test_the_callers_model_comes_back_as_it_was(photos: Path, tmp_path: Path) -> None:
+    model = Tiny().train()
+    extract_until(5, photos, tmp_path / "out", model=model)
+    extract(photos, tmp_path / "out", model=model)
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+
+
+# ----------------------------------------------------------------------------------------------------------- overwrite
+
+
+def test_overwrite_removes_what_the_plan_lists_and_nothing_else(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract(photos, out)
+    (out / "notes.txt").write_text("mine")
+    (out / "shard-00099.h5").write_text("mine too")
+    extract(photos, out, overwrite=True, limit=5)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert (out / "shard-00099.h5").read_text() == "mine too"
+    with reader.open(out) as acts:
+        assert len(acts) == 5
+    assert not (out / "shard-00002.h5").exists()
+
+
+def test_an_old_file_stays_until_the_new_one_is_there(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.h5"
+    extract(photos, out)
+    old = out.read_bytes()
+    extract_until(9, photos, out, overwrite=True, keep_bits=5)
+    assert out.read_bytes() == old
+    # Begun with --overwrite: the same command goes on.
+    assert extract(photos, out, overwrite=True, keep_bits=5).resumed_images > 0
+    assert out.read_bytes() != old
+    assert not out.with_name("out.h5.partial").exists()
+
+
+def test_overwrite_starts_a_run_anew_that_was_begun_without(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract_until(9, photos, out)
+    assert extract(photos, out, overwrite=True).resumed_images == 0
+
+
+@pytest.mark.parametrize("what", ["text.h5", "empty.h5", "folder.h5", "folder", "file"])
+def test_what_is_not_ours_is_refused(photos: Path, tmp_path: Path, what: str) -> None:
+    target = tmp_path / what
+    if what.startswith("folder"):
+        target.mkdir()
+        (target / "thesis.tex").write_text("years of work")
+    else:
+        target.write_text("" if what == "empty.h5" else "something else")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError, match=r"directory|no output of fmextract|did not write|is a file"):
+            extract(photos, target, overwrite=overwrite)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [what]
+
+
+def test_a_failed_start_leaves_nothing(photos: Path, tmp_path: Path) -> None:
+    for name in ("out", "out.h5"):
+        with pytest.raises(Exception, match="matches nothing|no layer|nope"):
+            extract(photos, tmp_path / name, layers=["nope"])
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------- lock
+
+
+def write_lock(directory: Path, **fields: Any) -> None:
+    directory.mkdir(exist_ok=True)
+    owner = {"pid": 1, "host": socket.gethostname(), "started": "", "run_id": "", "since": "today"} | fields
+    (directory / lock.NAME).write_text(json.dumps(owner))
+
+
+def test_two_runs_at_once(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.h5"
+    refused: list[str] = []
+
+    def second(done: int) -> None:
+        with pytest.raises(OutputError) as caught:
+            extract(photos, out, break_lock=True)  # a living process keeps its lock
+        refused.append(str(caught.value))
+
+    extract(photos, out, notes=Notes(second))
+    assert all(f"process {os.getpid()} on {socket.gethostname()}" in message for message in refused)
+    assert len(refused) == SHARDS
+    assert len(reader.open(out)) == ROWS
+
+
+def test_a_lock_of_a_dead_process_is_taken_over(photos: Path, tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    write_lock(tmp_path / "out", pid=gone.pid, started="12345")
+    notes = Notes()
+    extract(photos, tmp_path / "out", notes=notes)
+    assert f"from process {gone.pid}" in notes
+
+
+def test_a_number_used_again_is_another_process(photos: Path, tmp_path: Path) -> None:
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("only Linux tells when a process began")
+    write_lock(tmp_path / "out", pid=os.getpid(), started="1")
+    extract(photos, tmp_path / "out")
+
+
+def test_a_lock_of_another_host_needs_to_be_broken(photos: Path, tmp_path: Path) -> None:
+    write_lock(tmp_path / "out", host="elsewhere", pid=77)
+    with pytest.raises(OutputError, match=r"process 77 on elsewhere.*--break-lock"):
+        extract(photos, tmp_path / "out")
+    extract(photos, tmp_path / "out", break_lock=True)
+
+
+def test_processes_of_one_launch_share_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(lock.RUN_ID, "launch-1")
+    first, second, third = (lock.Lock(tmp_path) for _ in range(3))
+    assert first.acquire(break_lock=False) is None
+    assert second.acquire(break_lock=False) is None
+    monkeypatch.setenv(lock.RUN_ID, "launch-2")
+    with pytest.raises(OutputError, match="in use"):
+        third.acquire(break_lock=False)
+    second.release()
+    assert (tmp_path / lock.NAME).exists()
+    first.release()
+    assert not (tmp_path / lock.NAME).exists()
+
+
+def test_a_lock_that_says_nothing_is_respected(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / lock.NAME).write_text("{")
+    with pytest.raises(OutputError, match="unknown host"):
+        extract(photos, tmp_path / "out")
+
+
+def test_stopping_for_any_reason_is_resumable(photos: Path, whole: Path, tmp_path: Path) -> None:
+    """Each stop of a run that is meant to be resumed is a RunStopped, exit code 4."""
+    assert RunStopped.exit_code == 4
+    runs.extract_until(3, photos, tmp_path / "out")
+    extract(photos, tmp_path / "out")
+    same(tmp_path / "out", whole)
