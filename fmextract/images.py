@@ -87,9 +87,10 @@ def decode(data: Any, preprocess: Preprocessing | None, *, exif: bool = False) -
     """One image, ready for a batch. Safe to call from several threads at once.
 
     `data` is the bytes of a file; a PIL image; a uint8 or uint16 array or tensor, grey or with 1, 3 or 4 channels; or
-    a float tensor (channels, height, width), which is taken as the model's input, as it is. Channels are the last axis
-    of an array and the first of a tensor; the other end is tried where that axis cannot be channels. `exif` turns the
-    picture upright as its EXIF orientation says. `preprocess` may be None where all data are float tensors.
+    a float tensor (channels, height, width), for a clip (channels, time, height, width), which is taken as the model's
+    input, as it is. Channels are the last axis of an array and the first of a tensor; the other end is tried where that
+    axis cannot be channels. `exif` turns the picture upright as its EXIF orientation says. `preprocess` may be None
+    where all data are float tensors.
 
     Raises SampleError(Status.UNDECODABLE) for anything wrong with the data, ConfigError where preprocessing is missing.
     """
@@ -272,10 +273,10 @@ def _tag(image: PIL.Image.Image) -> int:
 
 
 def _ready(values: Any, preprocess: Preprocessing | None, decoder: str) -> Image:
-    """A float tensor (channels, height, width) as the model's input."""
-    if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim != 3:
+    """A float tensor (channels, height, width), or a clip (channels, time, height, width), as the model's input."""
+    if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim not in (3, 4):
         raise SampleError(Status.UNDECODABLE, f"expected a float tensor (channels, height, width), got {_kind(values)}")
-    height, width = values.shape[1:]
+    height, width = values.shape[-2:]
     size = preprocess.size if preprocess is not None else None
     if size is not None and size != (height, width):
         raise SampleError(

@@ -266,7 +266,7 @@ def test_float_tensors_are_inputs_already():
     with pytest.raises(SampleError, match=r"expected an input of 224 x 224 .* got 224 x 200"):
         decode(values[..., :200], USUAL)
     with pytest.raises(SampleError, match="expected a float tensor"):
-        decode(values[None], USUAL)
+        decode(values[None, None], USUAL)
 
 
 def test_images_without_preprocessing_show_the_option():
