@@ -5,11 +5,13 @@ that need it, so that `--help` and `info` answer at once.
 """
 
 import contextlib
+import faulthandler
 import inspect
 import json
 import math
 import os
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,9 +29,12 @@ from fmextract.records import ModuleRow, Result
 
 if TYPE_CHECKING:
     from fmextract.planning import Plan
+    from fmextract.verify import Report
 
 USAGE = 2
 SOME_FAILED = 3
+MISMATCH = 5
+SHOWN = 50  # problems
 INTERRUPTED = 130
 
 # What every mistake in the usage is. Newer versions of typer bring a click of their own: it has no fixed address.
@@ -352,21 +357,52 @@ def pack(
         typer.Argument(metavar="DIR", help="A directory of shards, as `extract -o DIR/` leaves.", show_default=False),
     ],
     out: Annotated[Path, _option("--out", "-o", metavar="FILE", help="The file to make, as name.h5.")],
+    leave_out: Annotated[
+        list[str] | None,
+        _option(
+            "--leave-out",
+            metavar="A-B",
+            help="Rows of shards that are missing, as 4096-8191; repeatable. They become failed rows.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, _option("--overwrite", help="Replace an earlier output of fmextract.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
     """Make one file of a directory of shards.
 
-    Chunks are copied as they are; the directory stays.
+    Chunks are copied as they are; the directory stays. A run that is not finished is refused.
 
     fmextract pack acts/ -o acts.h5
     """
     with _working():
         from fmextract import output
 
-        output.pack(directory, out, overwrite=overwrite)
+        output.pack(directory, out, leave_out=output.row_ranges(leave_out or ()), overwrite=overwrite)
     return info(out, as_json=as_json)
+
+
+@app.command()
+def verify(
+    out: Output,
+    rerun: Annotated[
+        int, _option("--rerun", metavar="K", help="Run K random images through the model again. [default: 0]")
+    ] = 0,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Check an output: checksums, every chunk, rows, statistics.
+
+    Exit code 5 where something is not as it was written.
+
+    fmextract verify acts.h5 --rerun 20
+    """
+    with _working():
+        from fmextract.verify import verify as check
+
+        report = check(out, rerun=rerun, progress=TerminalProgress())
+    _show(report.as_json(), lambda: _verified(report), as_json)
+    return 0 if report.ok else MISMATCH
 
 
 @app.command()
@@ -393,12 +429,31 @@ def demo(
 
 @contextlib.contextmanager
 def _working(hint: str = "") -> Iterator[None]:
-    """Around the one public function of a command: what libraries and models' own code print goes to stderr."""
+    """Around the one public function of a command: what libraries and models' own code print goes to stderr.
+
+    SIGTERM ends it as Ctrl-C does, in order; a crash in native code shows where it was.
+    """
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # a stderr that is no file
+            faulthandler.enable()
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _terminated_as_interrupted():
             yield
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted{'; ' if hint else ''}{hint}") from None
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # not the main thread: its signals are the embedding program's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ----------------------------------------------------------------------------------------------------- showing
@@ -464,6 +519,19 @@ def _summary(result: Result) -> str:
     head = ("layer", "shape", "type", "stored", "zeros", "not finite", "error")
     layers = _table(head, rows, right=("stored", "zeros", "not finite", "error"))
     return "\n".join([", ".join(held), "; ".join(run), "", layers])
+
+
+def _verified(report: "Report") -> str:
+    held = [text.count(report.files, "file"), f"{report.rows:,} rows", text.count(report.layers, "layer")]
+    held += [text.count(report.chunks, "chunk"), text.byte_count(report.bytes)]
+    head = f"{text.printable(report.path)}: {', '.join(held)}"
+    if report.ok:
+        rerun = f"; {text.count(report.rerun, 'image')} run again" if report.rerun else ""
+        error = f", off by {report.largest_error:.2g} at most" if report.largest_error else ""
+        return f"{head}\nwhole{rerun}{error}"
+    problems = [text.printable(str(problem)) for problem in report.problems[:SHOWN]]
+    more = [f"… and {len(report.problems) - SHOWN} more"] if len(report.problems) > SHOWN else []
+    return "\n".join([head, *problems, *more])
 
 
 def _tell_failures(result: Result) -> int:

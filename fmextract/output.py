@@ -16,7 +16,7 @@ import numpy as np
 
 from fmextract import index, planning, reader, store
 from fmextract.config import is_single_file
-from fmextract.errors import FormatError, OutputError, OutputLost
+from fmextract.errors import ConfigError, FormatError, OutputError, OutputLost
 from fmextract.index import INDEX, PLAN, ShardRecord
 from fmextract.lock import NAME as LOCK
 from fmextract.lock import Lock
@@ -143,7 +143,7 @@ class Output:
 
     def _is_complete(self) -> bool:
         """Whether a directory has its index and every file of it."""
-        if not self._is_finished():
+        if self._single or not self._is_finished():
             return False
         try:
             index.load_index(self.directory)
@@ -284,6 +284,17 @@ def pack(directory: Path, out: Path, *, leave_out: Sequence[range] = (), overwri
     parts = _parts(directory, leave_out)
     with _writing(out):
         _pack(parts, out, out.parent)
+
+
+def row_ranges(texts: Iterable[str]) -> list[range]:
+    """`8-15` → the rows 8 to 15. Raises ConfigError."""
+    made = []
+    for text in texts:
+        first, dash, last = text.partition("-")
+        if not dash or not first.isdecimal() or not last.isdecimal() or int(last) < int(first):
+            raise ConfigError(f"--leave-out {text!r}: expected the first and the last row, as 4096-8191")
+        made.append(range(int(first), int(last) + 1))
+    return made
 
 
 def _parts(directory: Path, leave_out: Sequence[range]) -> list[Path | range]:
