@@ -27,7 +27,9 @@ ORDER = re.findall(
     sources images models axes taps geometry effective reducers stats
     planning device precision choose engine estimate prepare replay output
     run launch
-    export look.maps look demo bench
+    export
+    look.canvas look.photos look.places look.select look.live look.filters look.maps
+    look demo bench
     __init__ cli __main__
     """,
 )

@@ -1,5 +1,29 @@
-"""Pictures of what was stored; they need matplotlib, the extra `look`, and no torch."""
+"""Pictures of what was stored, and of the network itself; they need matplotlib, the extra `look`.
 
-from fmextract.look.maps import draw_maps
+Reading and drawing needs no torch; only what runs a network, `show_filters` and `activations_of`, imports it.
+"""
 
-__all__ = ["draw_maps"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fmextract.look.maps import MapPicture, draw_maps, show_maps
+
+if TYPE_CHECKING:
+    from fmextract.look.filters import Filters, show_filters
+    from fmextract.look.live import activations_of
+
+_LAZY = {
+    "Filters": "fmextract.look.filters",
+    "activations_of": "fmextract.look.live",
+    "show_filters": "fmextract.look.filters",
+}
+
+__all__ = ["Filters", "MapPicture", "activations_of", "draw_maps", "show_filters", "show_maps"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fmextract.look' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -4,32 +4,100 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import PIL.Image
 
-from fmextract.errors import ConfigError, MissingExtra
-from fmextract.text import printable, shape
+from fmextract.errors import ConfigError
+from fmextract.look import canvas
+from fmextract.look.canvas import Array, safe, short
+from fmextract.look.photos import as_seen, load_photo
+from fmextract.look.places import Grid, Maps, pick_channels, read_maps
+from fmextract.look.select import select_layers
+from fmextract.text import shape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
     from fmextract.reader import Activations, Layer
 
-Array = npt.NDArray[Any]
-
-BACKGROUND = "#16161d"
-INK = "#e8e6e3"
-FAINT = "#9a98a0"
-COLOURS = "magma"
 PANEL = 3.2
 """Inches of one panel's side."""
-CELL, GAP = 112, 5
-"""Pixels of one map's side in the mosaic of a layer, and between two of them."""
+SCALES = ("each", "shared")
+MOST_STRIPS = 4
+"""Tokens apart from the patches that there is room for: all of the usual networks'."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapPicture:
+    """One layer of one image as it was drawn: the numbers of its channels, their maps (n, y, x), and their ranges."""
+
+    picture: Path
+    layer: str
+    key: str
+    channels: tuple[int, ...]
+    values: Array
+    ranges: tuple[tuple[float, float], ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the values."""
+        return {
+            "picture": str(self.picture),
+            "layer": self.layer,
+            "key": self.key,
+            "shape": list(self.values.shape[1:]),
+            "channels": [
+                {"channel": number, "low": low, "high": high}
+                for number, (low, high) in zip(self.channels, self.ranges, strict=True)
+            ],
+        }
+
+
+def show_maps(
+    acts: Activations,
+    image: str,
+    out: str | os.PathLike[str],
+    *,
+    layers: Sequence[str] = (),
+    images: str | os.PathLike[str] | None = None,
+    count: int = 16,
+    order: str = "strongest",
+    channels: Sequence[int] = (),
+    scale: str = "each",
+    overlay: bool = False,
+) -> list[MapPicture]:
+    """Draw the maps of the image with the key `image`, one picture a layer into the folder `out`.
+
+    `layers` are names or selectors, every layer with maps if none. Of each the first `count` channels are shown, those
+    that vary most over this photo (`order` first or strongest), or the `channels` given. `scale`: each map has its own
+    range, or all of a picture a shared one. `overlay` puts the maps on the photo, each cell where it looks. The photo
+    is looked for where the run found it, or in `images`. Tokens are shown on their patch grid, the class token and
+    registers apart. Where `out` ends in .png, .pdf or .svg, all layers go into this one picture.
+
+    Raises ConfigError for an unknown image, layer or channel and for a photo that is not there, MissingExtra without
+    matplotlib.
+    """
+    if scale not in SCALES:
+        raise ConfigError(f"unknown scale {scale!r}: expected {' or '.join(SCALES)}")
+    row = acts.row(image)
+    names = select_layers(acts, layers, with_maps=True)
+    photo = load_photo(acts, row, images)
+    shown = [_choose(acts, name, row, count, order, channels, scale) for name in names]
+    target = Path(out)
+    if target.suffix.lower() in canvas.FORMATS:
+        _draw_overview(acts, shown, as_seen(photo, acts.preprocess), image, target, overlay=overlay)
+        return [one.picture(target, image) for one in shown]
+    seen = as_seen(photo, acts.preprocess)
+    made = []
+    for number, one in enumerate(shown):
+        path = target / canvas.file_name(number, one.layer.name)
+        canvas.save(_draw_one(one, seen, image, scale, overlay), path)
+        made.append(one.picture(path, image))
+    return made
 
 
 def draw_maps(
@@ -43,66 +111,139 @@ def draw_maps(
     columns: int = 4,
     title: str = "",
 ) -> Path:
-    """Write a picture to `out` (.png, .pdf, .svg): the photo of a row as the network saw it, then a panel a layer.
+    """Write one picture to `out` (.png, .pdf, .svg): the photo of a row as the network saw it, then a panel a layer.
 
     A panel shows the `channels` maps that vary most over this photo, in the order of their numbers, each scaled to
-    its own range: black is its lowest value, white its highest. Layers need the axes y and x. Returns the path.
+    its own range: dark is its lowest value, bright its highest. Returns the path.
 
-    Raises ConfigError for a layer without those axes, MissingExtra without matplotlib.
+    Raises ConfigError for a layer without maps, MissingExtra without matplotlib.
     """
-    maps = [(acts[name], _strongest(acts, name, row, channels)) for name in layers]
-    rows = math.ceil((len(maps) + 1) / columns)
-    figure = _figure(PANEL * min(columns, len(maps) + 1), PANEL * rows + (0.5 if title else 0))
-    top, *panels = _panels(figure, rows, min(columns, len(maps) + 1), bool(title))
-    _draw_photo(top, as_seen(photo, acts.preprocess), str(acts.keys[row]))
-    for panel, (layer, (numbers, values)) in zip(panels, maps, strict=False):
-        _draw_layer(panel, layer, numbers, values)
-    if title:
-        figure.text(0.5, 1 - 0.28 / figure.get_figheight(), title, color=INK, size=13, ha="center", va="center")
-    figure.savefig(out, dpi=150, facecolor=BACKGROUND)
-    return Path(out)
+    shown = [_choose(acts, name, row, channels, "strongest", (), "each") for name in layers]
+    seen = as_seen(photo, acts.preprocess)
+    return _draw_overview(acts, shown, seen, str(acts.keys[row]), Path(out), columns=columns, title=title)
 
 
-def as_seen(photo: PIL.Image.Image, preprocess: Mapping[str, Any]) -> PIL.Image.Image:
-    """The part of a photo that became the network's input: resized and cut as the file's `preprocess` says."""
-    photo = photo.convert("RGB")
-    resize, crop = preprocess.get("resize"), preprocess.get("crop")
-    if isinstance(resize, int):
-        scale = resize / min(photo.size)
-        photo = photo.resize((round(photo.width * scale), round(photo.height * scale)))
-    elif resize:
-        photo = photo.resize((resize[1], resize[0]))
-    if not crop:
-        return photo
-    left, top = round((photo.width - crop[1]) / 2), round((photo.height - crop[0]) / 2)
-    return photo.crop((left, top, left + crop[1], top + crop[0]))
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """What is drawn of one layer."""
+
+    layer: Layer
+    maps: Maps
+    channels: list[int]
+    ranges: list[tuple[float, float]]
+
+    @property
+    def values(self) -> Array:
+        return self.maps.values[self.channels]
+
+    def picture(self, path: Path, key: str) -> MapPicture:
+        return MapPicture(path, self.layer.name, key, tuple(self.channels), self.values, tuple(self.ranges))
+
+    def tiles(self, photo: PIL.Image.Image | None) -> list[Array]:
+        """Each map as pixels; over the photo where there is one."""
+        plain = zip(self.values, self.ranges, strict=True)
+        if photo is None:
+            return [canvas.paint(values, *ends) for values, ends in plain]
+        return [_laid_over(photo, self.maps.grid, values, ends) for values, ends in plain]
 
 
-def _strongest(acts: Activations, name: str, row: int, count: int) -> tuple[list[int], Array]:
-    """The numbers of the channels that vary most within the maps of a row, ascending, and those maps."""
-    axes = acts[name].axes[1:]
-    if set(axes) != {"channel", "y", "x"}:
-        maps = ", ".join(layer for layer in acts.layers if {"channel", "y", "x"} == set(acts[layer].axes[1:]))
-        raise ConfigError(
-            f"{name} has the axes ({', '.join(axes)}): no maps to draw. Layers with maps: {maps or 'none'}"
-        )
-    values = np.array(acts[name][row], dtype=np.float32).transpose([axes.index(axis) for axis in ("channel", "y", "x")])
-    values[~np.isfinite(values)] = np.nan  # drawn as holes
-    spread = np.nan_to_num(values).std(axis=(1, 2))
-    numbers = sorted(np.argsort(-spread, kind="stable")[:count].tolist())
-    return numbers, values[numbers]
+def _choose(
+    acts: Activations, name: str, row: int, count: int, order: str, channels: Sequence[int], scale: str
+) -> _Shown:
+    layer = acts[name]
+    maps = read_maps(acts, layer, row)
+    numbers = pick_channels(maps, count, order, channels, name)
+    together = canvas.value_range(maps.values[numbers])
+    ranges = [together if scale == "shared" else canvas.value_range(maps.values[i]) for i in numbers]
+    return _Shown(layer, maps, numbers, ranges)
 
 
-def _figure(width: float, height: float) -> Figure:
-    """A figure without pyplot: no window, no global state, safe in a thread."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("matplotlib", "look", "drawing pictures") from error
-    figure = Figure(figsize=(width, height), facecolor=BACKGROUND)
-    FigureCanvasAgg(figure)
+def _laid_over(photo: PIL.Image.Image, grid: Grid, values: Array, ends: tuple[float, float]) -> Array:
+    """A map on the photo, each cell where it looks: the stronger, the less of the photo shows through."""
+    size = canvas.cell_like((photo.height, photo.width))
+    low, high = ends
+    strength = np.clip((grid.over_input(np.nan_to_num(values, nan=low), size) - low) / ((high - low) or 1), 0, 1)
+    grey = np.asarray(photo.convert("L").convert("RGB").resize((size[1], size[0])), np.float64)
+    opacity = 0.15 + 0.6 * strength[..., None]
+    return np.uint8(np.rint(grey * (1 - opacity) + canvas.paint(strength, 0, 1) * opacity))
+
+
+def describe_field(layer: Layer) -> str:
+    """`64×56×56 · sees 91×91 px`, with the effective field where it is known."""
+    words = [shape(layer.shape[1:])]
+    field = layer.field
+    if field is not None and field.whole:
+        words.append("sees the whole image")
+    elif field is not None:
+        most = "at most " if field.bound else ""
+        words.append(f"sees {most}{shape([round(side) for side in field.size])} px")
+    if (side := layer.attrs.get("erf_size")) is not None:
+        words.append(f"uses {float(np.max(side)):.0f} px")
+    return "  ·  ".join(words)
+
+
+# ---------------------------------------------------------------------------------------------------- one layer
+
+
+def _draw_one(shown: _Shown, photo: PIL.Image.Image, key: str, scale: str, overlay: bool) -> Figure:
+    figure = canvas.figure(11.2, 5.9)
+    figure.text(0.03, 0.945, safe(shown.layer.name), color=canvas.INK, size=15, weight="bold", va="center")
+    figure.text(0.955, 0.945, describe_field(shown.layer), color=canvas.FAINT, size=11, va="center", ha="right")
+    axis = figure.add_axes((0.03, 0.15, 0.40, 0.75), anchor="NW")
+    axis.imshow(np.asarray(photo), interpolation="lanczos")
+    axis.set_axis_off()
+    figure.text(0.03, 0.115, f"{short(key, 40)}   {photo.height}×{photo.width}", color=canvas.FAINT, size=9.5)
+    grid = figure.add_axes((0.455, 0.03, 0.46, 0.87), anchor="NW")
+    columns = math.ceil(math.sqrt(len(shown.channels)))
+    cell = canvas.cell_like((photo.height, photo.width))
+    names = [str(number) for number in shown.channels]
+    canvas.show_tiles(grid, shown.tiles(photo if overlay else None), names, columns, cell)
+    low, high = shown.ranges[0]
+    label = "each map" if scale == "each" else "value"
+    canvas.colour_bar(figure.add_axes((0.928, 0.06, 0.012, 0.78)), low, high, label, words=scale == "each")
+    for i, (name, values) in enumerate(shown.maps.apart[:MOST_STRIPS]):
+        _draw_apart(figure, (0.09, 0.082 - 0.02 * i, 0.34, 0.015), name, values[shown.channels])
     return figure
+
+
+def _draw_apart(figure: Figure, box: tuple[float, float, float, float], name: str, values: Array) -> None:
+    """A token that is no patch: its values in the channels shown, from dark to bright."""
+    axis = figure.add_axes(box)
+    axis.imshow(canvas.paint(values[None], *canvas.value_range(values)), aspect="auto", interpolation="none")
+    axis.set_axis_off()
+    figure.text(box[0] - 0.005, box[1] + box[3] / 2, name, color=canvas.FAINT, size=8, ha="right", va="center")
+
+
+# ------------------------------------------------------------------------------------------- all layers in one
+
+
+def _draw_overview(
+    acts: Activations,
+    shown: Sequence[_Shown],
+    photo: PIL.Image.Image,
+    key: str,
+    out: Path,
+    *,
+    columns: int = 4,
+    title: str = "",
+    overlay: bool = False,
+) -> Path:
+    rows, columns = math.ceil((len(shown) + 1) / columns), min(columns, len(shown) + 1)
+    figure = canvas.figure(PANEL * columns, PANEL * rows + (0.5 if title else 0))
+    top, *panels = _panels(figure, rows, columns, bool(title))
+    _caption(top, key, f"input {photo.height}×{photo.width}")
+    axis = _picture_axis(top)
+    axis.imshow(np.asarray(photo), interpolation="lanczos")
+    for panel, one in zip(panels, shown, strict=False):
+        _caption(panel, one.layer.name, shape(one.layer.shape[1:]))
+        side = math.ceil(math.sqrt(len(one.channels)))
+        cell = canvas.cell_like((photo.height, photo.width))
+        names = [str(number) for number in one.channels]
+        canvas.show_tiles(_picture_axis(panel), one.tiles(photo if overlay else None), names, side, cell)
+    if title:
+        place = 1 - 0.28 / figure.get_figheight()
+        figure.text(0.5, place, safe(title), color=canvas.INK, size=13, ha="center", va="center")
+    return canvas.save(figure, out)
 
 
 def _panels(figure: Figure, rows: int, columns: int, titled: bool) -> list[SubFigure]:
@@ -111,60 +252,17 @@ def _panels(figure: Figure, rows: int, columns: int, titled: bool) -> list[SubFi
                                left=0, right=1, top=1, bottom=0)  # fmt: skip
     panels = [figure.add_subfigure(grid[row + len(ratio), column]) for row in range(rows) for column in range(columns)]
     for panel in panels:
-        panel.set_facecolor(BACKGROUND)
+        panel.set_facecolor(canvas.BACKGROUND)
     return panels
+
+
+def _picture_axis(panel: SubFigure) -> Any:
+    axis = panel.add_axes((0.05, 0.03, 0.9, 0.88))
+    axis.set_axis_off()
+    return axis
 
 
 def _caption(panel: SubFigure, name: str, detail: str) -> None:
     """The same place in every panel, so that the grids below line up."""
-    panel.text(0.05, 0.955, name, color=INK, size=10.5, weight="bold", va="center")
-    panel.text(0.95, 0.955, detail, color=FAINT, size=8.5, va="center", ha="right")
-
-
-def _draw_photo(panel: SubFigure, photo: PIL.Image.Image, key: str) -> None:
-    _caption(panel, _short(key), f"input {photo.height}×{photo.width}")
-    axis = panel.add_axes((0.05, 0.03, 0.9, 0.88))
-    axis.imshow(np.asarray(photo), interpolation="lanczos")
-    axis.set_axis_off()
-
-
-def _draw_layer(panel: SubFigure, layer: Layer, numbers: Sequence[int], values: Array) -> None:
-    from matplotlib.patheffects import withStroke
-
-    _caption(panel, _short(layer.name), shape(layer.shape[1:]))
-    axis = panel.add_axes((0.05, 0.03, 0.9, 0.88))
-    side = math.ceil(math.sqrt(len(numbers)))
-    axis.imshow(_mosaic(values, side))
-    axis.set_axis_off()
-    outlined = [withStroke(linewidth=1, foreground="black")]
-    for i, number in enumerate(numbers):
-        line, column = divmod(i, side)
-        x, y = column * (CELL + GAP) + 5, (line + 1) * (CELL + GAP) - GAP - 6
-        axis.text(x, y, str(number), color="white", size=4.5, path_effects=outlined)
-
-
-def _mosaic(values: Array, side: int) -> PIL.Image.Image:
-    """The maps as cells of one picture, each scaled to its own range: far quicker than a plot for each of them."""
-    import matplotlib
-
-    colours = matplotlib.colormaps[COLOURS].with_extremes(bad=BACKGROUND)
-    lines = math.ceil(len(values) / side)
-    size = side * (CELL + GAP) - GAP, lines * (CELL + GAP) - GAP
-    picture = PIL.Image.new("RGB", size, BACKGROUND)
-    for i, one in enumerate(values):
-        low, high = _range(one)
-        painted = colours((one - low) / ((high - low) or 1), bytes=True)[..., :3]
-        line, column = divmod(i, side)
-        cell = PIL.Image.fromarray(np.ascontiguousarray(painted)).resize((CELL, CELL), PIL.Image.Resampling.NEAREST)
-        picture.paste(cell, (column * (CELL + GAP), line * (CELL + GAP)))
-    return picture
-
-
-def _range(values: Array) -> tuple[float, float]:
-    finite = values[np.isfinite(values)]
-    return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
-
-
-def _short(name: str, most: int = 24) -> str:
-    name = printable(name)
-    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-most // 2 :]}"
+    panel.text(0.05, 0.955, short(name), color=canvas.INK, size=10.5, weight="bold", va="center")
+    panel.text(0.95, 0.955, detail, color=canvas.FAINT, size=8.5, va="center", ha="right")

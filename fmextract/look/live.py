@@ -1,0 +1,37 @@
+"""Activations of a few images for looking at, with no file of one's own: a run into a temporary one. Imports torch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+from fmextract import reader
+from fmextract.config import Config
+from fmextract.errors import SourceError
+from fmextract.progress import Quiet
+from fmextract.run import run
+
+
+@contextmanager
+def activations_of(
+    inputs: Sequence[str | PathLike[str]], model: Any, layers: Sequence[str] | str = (), **options: Any
+) -> Iterator[reader.Activations]:
+    """The activations of image files in `layers` of a model, for as long as the block lasts; their keys are the paths.
+
+    Options are those of `extract`. It runs in full precision unless told otherwise. Raises SourceError for a file that
+    is no image, and what `extract` raises.
+    """
+    plain = {"precision": "fp32", "batch_size": len(inputs)} | options
+    config = Config.of(layers=layers, **plain)
+    with tempfile.TemporaryDirectory(prefix="fmextract-") as folder:
+        out = Path(folder) / "acts.h5"
+        for path in inputs:
+            if not Path(path).is_file():
+                raise SourceError(f"no such image: {fspath(path)!r}")
+        run([fspath(path) for path in inputs], model, out, config, Quiet())
+        with reader.open(out) as acts:
+            yield acts
