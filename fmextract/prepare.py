@@ -18,12 +18,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import choose, codecs, device, engine, estimate, images, models, planning, precision, reducers, taps
+from fmextract import (
+    choose,
+    codecs,
+    device,
+    effective,
+    engine,
+    estimate,
+    geometry,
+    images,
+    models,
+    planning,
+    precision,
+    reducers,
+    taps,
+)
 from fmextract.config import Config, is_single_file
 from fmextract.errors import FmextractError, LayerError, SampleError, SourceError
 from fmextract.planning import Plan
-from fmextract.records import LayerSpec, ModuleRow, Preprocess, Progress, Source
+from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress, Source
 from fmextract.sources import open_source
+
+EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +58,7 @@ class Prepared:
     ready: bool
     probed: tuple[taps.Probed, ...]
     reductions: tuple[reducers.Reduction | None, ...]
+    fields: tuple[Field | None, ...]
     largest: int  # bytes of the largest tensor that a module gives for one image in fp32
     stop: taps.Event | None
     notes: tuple[str, ...]
@@ -71,7 +88,8 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         precision.keep_freed_memory()
     with precision.lent(loaded.module, where), precision.numerics("fp32", where):
         probed, stop, largest, notes = _probe(loaded, config.layers, input_shape, where)
-    reductions = tuple(_reduction(p) for p in probed)
+        reductions = tuple(_reduction(p) for p in probed)
+        fields = _fields(loaded, probed, reductions, stop, input_shape, where)
     for note in notes:
         progress.note(note)
     yield Prepared(
@@ -84,6 +102,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         ready,
         probed,
         reductions,
+        fields,
         largest,
         stop,
         tuple(notes),
@@ -122,6 +141,22 @@ def _probe(
         notes.append(f"left out {refusal.tap.name!r}: {refusal.why}")
     largest = max(4 * math.prod(info.shape) // len(noise) for infos in seen.tensors.values() for info in infos)
     return tuple(probed), seen.stop_before([p.tap for p in probed]), largest, notes
+
+
+def _fields(
+    loaded: models.LoadedModel,
+    probed: Sequence[taps.Probed],
+    reductions: Sequence[reducers.Reduction | None],
+    stop: taps.Event | None,
+    input_shape: tuple[int, ...],
+    where: torch.device,
+) -> tuple[Field | None, ...]:
+    """Theoretical receptive fields of what each layer stores."""
+    if len(input_shape) != 3:
+        return (None,) * len(probed)
+    batch = torch.zeros((2, *input_shape), device=where)
+    kept = [None if r is None or not r.stores else (r.apply, r.axes) for r in reductions]
+    return tuple(geometry.trace_fields(loaded.module, loaded.forward, probed, batch, kept, stop))
 
 
 def _surveyed(loaded: models.LoadedModel, noise: torch.Tensor) -> taps.Survey:
@@ -168,7 +203,8 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
             rows=rows,
         )
     )
-    layers = tuple(_layer_spec(prepared, i, chosen, rows) for i in range(len(prepared.probed)))
+    sizes = _effective_sizes(prepared, chosen)
+    layers = tuple(_layer_spec(prepared, i, chosen, rows, sizes) for i in range(len(prepared.probed)))
     level = codecs.codec_named(config.codec).checked_level(config.level)
     threads = config.workers or _cores()
     cost = _estimate(prepared, chosen, layers, level, threads)
@@ -296,7 +332,23 @@ _ON_DISK = {
 }
 
 
-def _layer_spec(prepared: Prepared, i: int, chosen: choose.Chosen, rows: int) -> LayerSpec:
+def _effective_sizes(prepared: Prepared, chosen: choose.Chosen) -> Sequence[float | None]:
+    """Effective receptive fields, where measuring them (three passes a layer and image) is small beside the run."""
+    spatial = sum({"y", "x"} <= set(p.axes) for p in prepared.probed)
+    cost = 3 * EFFECTIVE_IMAGES * spatial * chosen.seconds_per_image
+    expected = len(prepared.source) * chosen.seconds_per_image
+    if not spatial or len(prepared.input_shape) != 3 or cost > choose.SHARE_OF_RUN * expected:
+        return [None] * len(prepared.probed)
+    with precision.lent(prepared.loaded.module, prepared.device), precision.numerics("fp32", prepared.device):
+        inputs, _ = _sample_inputs(prepared, EFFECTIVE_IMAGES)
+        return effective.effective_sizes(
+            prepared.loaded.module, prepared.forward, prepared.probed, prepared.fields, inputs, stop=prepared.stop
+        )
+
+
+def _layer_spec(
+    prepared: Prepared, i: int, chosen: choose.Chosen, rows: int, erf_sizes: Sequence[float | None]
+) -> LayerSpec:
     probed, captured, config = prepared.probed[i], prepared.captured[i], prepared.config
     sample = chosen.sample[i] if captured.finish is None else captured.finish(chosen.sample[i])
     dtype = sample.dtype
@@ -323,6 +375,8 @@ def _layer_spec(prepared: Prepared, i: int, chosen: choose.Chosen, rows: int) ->
         chunk=planning.chunk_shape(shape, axes, np.dtype(on_disk).itemsize, rows),
         copied=probed.overwritten or i in chosen.overwritten,
         rel_error=chosen.rel_errors[i],
+        field=prepared.fields[i] if {"y", "x"} <= set(axes) else None,
+        erf_size=erf_sizes[i] if {"y", "x"} <= set(axes) else None,
     )
 
 

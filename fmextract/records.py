@@ -114,7 +114,8 @@ class LayerSpec:
     `shape` and `axes` are those of one image (no sample axis). `dtype` is the type on disk (numpy name),
     `compute_dtype` that of the tensor in the forward pass (torch name, as `bfloat16`).
     `mantissa` is the number of explicit mantissa bits that can be non-zero in the values, when fewer than dtype has.
-    `chunk` is (images, *shape of the part of one image in a chunk).
+    `chunk` is (images, *shape of the part of one image in a chunk). `erf_size` is the side, in pixels of the input, of
+    the square that holds 90 % of a cell's squared gradient, None where it was not measured.
     """
 
     name: str
@@ -134,6 +135,7 @@ class LayerSpec:
     copied: bool = False
     rel_error: float | None = None
     field: Field | None = None
+    erf_size: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):

@@ -288,6 +288,10 @@ def _root_attrs(info: FileInfo) -> dict[str, Any]:
     }
 
 
+_FIELD_FLAGS = {"bound": "bound", "whole": "whole", "global": "has_global"}
+"""What an attribute `rf_…` says of a field by being there, and the name of it in `records.Field`."""
+
+
 def _layer_attrs(spec: LayerSpec) -> dict[str, Any]:
     attrs = {
         "module": spec.module,
@@ -303,7 +307,9 @@ def _layer_attrs(spec: LayerSpec) -> dict[str, Any]:
         "rel_error": spec.rel_error,
     }
     if spec.field is not None:
-        attrs |= {"rf_size": spec.field.size, "rf_stride": spec.field.stride, "rf_offset": spec.field.offset}
+        attrs |= {f"rf_{name}": getattr(spec.field, name) for name in ("size", "stride", "offset")}
+        attrs |= {f"rf_{flag}": getattr(spec.field, name) or None for flag, name in _FIELD_FLAGS.items()}
+    attrs["erf_size"] = spec.erf_size
     return attrs
 
 
@@ -661,7 +667,7 @@ def read_layer(group: h5py.Group) -> LayerSpec:
         field = None
         if "rf_size" in attrs:
             size, stride, offset = (tuple(attrs[f"rf_{name}"].tolist()) for name in ("size", "stride", "offset"))
-            field = Field(size, stride, offset)
+            field = Field(size, stride, offset, **{name: f"rf_{flag}" in attrs for flag, name in _FIELD_FLAGS.items()})
         return LayerSpec(
             name=unescape_name(group.name.rpartition("/")[2]),
             module=attrs["module"],
@@ -681,6 +687,7 @@ def read_layer(group: h5py.Group) -> LayerSpec:
             copied=bool(attrs["copied"]),
             rel_error=attrs.get("rel_error"),
             field=field,
+            erf_size=attrs.get("erf_size"),
         )
 
 
