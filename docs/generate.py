@@ -52,10 +52,18 @@ The suffixes come in this order: `:2`, `@in`, `[0]`, `=mean`. `fmextract layers 
 
 def reference() -> str:
     """The text of docs/cli.md."""
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    first, *others = commands.items()
+    first, *others = commands().items()
     known = {_names(option): _text(option) for option in first[1].params}
     return "\n".join([HEAD, _section(*first, {}), *(_section(*other, known) for other in others)])
+
+
+def commands() -> dict[str, Any]:
+    """Every command by the words that call it, as `info` and `show maps`."""
+    found: dict[str, Any] = {}
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found |= {name: command} if inner is None else {f"{name} {word}": one for word, one in inner.items()}
+    return found
 
 
 def _section(name: str, command: Any, known: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -427,6 +427,154 @@ def demo(
     return 0
 
 
+# ---------------------------------------------------------------------------------------------------- pictures
+
+show = typer.Typer(
+    help="Draw filters, feature maps, depth, strongest images and where they look.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(show, name="show")
+
+Weights = Annotated[str, _option("--weights", "-w", metavar="WEIGHTS", help="As in `extract`. [default: default]")]
+Picture = Annotated[Path, _option("--out", "-o", metavar="PICTURE", help="name.png, name.pdf or name.svg.")]
+Stored = Annotated[
+    list[str] | None,
+    _option(
+        "--layer",
+        "-l",
+        metavar="SELECTOR",
+        help="A layer of the file: its name, a glob, or conv#N as the run was asked for it; repeatable. [default: all]",
+    ),
+]
+Images = Annotated[
+    Path | None,
+    _option("--images", metavar="DIR", help="Where the photos are now. [default: where the run found them]"),
+]
+
+
+@show.command("filters")
+def show_filters(
+    model: Model,
+    layer: Annotated[str, _option("--layer", "-l", metavar="SELECTOR", help="A convolution: its path, or conv#N.")],
+    out: Picture,
+    weights: Weights = "default",
+    preprocess: Preprocessing = None,
+    size: Size = None,
+    image: Annotated[
+        Path | None, _option("--image", metavar="FILE", help="Draw each kernel beside this photo and the map it makes.")
+    ] = None,
+    count: Annotated[
+        int | None, _option("--count", metavar="N", help="How many filters. [default: 64 in colour, else 16]")
+    ] = None,
+    order: Annotated[
+        str, _option("--order", metavar="index|norm", help="The first, or the largest. [default: index]")
+    ] = "index",
+    filters: Annotated[
+        list[int] | None, _option("--filter", metavar="N", help="A filter by its number; repeatable.")
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        _option("--inputs", metavar="A:B", help="Input channels from A to B - 1. [default: 0:16; colour where 3]"),
+    ] = None,
+    scale: Annotated[
+        str,
+        _option("--scale", metavar="each|shared", help="Black to white for each filter, or for all. [default: each]"),
+    ] = "each",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Draw the kernels of a convolution.
+
+    In colour where there are three input channels, else one row a filter. Mid-grey is zero.
+
+    fmextract show filters -m resnet50 -l conv1 -o filters.png
+    """
+    with _working():
+        from fmextract.look import filters as drawing
+
+        made = drawing.show_filters(
+            model,
+            layer,
+            out,
+            weights=weights,
+            preprocess=preprocess or "model",
+            size=size,
+            image=image,
+            count=count,
+            order=order,
+            filters=filters or (),
+            inputs=drawing.parse_slice(inputs),
+            scale=scale,
+        )
+    _show(made.as_json(), lambda: text.printable(made.picture), as_json)
+    return 0
+
+
+@show.command("maps")
+def show_maps(
+    out: Annotated[
+        Path, _option("--out", "-o", metavar="DIR", help="A folder, one picture a layer; or name.png for all in one.")
+    ],
+    acts: Annotated[
+        Path | None,
+        typer.Argument(metavar="[OUT]", help="What `extract` made; or --model and --input.", show_default=False),
+    ] = None,
+    image: Annotated[str | None, _option("--image", metavar="KEY", help="The image, by its key in the file.")] = None,
+    layers: Stored = None,
+    images: Images = None,
+    model: Annotated[
+        str | None, _option("--model", "-m", metavar="MODEL", help="Run this model, instead of reading a file.")
+    ] = None,
+    input: Annotated[Path | None, _option("--input", metavar="FILE", help="The photo to run, with --model.")] = None,
+    weights: Weights = "default",
+    preprocess: Preprocessing = None,
+    size: Size = None,
+    count: Annotated[int, _option("--count", metavar="N", help="Channels a layer. [default: 16]")] = 16,
+    order: Annotated[
+        str,
+        _option(
+            "--order",
+            metavar="strongest|first",
+            help="Channels that vary most over this image, or the first. [default: strongest]",
+        ),
+    ] = "strongest",
+    channels: Annotated[
+        list[int] | None, _option("--channel", metavar="N", help="A channel by its number; repeatable.")
+    ] = None,
+    scale: Annotated[
+        str, _option("--scale", metavar="each|shared", help="Dark to bright for each map, or for all. [default: each]")
+    ] = "each",
+    overlay: Annotated[
+        bool, _option("--overlay", help="Lay the maps over the photo, each cell where it looks.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Draw an image beside its feature maps.
+
+    From a file, or straight from a model (--model, --input). Tokens are shown on their patch grid.
+
+    fmextract show maps acts.h5 --image cats/tom.jpg -l 'conv#0' -l 'layer*' -o maps/
+    """
+    drawing: dict[str, Any] = {"count": count, "order": order, "channels": channels or (), "scale": scale}
+    drawing |= {"overlay": overlay, "layers": layers or ()}
+    with _working():
+        from fmextract import look, reader
+
+        if model is not None and input is not None and acts is None:
+            how: dict[str, Any] = {"weights": weights, "preprocess": preprocess or "model", "size": size}
+            made = look.show_maps_of(model, input, out, **how, **drawing)
+        elif acts is not None and image is not None and model is None:
+            with reader.open(acts) as stored:
+                made = look.show_maps(stored, image, out, images=images, **drawing)
+        else:
+            raise typer.BadParameter("give either a file and --image KEY, or --model MODEL and --input FILE")
+    _show([one.as_json() for one in made], lambda: _paths(one.picture for one in made), as_json)
+    return 0
+
+
 @contextlib.contextmanager
 def _working(hint: str = "") -> Iterator[None]:
     """Around the one public function of a command: what libraries and models' own code print goes to stderr.
@@ -461,6 +609,10 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 def _show(data: Any, render: Callable[[], str], as_json: bool) -> None:
     _print(json.dumps(_valid(data), indent=2) if as_json else render())
+
+
+def _paths(pictures: Iterable[Path]) -> str:
+    return "\n".join(text.printable(path) for path in dict.fromkeys(pictures))
 
 
 def _print(lines: str) -> None:

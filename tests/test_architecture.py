@@ -25,10 +25,10 @@ ORDER = re.findall(
     codecs
     store index lock watch reader
     sources images models axes taps geometry effective reducers stats
-    planning device precision choose engine estimate prepare replay output
+    planning chunks device precision choose engine estimate prepare replay output
     run launch
     export
-    look.canvas look.photos look.places look.select look.live look.filters look.maps
+    look.canvas look.photos look.places look.select look.maps look.live look.filters
     look demo bench
     __init__ cli __main__
     """,

@@ -18,9 +18,12 @@ from fmextract.cli import app
 from fmextract.config import Config
 
 ROOT = Path(__file__).parent.parent
-COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+COMMANDS: dict[str, Any] = {}
+for _name, _command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    _inner = getattr(_command, "commands", None)
+    COMMANDS |= {_name: _command} if _inner is None else {f"{_name} {word}": one for word, one in _inner.items()}
 OPTIONS = [
-    pytest.param(command, parameter, id=f"{name} {parameter.opts[0]}")
+    pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
     for name, command in COMMANDS.items()
     for parameter in command.params
 ]
@@ -39,11 +42,11 @@ def test_every_command_has_help_and_is_documented(name: str) -> None:
 
 
 @pytest.mark.parametrize(("command", "parameter"), OPTIONS)
-def test_every_option_has_help_and_is_documented(command: Any, parameter: Any) -> None:
+def test_every_option_has_help_and_is_documented(command: str, parameter: Any) -> None:
     assert parameter.help
     assert parameter.help.endswith((".", "]"))
     words = parameter.opts if parameter.param_type_name == "option" else [parameter.metavar]
-    wanted = section(command.name)
+    wanted = section(command)
     if "Every other option is that of `extract`" in wanted:
         wanted += section("extract")
     assert all(word in wanted for word in words)
@@ -89,8 +92,8 @@ SHOWN = [words for words in commands_shown(README + REFERENCE) if words[0] == "f
 
 @pytest.mark.parametrize("words", SHOWN, ids=" ".join)
 def test_every_command_shown_exists_and_parses(words: list[str]) -> None:
-    command = COMMANDS[words[1]]
-    command.make_context(words[1], words[2:]).close()
+    name, rest = (words[1], words[2:]) if words[1] in COMMANDS else (" ".join(words[1:3]), words[3:])
+    COMMANDS[name].make_context(name, rest).close()
 
 
 @pytest.mark.parametrize("script", re.findall(r"scripts/\w+", README))

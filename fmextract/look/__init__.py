@@ -12,15 +12,16 @@ from fmextract.look.maps import MapPicture, draw_maps, show_maps
 
 if TYPE_CHECKING:
     from fmextract.look.filters import Filters, show_filters
-    from fmextract.look.live import activations_of
+    from fmextract.look.live import activations_of, show_maps_of
 
 _LAZY = {
     "Filters": "fmextract.look.filters",
     "activations_of": "fmextract.look.live",
     "show_filters": "fmextract.look.filters",
+    "show_maps_of": "fmextract.look.live",
 }
 
-__all__ = ["Filters", "MapPicture", "activations_of", "draw_maps", "show_filters", "show_maps"]
+__all__ = ["Filters", "MapPicture", "activations_of", "draw_maps", "show_filters", "show_maps", "show_maps_of"]
 
 
 def __getattr__(name: str) -> Any:

@@ -115,6 +115,16 @@ def show_filters(
     return Filters(picture, path, kernels.shape, tuple(numbers), tuple(columns), chosen, -most, most, maps)
 
 
+def parse_slice(text: str | None) -> tuple[int, int] | None:
+    """`0:16` → (0, 16), None → None. Raises ConfigError."""
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()):
+        raise ConfigError(f"expected input channels as 0:16, got {text!r}")
+    return int(first), int(last)
+
+
 def _kernels(loaded: models.LoadedModel, layer: str) -> tuple[str, Array]:
     """The path of a convolution and its weights, float32 (filters, input channels, height, width)."""
     modules = dict(loaded.module.named_modules())
@@ -124,7 +134,8 @@ def _kernels(loaded: models.LoadedModel, layer: str) -> tuple[str, Array]:
     weight = weight() if callable(weight) else weight  # a quantized module's is a method
     if not isinstance(weight, torch.Tensor) or weight.ndim != 4:
         convolutions = [name for name, one in modules.items() if getattr(getattr(one, "weight", None), "ndim", 0) == 4]
-        close = difflib.get_close_matches(path, convolutions, n=3) or convolutions[:3]
+        inside = [name for name in convolutions if name.startswith(f"{path}.")]
+        close = (inside or difflib.get_close_matches(path, convolutions, n=3) or convolutions)[:3]
         raise LayerError(
             f"{path} is a {type(module).__name__}, no two-dimensional convolution. The closest: {', '.join(close)}"
         )
@@ -171,7 +182,8 @@ def _slice(inputs: tuple[int, int] | None, channels: int) -> tuple[int, int]:
 def _coloured(kernels: Array, most: Array) -> list[Array]:
     """Kernels (n, 3, y, x) as pixels (y, x, 3): zero is mid-grey, `most` full colour."""
     scaled = kernels / np.where(most, most, 1)[:, None, None, None] / 2 + 0.5
-    return list(np.uint8(np.rint(scaled.transpose(0, 2, 3, 1) * 255)))
+    pixels: Array = np.rint(scaled.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
+    return list(pixels)
 
 
 def _grey(kernels: Array, most: Array) -> list[Array]:

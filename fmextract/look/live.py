@@ -12,6 +12,7 @@ from typing import Any
 from fmextract import reader
 from fmextract.config import Config
 from fmextract.errors import SourceError
+from fmextract.look.maps import MapPicture, show_maps
 from fmextract.progress import Quiet
 from fmextract.run import run
 
@@ -35,3 +36,23 @@ def activations_of(
         run([fspath(path) for path in inputs], model, out, config, Quiet())
         with reader.open(out) as acts:
             yield acts
+
+
+def show_maps_of(
+    model: Any,
+    image: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    layers: Sequence[str] = (),
+    weights: str = "default",
+    preprocess: Any = "model",
+    size: str | int | None = None,
+    **drawing: Any,
+) -> list[MapPicture]:
+    """Draw the maps that a model makes of one image file, one picture a layer into the folder `out`, with no file.
+
+    `layers` are selectors as in `extract`, `drawing` the options of `show_maps`. Raises as `extract` and `show_maps`.
+    """
+    options = {"weights": weights, "preprocess": preprocess, "size": size}
+    with activations_of([image], model, layers, **options) as acts:
+        return show_maps(acts, str(acts.keys[0]), out, **drawing)

@@ -165,7 +165,8 @@ def _laid_over(photo: PIL.Image.Image, grid: Grid, values: Array, ends: tuple[fl
     strength = np.clip((grid.over_input(np.nan_to_num(values, nan=low), size) - low) / ((high - low) or 1), 0, 1)
     grey = np.asarray(photo.convert("L").convert("RGB").resize((size[1], size[0])), np.float64)
     opacity = 0.15 + 0.6 * strength[..., None]
-    return np.uint8(np.rint(grey * (1 - opacity) + canvas.paint(strength, 0, 1) * opacity))
+    mixed: Array = np.rint(grey * (1 - opacity) + canvas.paint(strength, 0, 1) * opacity).astype(np.uint8)
+    return mixed
 
 
 def describe_field(layer: Layer) -> str:

@@ -103,7 +103,8 @@ def _weights(field: Field, axis: int, cells: int, length: int, pixels: int) -> A
     """(pixels, cells): how much of each cell's value a pixel gets along one axis."""
     at = (np.arange(pixels) + 0.5) * length / pixels
     position = np.clip((at - field.offset[axis]) / field.stride[axis], 0, cells - 1)
-    return np.maximum(0.0, 1 - np.abs(position[:, None] - np.arange(cells)))
+    weights: Array = np.maximum(0.0, 1 - np.abs(position[:, None] - np.arange(cells)))
+    return weights
 
 
 def _area(box: Box) -> float:
