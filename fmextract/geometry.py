@@ -605,8 +605,7 @@ def _length(axis: Axis) -> int:
 
 def _pointwise(operation: _Operation) -> Seen:
     """Element by element, broadcast: the union of the operands."""
-    seen, out = _union(operation, operation.out_axes), operation.out_axes or ()
-    return _map(seen, lambda role, span: None if span.cells == 1 and _parts(out, role) else span)
+    return _union(operation, operation.out_axes)
 
 
 def _copy(operation: _Operation) -> Seen | None:

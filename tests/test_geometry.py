@@ -23,7 +23,7 @@ from fmextract import taps
 from fmextract.axes import image_axes
 from fmextract.boxes import cell_box, photo_box
 from fmextract.effective import _square, effective_sizes
-from fmextract.geometry import FieldTracer, trace_fields
+from fmextract.geometry import FieldTracer, Span, trace_fields
 from fmextract.records import Field, Preprocess
 
 MAP = ("batch", "channel", "y", "x")
@@ -197,6 +197,69 @@ def test_uneven_windows_give_a_bound(before: list[nn.Module], block: nn.Module, 
     assert all(field.size[axis] <= 2 * widest[axis] + 3 * max(field.stride) for axis in (0, 1))
 
 
+UNEVEN = [
+    nn.AdaptiveAvgPool2d((5, 11)),
+    nn.AdaptiveAvgPool2d((7, 25)),
+    nn.Upsample(size=(24, 25), mode="nearest-exact"),  # 12.5 * 58 / 25 is 29, or nearly so
+    nn.Upsample(size=(24, 25)),
+    nn.Upsample(size=(92, 116), mode="bilinear"),
+    nn.Upsample(size=(31, 90), mode="bicubic", align_corners=True),
+    Function(lambda x: functional.interpolate(x, (11, 13), mode="bilinear", antialias=True)),
+    nn.ConvTranspose2d(3, 3, 3, 2),
+    nn.ConvTranspose2d(3, 3, 4, 3, padding=1, dilation=2),
+    nn.Sequential(nn.Conv2d(3, 12, 1), nn.PixelShuffle(2)),
+]
+
+
+@pytest.mark.parametrize("module", UNEVEN)
+def test_every_cell_lies_within_the_bound(module: nn.Module) -> None:
+    network, size = positive(nn.Sequential(module)), (46, 58)
+    field = field_of(network, size)
+    assert field is not None
+    assert field.bound
+    height, width = network(torch.rand(1, 3, *size).double()).shape[-2:]
+    for i in range(max(height, width)):
+        cell = (min(i, height - 1), min(i, width - 1))
+        for seen, box in zip(reached(network, size, cell), box_of(field, cell), strict=True):
+            assert seen == (0, 0) or box[0] - 1e-6 <= seen[0] < seen[1] <= box[1] + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("network", "field"),
+    [
+        (lambda x: functional.adaptive_avg_pool2d(x, (12, 8)), Field((4, 5), (4, 5), (2, 2.5))),
+        (lambda x: functional.interpolate(x, scale_factor=0.5), Field((1, 1), (2, 2), (0.5, 0.5))),
+        (lambda x: functional.interpolate(x, scale_factor=0.25, mode="bilinear"), Field((2, 2), (4, 4), (2, 2))),
+        (
+            lambda x: functional.conv_transpose2d(x, torch.ones(3, 3, 3, 3).double()),
+            Field((3, 3), (1, 1), (-0.5, -0.5)),
+        ),
+        (lambda x: functional.avg_pool2d(x, (48, 40)), Field((48, 40), (48, 40), (24, 20))),
+    ],
+)
+def test_even_windows_are_no_bound(network: Network, field: Field) -> None:
+    assert field_of(network) == field
+
+
+spans = st.builds(
+    lambda low, size, stride: Span(low, low + size, stride, 9),
+    st.floats(-20, 20), st.floats(1, 30), st.sampled_from([1.0, 1.5, 2.0, 3.0]),
+)  # fmt: skip
+
+
+@given(spans, spans)
+def test_a_join_holds_both_branches(one: Span, other: Span) -> None:
+    joined = one.joined(other)
+    for i in range(9):
+        for span in (one, other):
+            assert joined.low + i * joined.stride <= span.low + i * span.stride + 1e-9
+            assert joined.high + i * joined.stride >= span.high + i * span.stride - 1e-9
+    assert joined.bound == (one.stride != other.stride)
+    # No wider than it has to be: at one end or the other an edge is met.
+    assert any(abs(joined.low - s.low + i * (joined.stride - s.stride)) < 1e-9 for i in (0, 8) for s in (one, other))
+    assert any(abs(joined.high - s.high + i * (joined.stride - s.stride)) < 1e-9 for i in (0, 8) for s in (one, other))
+
+
 # ------------------------------------------------------------------------------- one operation at a time
 
 CONV = Field((3, 3), (1, 1), (0.5, 0.5))
@@ -276,6 +339,17 @@ def test_what_mixes_positions_sees_the_whole_image(layer: Network) -> None:
 )
 def test_part_of_the_image_is_bounded_by_all_of_it(layer: Network) -> None:
     assert field_of(lambda x: layer(conv(x))) == Field((48, 40), (1, 1), (0.5, 0.5), bound=True, whole=True)
+
+
+def test_a_side_branch_says_nothing_where_all_is_seen_anyway() -> None:
+    field = field_of(lambda x: attend((x * x.mean((2, 3), keepdim=True)).flatten(2).mT).mT.view(x.shape))
+    assert field == Field((48, 40), (1, 1), (0.5, 0.5), whole=True)
+
+
+def test_one_cell_that_is_spread_over_a_map_is_everywhere_the_same() -> None:
+    everywhere = Field((48, 40), (1, 1), (0.5, 0.5), whole=True)
+    assert field_of(lambda x: functional.avg_pool2d(x, (48, 40)).expand(x.shape)) == everywhere
+    assert field_of(lambda x: functional.interpolate(functional.avg_pool2d(x, (48, 40)), (48, 40))) == everywhere
 
 
 def test_attention_between_channels_is_a_global_side_branch() -> None:
