@@ -9,7 +9,8 @@ channels, and none cancels another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fmextract.geometry import Reduced
 from fmextract.records import Field
 from fmextract.taps import Event, Forward, Probed, Reduce, tapped
 
@@ -30,36 +32,43 @@ def effective_sizes(
     fields: Sequence[Field | None],
     inputs: torch.Tensor,
     share: float = SHARE,
+    reductions: Sequence[Reduced | None] | None = None,
     stop: Event | None = None,
 ) -> list[float | None]:
     """For each tap, the side in pixels of the centred square that holds `share` of a cell's squared gradient.
 
-    The square is centred on the cell in the middle of the map, the gradients are averaged over `inputs` (n, channel, y,
-    x), the model's inputs in float32; one pass a few images at most is enough. One forward pass an image, one backward
-    pass a tap and image. None for a tap without axes y and x, and where the model has no gradient (quantised layers,
-    a forward under `no_grad`, parts overwritten that the gradient needs). The model is as before on every way out.
+    The square is centred on the cell in the middle of the map; squared gradients are averaged over `inputs` (n, channel,
+    y, x), the model's inputs in float32: two are enough. `fields` and `reductions` are those of `trace_fields`. Takes
+    one forward pass an image and one backward pass a tap and image. None for a tap without axes y and x, and where the
+    model has no gradient (quantised layers, a forward under `no_grad`, values overwritten that the gradient needs). The
+    model is as before on every way out.
     """
+    kept = [
+        reduced or (_whole, tap.axes) for tap, reduced in zip(probed, reductions or [None] * len(probed), strict=True)
+    ]
+    spatial = [i for i, (_, axes) in enumerate(kept) if {"y", "x"} <= set(axes)]
+    cells: dict[int, tuple[int, int]] = {}
     energies: dict[int, NDArray[np.float64]] = {}
-    spatial = [i for i, tap in enumerate(probed) if {"y", "x"} <= set(tap.axes)]
+    sizes: list[float | None] = [None] * len(probed)
     if not spatial:
-        return [None] * len(probed)
-    with _frozen(model), tapped(model, [probed[i] for i in spatial], _objectives(probed, spatial), stop) as capture:
+        return sizes
+    objectives = [_objective(*kept[i], functools.partial(cells.__setitem__, i)) for i in spatial]
+    with _frozen(model), tapped(model, [probed[i] for i in spatial], objectives, stop) as capture:
         for image in inputs.detach().split(1):
             leaf = image.clone().requires_grad_()
             with torch.enable_grad():
                 # The model gets a copy, which it may write to: a leaf may not be.
                 try:
-                    objectives = capture.forward(forward, leaf.clone())
+                    values = capture.forward(forward, leaf.clone())
                 except RuntimeError:  # an in-place operation that autograd does not allow
-                    return [None] * len(probed)
-            for i, objective in zip(spatial, objectives, strict=True):
-                energy = _energy(objective, leaf)
+                    return sizes
+            for i, value in zip(spatial, values, strict=True):
+                energy = _energy(value, leaf)
                 if energy is not None:
                     energies[i] = energies.get(i, 0) + energy
-    return [
-        _square(energies[i], _centre(probed[i], field, energies[i].shape), share) if i in energies else None
-        for i, field in enumerate(fields)
-    ]
+    for i, energy in energies.items():
+        sizes[i] = _square(energy, _centre(cells[i], fields[i], energy.shape), share)
+    return sizes
 
 
 @contextmanager
@@ -75,26 +84,27 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _objectives(probed: Sequence[Probed], taps: Sequence[int]) -> list[Reduce]:
-    """For each tap, its rows (1, …) to the sum of the centre cell's values with random factors: a scalar.
+def _whole(rows: torch.Tensor) -> torch.Tensor:
+    return rows
 
-    It is taken in the hook: the tensor may be overwritten a moment later.
+
+def _objective(reduce: Reduce, axes: Sequence[str], tell: Callable[[tuple[int, int]], None]) -> Reduce:
+    """The rows (1, …) of a tap to the sum of the centre cell's values with random factors: a scalar.
+
+    It is taken in the hook: the tensor may be overwritten a moment later. `tell` gets the (y, x) size of the map.
     """
 
-    def objective(tap: Probed) -> Reduce:
-        centre = tuple(
-            n // 2 if role in ("y", "x") else slice(None) for n, role in zip(tap.shape, tap.axes, strict=True)
-        )
+    def take(rows: torch.Tensor) -> torch.Tensor:
+        reduced = reduce(rows)
+        length = dict(zip(axes, reduced.shape[1:], strict=True))
+        tell((length["y"], length["x"]))
+        centre = tuple(length[role] // 2 if role in ("y", "x") else slice(None) for role in axes)
+        values = reduced[(slice(None), *centre)]
+        generator = torch.Generator().manual_seed(0)
+        factors = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
+        return (values * factors).sum()
 
-        def take(rows: torch.Tensor) -> torch.Tensor:
-            values = rows[(slice(None), *centre)]
-            generator = torch.Generator().manual_seed(0)
-            factors = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
-            return (values * factors).sum()
-
-        return take
-
-    return [objective(probed[i]) for i in taps]
+    return take
 
 
 def _energy(objective: torch.Tensor, leaf: torch.Tensor) -> NDArray[np.float64] | None:
@@ -113,9 +123,8 @@ def _energy(objective: torch.Tensor, leaf: torch.Tensor) -> NDArray[np.float64] 
     return energy if np.isfinite(energy).all() and energy.any() else None
 
 
-def _centre(tap: Probed, field: Field | None, size: Sequence[int]) -> tuple[float, float]:
-    """Where the middle cell of a map stands in the image; without a field, in proportion."""
-    cells = [tap.shape[tap.axes.index(role)] for role in ("y", "x")]
+def _centre(cells: tuple[int, int], field: Field | None, size: Sequence[int]) -> tuple[float, float]:
+    """Where the middle one of (y, x) `cells` stands in an image of `size`; without a field, in proportion."""
     if field is None:
         y, x = ((n // 2 + 0.5) * length / n for n, length in zip(cells, size, strict=True))
     else:

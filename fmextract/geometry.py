@@ -851,12 +851,15 @@ RULES: dict[str, Rule] = {
 # ------------------------------------------------------------------------------------------ a whole model
 
 
+Reduced = tuple[Reduce, tuple[str, ...]]  # what is kept of a tap: rows (b, …) to rows, and the axes of one image then
+
+
 def trace_fields(
     model: nn.Module,
     forward: Forward,
     probed: Sequence[Probed],
     batch: torch.Tensor,
-    reductions: Sequence[tuple[Reduce, tuple[str, ...]] | None] | None = None,
+    reductions: Sequence[Reduced | None] | None = None,
     stop: Event | None = None,
 ) -> list[Field | None]:
     """The receptive field of every tap, by one forward pass over `batch` (b, channel, y, x), b of 2 or more.

@@ -155,8 +155,11 @@ def _fields(
     if len(input_shape) != 3:
         return (None,) * len(probed)
     batch = torch.zeros((2, *input_shape), device=where)
-    kept = [None if r is None or not r.stores else (r.apply, r.axes) for r in reductions]
-    return tuple(geometry.trace_fields(loaded.module, loaded.forward, probed, batch, kept, stop))
+    return tuple(geometry.trace_fields(loaded.module, loaded.forward, probed, batch, _kept(reductions), stop))
+
+
+def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[geometry.Reduced | None]:
+    return [None if r is None or not r.stores else (r.apply, r.axes) for r in reductions]
 
 
 def _surveyed(loaded: models.LoadedModel, noise: torch.Tensor) -> taps.Survey:
@@ -342,7 +345,13 @@ def _effective_sizes(prepared: Prepared, chosen: choose.Chosen) -> Sequence[floa
     with precision.lent(prepared.loaded.module, prepared.device), precision.numerics("fp32", prepared.device):
         inputs, _ = _sample_inputs(prepared, EFFECTIVE_IMAGES)
         return effective.effective_sizes(
-            prepared.loaded.module, prepared.forward, prepared.probed, prepared.fields, inputs, stop=prepared.stop
+            prepared.loaded.module,
+            prepared.forward,
+            prepared.probed,
+            prepared.fields,
+            inputs,
+            reductions=_kept(prepared.reductions),
+            stop=prepared.stop,
         )
 
 

@@ -557,6 +557,18 @@ def test_effective_size_of_an_average_is_the_square_of_nine_tenths_of_its_area()
     assert effective(model, ["0", "1"], side=80) == [39, 39]
 
 
+def test_effective_size_of_what_a_reducer_keeps() -> None:
+    model = positive(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))).float()
+    probed = probed_taps(model, ["0", "1"], 64)
+    batch = torch.rand(2, 3, 64, 64)
+    reductions: list[Any] = [
+        (lambda rows: functional.adaptive_avg_pool2d(rows, 4), ("channel", "y", "x")),
+        (lambda rows: rows.mean((2, 3)), ("feature",)),
+    ]
+    fields = trace_fields(model, model, probed, batch, reductions)
+    assert effective_sizes(model, model, probed, fields, batch, reductions=reductions) == [16, None]
+
+
 def test_square_counts_pixels_around_a_centre_between_them() -> None:
     energy = np.zeros((10, 12))
     energy[4:6, 5:7] = 1
