@@ -37,8 +37,8 @@ def effective_sizes(
 ) -> list[float | None]:
     """For each tap, the side in pixels of the centred square that holds `share` of a cell's squared gradient.
 
-    The square is centred on the cell in the middle of the map; squared gradients are averaged over `inputs` (n, channel,
-    y, x), the model's inputs in float32: two are enough. `fields` and `reductions` are those of `trace_fields`. Takes
+    The square is centred on the cell in the middle of the map; squared gradients are averaged over `inputs` (n,
+    channel, y, x), the model's inputs in float32: two are enough. `fields`, `reductions` as in `trace_fields`. Takes
     one forward pass an image and one backward pass a tap and image. None for a tap without axes y and x, and where the
     model has no gradient (quantised layers, a forward under `no_grad`, values overwritten that the gradient needs). The
     model is as before on every way out.

@@ -33,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fmextract import codecs, index, moments, store
+from fmextract.boxes import cell_box
 from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
 from fmextract.heaps import check_heaps
 from fmextract.records import Field, LayerSpec
@@ -526,18 +527,9 @@ def _merged_stats(layer: Layer) -> Stats:
     return Stats(layer.name, merged)
 
 
-def _seen(
-    field: Field, cell: tuple[int, int], size: tuple[int, int] | None
-) -> tuple[float, float, float, float] | None:
+def _seen(field: Field, cell: tuple[int, int], size: tuple[int, int] | None) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of what a cell sees of the input, clipped to its (height, width) where known."""
-    edges = []
-    for axis in (0, 1):
-        centre = field.offset[axis] + cell[axis] * field.stride[axis]
-        low, high = centre - field.size[axis] / 2, centre + field.size[axis] / 2
-        if size is not None:
-            low, high = max(low, 0.0), min(high, float(size[axis]))
-        edges.append((low, high))
-    (top, bottom), (left, right) = edges
+    top, left, bottom, right = cell_box(field, cell, size)
     return left, top, right, bottom
 
 
