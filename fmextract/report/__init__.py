@@ -36,6 +36,8 @@ __all__ = ["Made", "write_report"]
 MAX_SIZE = 20_000_000
 IMAGES = 24
 """Images whose maps are shown, where the data set has as many: what a person looks through."""
+SAMPLED = 12
+"""Images whose values go into the histograms."""
 MAPS = 64
 """Maps of one layer and image."""
 MAP_LAYERS = 100
@@ -153,7 +155,7 @@ class _Collected:
         self.views = {name: view_of(acts[name], acts.input_size) for name in acts.layers}
         good = acts.rows()
         self.rows = _spread(good.tolist(), IMAGES)
-        sampled = {name: numbers.sample(acts[name], self.rows[::2]) for name in acts.layers}
+        sampled = {name: numbers.sample(acts[name], _spread(self.rows, SAMPLED)) for name in acts.layers}
         self.layers = [self._layer(name, sampled[name]) for name in acts.layers]
         self.photos = Photos(acts, images)
         self.data: dict[str, Any] = {
@@ -188,9 +190,8 @@ class _Collected:
         while any(have.values()):
             most = _level(list(have.values()), room / numbers.BYTES_A_CHANNEL)
             rows: dict[int, None] = {}
-            for entry in self.layers:
-                chosen = _chosen(self.acts[entry["name"]], min(most, have[entry["name"]]))
-                made = numbers.channels(self.acts[entry["name"]], chosen, FEATURED)
+            for name, entry in zip(self.acts.layers, self.layers, strict=True):
+                made = numbers.channels(self.acts[name], _chosen(self.acts[name], min(most, have[name])), FEATURED)
                 entry["channels"] = made.data if made else None
                 rows |= dict.fromkeys(made.rows if made else ())
             self.data["keys"] = {row: numbers.shown(self.acts.keys[row]) for row in rows}
@@ -234,9 +235,8 @@ class _Collected:
             view.choose(
                 _chosen(self.acts[name], fit) if numbers.channel_count(self.acts[name]) == view.count else range(fit)
             )
-        by_name = {entry["name"]: entry for entry in self.layers}
-        for name in names:
-            by_name[name]["view"] = self.views[name].as_json()
+        for name, entry in zip(self.acts.layers, self.layers, strict=True):
+            entry["view"] = self.views[name].as_json()
         for row in rows:
             self.data["maps"].setdefault(row, {})
             for name in names:

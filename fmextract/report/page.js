@@ -65,7 +65,7 @@ function tipped(node, text) {
 
 // ------------------------------------------------------------------------------------------------------------ state
 
-const DEFAULTS = { view: "run", layer: null, row: null, channel: null, scale: "own", overlay: "on", opacity: "0.65", metric: "zeros" };
+const DEFAULTS = { view: "run", layer: null, row: null, channel: null, scale: "own", overlay: "on", opacity: "0.5", metric: null };
 let state = {};
 
 function readHash() {
@@ -324,7 +324,7 @@ const toggles = (label, now, options, choose) => h("div", { class: "label", role
 const facts = (pairs) => h("dl", { class: "facts" }, pairs.filter((pair) => pair[1] !== null && pair[1] !== "")
   .map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]));
 const figures = (pairs) => h("dl", { class: "figures" }, pairs.filter(Boolean)
-  .map(([name, value, small]) => h("div", {}, h("dt", {}, name), h("dd", {}, value, small ? h("small", {}, ` ${small}`) : null))));
+  .map(([name, value, small]) => h("div", {}, h("dt", {}, name), h("dd", {}, value, small ? h("small", {}, small) : null))));
 const sees = (layer) => {
   if (!layer.field) return null;
   if (layer.field.whole) return "whole image";
@@ -335,9 +335,11 @@ const sees = (layer) => {
 
 function drawRun() {
   const { run } = data;
-  const errors = data.layers.map((l) => l.rel_error).filter((v) => v !== null);
-  const offered = Object.fromEntries(Object.entries(METRICS).filter(([, m]) => data.layers.some((l) => (m[1](l) ?? null) !== null)).map(([k, m]) => [k, m[0]]));
-  const metric = state.metric in offered ? state.metric : Object.keys(offered)[0];
+  const errors = data.layers.map((l) => l.rel_error).filter((v) => v);
+  const offered = Object.fromEntries(Object.entries(METRICS).filter(([k, m]) => data.layers.some((l) => (m[1](l) ?? null) !== null) && (k !== "error" || errors.length)).map(([k, m]) => [k, m[0]]));
+  // Where nothing is zero (no ReLU among the layers), the spread says more.
+  const telling = data.layers.some((l) => l.stats.zeros >= 0.01) ? "zeros" : "std";
+  const metric = [state.metric, telling].find((one) => one in offered) ?? Object.keys(offered)[0];
   const failed = data.failures.length > 0;
   return [
     figures([
@@ -352,7 +354,7 @@ function drawRun() {
       h("div", { class: "bar" }, h("div", { css: { flex: "1 1 12rem" } }, h("h2", {}, "By depth"),
         h("p", { class: "note" }, `Layers in the order of execution: ${offered[metric] ?? ""}. A bar leads to its layer.`)),
       h("div", { class: "noprint" }, toggles("Measure", metric, offered, (value) => go({ metric: value })))),
-      depthPlot(metric),
+      h("div", { class: "scroll plot" }, depthPlot(metric)),
       metric === "near" ? h("p", { class: "note" }, "Below 1 % of the layer's standard deviation, in a sample of the stored values.") : null,
       metric === "dead" ? h("p", { class: "note" }, "Channels that are zero everywhere, over all images.") : null),
     failed ? h("div", { class: "card" }, h("h2", {}, "Failed images"),
@@ -386,7 +388,7 @@ function drawLayers() {
     ["sees", (l) => sees(l) ?? "–", "n"],
     ["error", (l) => share(l.rel_error), "n"],
     ["on disk", (l) => bytes(l.bytes_stored), "n"],
-  ].filter(([name]) => !(name === "sees" && !data.layers.some((l) => l.field)) && !(name === "error" && data.layers.every((l) => l.rel_error === null))
+  ].filter(([name]) => !(name === "sees" && !data.layers.some((l) => l.field)) && !(name === "error" && data.layers.every((l) => !l.rel_error))
     && !(name === "not finite" && !data.layers.some((l) => l.stats.nonfinite)));
   const { stats, histogram: bins, view } = now;
   const told = bins ? [
@@ -402,7 +404,7 @@ function drawLayers() {
         mapLayers.includes(now) ? h("button", { type: "button", onclick: () => go({ view: "maps", layer: now.name }) }, "Its maps") : null,
         now.channels ? h("button", { type: "button", onclick: () => go({ view: "channels", layer: now.name }) }, "Its channels") : null)),
       h("div", { class: "grid2" },
-        h("figure", {}, histogram(now, 560, 150, true), h("figcaption", { class: "note" }, told)),
+        h("figure", {}, histogram(now, 460, 130, true), h("figcaption", { class: "note" }, told)),
         facts([
           ["module", h("span", { class: "mono" }, `${now.module}${now.calls > 1 ? `, call ${now.call} of ${now.calls}` : ""}${now.tap === "in" ? ", its input" : ""}`)],
           ["reduced by", now.reducer],
@@ -489,7 +491,7 @@ function mapSheet(layer, row, entry) {
     if (placed) probe(frame, layer, row, (y, x) => valueOf(levelAt(levels, columns, width, view, chosen, y, x), entry.low[chosen], entry.high[chosen]));
   });
   const range = rangeOf(chosen);
-  const side = h("div", { class: "card" },
+  const side = h("div", { class: "card side" },
     h("h3", {}, `${view.kind === "tokens" ? "feature" : view.kind === "planes" ? "plane" : "channel"} ${numbers[chosen]}`), frame,
     h("div", { class: "scale", id: "range", css: { margin: ".7rem 0" } }, h("span", {}, number(range[0])), colourBar(), h("span", {}, number(range[1]))),
     placed ? h("div", { class: "bar noprint" },
@@ -557,7 +559,7 @@ function vectorSheet(layer, row, entry) {
   });
   const order = values.map((v, i) => [v ?? -Infinity, i]).sort((a, b) => b[0] - a[0]).slice(0, 12);
   return h("div", { class: "sheet" }, h("div", { class: "card" }, photo(row)),
-    h("div", { class: "card" }, svg, h("h3", { css: { marginTop: "1rem" } }, "Strongest"), h("table", { id: "strongest" }, h("tbody", {}, order.map(([v, i]) =>
+    h("div", { class: "card" }, h("div", { class: "scroll plot" }, svg), h("h3", { css: { marginTop: "1rem" } }, "Strongest"), h("table", { id: "strongest" }, h("tbody", {}, order.map(([v, i]) =>
       h("tr", {}, h("td", { class: "n" }, layer.channels ? h("a", { href: hashOf({ view: "channels", channel: numbers[i] }) }, String(numbers[i])) : String(numbers[i])),
         h("td", { class: "n" }, number(v, 4)), h("td", { css: { width: "70%" } }, valueBar(v, high))))))));
 }
@@ -607,7 +609,7 @@ function drawChannels() {
       h("label", {}, `Channel, of ${channels.count.toLocaleString("en")}`, h("input", { type: "number", id: "channel", "data-id": "channel", min: "0", max: String(channels.count - 1), value: String(n),
         onchange: (e) => go({ channel: e.target.value }) })),
       h("div", { class: "group" }, h("button", { type: "button", "data-id": "before", onclick: step(-1), "aria-label": "channel before" }, "←"), h("button", { type: "button", "data-id": "after", onclick: step(1), "aria-label": "next channel" }, "→"))),
-    h("div", { class: "noprint" }, canvas, h("p", { class: "note" }, channels.shown ? `${channels.numbers.length.toLocaleString("en")} channels that vary most, by their standard deviation; click to choose.` : "Every channel by its standard deviation; click to choose.")),
+    h("div", { class: "noprint" }, h("div", { class: "picker" }, canvas, h("span", { "aria-hidden": "true", css: { left: `${(100 * (at + 0.5)) / channels.numbers.length}%` } })), h("p", { class: "note" }, channels.shown ? `${channels.numbers.length.toLocaleString("en")} channels that vary most, by their standard deviation; click to choose.` : "Every channel by its standard deviation; click to choose.")),
     channels.k ? h("div", { class: "tops", id: "tops" }, Array.from({ length: channels.k }, (_, i) => topCard(layer, channels, at * channels.k + i, n)))
       : h("p", { class: "note" }, "The run kept no strongest images (extract with --top)."),
     channels.k ? h("p", { class: "note" }, legend(layer)) : null,

@@ -17,6 +17,7 @@ const STEPS = {
   hash: (page, hash) => page.evaluate((text) => { location.hash = text; }, hash),
   back: (page) => page.goBack(),
   shot: (page, path, full) => page.screenshot({ path, fullPage: full ?? true }).then(() => path),
+  paper: (page) => page.emulateMedia({ media: "print" }),
   pdf: (page, path) => page.pdf({ path, format: "A4", printBackground: false }).then(() => path),
 };
 
