@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from fmextract import __version__, text
-from fmextract.config import MEMORY_FORMATS, PRECISIONS, STORES, Config
+from fmextract.config import MEMORY_FORMATS, PRECISIONS, STORES, Config, parse_size
 from fmextract.errors import FmextractError
 from fmextract.progress import TerminalProgress
 from fmextract.records import ModuleRow, Result
@@ -403,6 +403,37 @@ def verify(
         report = check(out, rerun=rerun, progress=TerminalProgress())
     _show(report.as_json(), lambda: _verified(report), as_json)
     return 0 if report.ok else MISMATCH
+
+
+@app.command()
+def report(
+    out: Output,
+    page: Annotated[
+        Path | None,
+        _option("--out", "-o", metavar="FILE", help="The page to write. [default: report.html beside OUT]"),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        _option("--images", metavar="DIR", help="Where the photos are now. [default: where the run found them]"),
+    ] = None,
+    max_size: Annotated[
+        str, _option("--max-size", metavar="SIZE", help="Of the page; what does not fit is told. [default: 20MB]")
+    ] = "20MB",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Write one HTML page about an output, to browse and to send.
+
+    Its run, every layer in numbers, maps over photos, the strongest images of each channel. Opens without a server.
+
+    fmextract report acts.h5 -o report.html
+    """
+    with _working():
+        from fmextract.report import write_report
+
+        made = write_report(out, page, images=images, max_size=parse_size(max_size))
+    _show(made.as_json(), lambda: str(made), as_json)
+    return 0
 
 
 @app.command()

@@ -29,7 +29,9 @@ ORDER = re.findall(
     run launch
     export
     look.canvas look.photos look.places look.select look.maps look.live look.filters
-    look demo bench
+    look
+    report.numbers report.photos report.views report
+    demo bench
     __init__ cli __main__
     """,
 )
