@@ -28,6 +28,7 @@ from fmextract.progress import TerminalProgress
 from fmextract.records import ModuleRow, Result
 
 if TYPE_CHECKING:
+    from fmextract.look import Example, Where
     from fmextract.planning import Plan
     from fmextract.verify import Report
 
@@ -606,6 +607,61 @@ def show_maps(
     return 0
 
 
+OneLayer = Annotated[str, _option("--layer", "-l", metavar="LAYER", help="A layer of the file, by its name.")]
+
+
+@show.command("top")
+def show_top(
+    acts: Output,
+    layer: OneLayer,
+    channels: Annotated[list[int], _option("--channel", metavar="N", help="A channel by its number; repeatable.")],
+    out: Picture,
+    k: Annotated[int, _option("-k", metavar="K", help="Images a channel, as many as were kept. [default: 9]")] = 9,
+    images: Images = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Draw the images that drive a channel hardest.
+
+    Each with a box around what the cell that did it looks at, and that part of the photo.
+
+    fmextract show top acts.h5 -l layer4 --channel 17 -o top.png
+    """
+    with _working():
+        from fmextract import look, reader
+
+        with reader.open(acts) as stored:
+            found = look.show_top(stored, layer, channels, out, k=k, images=images)
+    _show(look.top_picture(out, found), lambda: _examples(out, found), as_json)
+    return 0
+
+
+@show.command("where")
+def show_where(
+    acts: Output,
+    image: Annotated[str, _option("--image", metavar="KEY", help="The image, by its key in the file.")],
+    layer: OneLayer,
+    out: Picture,
+    k: Annotated[int, _option("-k", metavar="K", help="How many channels. [default: 5]")] = 5,
+    images: Images = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Draw where in an image a layer is strongest.
+
+    The region of each of its strongest channels, and the sum of all channels over the photo.
+
+    fmextract show where acts.h5 --image cats/tom.jpg -l layer4 -o where.png
+    """
+    with _working():
+        from fmextract import look, reader
+
+        with reader.open(acts) as stored:
+            found = look.show_where(stored, image, layer, out, k=k, images=images)
+    _show(look.where_picture(out, found), lambda: _where(out, found), as_json)
+    return 0
+
+
 @contextlib.contextmanager
 def _working(hint: str = "") -> Iterator[None]:
     """Around the one public function of a command: what libraries and models' own code print goes to stderr.
@@ -644,6 +700,26 @@ def _show(data: Any, render: Callable[[], str], as_json: bool) -> None:
 
 def _paths(pictures: Iterable[Path]) -> str:
     return "\n".join(text.printable(path) for path in dict.fromkeys(pictures))
+
+
+def _examples(out: Path, found: "Sequence[Example]") -> str:
+    rows = [(e.channel, f"{e.value:.4g}", e.key, _place(e.cell), _place(e.photo_box)) for e in found]
+    head = ("channel", "value", "image", "cell (y, x)", "in the photo (y0, x0, y1, x1)")
+    return "\n".join([text.printable(out), "", _table(head, rows, right=("channel", "value"))])
+
+
+def _where(out: Path, found: "Where") -> str:
+    rows: list[tuple[object, ...]] = [
+        (peak.channel, f"{peak.strength:.1f}", f"{peak.value:.4g}", _place(peak.cell), _place(peak.photo_box))
+        for peak in found.peaks
+    ]
+    head = ("channel", "strength", "value", "cell (y, x)", "in the photo (y0, x0, y1, x1)")
+    rows.append(("all", "", f"{found.heat.max():.4g}", _place(found.cell), _place(found.hottest_in_photo)))
+    return "\n".join([text.printable(out), "", _table(head, rows, right=("channel", "strength", "value"))])
+
+
+def _place(numbers: Sequence[float] | None) -> str:
+    return "" if numbers is None else ", ".join(f"{round(number)}" for number in numbers)
 
 
 def _print(lines: str) -> None:

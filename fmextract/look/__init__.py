@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fmextract.look.maps import MapPicture, draw_maps, show_maps
+from fmextract.look.top import Example, show_top, strongest, top_picture
+from fmextract.look.where import Where, show_where, where, where_picture
 
 if TYPE_CHECKING:
     from fmextract.look.filters import Filters, show_filters
@@ -21,7 +23,23 @@ _LAZY = {
     "show_maps_of": "fmextract.look.live",
 }
 
-__all__ = ["Filters", "MapPicture", "activations_of", "draw_maps", "show_filters", "show_maps", "show_maps_of"]
+__all__ = [
+    "Example",
+    "Filters",
+    "MapPicture",
+    "Where",
+    "activations_of",
+    "draw_maps",
+    "show_filters",
+    "show_maps",
+    "show_maps_of",
+    "show_top",
+    "show_where",
+    "strongest",
+    "top_picture",
+    "where",
+    "where_picture",
+]
 
 
 def __getattr__(name: str) -> Any:

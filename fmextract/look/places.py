@@ -78,7 +78,9 @@ class Grid:
         """What a cell (y, x) looks at."""
         placed = self.placed
         seen = cell_box(placed, cell, self.size)
-        smaller = self.field is not None and not placed.whole and _area(seen) < self.size[0] * self.size[1]
+        # Of the field itself, not of what the image's edge leaves of it: so all cells of a layer are alike.
+        fits = all(have <= room for have, room in zip(placed.size, self.size, strict=True))
+        smaller = self.field is not None and not placed.whole and fits
         if self.effective is not None:
             side = float(self.effective)
             box = cell_box(replace(placed, size=(side, side), whole=False), cell, self.size)

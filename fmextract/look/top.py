@@ -1,0 +1,198 @@
+"""The images that drive a channel hardest, and the part of each that did it. Reads no maps: the run recorded where."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+
+from fmextract.boxes import Box, photo_box
+from fmextract.errors import ConfigError
+from fmextract.look import canvas
+from fmextract.look.canvas import safe, short
+from fmextract.look.photos import as_seen, input_size, load_photo
+from fmextract.look.places import Grid, Region, grid_of, has_maps
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from fmextract.reader import Activations, Layer
+
+ACROSS = 5
+"""Images side by side in one picture."""
+KINDS = {
+    "effective": "box: 90 % of what the cell uses",
+    "theoretical": "box: all that the cell can see",
+    "cell": "box: the cell's own part of the image",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One of the strongest images of a channel.
+
+    `cell` is (y, x) in the map, None where there is none (features, a class token). `region` is what the cell looks at,
+    in pixels of the network's input, `photo_box` (y0, x0, y1, x1) that part of the photo.
+    """
+
+    channel: int
+    row: int
+    key: str
+    value: float
+    cell: tuple[int, int] | None
+    region: Region | None
+    photo_box: Box | None
+
+    def as_json(self) -> dict[str, Any]:
+        region = self.region
+        return {
+            "channel": self.channel,
+            "row": self.row,
+            "key": self.key,
+            "value": self.value,
+            "cell": self.cell,
+            "box": region and region.box,
+            "box_kind": region and region.kind,
+            "theoretical_box": region and region.theoretical,
+            "photo_box": self.photo_box,
+        }
+
+
+def strongest(acts: Activations, layer: str, channel: int, k: int = 9) -> list[Example]:
+    """The `k` images with the highest values in a channel, strongest first: as many as the run kept (--top).
+
+    Over all shards, from what the run recorded. Raises ConfigError for an unknown layer or channel.
+    """
+    one = acts[layer]
+    try:
+        found = one.top(channel, k)
+    except IndexError as error:
+        raise ConfigError(str(error)) from None
+    grid = _grid(acts, one)
+    places = zip(one.stats.top_y[channel].tolist(), one.stats.top_x[channel].tolist(), strict=True)
+    made = []
+    for top, (y, x) in zip(found, places, strict=False):
+        cell = grid.cell(y, x) if grid is not None and y >= 0 else None
+        region = grid.region(cell) if grid is not None and cell is not None else None
+        size = int(acts.heights[top.row]), int(acts.widths[top.row])
+        part = photo_box(region.box, acts.preprocess, size) if region is not None else None
+        made.append(Example(channel, top.row, top.key, top.value, cell, region, part))
+    return made
+
+
+def _grid(acts: Activations, layer: Layer) -> Grid | None:
+    """The cells that recorded positions stand for: also of a layer that keeps the positions and not the maps."""
+    if has_maps(layer):
+        return grid_of(acts, layer)
+    size = input_size(acts)
+    if layer.field is None or size is None:
+        return None
+    return Grid((1, 1), size, 0, layer.field, layer.attrs.get("erf_size"))
+
+
+def show_top(
+    acts: Activations,
+    layer: str,
+    channels: Sequence[int],
+    out: str | os.PathLike[str],
+    *,
+    k: int = 9,
+    images: str | os.PathLike[str] | None = None,
+) -> list[Example]:
+    """Draw the `k` strongest images of each of `channels` into `out` (.png, .pdf, .svg), with what drove them.
+
+    Above each photo as the network saw it, a box around what the cell looks at: its effective receptive field where
+    the file has it, the theoretical one dashed where that is smaller than the image; below it that part of the photo.
+    The photos are looked for where the run found them, or in `images`. Returns what is drawn.
+
+    Raises ConfigError for an unknown layer or channel and for a photo that is not there, MissingExtra.
+    """
+    if not channels:
+        raise ConfigError("name at least one channel: --channel N")
+    rows = [strongest(acts, layer, channel, k) for channel in channels]
+    lines = [line for examples in rows for line in _lines(examples)]
+    if not lines:
+        raise ConfigError(f"no image has a value in these channels of {layer}")
+    across = max(map(len, lines))
+    paired = any(one.photo_box for one in lines[0])
+    side, above = 2.3, 0.95
+    tall = side * (2 if paired else 1) + 0.62
+    width, height = max(6.5, side * across + 0.3), above + tall * len(lines)
+    figure = canvas.figure(width, height)
+    named = ", ".join(map(str, channels))
+    what = f"{layer}  ·  channel{'s' if len(channels) > 1 else ''} {named}"
+    figure.text(0.15 / width, 1 - 0.35 / height, safe(what), color=canvas.INK, size=14, weight="bold", va="center")
+    figure.text(0.15 / width, 1 - 0.68 / height, _legend(lines[0]), color=canvas.FAINT, size=9, va="center")
+    for i, line in enumerate(lines):
+        for j, example in enumerate(line):
+            left, top = (0.15 + side * j) / width, 1 - (above + tall * i + 0.42) / height
+            photo = load_photo(acts, example.row, images)
+            box = (left, top - (side - 0.1) / height, (side - 0.12) / width, (side - 0.1) / height)
+            axis = figure.add_axes(box, anchor="N")
+            draw_region(axis, as_seen(photo, acts.preprocess), example.region)
+            figure.text(left, top + 0.28 / height, f"{example.value:.3g}", color=canvas.ACCENT, size=10, va="center")
+            end = left + (side - 0.12) / width
+            detail = short(example.key, 22)
+            figure.text(end, top + 0.28 / height, detail, color=canvas.FAINT, size=8.5, va="center", ha="right")
+            if example.photo_box is not None:
+                lower = figure.add_axes((box[0], box[1] - side / height, *box[2:]), anchor="N")
+                lower.imshow(np.asarray(cropped(photo, example.photo_box)), interpolation="lanczos")
+                lower.set_axis_off()
+    canvas.save(figure, out)
+    return [example for examples in rows for example in examples]
+
+
+def _lines(examples: list[Example]) -> list[list[Example]]:
+    """Of nearly the same length, at most ACROSS images each."""
+    lines = max(1, math.ceil(len(examples) / ACROSS))
+    across = math.ceil(len(examples) / lines)
+    return [examples[i : i + across] for i in range(0, len(examples), across)]
+
+
+def _legend(examples: Sequence[Example]) -> str:
+    words = ["value, key"]
+    region = next((one.region for one in examples if one.region), None)
+    if region is not None:
+        words.append(KINDS[region.kind])
+        words += ["dashed: all that it can see"] if region.theoretical else []
+    return "   ·   ".join(words)
+
+
+def draw_region(axis: Axes, photo: PIL.Image.Image, region: Region | None, colour: str = canvas.ACCENT) -> None:
+    """A photo as the network saw it, with the boxes of a region."""
+    axis.imshow(np.asarray(photo), interpolation="lanczos", extent=(0, photo.width, photo.height, 0))
+    axis.set_axis_off()
+    if region is not None:
+        outline(axis, region.box, colour)
+        if region.theoretical is not None:
+            outline(axis, region.theoretical, colour, dashed=True)
+    axis.set_xlim(0, photo.width)
+    axis.set_ylim(photo.height, 0)
+
+
+def outline(axis: Axes, box: Box, colour: str, dashed: bool = False) -> None:
+    """A box with a dark edge around its line, so that it shows on any photo."""
+    from matplotlib.patches import Rectangle
+
+    y0, x0, y1, x1 = box
+    for edge, width in (("black", 3.2), (colour, 1.6)):
+        style = "--" if dashed else "-"
+        axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, lw=width, ls=style))
+
+
+def cropped(photo: PIL.Image.Image, box: Box) -> PIL.Image.Image:
+    """The part of a photo within `box`, at least one pixel of it."""
+    y0, x0, y1, x1 = box
+    left, top = min(math.floor(x0), photo.width - 1), min(math.floor(y0), photo.height - 1)
+    return photo.crop((left, top, max(left + 1, math.ceil(x1)), max(top + 1, math.ceil(y1))))
+
+
+def top_picture(out: str | os.PathLike[str], examples: Sequence[Example]) -> dict[str, Any]:
+    """What `show top --json` prints."""
+    return {"picture": str(Path(out)), "examples": [one.as_json() for one in examples]}

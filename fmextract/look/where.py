@@ -1,0 +1,164 @@
+"""Where in an image a layer looks: its strongest channels with the region of each, and the heat of all of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fmextract.boxes import Box, photo_box
+from fmextract.errors import ConfigError
+from fmextract.look import canvas
+from fmextract.look.canvas import Array, safe, short
+from fmextract.look.photos import as_seen, load_photo
+from fmextract.look.places import Region, read_maps
+from fmextract.look.top import KINDS, cropped, draw_region, outline
+
+if TYPE_CHECKING:
+    from fmextract.reader import Activations
+
+PALETTE = ("#ffd166", "#5ec962", "#4cc9f0", "#f72585", "#ff8c42", "#b8a1ff", "#f1f5f9", "#06d6a0")
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """A channel that is strong in an image. `strength`: its highest value, in standard deviations of the channel over
+    the whole data set above its mean; `value`: that highest value, at the cell (y, x)."""
+
+    channel: int
+    strength: float
+    value: float
+    cell: tuple[int, int]
+    region: Region
+    photo_box: Box | None
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where a layer looks in one image.
+
+    `heat` (y, x) is the sum over the channels of the activations' absolute values, `hottest` the region of its highest
+    cell, `spread` the heat over the whole input, (height, width).
+    """
+
+    layer: str
+    key: str
+    peaks: tuple[Peak, ...]
+    heat: Array
+    cell: tuple[int, int]
+    hottest: Region
+    hottest_in_photo: Box | None
+    spread: Array
+
+    def as_json(self) -> dict[str, Any]:
+        """Without the maps."""
+        return {
+            "layer": self.layer,
+            "key": self.key,
+            "cell": self.cell,
+            "box": self.hottest.box,
+            "box_kind": self.hottest.kind,
+            "photo_box": self.hottest_in_photo,
+            "channels": [
+                {
+                    "channel": peak.channel,
+                    "strength": peak.strength,
+                    "value": peak.value,
+                    "cell": peak.cell,
+                    "box": peak.region.box,
+                    "photo_box": peak.photo_box,
+                }
+                for peak in self.peaks
+            ],
+        }
+
+
+def where(acts: Activations, image: str, layer: str, k: int = 5) -> Where:
+    """The `k` strongest channels of the image with this key in a layer, and where all channels together are strongest.
+
+    A channel is as strong as its highest value is unusual: measured in the channel's own standard deviations over the
+    data set, since a channel that is always high says nothing of this image. Raises ConfigError.
+    """
+    row, one = acts.row(image), acts[layer]
+    if k < 1:
+        raise ConfigError(f"expected at least 1 channel, got {k}")
+    maps = read_maps(acts, one, row)
+    values, grid = np.nan_to_num(maps.values.astype(np.float64)), maps.grid
+    size = int(acts.heights[row]), int(acts.widths[row])
+    flat = np.nan_to_num(maps.values, nan=-np.inf).reshape(len(values), -1)
+    places, highest = flat.argmax(1), flat.max(1).astype(np.float64)
+    spread = np.where(one.stats.std > 0, one.stats.std, np.inf)
+    strength = np.nan_to_num((highest - one.stats.mean) / spread, nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
+    peaks = []
+    for channel in np.argsort(-strength, kind="stable")[:k].tolist():
+        cell = divmod(int(places[channel]), grid.cells[1])
+        region = grid.region(cell)
+        part = photo_box(region.box, acts.preprocess, size)
+        peaks.append(Peak(channel, float(strength[channel]), float(highest[channel]), cell, region, part))
+    heat = np.abs(values).sum(0)
+    cell = divmod(int(heat.argmax()), grid.cells[1])
+    hottest = grid.region(cell)
+    part = photo_box(hottest.box, acts.preprocess, size)
+    return Where(layer, image, tuple(peaks), heat, cell, hottest, part, grid.over_input(heat))
+
+
+def show_where(
+    acts: Activations,
+    image: str,
+    layer: str,
+    out: str | os.PathLike[str],
+    *,
+    k: int = 5,
+    images: str | os.PathLike[str] | None = None,
+) -> Where:
+    """Draw `where` into `out` (.png, .pdf, .svg): the regions of the strongest channels, crops, the heat over the photo.
+
+    The photo is looked for where the run found it, or in `images`. Raises ConfigError, MissingExtra.
+    """
+    found = where(acts, image, layer, k)
+    photo = load_photo(acts, acts.row(image), images)
+    seen = as_seen(photo, acts.preprocess)
+    side, crops = 4.4, len(found.peaks)
+    width, height = 2 * side + 0.45, side + 1.35 + (2 * side + 0.15) / max(crops, 4) + 0.35
+    figure = canvas.figure(width, height)
+    figure.text(0.15 / width, 1 - 0.35 / height, safe(layer), color=canvas.INK, size=14, weight="bold", va="center")
+    named: dict[str, Any] = {"color": canvas.FAINT, "size": 10, "va": "center", "ha": "right"}
+    figure.text(1 - 0.15 / width, 1 - 0.35 / height, short(image, 40), **named)
+    bottom = (height - 1.0 - side) / height
+    left = figure.add_axes((0.15 / width, bottom, side / width, side / height), anchor="N")
+    draw_region(left, seen, None)
+    for peak, colour in zip(found.peaks, PALETTE * 9, strict=False):
+        outline(left, peak.region.box, colour)
+        y0, x0, *_ = peak.region.box
+        y0 += 15 * sum(other.cell == peak.cell for other in found.peaks[: found.peaks.index(peak)])
+        mark = {"boxstyle": "round,pad=0.15", "facecolor": "black", "edgecolor": "none", "alpha": 0.6}
+        left.text(x0 + 2, y0 + 2, str(peak.channel), color=colour, size=8, va="top", bbox=mark)
+    right = figure.add_axes(((0.3 + side) / width, bottom, side / width, side / height), anchor="N")
+    draw_region(right, seen.convert("L").convert("RGB"), None)
+    extent = (0, seen.width, seen.height, 0)
+    right.imshow(found.spread, cmap=canvas.COLOURS, alpha=0.6, extent=extent, interpolation="bilinear")
+    outline(right, found.hottest.box, "white")
+    above = 1 - 0.82 / height
+    kind = KINDS[found.hottest.kind]
+    figure.text(0.15 / width, above, f"strongest channels   ·   {kind}", color=canvas.FAINT, size=9, va="center")
+    words = "sum of all channels, and its peak"
+    figure.text((0.3 + side) / width, above, words, color=canvas.FAINT, size=9, va="center")
+    each = (2 * side + 0.15) / max(crops, 4)
+    for i, (peak, colour) in enumerate(zip(found.peaks, PALETTE * 9, strict=False)):
+        place = ((0.15 + each * i) / width, 0.1 / height, (each - 0.1) / width, (each - 0.1) / height)
+        axis = figure.add_axes(place, anchor="N")
+        part = cropped(photo, peak.photo_box) if peak.photo_box else cropped(seen, peak.region.box)
+        axis.imshow(np.asarray(part), interpolation="lanczos")
+        axis.set_axis_off()
+        words = f"{peak.channel}   +{peak.strength:.1f} σ"
+        axis.set_title(words, color=colour, size=9, loc="left", pad=4)
+    canvas.save(figure, out)
+    return found
+
+
+def where_picture(out: str | os.PathLike[str], found: Where) -> dict[str, Any]:
+    """What `show where --json` prints."""
+    return {"picture": str(Path(out)), **found.as_json()}
