@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import nn
 from fmextract import chunks, images, index, store
 from fmextract.channel import Channel, Closed
 from fmextract.config import FailureBudget
-from fmextract.device import Download, Transfers, transfers
+from fmextract.device import TOO_SMALL, Download, Transfers, is_out_of_memory, transfers
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
 from fmextract.planning import Plan
 from fmextract.pool import Pool
@@ -139,7 +140,7 @@ class Nonfinite:
         if not rows.is_floating_point():
             return
         good = [i for i, is_valid in enumerate(valid) if is_valid]
-        self._counts.append((~rows.isfinite()).flatten(1).sum(1)[good])
+        self._counts.append((~rows.isfinite()).reshape(len(rows), -1).sum(1)[good])
         self._rows += [first_row + i for i in good]
 
     def _per_row(self) -> np.ndarray[Any, Any]:
@@ -405,16 +406,19 @@ class _Pipeline:
         self._moves.reserve()
         self._described()
         started = time.perf_counter()
-        inputs = self._inputs(self._moves.upload(batch.buffer))
+        pixels = self._moves.upload(batch.buffer)
+        inputs = self._inputs(pixels)
         at = 0
         while at < len(batch.rows):
-            rows = batch.rows[at : at + self._micro]
+            piece = slice(at, at + self._micro)
+            rows = batch.rows[piece]
             self._moves.reserve()
             self._now = "forward"
             try:
-                tensors = self._forward(inputs[at : at + self._micro], rows, samples)
+                tensors = self._forward(inputs[piece], rows, samples, partial(self._inputs, pixels, piece))
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._halve(error)
+                inputs = self._inputs(pixels)
                 continue
             failed = [samples.status[row - samples.start] != Status.OK for row in rows]
             kept = [tensor[: len(rows)] for tensor in tensors]
@@ -458,30 +462,31 @@ class _Pipeline:
         for future in waiting:
             future.result()
 
-    def _inputs(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _inputs(self, pixels: torch.Tensor, piece: slice = slice(None)) -> torch.Tensor:
         if self._work.ready:
             made = pixels.clone()
         else:
             assert isinstance(self._work.preprocess, Preprocess)
             made = images.normalise(pixels, self._work.preprocess)
-        return to_memory_format(made, self._work.plan.memory_format)
+        return to_memory_format(made, self._work.plan.memory_format)[piece]
 
     def _halve(self, error: BaseException) -> None:
         if self._micro == 1:
-            raise DeviceLost(
-                f"the device has not enough memory for one image: {error}. Ask for fewer layers, or use --device cpu."
-            ) from error
+            raise DeviceLost(TOO_SMALL.format(error)) from error
         self._micro = (self._micro + 1) // 2
 
-    def _forward(self, inputs: torch.Tensor, rows: range, samples: SampleTable) -> list[torch.Tensor]:
+    def _forward(
+        self, inputs: torch.Tensor, rows: range, samples: SampleTable, again: Callable[[], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """The captured tensors. `again` makes the inputs anew: a model may write into them before it fails."""
         try:
             return self._work.capture.forward(self._work.forward, inputs)
         except (CaptureError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise MemoryError(str(error)) from error
-            return self._one_by_one(inputs, rows, samples, error)
+            return self._one_by_one(again(), rows, samples, error)
 
     def _one_by_one(
         self, inputs: torch.Tensor, rows: range, samples: SampleTable, error: Exception
@@ -492,7 +497,7 @@ class _Pipeline:
         """
         neutral = torch.zeros_like(inputs)
         try:
-            made = [t.clone() for t in self._work.capture.forward(self._work.forward, neutral)]
+            made = [t.clone() for t in self._work.capture.forward(self._work.forward, neutral.clone())]
         except Exception:
             raise DeviceLost(f"the model fails on any input, first at row {rows.start}: {error}") from error
         for i, row in enumerate(rows):
@@ -624,8 +629,3 @@ def thread_pool(name: str, threads: int) -> Pool:
     # The number is the thread's own for OpenMP but the process's for MKL: say again what holds for this thread.
     torch.set_num_threads(before)
     return pool
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
