@@ -28,7 +28,7 @@ from fmextract.progress import TerminalProgress
 from fmextract.records import ModuleRow, Result
 
 if TYPE_CHECKING:
-    from fmextract.look import Example, Where
+    from fmextract.look import Example, LayerDepth, Where
     from fmextract.planning import Plan
     from fmextract.verify import Report
 
@@ -610,6 +610,34 @@ def show_maps(
 OneLayer = Annotated[str, _option("--layer", "-l", metavar="LAYER", help="A layer of the file, by its name.")]
 
 
+@show.command("depth")
+def show_depth(
+    acts: Output,
+    out: Annotated[
+        Path | None, _option("--out", "-o", metavar="PICTURE", help="Draw it, too: name.png, name.pdf or name.svg.")
+    ] = None,
+    layers: Stored = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Say how sparse and alive each layer is, in the order of execution.
+
+    From the statistics that the run kept, over all images.
+
+    fmextract show depth acts.h5 -o depth.png
+    """
+    with _working():
+        from fmextract import look, reader
+
+        with reader.open(acts) as stored:
+            if out is None:
+                rows = look.depth(stored, layers or ())
+            else:
+                _, rows = look.show_depth(stored, out, layers=layers or ())
+    _show([row.as_json() for row in rows], lambda: _depth(rows), as_json)
+    return 0
+
+
 @show.command("top")
 def show_top(
     acts: Output,
@@ -700,6 +728,27 @@ def _show(data: Any, render: Callable[[], str], as_json: bool) -> None:
 
 def _paths(pictures: Iterable[Path]) -> str:
     return "\n".join(text.printable(path) for path in dict.fromkeys(pictures))
+
+
+def _depth(found: "Sequence[LayerDepth]") -> str:
+    rows = [
+        (
+            row.layer,
+            row.type,
+            row.channels,
+            text.share(row.zeros),
+            f"{row.mean:.3g}",
+            f"{row.std:.3g}",
+            f"{row.min:.3g}",
+            f"{row.max:.3g}",
+            row.dead,
+            row.constant or "",
+            row.nonfinite or "",
+        )
+        for row in found
+    ]
+    head = ("layer", "type", "channels", "zeros", "mean", "std", "min", "max", "dead", "constant", "not finite")
+    return _table(head, rows, right=head[2:])
 
 
 def _examples(out: Path, found: "Sequence[Example]") -> str:

@@ -28,7 +28,7 @@ ORDER = re.findall(
     planning chunks device precision choose engine estimate prepare replay output
     run launch
     export
-    look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where
+    look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where look.depth
     look
     report.numbers report.photos report.views report
     demo bench

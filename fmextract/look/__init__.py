@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fmextract.look.depth import LayerDepth, depth, show_depth
 from fmextract.look.maps import MapPicture, draw_maps, show_maps
 from fmextract.look.top import Example, show_top, strongest, top_picture
 from fmextract.look.where import Where, show_where, where, where_picture
@@ -26,10 +27,13 @@ _LAZY = {
 __all__ = [
     "Example",
     "Filters",
+    "LayerDepth",
     "MapPicture",
     "Where",
     "activations_of",
+    "depth",
     "draw_maps",
+    "show_depth",
     "show_filters",
     "show_maps",
     "show_maps_of",

@@ -114,7 +114,7 @@ def show_where(
     k: int = 5,
     images: str | os.PathLike[str] | None = None,
 ) -> Where:
-    """Draw `where` into `out` (.png, .pdf, .svg): the regions of the strongest channels, crops, the heat over the photo.
+    """Draw `where` into `out` (.png, .pdf, .svg): the strongest channels' regions, crops, the heat over the photo.
 
     The photo is looked for where the run found it, or in `images`. Raises ConfigError, MissingExtra.
     """
