@@ -60,7 +60,8 @@ def draw(found: dict[str, list[float]], out: Path) -> None:
     for (name, values), colour in zip(found.items(), ("#b5367a", "#1f78b4"), strict=True):
         axes.plot(range(len(values)), np.array(values) * 100, "o-", markersize=3, linewidth=1, label=name, color=colour)
     axes.axhline(2, linewidth=0.8, linestyle="--", color="#777777")
-    axes.annotate("--max-error, median over the wanted layers", (0, 2.15), fontsize=8, color="#555555")
+    label = "--max-error: the median over the wanted layers"
+    axes.annotate(label, (len(values) - 1, 1.55), fontsize=8, color="#555555", horizontalalignment="right")
     axes.set(xlabel="convolution, in the order of execution", ylabel="relative error, %", yscale="log")
     axes.set_title("EfficientNet-Lite0, trained: what a precision costs by depth", fontsize=10)
     axes.legend(frameon=False)

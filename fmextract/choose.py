@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from fmextract import precision, taps
-from fmextract.errors import ConfigError
+from fmextract.device import TOO_SMALL, is_out_of_memory
+from fmextract.errors import ConfigError, DeviceLost, FmextractError
 
 SAMPLE_BYTES = 256 << 20  # of activations in fp32 that the sample may take
 MOST_SAMPLES = 8
@@ -70,8 +71,8 @@ class Chosen:
 def choose(question: Question) -> Chosen:
     """Measure and decide. Raises ConfigError for a precision the device cannot run."""
     started = time.perf_counter()
-    inputs = question.inputs(_sample_size(question))
-    trials = {"fp32": _Trial.of(question, "fp32", inputs, None)}
+    inputs, reference = _first_trial(question)
+    trials = {"fp32": reference}
     for name in _candidates(question):
         trials[name] = _Trial.of(question, name, inputs, trials["fp32"])
     name, notes = _fastest_faithful(question, trials)
@@ -90,6 +91,25 @@ def choose(question: Question) -> Chosen:
         seconds_per_image=per_image,
         notes=tuple(notes),
     )
+
+
+def _first_trial(question: Question) -> tuple[torch.Tensor, _Trial]:
+    """(the sample, what fp32 makes of it). Raises DeviceLost where there is not enough memory for one image."""
+    for n in dict.fromkeys((_sample_size(question), 1)):
+        inputs = question.inputs(n)
+        try:
+            return inputs, _Trial.of(question, "fp32", inputs, None)
+        except Exception as error:
+            if is_out_of_memory(error):
+                if n == 1:
+                    raise DeviceLost(TOO_SMALL.format(error)) from error
+                continue
+            if isinstance(error, FmextractError):
+                raise
+            # An image that the model fails on is a matter of its row. Noise passed in the probe, and passes here.
+            inputs = torch.zeros_like(inputs)
+            return inputs, _Trial.of(question, "fp32", inputs, None)
+    raise AssertionError("unreachable: one image was tried")
 
 
 def _sample_size(question: Question) -> int:
@@ -225,7 +245,9 @@ def _batch_size(question: Question, name: str, taken: _Trial, started: float) ->
         while size <= most and time.perf_counter() + (PASSES + 1) * size * taken.seconds < deadline:
             try:
                 measured[size] = _timed(question, question.inputs(size), PASSES)[0] / size
-            except (torch.OutOfMemoryError, MemoryError):
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 break
             if measured[size] > 1.1 * min(measured.values()):
                 break

@@ -57,6 +57,17 @@ def pick(text: str) -> torch.device:
     return torch.device(device.type, device.index or 0)
 
 
+TOO_SMALL = "the device has not enough memory for one image: {}. Ask for fewer layers, or use --device cpu."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a forward pass ended for want of memory; on a CPU torch says so with a plain RuntimeError."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+
+
 class Download(Protocol):
     """Activations on their way to the host."""
 

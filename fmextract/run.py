@@ -83,7 +83,10 @@ def run(source: Any, model: Any, out: Any, config: Config, progress: Progress) -
             _extract(prepared, made, output, resumed, progress, tally)
             _check_failures(made, output.directory, tally, config)
             output.fold(made)
-    return _result(target, tally, time.perf_counter() - started, resumed if made is not None else None)
+    result = _result(target, tally, time.perf_counter() - started, resumed if made is not None else None)
+    for note in _nonfinite_notes(result.layers, tally):
+        progress.note(note)
+    return result
 
 
 def _affordable(prepared: Prepared, target: Path, progress: Progress) -> Plan:
@@ -237,8 +240,18 @@ def _result(target: Path, tally: engine.Tally, seconds: float, resumed: int | No
         layers=layers,
         resumed_images=resumed,
         failures=tuple(failures),
-        notes=tuple(config.get("notes", ())),
+        notes=(*config.get("notes", ()), *_nonfinite_notes(layers, tally)),
     )
+
+
+def _nonfinite_notes(layers: Sequence[LayerResult], tally: engine.Tally) -> list[str]:
+    told = []
+    for layer in layers:
+        if layer.nonfinite:
+            keys = ", ".join(repr(key) for key in tally.nonfinite.get(layer.name, [])[: engine.FIRST])
+            where = f", first in {keys}" if keys else ""
+            told.append(f"layer {layer.name!r} holds {layer.nonfinite:,} values that are not finite{where}")
+    return told
 
 
 def _bytes(target: Path) -> int:

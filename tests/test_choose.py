@@ -1,0 +1,183 @@
+"""What `auto` chooses, and that it says why: precision by the measured error, batch size by time and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from fmextract import choose, precision, taps
+from fmextract.errors import ConfigError
+
+CPU = torch.device("cpu")
+SHAPE = (3, 8, 8)
+
+
+def question(model: nn.Module, **changes: Any) -> choose.Question:
+    """`auto` for everything, over every leaf of `model`, a thousand images to come."""
+    batch = torch.randn(2, *SHAPE)
+    with precision.lent(model, CPU), precision.numerics("fp32", CPU):
+        seen = taps.survey(model, model, batch)
+        probed, refused = taps.probe(model, model, taps.resolve(["*"], seen), SHAPE, CPU)
+    assert not refused
+    given: dict[str, Any] = {
+        "module": model,
+        "forward": model,
+        "device": CPU,
+        "memory_format": "contiguous",
+        "probed": probed,
+        "reducers": [None] * len(probed),
+        "stop": None,
+        "inputs": inputs,
+        "precision": "auto",
+        "max_error": 0.02,
+        "batch_size": None,
+        "rows": 1000,
+    }
+    return choose.Question(**{**given, **changes})
+
+
+def inputs(n: int) -> torch.Tensor:
+    return torch.randn((n, *SHAPE), generator=torch.Generator().manual_seed(n))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(256, 10)).eval()
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float]], None]:
+    """Pretend that passes take so many seconds an image in each precision."""
+    running = choose._running
+    now: list[str] = []
+
+    def remember(asked: choose.Question, name: str) -> Any:
+        now.append(name)
+        return running(asked, name)
+
+    def pretend(seconds: dict[str, float]) -> None:
+        real = choose._timed
+
+        def timed(asked: choose.Question, batch: torch.Tensor, passes: int = 1) -> Any:
+            return seconds[now[-1]] * len(batch), real(asked, batch, 1)[1]
+
+        monkeypatch.setattr(choose, "_timed", timed)
+
+    monkeypatch.setattr(choose, "_running", remember)
+    monkeypatch.setattr(choose, "_is_fast", lambda name, device: name == "bf16")
+    return pretend
+
+
+def test_the_faster_precision_is_taken_while_its_error_allows(times: Any) -> None:
+    times({"fp32": 0.01, "bf16": 0.003})
+    chosen = choose.choose(question(network(), batch_size=4))
+    assert chosen.precision == "bf16"
+    assert "bf16 is 3.3 times as fast" in chosen.notes[0]
+    strict = choose.choose(question(network(), batch_size=4, max_error=1e-5))
+    assert strict.precision == "fp32"
+    assert "too much" in strict.notes[0]
+
+
+def test_a_precision_that_is_not_faster_is_not_taken(times: Any) -> None:
+    times({"fp32": 0.01, "bf16": 0.0098})
+    assert choose.choose(question(network(), batch_size=4)).precision == "fp32"
+
+
+def test_errors_are_those_of_autocast_against_fp32(times: Any) -> None:
+    times({"fp32": 0.01, "bf16": 0.001})
+    model = network()
+    asked = question(model, batch_size=4)
+    chosen = choose.choose(asked)
+    batch = inputs(choose._sample_size(asked))
+    with torch.no_grad():
+        exact = model[0](batch).double()
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model[0](batch).double()
+    expected = float((rough - exact).norm() / exact.norm())
+    assert chosen.rel_errors[0] == pytest.approx(expected, rel=1e-6)
+    assert 1e-4 < expected < 1e-2
+    assert chosen.sample[0].dtype == torch.bfloat16
+
+
+def test_fp16_is_never_tried_on_a_cpu() -> None:
+    asked = question(network())
+    assert "fp16" not in choose._candidates(asked)
+    with pytest.raises(ConfigError, match="15 times slower"):
+        choose.choose(question(network(), precision="fp16"))
+
+
+class Loud(nn.Module):
+    """Values beyond the range of float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Conv2d(3, 4, 1)
+        with torch.no_grad():
+            self.scale.weight.fill_(1e6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.scale(x)
+        return made
+
+
+def test_a_precision_that_overflows_is_not_taken(times: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    times({"fp32": 0.01, "fp16": 0.001})
+    monkeypatch.setattr(choose, "_is_fast", lambda name, device: name == "fp16")
+    chosen = choose.choose(question(Loud().eval(), batch_size=2))
+    assert chosen.precision == "fp32"
+    assert "overflows" in chosen.notes[0]
+
+
+def test_a_given_precision_is_kept_and_its_error_told() -> None:
+    chosen = choose.choose(question(network(), precision="bf16", batch_size=4))
+    assert chosen.precision == "bf16"
+    assert chosen.rel_errors[0] is not None
+    assert 0 < chosen.rel_errors[0] < 0.05
+    assert "median error" in chosen.notes[0]
+
+
+def test_batch_size_is_the_fastest_of_those_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    per_image = {8: 0.010, 16: 0.006, 32: 0.009}
+
+    def timed(asked: choose.Question, batch: torch.Tensor, passes: int = 1) -> Any:
+        return per_image.get(len(batch), 0.01) * len(batch), tuple(torch.zeros(len(batch), 4) for _ in asked.probed)
+
+    monkeypatch.setattr(choose, "_timed", timed)
+    chosen = choose.choose(question(network(), precision="fp32", rows=100_000))
+    assert chosen.batch_size == 16
+    assert chosen.seconds_per_image == 0.006
+    assert "batch size 16 (auto; 8: 100.0/s, 16: 166.7/s, 32: 111.1/s)" in chosen.notes
+
+
+def test_measuring_stops_at_a_tenth_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes_run = []
+    real = choose._timed
+
+    def timed(asked: choose.Question, batch: torch.Tensor, passes: int = 1) -> Any:
+        passes_run.append((len(batch), passes))
+        return real(asked, batch, passes)
+
+    monkeypatch.setattr(choose, "_timed", timed)
+    chosen = choose.choose(question(network(), precision="fp32", rows=20))
+    assert passes_run == [(2, 1)], "20 images pay for the sample alone"
+    assert chosen.batch_size == 8
+
+
+def test_running_out_of_memory_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(asked: choose.Question, batch: torch.Tensor, passes: int = 1) -> Any:
+        if len(batch) > 16:
+            raise torch.OutOfMemoryError
+        return 0.01 * len(batch) / (1 + len(batch)), tuple(torch.zeros(len(batch), 4) for _ in asked.probed)
+
+    monkeypatch.setattr(choose, "_timed", timed)
+    assert choose.choose(question(network(), precision="fp32", rows=100_000)).batch_size == 16
+
+
+def test_a_batch_fits_into_the_memory_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "IN_FLIGHT_BYTES", 3 * 5 * 4 * (16 * 36 * 2 + 16 * 16 * 2 + 10))
+    chosen = choose.choose(question(network(), precision="fp32", rows=10))
+    assert chosen.batch_size == 4  # five images would fit; a batch begins as a power of two

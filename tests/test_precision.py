@@ -1,0 +1,111 @@
+"""A model lent to a run comes back as it was; fp32 is IEEE while a run lasts, and nothing stays changed afterwards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from fmextract import precision
+from fmextract.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+class Tied(nn.Module):
+    """Two linear layers that share a weight, a convolution, a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.a = nn.Linear(4, 4)
+        self.b = nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        self.norm = nn.BatchNorm2d(4)
+        self.register_buffer("table", torch.arange(4.0))
+
+
+def state(model: nn.Module) -> list[object]:
+    """All that must be as before: identities, memory, types, strides, flags, values."""
+    found: list[object] = [(name, module.training) for name, module in model.named_modules()]
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        where = (id(tensor), tensor.data_ptr(), tensor.dtype, tensor.stride(), tensor.requires_grad, tensor.device)
+        found.append((name, where, tensor.detach().clone().flatten().tolist()))
+    return found
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_a_lent_model_comes_back_as_it_was(name: str, memory_format: str) -> None:
+    model = Tied()
+    model.norm.eval()  # flags that differ between modules
+    before = state(model)
+    with precision.lent(model, CPU, name, memory_format) as lent:
+        assert lent is model
+        assert not any(module.training for module in model.modules())
+        assert model.a.weight is model.b.weight
+        assert model.conv.weight.is_contiguous(memory_format=torch.channels_last) is (memory_format == "channels_last")
+        expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        assert model.conv.weight.dtype == model.a.weight.dtype == expected
+        assert model.norm.weight.dtype == torch.float32  # only what autocast would cast every time
+    assert state(model) == before
+
+
+def test_a_lent_model_comes_back_after_an_exception() -> None:
+    model = Tied()
+    before = state(model)
+    with pytest.raises(KeyboardInterrupt), precision.lent(model, CPU, "bf16", "channels_last"):
+        raise KeyboardInterrupt
+    assert state(model) == before
+
+
+def test_casting_weights_beforehand_changes_no_value() -> None:
+    """bf16 is what autocast alone would give, bit for bit: casting the weights once saves time only."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
+    batch = torch.randn(4, 3, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(batch)
+    with precision.lent(model, CPU, "bf16"), precision.numerics("bf16", CPU):
+        assert torch.equal(model(batch), expected)
+
+
+def test_numerics_are_restored() -> None:
+    torch.set_float32_matmul_precision("medium")
+    cudnn = torch.backends.cudnn.allow_tf32
+    try:
+        with precision.numerics("fp32", CPU):
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32
+            assert not torch.is_grad_enabled()
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.cudnn.allow_tf32 is cudnn
+        assert torch.is_grad_enabled()
+        with precision.numerics("bf16", CPU):
+            assert torch.is_autocast_enabled("cpu")
+        with pytest.raises(ValueError), precision.numerics("bf16", CPU):
+            raise ValueError
+        assert not torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_a_callers_autocast_does_not_reach_into_fp32() -> None:
+    layer, batch = nn.Linear(4, 4), torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16), precision.numerics("fp32", CPU):
+        assert layer(batch).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "words"), [("fp16", "15 times slower"), ("tf32", "NVIDIA")])
+def test_what_a_cpu_cannot_run_is_refused(name: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        precision.check(name, CPU)
+
+
+def test_memory_format_follows_the_network() -> None:
+    convolutional = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    patches = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(2), nn.Linear(4, 4))
+    assert precision.resolve_memory_format("auto", convolutional) == "channels_last"
+    assert precision.resolve_memory_format("auto", patches) == "contiguous"
+    assert precision.resolve_memory_format("contiguous", convolutional) == "contiguous"
