@@ -25,7 +25,7 @@ from fmextract.errors import ConfigError
 from fmextract.records import Field
 from fmextract.report import _level, _spread, write_report
 from fmextract.report.numbers import shown
-from fmextract.report.views import patch_grid, sprite_columns
+from fmextract.report.views import sprite_columns
 from fmextract.text import printable
 
 HERE = Path(__file__).parent / "browser"
@@ -167,7 +167,7 @@ def test_without_options_it_lies_beside_the_file(stored: Stored) -> None:
         assert Path(made.path) == stored.path.parent / "report.html"
         assert Path(made.path).stat().st_size == made.bytes
         assert (made.layers, made.images, made.photos) == (6, 5, 4)
-        assert any("1 photo not found" in what and "--images" in what for what in made.left_out)
+        assert any("1 photo missing" in what and "--images" in what for what in made.left_out)
         assert write_report(stored.path) == made  # its own page is written over
     finally:
         Path(made.path).unlink()
@@ -319,15 +319,6 @@ def test_thumbnails_are_what_the_network_saw(
     assert tuple(made["size"]) == tuple(seen.shape[1:])
     thumb = np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(made["jpeg"]))), float)
     assert np.abs(thumb - seen.permute(1, 2, 0).numpy()).mean() < 4
-
-
-@pytest.mark.parametrize(("tokens", "size", "grid"), [
-    (197, (224, 224), (14, 14, 1)), (196, (224, 224), (14, 14, 0)), (201, (224, 224), (14, 14, 5)),
-    (257, (224, 224), (16, 16, 1)), (49, (48, 64), (6, 8, 1)), (50, None, (7, 7, 1)),
-    (7, (224, 224), (2, 2, 3)), (77, (224, 224), None), (1, (224, 224), None),
-])  # fmt: skip
-def test_tokens_lie_on_their_grid(tokens: int, size: tuple[int, int] | None, grid: tuple[int, int, int] | None) -> None:
-    assert patch_grid(tokens, size) == grid
 
 
 def test_room_is_given_out_fairly() -> None:

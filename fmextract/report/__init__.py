@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 
+import fmextract.report.numbers as numbers
 from fmextract import reader
 from fmextract.errors import ConfigError
-from fmextract.report import numbers
+from fmextract.look.photos import input_size
 from fmextract.report.photos import Photos
 from fmextract.report.views import drawn, view_of
 from fmextract.text import byte_count, count, printable
@@ -152,7 +153,7 @@ class _Collected:
     def __init__(self, acts: reader.Activations, images: str | os.PathLike[str] | None, max_size: int) -> None:
         self.acts = acts
         self.room = max_size - len(_page("x" * 300, {}))
-        self.views = {name: view_of(acts[name], acts.input_size) for name in acts.layers}
+        self.views = {name: view_of(acts[name], input_size(acts)) for name in acts.layers}
         good = acts.rows()
         self.rows = _spread(good.tolist(), IMAGES)
         sampled = {name: numbers.sample(acts[name], _spread(self.rows, SAMPLED)) for name in acts.layers}
@@ -160,7 +161,7 @@ class _Collected:
         self.photos = Photos(acts, images)
         self.data: dict[str, Any] = {
             "run": numbers.run(acts),
-            "input": acts.input_size,
+            "input": input_size(acts),
             "geometry": self.photos.geometry,
             "failures": numbers.failures(acts),
             "layers": self.layers,

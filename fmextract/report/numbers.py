@@ -165,7 +165,7 @@ def layer(layer: Layer, sampled: Sample) -> dict[str, Any]:
         "field": None
         if field is None
         else {name: getattr(field, name) for name in ("size", "stride", "offset", "bound", "whole", "has_global")},
-        "erf": None if effective is None else np.ravel(effective)[:2],
+        "erf": None if effective is None else [float(np.max(effective))] * 2,  # the side of a square
         "stats": _summary(stats_of(layer), sampled),
         "histogram": _histogram(sampled),
     }

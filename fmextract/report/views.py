@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from fmextract.look.places import patch_grid
 from fmextract.reader import Layer
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -21,8 +22,6 @@ SIDE = 64
 """Cells of a map's longer side in the page; larger maps are averaged over squares."""
 VECTOR = 2048
 """Numbers of a layer without maps."""
-APART = 8
-"""Tokens that may stand before the patches: cls and registers."""
 
 
 @dataclass(slots=True)
@@ -94,31 +93,14 @@ def view_of(layer: Layer, input_size: tuple[int, int] | None) -> View:
     """The view that a layer's axes ask for."""
     axes, sizes = layer.axes[1:], dict(zip(layer.axes[1:], layer.shape[1:], strict=True))
     shape = layer.shape[1:]
+    if math.prod(shape) == max(shape, default=1):  # a map of one cell is a number
+        return View("vector", axes, math.prod(shape), 1, 1)
     if set(axes) == {"channel", "y", "x"}:
         return View("maps", axes, sizes["channel"], sizes["y"], sizes["x"])
-    if set(axes) == {"token", "feature"} and (grid := patch_grid(sizes["token"], input_size)):
-        return View("tokens", axes, sizes["feature"], *grid[:2], prefix=grid[2])
-    if len(shape) < 2:
-        return View("vector", axes, math.prod(shape), 1, 1)
+    if set(axes) == {"token", "feature"} and (found := patch_grid(sizes["token"], input_size)):
+        (height, width), apart = found
+        return View("tokens", axes, sizes["feature"], height, width, prefix=apart)
     return View("planes", axes, math.prod(shape[:-2]), shape[-2], shape[-1])
-
-
-def patch_grid(tokens: int, input_size: tuple[int, int] | None) -> tuple[int, int, int] | None:
-    """(rows, columns, tokens before them) of a transformer's patches, None where no grid explains the number.
-
-    The grid has the shape of the input, whose sides it divides; as few tokens as possible stand apart, and at most
-    APART of them.
-    """
-    height, width = input_size or (1, 1)
-    common = math.gcd(height, width)
-    tall, wide = height // common, width // common
-    for apart in range(min(APART, tokens - 1) + 1):
-        times = math.isqrt((tokens - apart) // (tall * wide))
-        rows, columns = times * tall, times * wide
-        fits = input_size is None or (rows and height % rows == 0)
-        if times > 1 and rows * columns == tokens - apart and fits:
-            return rows, columns, apart
-    return None
 
 
 def drawn(view: View, values: Array) -> dict[str, Any]:
