@@ -133,7 +133,8 @@ def _probe(
     noise = torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(0)).to(where)
     seen = _surveyed(loaded, noise)
     wanted = taps.resolve(selectors or taps.default_selectors(loaded.module, seen), seen)
-    probed, refused = taps.probe(loaded.module, loaded.forward, wanted, input_shape, where)
+    with _failing_on(input_shape):
+        probed, refused = taps.probe(loaded.module, loaded.forward, wanted, input_shape, where)
     notes = []
     for refusal in refused:
         if (selectors and refusal.tap.explicit) or not probed:
@@ -163,14 +164,21 @@ def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[geometry.Redu
 
 
 def _surveyed(loaded: models.LoadedModel, noise: torch.Tensor) -> taps.Survey:
-    try:
+    with _failing_on(noise.shape[1:]):
         return taps.survey(loaded.module, loaded.forward, noise)
+
+
+@contextmanager
+def _failing_on(shape: Sequence[int]) -> Iterator[None]:
+    """Whatever the model raises for inputs of `shape`, as a LayerError that says so."""
+    try:
+        yield
     except FmextractError:
         raise
     except Exception as error:
-        shape = " x ".join(map(str, noise.shape[1:]))
+        shown = " x ".join(map(str, shape))
         raise LayerError(
-            f"the model fails on an input of {shape} (channel x height x width): {type(error).__name__}: {error}."
+            f"the model fails on an input of {shown} (channel x height x width): {type(error).__name__}: {error}."
             " Another input size is set by --size, another preprocessing by --preprocess."
         ) from error
 
@@ -473,7 +481,8 @@ def describe(
         noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
         seen = _surveyed(loaded, noise)
         wanted = taps.resolve(selectors or ["**", "."], seen)
-        probed, refused = taps.probe(loaded.module, loaded.forward, wanted, shape, cpu)
+        with _failing_on(shape):
+            probed, refused = taps.probe(loaded.module, loaded.forward, wanted, shape, cpu)
     return _module_rows(seen, wanted, probed, refused, everything=not selectors)
 
 

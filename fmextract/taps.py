@@ -14,7 +14,7 @@ import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
 from types import ModuleType
@@ -225,7 +225,7 @@ Forward = Callable[[torch.Tensor], Any]
 def survey(model: nn.Module, forward: Forward, batch: torch.Tensor) -> Survey:
     """Run `forward(batch)`, which calls `model`, and write down every call of every module.
 
-    `batch` is (b, channel, y, x). Raises whatever the forward raises; hooks are gone on every way out.
+    `batch` is (2, channel, y, x). Raises whatever the forward raises; hooks are gone on every way out.
     """
     check_hookable(model)
     modules = _named_modules(model)
@@ -271,7 +271,10 @@ def survey(model: nn.Module, forward: Forward, batch: torch.Tensor) -> Survey:
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """One wanted tensor: the `number`-th call of `module`, its output or input, the member at `path`."""
+    """One wanted tensor: the `number`-th call of `module`, its output or input, the member at `path`.
+
+    `shape` is what it was for the two images of the survey.
+    """
 
     name: str
     module: str
@@ -283,6 +286,7 @@ class Tap:
     member: str
     reducer: str
     selector: str
+    shape: tuple[int, ...]
     explicit: bool  # named by path or number, not by a pattern: refused aloud rather than left out
 
 
@@ -403,6 +407,7 @@ def _tap(selector: Selector, event: Event, calls: int, info: TensorInfo, member:
         member=member,
         reducer=selector.reducer,
         selector=selector.text,
+        shape=info.shape,
         explicit=not selector.is_pattern,
     )
 
@@ -480,47 +485,73 @@ class Refused:
     why: str
 
 
-_SAMPLED = 1 << 16  # values of a tensor that are compared: more than enough to tell two images apart
+_SAMPLED = 1 << 14  # values of a row that are compared: more than enough to tell two images apart
+
+Layouts = Mapping[int, Sequence["RowLayout"]]
 
 
 class _Watch:
-    """Keep every wanted tensor of one forward pass as the hooks see it, to look at it again when the pass has ended."""
+    """One forward pass over `batch` with every wanted tensor watched.
 
-    def __init__(self, model: nn.Module, forward: Forward, taps: Sequence[Tap], batch: torch.Tensor) -> None:
-        self.seen: dict[int, torch.Tensor] = {}
-        self._before: dict[int, torch.Tensor] = {}
-        self._version: dict[int, int] = {}
+    Of each it takes samples in the hook, since what is written later is lost: of the whole, to see whether that
+    happens, and of its rows, in each of the layouts that are given or, where they are not, that the survey's shape and
+    this one allow.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        taps: Sequence[Tap],
+        batch: torch.Tensor,
+        layouts: Layouts | None = None,
+    ) -> None:
+        self.tensors: dict[int, torch.Tensor] = {}
+        self.layouts: dict[int, Sequence[RowLayout]] = {}
+        self.rows: dict[tuple[int, RowLayout], list[torch.Tensor]] = {}
+        self._taps, self._given, self._images = taps, layouts, len(batch)
+        self._before: dict[int, tuple[int, torch.Tensor]] = {}
         hooks = _Hooks(taps, self._take)
         with hooks.on(model), torch.no_grad():
             hooks.run(forward, batch)
         self.counts = hooks.counts
 
     def _take(self, i: int, tensor: torch.Tensor | None) -> None:
-        if tensor is not None:
-            self.seen[i] = tensor
-            self._before[i] = _sampled(tensor)
-            self._version[i] = -1 if tensor.is_inference() else tensor._version
+        if tensor is None:
+            return
+        self.tensors[i] = tensor
+        self._before[i] = (-1 if tensor.is_inference() else tensor._version, _sampled(tensor))
+        if not _is_plain(tensor) or tensor.is_complex():
+            return
+        shape = tuple(tensor.shape)
+        self.layouts[i] = (
+            self._given.get(i, ()) if self._given is not None else _proposed_layouts(self._taps[i].shape, shape)
+        )
+        for layout in self.layouts[i]:
+            with suppress(CaptureError):  # another shape than proposed: `_judge` says so
+                rows = layout.rows_first(_plain(tensor), self._images)
+                self.rows[i, layout] = [_sampled(row) for row in rows]
 
     def overwritten(self) -> set[int]:
         """Taps whose tensor was written after the hook saw it: by its version counter, or by its values.
 
         The values also show writes through `.data` or foreign memory, which leave the counter as it was.
         """
-        return {
-            i
-            for i, tensor in self.seen.items()
-            if tensor.is_inference()
-            or tensor._version != self._version[i]
-            or not torch.equal(_sampled(tensor).nan_to_num(), self._before[i].nan_to_num())
-        }
+        return {i for i, (version, sample) in self._before.items() if _changed(self.tensors[i], version, sample)}
 
     def lasting(self, earlier: _Watch) -> set[int]:
         """Taps whose memory an earlier pass used too, though its tensors are still alive: a buffer of the model's own.
 
         What is kept of it must be copied, since the next pass writes it while this one's values are on their way.
         """
-        used = {_storage(tensor) for tensor in earlier.seen.values()} - {0}
-        return {i for i, tensor in self.seen.items() if _storage(tensor) in used}
+        used = {_storage(tensor) for tensor in earlier.tensors.values()} - {0}
+        return {i for i, tensor in self.tensors.items() if _storage(tensor) in used}
+
+
+def _changed(tensor: torch.Tensor, version: int, sample: torch.Tensor) -> bool:
+    if tensor.is_inference() or tensor._version != version:
+        return True
+    return not torch.equal(_sampled(tensor).nan_to_num(), sample.nan_to_num())
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
@@ -537,7 +568,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _sampled(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of about _SAMPLED values spread over the tensor, in float32 or wider; nothing of a sparse one."""
+    """A copy of some _SAMPLED values spread over the tensor, in float32 or wider; nothing of a sparse one."""
     if not _is_plain(tensor):
         return torch.empty(0)
     tensor = tensor.detach()
@@ -557,21 +588,22 @@ def probe(
     precision under `no_grad`.
     """
     noise = _distinct_noise(image_shape, device)
-    pair = _Watch(model, forward, taps, noise[[0, 1]])
     three = _Watch(model, forward, taps, noise[[1, 2, 0]])
     with AxisTracer() as tracer:
         traced = noise[[3, 2, 1]]
         tracer.seed(traced, image_axes(traced.shape))
-        last = _Watch(model, forward, taps, traced)
-    copied = pair.overwritten() | three.overwritten() | last.overwritten() | last.lasting(three)
+        others = _Watch(model, forward, taps, traced, three.layouts)
+    copied = three.overwritten() | others.overwritten() | others.lasting(three)
+    pair = _Watch(model, forward, taps, noise[[0, 1]], three.layouts)
+    copied |= pair.overwritten()
     probed: list[Probed] = []
     refused: list[Refused] = []
     for i, tap in enumerate(taps):
-        layout = _judge(tap, i, (pair, three, last))
+        layout = _judge(tap, i, pair, three, others)
         if isinstance(layout, Refused):
             refused.append(layout)
             continue
-        tensor = last.seen[i]
+        tensor = others.tensors[i]
         shape = tuple(layout.rows_first(tensor, 3).shape[1:])
         per_image = without_batch(tracer.axes(tensor), layout.axis, layout.k, layout.outer)
         axes = name_axes(per_image, len(shape))
@@ -598,34 +630,34 @@ def overwritten(model: nn.Module, forward: Forward, taps: Sequence[Tap], batch: 
     return _Watch(model, forward, taps, batch).overwritten()
 
 
-def _judge(tap: Tap, i: int, passes: tuple[_Watch, _Watch, _Watch]) -> RowLayout | Refused:
+def _judge(tap: Tap, i: int, pair: _Watch, three: _Watch, others: _Watch) -> RowLayout | Refused:
     """The layout of one tap's rows, from what it was in the passes over (A, B), (B, C, A) and (D, C, B)."""
-    counts = [watch.counts[tap.module, tap.tap] for watch in passes]
-    if counts != [tap.calls] * 3:
-        times = ", ".join(map(str, [tap.calls, *counts]))
+    passes = (pair, three, others)
+    counts = [tap.calls, *(watch.counts[tap.module, tap.tap] for watch in passes)]
+    if len(set(counts)) > 1:
+        times = ", ".join(map(str, counts))
         return Refused(tap, f"{tap.module!r} is called a varying number of times: {times} times in four forward passes")
-    if any(i not in watch.seen for watch in passes):
+    if any(i not in watch.tensors for watch in passes):
         return Refused(tap, "it is not a tensor in every forward pass")
-    tensors = [watch.seen[i] for watch in passes]
-    if not all(map(_is_plain, tensors)):
+    if not all(_is_plain(watch.tensors[i]) for watch in passes):
         return Refused(tap, "it is a sparse or nested tensor")
-    if tensors[0].is_complex():
+    if three.tensors[i].is_complex():
         return Refused(tap, "its values are complex; a module that gives view_as_real or abs of them can be stored")
-    two, three, other = (tuple(tensor.shape) for tensor in tensors)
-    layouts = _proposed_layouts(two, three)
-    if not layouts:
-        return Refused(tap, f"its shape does not follow the batch: {two} for 2 images and {three} for 3")
-    if other != three:
-        return Refused(tap, f"its shape changes with the images: {three} and {other} for 3 images each")
-    if 0 in three:
+    two, shape = tap.shape, tuple(three.tensors[i].shape)
+    if not three.layouts[i]:
+        return Refused(tap, f"its shape does not follow the batch: {two} for 2 images and {shape} for 3")
+    for watch, usual, images in ((pair, two, 2), (others, shape, 3)):
+        if tuple(watch.tensors[i].shape) != usual:
+            other = tuple(watch.tensors[i].shape)
+            return Refused(tap, f"its shape changes with the images: {usual} and {other} for {images} each")
+    if 0 in shape:
         return Refused(tap, f"it holds no values: its shape is {two} for 2 images")
-    pair, among, last = (_plain(tensor) for tensor in tensors)
-    for layout in layouts:
-        rows, again = layout.rows_first(among, 3), layout.rows_first(last, 3)
+    for layout in three.layouts[i]:
+        few, rows, again = (watch.rows[i, layout] for watch in passes)
         # The size of the batch changes last bits, which deep networks amplify, and so does the place in it for some
         # kernels; other neighbours alone change none. So C, which keeps its place, must come out the same.
         if (
-            _rows_agree(layout.rows_first(pair, 2), rows, [(0, 2), (1, 0)], 1e-2)
+            _rows_agree(few, rows, [(0, 2), (1, 0)], 1e-2)
             and _rows_agree(rows, again, [(0, 2)], 1e-2)
             and _rows_agree(rows, again, [(1, 1)], 1e-6)
         ):
@@ -646,24 +678,25 @@ def _proposed_layouts(two: tuple[int, ...], three: tuple[int, ...]) -> list[RowL
     return [RowLayout(axis)] if k == 1 else [RowLayout(axis, k, outer=True), RowLayout(axis, k, outer=False)]
 
 
-def _rows_agree(rows: torch.Tensor, others: torch.Tensor, same: Sequence[tuple[int, int]], tolerance: float) -> bool:
+def _rows_agree(
+    rows: Sequence[torch.Tensor], others: Sequence[torch.Tensor], same: Sequence[tuple[int, int]], tolerance: float
+) -> bool:
     """Whether row i of `rows` is row j of `others`, for (i, j) in `same`: by far closer to it than to any other.
 
     `tolerance` is relative. It is not all, since rows of an untrained network may be nearly alike themselves.
     """
-    sampled = [_sampled_row(row) for row in others]
     for i, j in same:
-        row = _sampled_row(rows[i])
+        row = _finite(rows[i])
         scale = float(row.norm())
-        away = [float((row - other).norm()) for other in sampled]
+        away = [float((row - _finite(other)).norm()) for other in others]
         to_self = away.pop(j)
         if to_self > tolerance * scale or to_self > max(0.25 * min(away), 1e-4 * scale):
             return False
     return True
 
 
-def _sampled_row(row: torch.Tensor) -> torch.Tensor:
-    return _sampled(row).double().nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
+def _finite(sample: torch.Tensor) -> torch.Tensor:
+    return sample.double().nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
 
 
 # --------------------------------------------------------------------------------------------- capture
