@@ -176,6 +176,8 @@ class ShardWriter:
             }
             digest = _content_digest(file, known)
             file.attrs["content_digest"] = digest
+            # While everything is open an error can be raised; in the closing of an object it would crash.
+            file.flush()
             self._activations.clear()
             file.close()
             self._file = None
@@ -203,15 +205,13 @@ class ShardWriter:
         file, self._file = self._file, None
         if file is None:
             return
-        self._activations = []
-        # On a full disk closing fails too. Cutting the file short first gives the space back even where libhdf5 then
-        # keeps the file open.
-        with contextlib.suppress(OSError):
-            os.truncate(self.path, 0)
         with contextlib.suppress(Exception):
-            file.close()
+            _write_nowhere(file)
         with contextlib.suppress(OSError):  # the disk may have become read-only: what went wrong first is told
             self.path.unlink(missing_ok=True)
+        self._activations = []
+        with contextlib.suppress(Exception):
+            file.close()
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -235,6 +235,18 @@ class ShardWriter:
             if isinstance(error, OSError | RuntimeError):
                 raise disk_error(self.path, error) from error
             raise
+
+
+def _write_nowhere(file: h5py.File) -> None:
+    """What libhdf5 still wants to write goes into memory from now on.
+
+    Closing a file flushes it. Where that fails, as on a full disk, libhdf5 keeps freed memory in use: it crashes later.
+    """
+    sink = os.memfd_create("fmextract") if hasattr(os, "memfd_create") else os.open(os.devnull, os.O_RDWR)
+    try:
+        os.dup2(sink, file.id.get_vfd_handle(), inheritable=False)
+    finally:
+        os.close(sink)
 
 
 def chunk_grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
@@ -451,6 +463,7 @@ def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], la
         if labels is not None:
             columns["label"][part] = _label_values(table, labels)
         at = part.stop
+    file.flush()  # not in the closing of a column, which cannot raise
     if at != rows:
         raise ValueError(f"expected columns of {rows} rows, got {at}")
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import io
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,8 +17,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fmextract import reader, run
+from fmextract import index, reader, run
 from fmextract.config import Config
+from fmextract.errors import FmextractError
 from fmextract.records import Result
 
 LAYERS = ("conv", "relu", "fc")
@@ -104,15 +109,20 @@ class Ended(BaseException):
     """A run is ended from outside, at a chosen moment."""
 
 
+def await_shards(out: Path, count: int) -> None:
+    """Until `count` shards are published; they are written beside the forward passes."""
+    directory = out.with_name(f"{out.name}.partial") if out.suffix else out
+    end = time.monotonic() + 20
+    while len(list(directory.glob("shard-*.json"))) < count and time.monotonic() < end:
+        time.sleep(0.001)
+
+
 def extract_until(rows: int, source: Any, out: Path, **options: Any) -> None:
     """A run that is ended when `rows` rows are done, and the shards before the last one are published."""
-    directory = out.with_name(f"{out.name}.partial") if out.suffix else out
 
     def stop(done: int) -> None:
         if done >= rows:
-            end = time.monotonic() + 20
-            while len(list(directory.glob("shard-*.json"))) < (done - 1) // 4 and time.monotonic() < end:
-                time.sleep(0.001)
+            await_shards(out, (done - 1) // 4)
             raise Ended
 
     try:
@@ -145,3 +155,82 @@ def same(one: Path, other: Path) -> None:
         for name in a.layers:
             for statistic in a[name].stats.names:
                 np.testing.assert_array_equal(getattr(a[name].stats, statistic), getattr(b[name].stats, statistic))
+
+
+# ------------------------------------------------------------------------ what test_crash runs in processes of its own
+
+
+def command(arguments: list[str], said: str, slow: float = 0.0) -> int:
+    """The command line, its stderr in the file `said`, with `slow` seconds after every batch."""
+    from fmextract import cli, progress
+
+    advance = progress.TerminalProgress.advance
+
+    def slowly(self: Any, images: int, failed: int) -> None:
+        time.sleep(slow)
+        advance(self, images, failed)
+
+    progress.TerminalProgress.advance = slowly  # type: ignore[method-assign]
+    with Path(said).open("w") as sys.stderr, Path("/dev/null").open("w") as sys.stdout:
+        return cli.main(arguments)
+
+
+def _stopped(source: Path, out: Path, on_advance: Callable[[int], None]) -> str:
+    try:
+        extract(source, out, notes=Notes(on_advance))
+    except FmextractError as error:
+        return f"{type(error).__name__} {error.exit_code} {error}"
+    return "finished"
+
+
+CANNOT_MOUNT = 77
+
+
+def on_full_disk(source: str, disk: str, whole: str, said: str) -> int:
+    """A run on a file system of its own that is filled up at its third shard, and another one once there is room."""
+    if not _mounted(disk):
+        return CANNOT_MOUNT
+    out, filler = Path(disk) / "out", Path(disk) / "filler"
+
+    def fill(done: int) -> None:
+        if done == 12:
+            await_shards(out, 2)
+            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+
+    lines = [_stopped(Path(source), out, fill), str(sorted(path.name for path in out.iterdir()))]
+    filler.unlink()
+    lines.append(f"{len(index.load_records(out))} {extract(Path(source), out).resumed_images}")
+    same(out, Path(whole))
+    Path(said).write_text("\n".join([*lines, "same"]))
+    return 0
+
+
+def _mounted(place: str) -> bool:
+    """A tmpfs of 2 MiB, seen by this process alone."""
+    new_user, new_mounts = 0x10000000, 0x00020000
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.getuid(), os.getgid()
+    if not hasattr(libc, "unshare") or libc.unshare(new_user | new_mounts):
+        return False
+    with contextlib.suppress(OSError):
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    return not libc.mount(b"tmpfs", os.fsencode(place), b"tmpfs", 0, b"size=2m")
+
+
+def on_limited_files(source: str, out: str, said: str) -> int:
+    """A run in which, from its third shard on, no file may grow beyond 10,000 bytes."""
+    import resource
+
+    def limit(done: int) -> None:
+        if done == 12:
+            await_shards(Path(out), 2)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+
+    line = _stopped(Path(source), Path(out), limit)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    Path(said).write_text(line)
+    return 0

@@ -97,7 +97,7 @@ def test_an_incomplete_run_is_an_error_everywhere(photos: Path, whole: Path, tmp
     there = [record.name for record in index.load_records(out)]
     assert there
     for read in (reader.open, verify.verify, lambda path: output.pack(path, tmp_path / "packed.h5")):
-        with pytest.raises((FormatError, OutputError), match="finished|in progress"):
+        with pytest.raises((FormatError, OutputError), match=r"finished|in progress"):
             read(out)
     missing = [range(4 * len(there), ROWS)]
     with pytest.raises(OutputError, match=f"missing are {missing[0].start}-17"):
@@ -117,9 +117,9 @@ def test_a_missing_shard_is_an_error_everywhere_and_is_made_again(photos: Path, 
     out = tmp_path / "out"
     extract(photos, out)
     (out / "shard-00002.h5").unlink()
-    with pytest.raises(FormatError, match="shard-00002.h5 is missing, with it the rows 8 to 11"):
+    with pytest.raises(FormatError, match=r"shard-00002\.h5 is missing, with it the rows 8 to 11"):
         reader.open(out)
-    with pytest.raises(FormatError, match="shard-00002.h5"):
+    with pytest.raises(FormatError, match=r"shard-00002\.h5"):
         output.pack(out, tmp_path / "packed.h5")
     (problem,) = verify.verify(out).problems
     assert (Path(problem.file).name, problem.rows) == ("shard-00002.h5", "8-11")
@@ -355,7 +355,7 @@ def test_what_is_not_ours_is_refused(photos: Path, tmp_path: Path, what: str) ->
 
 def test_a_failed_start_leaves_nothing(photos: Path, tmp_path: Path) -> None:
     for name in ("out", "out.h5"):
-        with pytest.raises(Exception, match="matches nothing|no layer|nope"):
+        with pytest.raises(Exception, match="nope"):
             extract(photos, tmp_path / name, layers=["nope"])
     assert list(tmp_path.iterdir()) == []
 
