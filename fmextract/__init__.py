@@ -33,10 +33,12 @@ from fmextract.errors import (
 from fmextract.records import Field, FileInfo, LayerSpec, Preprocess, Result, Source, Status
 
 if TYPE_CHECKING:
+    from fmextract.comparison import compare
     from fmextract.planning import Plan
     from fmextract.reader import Activations, Layer, open
     from fmextract.run import describe, extract
     from fmextract.run import make_plan as plan
+    from fmextract.similarity import linear_cka
 
 __version__ = "0.1.0"
 
@@ -45,8 +47,10 @@ _LAZY = {
     "Activations": ("fmextract.reader", "Activations"),
     "Layer": ("fmextract.reader", "Layer"),
     "Plan": ("fmextract.planning", "Plan"),
+    "compare": ("fmextract.comparison", "compare"),
     "describe": ("fmextract.run", "describe"),
     "extract": ("fmextract.run", "extract"),
+    "linear_cka": ("fmextract.similarity", "linear_cka"),
     "open": ("fmextract.reader", "open"),
     "plan": ("fmextract.run", "make_plan"),
 }
@@ -79,8 +83,10 @@ __all__ = [
     "Status",
     "TooManyFailures",
     "__version__",
+    "compare",
     "describe",
     "extract",
+    "linear_cka",
     "open",
     "plan",
 ]

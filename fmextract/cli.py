@@ -28,6 +28,7 @@ from fmextract.progress import TerminalProgress
 from fmextract.records import ModuleRow, Result
 
 if TYPE_CHECKING:
+    from fmextract.comparison import Comparison
     from fmextract.look import Example, LayerDepth, Where
     from fmextract.planning import Plan
     from fmextract.verify import Report
@@ -459,6 +460,39 @@ def demo(
     return 0
 
 
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="What counts as right.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="What is compared with it.", show_default=False)],
+    layers: Annotated[
+        list[str] | None, _option("--layer", "-l", metavar="LAYER", help="A layer by name; repeatable. [default: all]")
+    ] = None,
+    out: Annotated[
+        Path | None, _option("--out", "-o", metavar="PICTURE", help="Draw it, too: name.png, name.pdf or name.svg.")
+    ] = None,
+    worst: Annotated[int, _option("--worst", metavar="K", help="Images named for each layer. [default: 3]")] = 3,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Say where two outputs begin to differ, layer by layer.
+
+    Two precisions, two checkpoints, two ways of storing: rows are matched by key, layers by name.
+
+    fmextract compare fp32.h5 bf16.h5 -o differences.png
+    """
+    with _working():
+        from fmextract import comparison, reader
+
+        with reader.open(a) as first, reader.open(b) as second:
+            found = comparison.compare(first, second, layers or (), worst=worst)
+        if out is not None:
+            from fmextract.look import draw_comparison
+
+            draw_comparison(found, out)
+    _show(found.as_json(), lambda: _compared(found), as_json)
+    return 0
+
+
 # ---------------------------------------------------------------------------------------------------- pictures
 
 show = typer.Typer(
@@ -749,6 +783,33 @@ def _depth(found: "Sequence[LayerDepth]") -> str:
     ]
     head = ("layer", "type", "channels", "zeros", "mean", "std", "min", "max", "dead", "constant", "not finite")
     return _table(head, rows, right=head[2:])
+
+
+def _compared(found: "Comparison") -> str:
+    head = [f"{text.count(found.images, 'image')} of {text.printable(found.b)} against {text.printable(found.a)}"]
+    left = [
+        (found.images_only_a + found.images_only_b, "images in one only"),
+        (found.failed, "images failed in one"),
+        (", ".join((*found.only_a, *found.only_b)), "are layers of one only"),
+        (", ".join(found.unlike), "have other shapes"),
+    ]
+    head += [text.printable(f"left out: {what} {why}") for what, why in left if what]
+    rows = [
+        (
+            row.layer,
+            text.shape(row.shape),
+            text.share(row.error),
+            text.share(row.median_error),
+            text.share(row.max_error),
+            f"{row.cosine:.6f}",
+            f"{row.cka:.6f}",
+            row.nonfinite or "",
+            row.worst[0][0] if row.worst else "",
+        )
+        for row in found.layers
+    ]
+    columns = ("layer", "shape", "error", "median", "worst", "cosine", "CKA", "not finite in one", "worst image")
+    return "\n".join([*head, "", _table(columns, rows, right=columns[2:8])])
 
 
 def _examples(out: Path, found: "Sequence[Example]") -> str:

@@ -27,8 +27,8 @@ ORDER = re.findall(
     sources images models axes taps geometry effective reducers stats
     planning chunks device precision choose engine estimate prepare replay output
     run launch
-    export
-    look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where look.depth
+    similarity comparison export
+    look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where look.depth look.differences
     look
     report.numbers report.photos report.views report
     demo bench

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fmextract.look.depth import LayerDepth, depth, show_depth
+from fmextract.look.differences import draw_comparison
 from fmextract.look.maps import MapPicture, draw_maps, show_maps
 from fmextract.look.top import Example, show_top, strongest, top_picture
 from fmextract.look.where import Where, show_where, where, where_picture
@@ -32,6 +33,7 @@ __all__ = [
     "Where",
     "activations_of",
     "depth",
+    "draw_comparison",
     "draw_maps",
     "show_depth",
     "show_filters",

@@ -31,6 +31,8 @@ COLOURS = "magma"
 GREYS = "gray"
 CELL, GAP = 112, 5
 """Pixels of one tile's side in a mosaic, and between two of them."""
+MOST_NAMES = 45
+"""Names of layers that can be read side by side."""
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 
 
@@ -160,3 +162,18 @@ def plot_axis(made: Figure, box: tuple[float, float, float, float], title: str, 
     for side in axis.spines.values():
         side.set_visible(False)
     return axis
+
+
+def name_layers(axis: Axes, layers: Sequence[str]) -> None:
+    """Layers along the lower edge of a plot; of many, every second or third is named."""
+    every = -(-len(layers) // MOST_NAMES)
+    names = [short(layer, 18) for layer in layers[::every]]
+    slant: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(range(0, len(layers), every), names, **(slant if len(layers) <= 24 else {"rotation": 90}))
+    axis.set_xlim(-0.6, len(layers) - 0.4)
+
+
+def legend(axis: Axes) -> None:
+    """Above the plot at its right, beside the title: on no curve."""
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 2, "borderaxespad": 0.2}
+    axis.legend(frameon=False, fontsize=8.5, labelcolor=FAINT, **place)

@@ -12,16 +12,11 @@ import numpy as np
 
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
-from fmextract.look.canvas import safe, short
+from fmextract.look.canvas import safe
 from fmextract.look.select import select_layers
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from fmextract.reader import Activations
-
-MOST_NAMES = 45
-"""Names of layers that can be read side by side; of more, every second or third is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +103,12 @@ def show_depth(
     upper.plot(places, dead, "o", color=canvas.ACCENT, markersize=5, label="dead channels")
     upper.set_ylim(0, 100)
     upper.set_xticks([])
-    _legend(upper)
+    canvas.legend(upper)
     lower = canvas.plot_axis(figure, (left, 0.2, wide, 0.27), "Mean and spread of the values", "value")
     mean, std = (np.array([getattr(row, name) for row in rows]) for name in ("mean", "std"))
     lower.fill_between(places, mean - std, mean + std, color="#b5367a", alpha=0.35, lw=0, label="± one std")
     lower.plot(places, mean, "-o", color="#fc8961", markersize=4, label="mean")
-    every = -(-len(rows) // MOST_NAMES)
-    names = [short(row.layer, 18) for row in rows[::every]]
-    slant: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-    lower.set_xticks(places[::every], names, **(slant if len(rows) <= 24 else {"rotation": 90}))
-    lower.set_xlim(-0.6, len(rows) - 0.4)
-    upper.set_xlim(-0.6, len(rows) - 0.4)
-    _legend(lower)
+    canvas.name_layers(lower, [row.layer for row in rows])
+    upper.set_xlim(lower.get_xlim())
+    canvas.legend(lower)
     return canvas.save(figure, out), rows
-
-
-def _legend(axis: Axes) -> None:
-    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 2, "borderaxespad": 0.2}
-    axis.legend(frameon=False, fontsize=8.5, labelcolor=canvas.FAINT, **place)
