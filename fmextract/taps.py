@@ -319,9 +319,11 @@ def _matching_modules(selector: Selector, seen: Survey) -> list[str]:
     base = selector.base
     paths = [path for path in (*seen.types, *seen.aliases) if path != ROOT]
     numbered = re.fullmatch(r"(\w+)#(-?\d+)", base)
-    if numbered and base not in paths:
+    if base in paths:
+        matches, known = [base], paths
+    elif numbered:
         return [_numbered_module(selector, numbered[1], int(numbered[2]), seen)]
-    if base.startswith("type:"):
+    elif base.startswith("type:"):
         base = base[len("type:") :].rpartition(".")[2]
         matches = [path for path, names in seen.lineage.items() if base in names and path != ROOT]
         known = sorted({name for names in seen.lineage.values() for name in names})
@@ -329,7 +331,7 @@ def _matching_modules(selector: Selector, seen: Survey) -> list[str]:
         matches, known = [ROOT], paths
     else:
         pattern = _glob(base)
-        matches, known = [path for path in paths if path == base or pattern.fullmatch(path)], paths
+        matches, known = [path for path in paths if pattern.fullmatch(path)], paths
     if not matches:
         raise LayerError(f"no layer matches {selector.text!r}.{_closest(base, known)} `fmextract layers` lists all.")
     order = {path: i for i, path in enumerate(seen.order)}
