@@ -36,6 +36,7 @@ KEYS = ["a.png", f"{EVIL}.png", "b\"'&.png", "line\nbreak.png", "ünï/c.png", "
 FAILED = 2
 INPUT = (48, 64)
 FIELD = Field((7.0, 9.0), (4.0, 4.0), (2.0, 2.0))
+WIDE = Field((99.0, 99.0), (8.0, 8.0), (4.0, 4.0))
 AXES_OF = {
     CONV: AXES[4],
     "big": AXES[4],
@@ -47,7 +48,7 @@ AXES_OF = {
 SHAPES = {CONV: (5, 12, 16), "big": (3, 130, 90), "swin": (6, 8, 4), "tokens": (49, 6), "odd": (2, 3, 4), "fc": (10,)}
 SPECS: dict[str, dict[str, Any]] = {
     CONV: {"field": FIELD, "rel_error": 0.0123},
-    "swin": {"field": Field((99.0, 99.0), (8.0, 8.0), (4.0, 4.0))},
+    "swin": {"field": WIDE, "erf_size": 12.0},
 }
 
 
@@ -615,7 +616,24 @@ def test_strongest_tokens_are_patches(wide: Mapping[str, Any], stored: Stored) -
         else:
             y, x = divmod(int(token) - 1, 8)
             assert [float(edge) for edge in box.split()] == [8 * y, 8 * x, 8 * y + 8, 8 * x + 8]
-    assert [one[0] for one in wide["swin tops"]] == stored.options["stats"]["swin"]["top_sample"][0].tolist()
+
+
+def test_the_effective_field_is_boxed_where_it_is_known(wide: Mapping[str, Any], stored: Stored) -> None:
+    effective = replace(WIDE, size=(12.0, 12.0))
+    with fmextract.open(stored.path) as acts:
+        expected = acts["swin"].top(0, 3)
+    for (row, box, *_), top in zip(wide["swin tops"], expected, strict=True):
+        assert row == top.row
+        assert top.y is not None
+        assert top.x is not None
+        assert [float(edge) for edge in box.split()] == pytest.approx(boxes.cell_box(effective, (top.y, top.x), INPUT))
+
+
+def test_it_does_not_look_for_ever(tmp_path: Path) -> None:
+    array = np.random.default_rng(2).random((300, 40), np.float32)
+    stats = {"fc": statistics(array, AXES[2], np.ones(300, bool), k=9)}
+    make_file(tmp_path / "acts.h5", {"fc": array}, stats=stats)
+    assert "100 photos missing" in "".join(write_report(tmp_path / "acts.h5").left_out)
 
 
 def test_it_fits_a_telephone_and_follows_the_system(seen: Mapping[str, Seen]) -> None:

@@ -44,6 +44,8 @@ MAPS = 64
 MAP_LAYERS = 100
 FEWEST_MAPS = 12
 """Rather fewer images than fewer maps of each layer."""
+GIVE_UP = 100
+"""Photos missing before the first one found: no more are looked for, each of which may be a question to a network."""
 FEATURED = 16
 """Channels of each layer whose strongest images all get a photo before any other channel's do."""
 MARK = '<meta name="generator" content="fmextract">'
@@ -223,6 +225,9 @@ class _Collected:
         for row in dict.fromkeys([*self.rows, *self.named]):
             if self.room <= reserved:
                 break
+            if not self.data["photos"] and len(self.photos.missing) >= GIVE_UP:
+                self.named = []
+                break
             made = self.photos.thumbnail(row)
             if made is not None:
                 self._put(self.data["photos"], row, made)
@@ -275,7 +280,11 @@ class _Collected:
         few = sum(1 for e in self.layers if e["channels"] and e["channels"]["shown"] is not None)
         if few:
             yield f"the strongest images of some channels, in {count(few, 'layer')}"
-        bare = sum(1 for name in self.acts.layers if numbers.channel_count(self.acts[name]) == 0)
+        counts = [numbers.channel_count(self.acts[name]) for name in self.acts.layers]
+        none = sum(1 for n, entry in zip(counts, self.layers, strict=True) if n and not entry["channels"])
+        if none:
+            yield f"the channels of {count(none, 'layer')}: no room"
+        bare = counts.count(0)
         if bare:
             yield f"statistics of channels for {count(bare, 'layer')} whose channel axis is not known"
         if self.photos.missing:

@@ -305,7 +305,8 @@ function histogram(layer, wide, tall, axis) {
     svg.append(s("line", { class: "axis", x1: 0, x2: wide, y1: tall, y2: tall }));
     for (const v of ticks(made.low, made.high)) {
       const at = (wide * (v - made.low)) / (made.high - made.low);
-      if (at > 8 && at < wide - 8) svg.append(s("text", { x: at, y: tall + 17, "text-anchor": "middle" }, number(v)));
+      const anchor = at < 10 ? "start" : at > wide - 10 ? "end" : "middle";
+      svg.append(s("text", { x: at, y: tall + 17, "text-anchor": anchor }, number(v)));
     }
   }
   return svg;
@@ -637,9 +638,9 @@ function topCard(layer, channels, i, n) {
   const where = cell && input && data.geometry ? seen(layer, cell, input) : null;
   const frame = photo(row, where ? marks(where, input) : null);
   const box = where && (where.use ?? where.field);
+  let crop = null;
   if (box && data.photos[row] && covers(box, input) < 0.5 && covers(box, input) > 0) {
-    const crop = h("canvas", { class: "crop", "aria-hidden": "true" });
-    frame.append(crop);
+    crop = h("canvas", { class: "crop", "aria-hidden": "true" });
     withPicture(`data:image/jpeg;base64,${data.photos[row].jpeg}`, (image) => {
       const [fy, fx] = [image.height / input[0], image.width / input[1]];
       const size = [(box[3] - box[1]) * fx, (box[2] - box[0]) * fy];
@@ -650,7 +651,7 @@ function topCard(layer, channels, i, n) {
   }
   const linked = data.maps[row]?.[indexOf(layer)];
   return h("figure", { "data-row": row, "data-box": box ? box.map((v) => Number(v.toFixed(3))).join(" ") : null }, frame,
-    h("figcaption", {}, h("strong", {}, number(channels.top_value[i], 4)), h("span", { class: "mono" }, keyOf(row)), h("span", { class: "faint" }, note),
+    h("figcaption", {}, crop, h("strong", {}, number(channels.top_value[i], 4)), h("span", { class: "mono" }, keyOf(row)), h("span", { class: "faint" }, note),
       linked ? h("a", { class: "noprint", href: hashOf({ view: "maps", row, channel: n }) }, "Its maps") : null));
 }
 
