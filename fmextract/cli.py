@@ -180,9 +180,8 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
     "shard_size": (str, "SIZE", "Values, before compression, that one shard holds about, as 512MiB. [default: auto]"),
     "workers": (str, "N|auto", "Threads that decode and compress. [default: auto, from the CPUs]"),
     "limit": (int, "N", "Only the first N images. [default: all]"),
-    "seed": (int, "N", "Of everything random in the run. [default: 0]"),
+    "seed": (int, "N", "What is random in the model's forward begins from this number. [default: 0]"),
     "top": (int, "K", "Strongest images kept for each channel. [default: 9]"),
-    "compile": (bool, None, "Compile the model with torch.compile."),
     "max_failures": (
         str,
         "COUNT|SHARE",

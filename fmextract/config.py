@@ -96,7 +96,6 @@ class Config:
     limit: int | None = None
     seed: int = 0
     top: int = 9
-    compile: bool = False
     max_failures: FailureBudget = dataclasses.field(default_factory=FailureBudget)
     allow_outside: bool = False
     overwrite: bool = False

