@@ -133,7 +133,7 @@ def test_extract_json_is_the_contract(fm: Run, options: list[object], tmp_path: 
     assert said.json["images"] == 5
     assert said.json["failed"] == 0
     assert said.json["output"] == str(tmp_path / "acts.h5")
-    assert said.json["stages"].keys() == {"decode", "forward", "encode", "write"}
+    assert said.json["stages"].keys() >= {"decode", "forward", "encode", "write"}
     (layer,) = said.json["layers"]
     assert layer.keys() >= {"name", "shape", "dtype", "bytes_stored", "sparsity", "nonfinite"}
 
