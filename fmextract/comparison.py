@@ -23,8 +23,9 @@ class LayerComparison:
     """One layer of `b` against `a`, over the values that are finite in both.
 
     `error` is the relative L2 error of all images together, |b - a| / |a|; `median_error` and `max_error` are of the
-    images' own. `cosine` is that of all values as one vector, `cka` linear CKA between the images' activations. `worst`
-    holds (key, relative L2 error) of the images that differ most, `nonfinite` counts values that are finite in one only.
+    images' own. `cosine` is that of all values as one vector, `cka` linear CKA between the images' activations.
+    `worst` holds (key, relative L2 error) of the images that differ most; `nonfinite` counts the values that are
+    finite in one only.
     """
 
     layer: str

@@ -28,7 +28,8 @@ ORDER = re.findall(
     planning chunks device precision choose engine estimate prepare replay output
     run launch
     similarity comparison export
-    look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where look.depth look.differences
+    look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where look.depth
+    look.differences
     look
     report.numbers report.photos report.views report
     demo bench

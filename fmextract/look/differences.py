@@ -29,6 +29,8 @@ def draw_comparison(found: Comparison, out: str | os.PathLike[str]) -> Path:
     upper.plot(places, median, "-o", color="#fc8961", markersize=4, label="median image")
     if (median > 0).any():
         upper.set_yscale("log")
+        upper.yaxis.set_major_formatter("{x:g}")
+        upper.minorticks_off()
     upper.set_xticks([])
     lower = canvas.plot_axis(figure, (left, 0.2, wide, 0.27), "How alike they stay", "similarity")
     lower.plot(places, [row.cosine for row in rows], "-o", color="#4cc9f0", markersize=4, label="cosine")
