@@ -116,13 +116,15 @@ class ShardWriter:
         self._grids = [chunk_grid((len(rows), *spec.shape), spec.chunk) for spec in layers]
         self._digests: list[dict[tuple[int, ...], bytes]] = [{} for _ in layers]
         self._file: h5py.File | None = None
+        self._disk: _SteadyFile | None = None
         with self._whole_or_nothing():
-            # No lock: the name is ours alone, and locks fail on network file systems.
-            self._file = h5py.File(self.path, "w", libver=_LIBVER, track_order=True, locking=False)
+            self._disk = _SteadyFile(self.path)
+            self._file = h5py.File(self._disk, "w", libver=_LIBVER, track_order=True)
             _set_attrs(self._file, _root_attrs(info))
             _create_sample_scale(self._file, rows)
             group = self._file.create_group("layers", track_order=True)
             self._activations = [_create_layer(group, spec, len(rows), chosen, level).id for spec in layers]
+            self._check_disk()
 
     def write_chunk(self, layer: int, chunk_index: tuple[int, ...], payload: bytes, digest: bytes) -> None:
         """Put an encoded chunk in its place. `chunk_index` counts chunks; `digest` is `chunk_digest(payload)`."""
@@ -134,6 +136,7 @@ class ShardWriter:
         with self._whole_or_nothing():
             offset = tuple(i * size for i, size in zip(chunk_index, spec.chunk, strict=True))
             self._activations[layer].write_direct_chunk(offset, payload)
+            self._check_disk()
         done[chunk_index] = digest
 
     def finish(
@@ -176,11 +179,13 @@ class ShardWriter:
             }
             digest = _content_digest(file, known)
             file.attrs["content_digest"] = digest
-            # While everything is open an error can be raised; in the closing of an object it would crash.
-            file.flush()
             self._activations.clear()
             file.close()
             self._file = None
+            self._check_disk()
+            assert self._disk is not None
+            self._disk.close()
+            self._disk = None
             _fsync(self.path)
         return digest
 
@@ -203,21 +208,27 @@ class ShardWriter:
     def abort(self) -> None:
         """Close and remove the file, if it is not finished. May be called again."""
         file, self._file = self._file, None
-        if file is None:
+        disk, self._disk = self._disk, None
+        if disk is None:
             return
-        with contextlib.suppress(Exception):
-            _write_nowhere(file)
+        disk.drop()
         with contextlib.suppress(OSError):  # the disk may have become read-only: what went wrong first is told
             self.path.unlink(missing_ok=True)
         self._activations = []
         with contextlib.suppress(Exception):
-            file.close()
+            if file is not None:
+                file.close()
+        disk.close()
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.abort()
+
+    def _check_disk(self) -> None:
+        if self._disk is not None:
+            self._disk.check()
 
     def _open_file(self) -> h5py.File:
         if self._file is None:
@@ -230,23 +241,70 @@ class ShardWriter:
         try:
             yield
         except BaseException as error:
+            cause: BaseException = error
+            if isinstance(error, Exception) and self._disk is not None:
+                cause = self._disk.error or error  # what libhdf5 says of a file that is not all there means little
             self.abort()
-            # libhdf5 reports a failed flush as RuntimeError.
-            if isinstance(error, OSError | RuntimeError):
-                raise disk_error(self.path, error) from error
+            if isinstance(cause, OSError | RuntimeError):
+                raise disk_error(self.path, cause) from error
             raise
 
 
-def _write_nowhere(file: h5py.File) -> None:
-    """What libhdf5 still wants to write goes into memory from now on.
+class _SteadyFile:
+    """A file as h5py takes one, in which writing never fails: the first error is kept, and what follows is dropped.
 
-    Closing a file flushes it. Where that fails, as on a full disk, libhdf5 keeps freed memory in use: it crashes later.
+    libhdf5 writes when it closes an object, where an error cannot be raised; and once that has failed, as on a full
+    disk, it goes on with freed memory and crashes the process (measured, HDF5 2.0). So it is not told.
     """
-    sink = os.memfd_create("fmextract") if hasattr(os, "memfd_create") else os.open(os.devnull, os.O_RDWR)
-    try:
-        os.dup2(sink, file.id.get_vfd_handle(), inheritable=False)
-    finally:
-        os.close(sink)
+
+    def __init__(self, path: Path) -> None:
+        self._raw = path.open("w+b", buffering=0)
+        self.error: OSError | None = None
+        self._dropping = False
+
+    def write(self, data: memoryview) -> int:
+        view = memoryview(data)
+        done = 0
+        try:
+            while not self._dropping and done < len(view):
+                done += self._raw.write(view[done:]) or 0
+        except OSError as error:
+            self.error, self._dropping = error, True
+        return len(view)
+
+    def truncate(self, size: int | None = None) -> int:
+        if not self._dropping:
+            try:
+                return self._raw.truncate(size)
+            except OSError as error:
+                self.error, self._dropping = error, True
+        return size or 0
+
+    def read(self, size: int = -1) -> bytes:
+        return self._raw.read(size) or b""
+
+    def readinto(self, buffer: memoryview) -> int:
+        return self._raw.readinto(buffer) or 0
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def flush(self) -> None: ...
+
+    def check(self) -> None:
+        """Raises the OSError that stopped the writing, if one did."""
+        if self.error is not None:
+            raise self.error
+
+    def drop(self) -> None:
+        """Nothing that comes from now on is written."""
+        self._dropping = True
+
+    def close(self) -> None:
+        self._raw.close()
 
 
 def chunk_grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
@@ -463,7 +521,6 @@ def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], la
         if labels is not None:
             columns["label"][part] = _label_values(table, labels)
         at = part.stop
-    file.flush()  # not in the closing of a column, which cannot raise
     if at != rows:
         raise ValueError(f"expected columns of {rows} rows, got {at}")
 
