@@ -463,11 +463,19 @@ def seen(stored: Stored, tmp_path_factory: pytest.TempPathFactory) -> Mapping[st
          "steps": [["evaluate", "document.documentElement.dataset.theme"], *widths]},
         {"url": url, "steps": [["pdf", str(out / "page.pdf")], ["paper"], ["evaluate", shown_on_paper]]},
     ]  # fmt: skip
+    array = np.full((3, 4, 2, 2), np.nan, np.float32)
+    make_file(out / "failed.h5", {"conv": array}, status=[1, 2, 3], spec={"conv": {"axes": ("axis_1", "axis_2", "x")}})
+    write_report(out / "failed.h5", out / "failed.html")
+    pages.append({"url": (out / "failed.html").as_uri(), "steps": [
+        step for view in ("run", "layers", "maps", "channels") for step in (
+            ["hash", f"#view={view}"], ["press", "j"], ["press", "n"], ["press", "ArrowRight"], ["evaluate", TEXT])
+    ]})  # fmt: skip
     results = visit(pages)
     assert (out / "page.pdf").read_bytes().count(b"/Type /Page\n") >= 4
     return {
         "wide": Seen(dict(zip(steps, results[0]["given"], strict=True)), results[0]["wrong"], results[0]["requests"]),
         "narrow": Seen(dict(enumerate(results[1]["given"])), results[1]["wrong"], results[1]["requests"]),
+        "failed": Seen(dict(enumerate(results[3]["given"])), results[3]["wrong"], results[3]["requests"]),
         "paper": Seen(dict(enumerate(results[2]["given"])), results[2]["wrong"], results[2]["requests"]),
     }
 
@@ -640,6 +648,14 @@ def test_it_fits_a_telephone_and_follows_the_system(seen: Mapping[str, Seen]) ->
     theme, *others = seen["narrow"].given.values()
     assert theme == "dark"
     assert all(width <= 390 for width in others if width is not None)
+
+
+def test_a_run_in_which_all_failed_can_be_looked_at(seen: Mapping[str, Seen]) -> None:
+    run, layers, maps, channels = list(seen["failed"].given.values())[4::5]
+    assert "3 failed" in run[0][1]
+    assert "no finite values" in layers[0][1]
+    assert "no maps" in maps[0][1]
+    assert "no statistics by channel" in channels[0][1]
 
 
 def test_paper_gets_every_view(seen: Mapping[str, Seen]) -> None:

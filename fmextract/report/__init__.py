@@ -44,6 +44,8 @@ MAPS = 64
 MAP_LAYERS = 100
 FEWEST_MAPS = 12
 """Rather fewer images than fewer maps of each layer."""
+PHOTO = 25_000
+"""Bytes that a photo takes at most, about: with less room left, none is read for nothing."""
 GIVE_UP = 100
 """Photos missing before the first one found: no more are looked for, each of which may be a question to a network."""
 FEATURED = 16
@@ -178,8 +180,9 @@ class _Collected:
             need = max_size - self.room
             raise ConfigError(f"--max-size {max_size:,}: the numbers of this run alone need {need:,} bytes")
         self._add_keys(self.rows)
-        self._add_photos()
+        self._add_photos(self.room * 0.55)
         self._add_maps()
+        self._add_photos(0)  # with what the maps left
         self._tell()
 
     def _layer(self, name: str, sampled: numbers.Sample) -> dict[str, Any]:
@@ -219,11 +222,12 @@ class _Collected:
         self.room -= need
         return True
 
-    def _add_photos(self) -> None:
+    def _add_photos(self, reserved: float) -> None:
         """Of the images with maps, then of those that channels name, the featured channels first."""
-        reserved = self.room * 0.55
         for row in dict.fromkeys([*self.rows, *self.named]):
-            if self.room <= reserved:
+            if row in self.data["photos"] or row in self.photos.missing:
+                continue
+            if self.room <= reserved + PHOTO:
                 break
             if not self.data["photos"] and len(self.photos.missing) >= GIVE_UP:
                 self.named = []

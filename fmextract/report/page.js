@@ -359,7 +359,7 @@ function drawRun() {
       metric === "near" ? h("p", { class: "note" }, "Below 1 % of the layer's standard deviation, in a sample of the stored values.") : null,
       metric === "dead" ? h("p", { class: "note" }, "Channels that are zero everywhere, over all images.") : null),
     failed ? h("div", { class: "card" }, h("h2", {}, "Failed images"),
-      h("p", { class: "note" }, `${plural(run.failed, "row")} of ${run.rows.toLocaleString("en")} hold no values: `,
+      h("p", { class: "note" }, `${plural(run.failed, "row")} of ${run.rows.toLocaleString("en")} without values: `,
         Object.entries(run.statuses).filter(([name, n]) => name !== "ok" && n).map(([name, n]) => `${n} ${name}`).join(", "), "."),
       h("div", { class: "scroll" }, h("table", { id: "failures" },
         h("thead", {}, h("tr", {}, h("th", { class: "n" }, "row"), h("th", {}, "image"), h("th", {}, "what"), h("th", {}, "message"))),
