@@ -28,6 +28,7 @@ from fmextract.progress import TerminalProgress
 from fmextract.records import ModuleRow, Result
 
 if TYPE_CHECKING:
+    from fmextract.bench import Report as Measured
     from fmextract.comparison import Comparison
     from fmextract.look import Example, LayerDepth, Where
     from fmextract.planning import Plan
@@ -434,6 +435,33 @@ def report(
 
         made = write_report(out, page, images=images, max_size=parse_size(max_size))
     _show(made.as_json(), lambda: str(made), as_json)
+    return 0
+
+
+@app.command()
+@_with_run_options
+def bench(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="SOURCE", help="As in `extract`. [default: JPEGs made of the demo's photos]"),
+    ] = None,
+    *,
+    model: Model,
+    repeats: Annotated[int, _option("--repeats", metavar="N", help="Medians of so many turns. [default: 3]")] = 3,
+    as_json: Json = False,
+    debug: Debug = False,
+    **options: Any,
+) -> int:
+    """Measure every stage alone, the limit they set, and how near a whole run comes.
+
+    fmextract bench photos/ -m resnet50 -w random:0 -l 'layer*' --precision bf16
+    """
+    config = _config(options)
+    with _working():
+        from fmextract.bench import bench as measure
+
+        found = measure(source, model, config, TerminalProgress(), repeats=repeats)
+    _show(found.as_json(), lambda: _benched(found), as_json)
     return 0
 
 
@@ -887,6 +915,25 @@ def _summary(result: Result) -> str:
     head = ("layer", "shape", "type", "stored", "zeros", "not finite", "error")
     layers = _table(head, rows, right=("stored", "zeros", "not finite", "error"))
     return "\n".join([", ".join(held), "; ".join(run), "", layers])
+
+
+def _benched(found: "Measured") -> str:
+    stages = [
+        [stage.name, text.rate(stage.images_per_second), text.rate(stage.bare) if stage.bare else "", stage.what]
+        for stage in found.stages
+    ]
+    shares = "the sum of all stages" if found.device == "cpu" else f"the slowest stage, {found.limiting_stage}"
+    return "\n".join(
+        [
+            f"{found.model}, {found.precision}, batch size {found.batch_size}, on {found.machine['processor']}",
+            "",
+            _table(["stage", "images/s", "bare", "what is bare"], stages, right=["images/s", "bare"]),
+            "",
+            f"limit       {text.rate(found.limit)} images/s ({shares})",
+            f"end to end  {text.rate(found.end_to_end)} images/s, {text.share(found.share)} of the limit",
+            f"{found.limiting_stage} takes most; what would help: {found.would_help}",
+        ]
+    )
 
 
 def _verified(report: "Report") -> str:
