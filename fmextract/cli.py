@@ -452,7 +452,7 @@ def bench(
     debug: Debug = False,
     **options: Any,
 ) -> int:
-    """Measure every stage alone, the limit they set, and how near a whole run comes.
+    """Measure the stages alone, and how near a run comes to their limit.
 
     fmextract bench photos/ -m resnet50 -w random:0 -l 'layer*' --precision bf16
     """
