@@ -159,3 +159,26 @@ def test_the_commands(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[
     assert main(where) == 0
     assert main([*where[:-3], "4.pngg", "-o", str(tmp_path / "w.png")]) == 2
     assert "closest are 4.png" in capfd.readouterr().err
+
+
+def test_nothing_is_drawn_where_the_preprocessing_cannot_be_undone(place: Path, tmp_path: Path) -> None:
+    import torch
+
+    def own(photo: object) -> torch.Tensor:
+        return torch.from_numpy(np.array(photo.resize((32, 32)), np.float32).transpose(2, 0, 1) / 255)  # type: ignore[attr-defined]
+
+    with small_run(place / "photos", tmp_path / "own.h5", preprocess=own) as acts:
+        found = look.show_top(acts, "conv2", [0], tmp_path / "top.png", k=2)
+        assert all(one.photo_box is None for one in found)
+        with pytest.raises(ConfigError, match="the user's own"):
+            look.show_where(acts, "2.png", "conv2", tmp_path / "w.png")
+        with pytest.raises(ConfigError, match="the user's own"):
+            look.show_maps(acts, "2.png", tmp_path / "m", overlay=True)
+        look.show_maps(acts, "2.png", tmp_path / "m", layers=["conv2"])
+
+
+def test_positions_are_kept_where_the_maps_are_not(place: Path, tmp_path: Path) -> None:
+    with small_run(place / "photos", tmp_path / "t.h5", layers=["conv2=top", "conv2"]) as acts:
+        (bare, *_), (full, *_) = (look.strongest(acts, name, 3) for name in ("conv2=top", "conv2"))
+        assert (bare.row, bare.value, bare.cell) == (full.row, full.value, full.cell)
+        look.show_top(acts, "conv2=top", [3], tmp_path / "top.png", k=2)

@@ -15,7 +15,7 @@ import PIL.Image
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
 from fmextract.look.canvas import Array, safe, short
-from fmextract.look.photos import as_seen, load_photo
+from fmextract.look.photos import as_seen, check_traceable, load_photo
 from fmextract.look.places import Grid, Maps, pick_channels, read_maps
 from fmextract.look.select import select_layers
 from fmextract.text import shape
@@ -83,6 +83,8 @@ def show_maps(
     """
     if scale not in SCALES:
         raise ConfigError(f"unknown scale {scale!r}: expected {' or '.join(SCALES)}")
+    if overlay:
+        check_traceable(acts)
     row = acts.row(image)
     names = select_layers(acts, layers, with_maps=True)
     photo = load_photo(acts, row, images)

@@ -77,6 +77,14 @@ def input_size(acts: Activations) -> tuple[int, int] | None:
     return acts.input_size
 
 
+def check_traceable(acts: Activations) -> None:
+    """Raise ConfigError where nobody knows which part of a photo became the input: nothing can be laid over it then."""
+    if acts.preprocess.get("kind", "standard") != "standard":
+        raise ConfigError(
+            f"{acts.path}: the preprocessing was the user's own, so that where its input lies in a photo is not known"
+        )
+
+
 def as_seen(photo: PIL.Image.Image, preprocess: Mapping[str, Any]) -> PIL.Image.Image:
     """The part of a photo that became the network's input: resized and cut as the file's `preprocess` says.
 

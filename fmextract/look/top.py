@@ -78,12 +78,18 @@ def strongest(acts: Activations, layer: str, channel: int, k: int = 9) -> list[E
     places = zip(one.stats.top_y[channel].tolist(), one.stats.top_x[channel].tolist(), strict=True)
     made = []
     for top, (y, x) in zip(found, places, strict=False):
-        cell = grid.cell(y, x) if grid is not None and y >= 0 else None
+        cell = _cell(grid, y, x)
         region = grid.region(cell) if grid is not None and cell is not None else None
         size = int(acts.heights[top.row]), int(acts.widths[top.row])
         part = photo_box(region.box, acts.preprocess, size) if region is not None else None
         made.append(Example(channel, top.row, top.key, top.value, cell, region, part))
     return made
+
+
+def _cell(grid: Grid | None, y: int, x: int) -> tuple[int, int] | None:
+    if grid is not None and y >= 0:
+        return grid.cell(y, x)
+    return (y, x) if y >= 0 and x >= 0 else None
 
 
 def _grid(acts: Activations, layer: Layer) -> Grid | None:
@@ -135,7 +141,8 @@ def show_top(
             photo = load_photo(acts, example.row, images)
             box = (left, top - (side - 0.1) / height, (side - 0.12) / width, (side - 0.1) / height)
             axis = figure.add_axes(box, anchor="N")
-            draw_region(axis, as_seen(photo, acts.preprocess), example.region)
+            # Where the box cannot be traced back to the photo, it cannot be drawn on it either.
+            draw_region(axis, as_seen(photo, acts.preprocess), example.region if example.photo_box else None)
             figure.text(left, top + 0.28 / height, f"{example.value:.3g}", color=canvas.ACCENT, size=10, va="center")
             end = left + (side - 0.12) / width
             detail = short(example.key, 22)

@@ -13,7 +13,7 @@ from fmextract.boxes import Box, photo_box
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
 from fmextract.look.canvas import Array, safe, short
-from fmextract.look.photos import as_seen, load_photo
+from fmextract.look.photos import as_seen, check_traceable, load_photo
 from fmextract.look.places import Region, read_maps
 from fmextract.look.top import KINDS, cropped, draw_region, outline
 
@@ -118,6 +118,7 @@ def show_where(
 
     The photo is looked for where the run found it, or in `images`. Raises ConfigError, MissingExtra.
     """
+    check_traceable(acts)
     found = where(acts, image, layer, k)
     photo = load_photo(acts, acts.row(image), images)
     seen = as_seen(photo, acts.preprocess)
