@@ -392,8 +392,8 @@ def _layer_spec(
         chunk=planning.chunk_shape(shape, axes, np.dtype(on_disk).itemsize, rows),
         copied=probed.overwritten or i in chosen.overwritten,
         rel_error=chosen.rel_errors[i],
-        field=prepared.fields[i] if {"y", "x"} <= set(axes) else None,
-        erf_size=erf_sizes[i] if {"y", "x"} <= set(axes) else None,
+        field=prepared.fields[i] if {"y", "x"} <= set(captured.axes) else None,
+        erf_size=erf_sizes[i] if {"y", "x"} <= set(captured.axes) else None,
     )
 
 
