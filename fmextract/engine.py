@@ -297,7 +297,12 @@ class _Writer:
         digest = writer.finish(end.samples, end.stats, attrs, root)
         self._open, self._overflowed = None, {}
         final = self._directory / index.shard_name(end.rows.start // self._work.plan.shard_rows)
-        index.publish(writer.path, final)
+        try:
+            index.publish(writer.path, final)
+        except BaseException:
+            with suppress(OSError):
+                writer.path.unlink(missing_ok=True)
+            raise
         record = index.record_shard(
             final,
             rows=end.rows,

@@ -49,7 +49,8 @@ class Output:
 
     def __enter__(self) -> Output:
         """Raises OutputError where the place holds something else, or another run is at work there."""
-        self._check_place()
+        with _writing(self.directory):
+            self._check_place()
         # Looking at a finished output needs no lock: the place may well be read-only.
         if self._overwrite or not self._is_finished() or (self._single and self.directory.exists()):
             self._make_directory()

@@ -1,0 +1,462 @@
+"""Bad images keep their rows and harm no others; the budget; stages that raise, stall or hang end a run in order."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+import torch
+from runs import Notes, Tiny, extract, make_photos, picture
+
+from fmextract import engine, reader, watch
+from fmextract.channel import Channel, Closed
+from fmextract.config import FailureBudget
+from fmextract.errors import CaptureError, DeviceLost, FmextractError, NoSpace, SampleError, TooManyFailures
+from fmextract.pool import Pool
+from fmextract.records import Status
+
+
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith("fmextract")}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """No thread and no open file of a run survives it."""
+    before = threads()
+    yield
+    assert threads() <= before | {name for name in threads() if name.startswith("fmextract-read")}
+
+
+# ---------------------------------------------------------------------------------------------------------- bad images
+
+
+def bomb() -> bytes:
+    """A PNG of 60,000 x 60,000 pixels in a few hundred bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    side = (60_000).to_bytes(4, "big")
+    header = chunk(b"IHDR", side + side + bytes([8, 2, 0, 0, 0]))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")
+
+
+BAD = {
+    1: picture(1)[:120],  # cut off
+    2: picture(2)[:60] + bytes(40) + picture(2)[100:],  # broken inside
+    4: b"this is no image",
+    5: b"",
+    9: bomb(),
+}
+UNREADABLE = (6, 7, 10)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run over the same rows with nothing wrong with them."""
+    place = tmp_path_factory.mktemp("sound")
+    extract(make_photos(place / "photos", 14), place / "out")
+    return place / "out"
+
+
+def make_bad_photos(folder: Path) -> Path:
+    photos = make_photos(folder, 14, BAD)
+    for row in UNREADABLE:
+        (photos / f"{row:04}.png").unlink()
+    os.mkfifo(photos / "0006.png")
+    (photos / "0007.png").symlink_to("nowhere.png")
+    (photos / "0010.png").symlink_to("0010.png")
+    return photos
+
+
+@contextmanager
+def nobody(folder: Path) -> Iterator[None]:
+    """Root reads what it may not: be somebody else for a while."""
+    if os.geteuid():
+        yield
+        return
+    for path in folder.parents:
+        if path.stat().st_mode & 0o011 != 0o011:
+            path.chmod(path.stat().st_mode | 0o011)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_bad_images_keep_their_rows_and_harm_no_others(sound: Path, tmp_path: Path) -> None:
+    photos = make_bad_photos(tmp_path / "photos")
+    notes = Notes()
+    result = extract(photos, tmp_path / "out", notes=notes)
+    wrong = sorted([*BAD, *UNREADABLE])
+    assert (result.images, result.failed) == (14, len(wrong))
+    assert len(result.failures) == len(wrong)
+    with reader.open(tmp_path / "out") as acts, reader.open(sound) as good:
+        assert acts.keys.tolist() == good.keys.tolist()
+        assert np.flatnonzero(acts.status).tolist() == wrong
+        for row in wrong:
+            expected = Status.UNREADABLE if row in UNREADABLE else Status.UNDECODABLE
+            assert acts.status[row] == expected
+            assert acts.messages[row]
+        for name in acts.layers:
+            values, reference = acts[name][:], good[name][:]
+            fine = np.setdiff1d(np.arange(14), wrong)
+            # The same bits, although their batches had black images in them.
+            np.testing.assert_array_equal(values[fine].view(np.uint32), reference[fine].view(np.uint32))
+            assert np.isnan(values[wrong]).all()
+            assert acts[name].stats.count.sum() == np.isfinite(values).sum()
+
+
+def test_a_directory_named_like_an_image_and_a_file_without_permission(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", 4)
+    (photos / "0001.png").chmod(0)
+    (photos / "0002.png").unlink()
+    (photos / "0002.png").mkdir()
+    (photos / "manifest.txt").write_text("".join(f"{row:04}.png\n" for row in range(4)))
+    photos.chmod(0o777)
+    tmp_path.chmod(0o777)
+    with nobody(photos):
+        extract(photos / "manifest.txt", tmp_path / "out")
+    with reader.open(tmp_path / "out") as acts:
+        assert acts.status.tolist() == [0, 1, 1, 0]
+        assert "Permission denied" in acts.messages[1]
+        assert "directory" in acts.messages[2] or "regular file" in acts.messages[2]
+
+
+def test_a_file_that_disappears_or_changes_during_the_run_is_a_failed_row(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", 14)
+
+    def meddle(done: int) -> None:
+        if done == 4:
+            (photos / "0012.png").unlink()
+            (photos / "0013.png").write_bytes(b"not any more")
+
+    assert extract(photos, tmp_path / "out", notes=Notes(meddle)).failed == 2
+    with reader.open(tmp_path / "out") as acts:
+        assert acts.status[12:].tolist() == [Status.UNREADABLE, Status.UNDECODABLE]
+        assert "No such file" in acts.messages[12]
+
+
+class Choosy(Tiny):
+    """Raises for any batch with an image that is brighter than the others."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if (x.mean((1, 2, 3)) > 0.9).any():
+            raise ValueError("too bright")
+        return super().forward(x)
+
+
+def test_an_image_that_the_model_refuses_fails_alone(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in range(10)]
+    extract(images, tmp_path / "sound")
+    images[6] = np.full((8, 8, 3), 255, np.uint8)
+    assert extract(images, tmp_path / "out", model=Choosy()).failures == (("000006", "ValueError: too bright"),)
+    with reader.open(tmp_path / "out") as acts, reader.open(tmp_path / "sound") as good:
+        assert acts.status.tolist() == [0] * 6 + [Status.FORWARD_FAILED] + [0] * 3
+        fine = acts.rows()
+        np.testing.assert_array_equal(acts["conv"][fine], good["conv"][fine])
+
+
+# -------------------------------------------------------------------------------------------------------------- budget
+
+
+@pytest.mark.parametrize(
+    ("budget", "failed", "seen", "exceeded"),
+    [
+        ("5%", 199, 199, False),
+        ("5%", 11, 200, True),
+        ("5%", 10, 200, False),
+        ("0", 1, 1, True),
+        ("3", 3, 9, False),
+        ("3", 4, 9, True),
+        ("100%", 300, 300, False),
+    ],
+)
+def test_the_budget(budget: str, failed: int, seen: int, exceeded: bool) -> None:
+    assert FailureBudget.parse(budget).exceeded(failed, seen) is exceeded
+
+
+def test_over_budget_stops_and_resumes(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", 12, {5: b"", 6: b"", 7: b""})
+    with pytest.raises(TooManyFailures, match=r"3 of 8 images failed.*'0005.png'") as caught:
+        extract(photos, tmp_path / "out", max_failures=2)
+    assert caught.value.exit_code == 4
+    with pytest.raises(TooManyFailures):  # the same command again is no way around it
+        extract(photos, tmp_path / "out", max_failures=2)
+    assert extract(photos, tmp_path / "out", max_failures=3).failed == 3
+
+
+def test_a_share_is_judged_from_200_images_on(tmp_path: Path) -> None:
+    images: list[Any] = [np.full((8, 8, 3), row % 256, np.uint8) for row in range(220)]
+    images[:30] = [b""] * 30
+    with pytest.raises(TooManyFailures, match="30 of 200 images failed"):
+        extract(images, tmp_path / "out", batch_size=20)
+    assert extract(images[:199], tmp_path / "short", batch_size=20).failed == 30
+
+
+@pytest.mark.parametrize("budget", ["5%", "100%", 99])
+@pytest.mark.parametrize("name", ["out", "out.h5"])
+def test_all_failed_is_never_done(tmp_path: Path, name: str, budget: Any) -> None:
+    photos = make_photos(tmp_path / "photos", 6, dict.fromkeys(range(6), b""))
+    for _ in range(2):  # nor by running it again
+        with pytest.raises(TooManyFailures, match=r"every one of the 6 images failed\. The first: '0000\.png'"):
+            extract(photos, tmp_path / name, max_failures=budget)
+    with pytest.raises(FmextractError):
+        reader.open(tmp_path / name)
+
+
+# ---------------------------------------------------------------------------------------------- stages that raise
+
+
+class Broken(Exception):
+    """Raised where nothing is expected."""
+
+
+def _raise(error: Exception) -> Callable[..., Any]:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return broken
+
+
+def _after(calls: int, function: Callable[..., Any], error: Exception) -> Callable[..., Any]:
+    """`function`, which raises from its `calls`th call on."""
+    count = iter(range(10**9))
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(count) >= calls:
+            raise error
+        return function(*args, **kwargs)
+
+    return counted
+
+
+STAGES = {
+    "decode": "fmextract.engine.images.decode",
+    "normalise": "fmextract.engine.images.normalise",
+    "statistics": "fmextract.engine.RunningStats.update",
+    "statistics' end": "fmextract.engine.RunningStats.result",
+    "cut": "fmextract.engine.chunks.Cutter.add",
+    "encode": "fmextract.engine.chunks.codecs.encode",
+    "create": "fmextract.engine.store.ShardWriter.__init__",
+    "write": "fmextract.engine.store.ShardWriter.write_chunk",
+    "finish": "fmextract.engine.store.ShardWriter.finish",
+    "publish": "fmextract.engine.index.publish",
+    "record": "fmextract.engine.index.record_shard",
+}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("stages") / "photos", 14)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_raises_ends_the_run(photos: Path, tmp_path: Path, stage: str, late: bool) -> None:
+    import importlib
+
+    module, _, rest = STAGES[stage].partition(".engine.")
+    owner: Any = importlib.import_module(f"{module}.engine")
+    *path, name = rest.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    with pytest.MonkeyPatch.context() as patch:
+        work = engine.run_shards
+
+        def broken_inside(*args: Any, **kwargs: Any) -> None:
+            # Not before: the same functions serve the probe and the plan.
+            patch.setattr(owner, name, _after(3 * late, getattr(owner, name), Broken(stage)))
+            work(*args, **kwargs)
+
+        patch.setattr(engine, "run_shards", broken_inside)
+        with pytest.raises(Broken, match=stage):
+            extract(photos, tmp_path / "out")
+    left = [path.name for path in (tmp_path / "out").iterdir()]
+    assert not [name for name in left if name.startswith(".") or name == "lock.json"], left
+    assert extract(photos, tmp_path / "out").images == 14
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(NoSpace("full"), 4), (DeviceLost("gone"), 4), (CaptureError("other"), 4), (MemoryError(), 4)]
+)
+def test_errors_keep_their_exit_codes(photos: Path, tmp_path: Path, error: Exception, code: int) -> None:
+    class Failing(Tiny):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.failing:
+                raise error
+            return super().forward(x)
+
+        failing = False
+
+    model = Failing()
+    notes = Notes(lambda done: setattr(model, "failing", True))
+    expected = DeviceLost if isinstance(error, MemoryError) else type(error)
+    if isinstance(error, (NoSpace, DeviceLost)):  # a model that raises anything says something of its images
+        expected = DeviceLost
+    with pytest.raises(expected) as caught:
+        extract(photos, tmp_path / "out", model=model, notes=notes)
+    assert caught.value.exit_code == code
+
+
+def test_a_lost_device_stops_and_resumes(photos: Path, tmp_path: Path) -> None:
+    class Lost(Tiny):
+        lost = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.lost:
+                raise RuntimeError("CUDA error: unspecified launch failure")
+            return super().forward(x)
+
+    model = Lost()
+    with pytest.raises(DeviceLost, match="unspecified launch failure"):
+        extract(photos, tmp_path / "out", model=model, notes=Notes(lambda done: setattr(model, "lost", True)))
+    extract(photos, tmp_path / "out", model=Lost())
+
+
+# ---------------------------------------------------------------------------------------------- stages that hang
+
+
+class Slow:
+    """A Dataset of which one image takes until it is let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, row: int) -> np.ndarray:  # type: ignore[type-arg]
+        if row == 9 and threading.current_thread().name.startswith("fmextract-decode"):  # the plan looks at it too
+            self.go.wait(30)
+        return np.full((8, 8, 3), row, np.uint8)
+
+
+def test_a_stall_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "PATIENCE", 0.2)
+    data = Slow()
+
+    class Letting(Notes):
+        def note(self, text: str) -> None:
+            super().note(text)
+            if "to be read and decoded" in text:
+                data.go.set()
+
+    notes = Letting()
+    extract(data, tmp_path / "out", notes=notes)
+    assert "waiting for images to be read and decoded: '000009' (for " in notes
+    with reader.open(tmp_path / "out") as acts:
+        assert not acts.status.any()  # time never decides what is stored
+
+
+def test_a_decoder_that_hangs_for_ever_does_not_keep_a_run_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "HANGING", 0.2)
+    data = Slow()
+
+    def interrupt(done: int) -> None:
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        extract(data, tmp_path / "out", notes=Notes(interrupt), batch_size=2)
+    assert time.monotonic() - started < 10
+    data.go.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("fmextract-decode"):
+            thread.join(10)
+    extract(data, tmp_path / "out", batch_size=2)
+
+
+def test_threads_of_a_pool_can_be_left_behind() -> None:
+    go = threading.Event()
+    pool = Pool("fmextract-test", 2)
+    meet = threading.Barrier(3)
+    futures = [pool.submit(lambda: (meet.wait(5), go.wait(30))[1]) for _ in range(2)]
+    meet.wait(5)
+    waiting = pool.submit(lambda: 1)
+    assert not pool.close(0.05)
+    assert waiting.cancelled()
+    go.set()
+    assert [future.result(5) for future in futures] == [True, True]
+
+
+def test_a_pool_hands_on_what_its_tasks_raise() -> None:
+    pool = Pool("fmextract-test", 1)
+    with pytest.raises(SampleError):
+        pool.submit(_raise(SampleError(1, "x"))).result(5)
+    assert pool.submit(sum, (1, 2)).result(5) == 3
+    assert pool.close(5)
+    with pytest.raises(threading.BrokenBarrierError):
+        Pool("fmextract-test", 2, begin=_raise(ValueError("x")))
+
+
+def test_a_channel_wakes_everybody_when_it_is_closed() -> None:
+    channel: Channel[int] = Channel(1, [0])
+    empty: Channel[int] = Channel(1)
+    seen: list[str] = []
+
+    def wait(action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Closed:
+            seen.append("closed")
+
+    waiting = [threading.Thread(target=wait, args=(action,)) for action in (lambda: channel.put(1), empty.get)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(0.05)
+    channel.close()
+    empty.close()
+    for thread in waiting:
+        thread.join(5)
+    assert seen == ["closed", "closed"]
+    with pytest.raises(Closed):
+        channel.get()
+
+
+def test_a_crash_of_the_decoder_names_the_rows(tmp_path: Path) -> None:
+    """A process that dies in native code leaves the rows in flight behind; runs.Notes of the next run names them."""
+    import subprocess
+    import sys
+
+    script = f"""
+import ctypes, sys, threading
+sys.path.insert(0, {str(Path(runs.__file__).parent)!r})
+import numpy as np, runs
+from pathlib import Path
+class Crashing:
+    def __len__(self): return 12
+    def __getitem__(self, row):
+        # The plan looks at it too, on the main thread.
+        if row == 9 and sys.argv[2] == "crash" and threading.current_thread().name.startswith("fmextract"):
+            ctypes.string_at(0)
+        return np.full((8, 8, 3), row, np.uint8)
+notes = runs.Notes()
+runs.extract(Crashing(), Path(sys.argv[1]), notes=notes)
+print(notes.notes)
+"""
+    command = [sys.executable, "-X", "faulthandler", "-c", script, str(tmp_path / "out")]
+    crashed = subprocess.run([*command, "crash"], capture_output=True, text=True, check=False)
+    assert crashed.returncode < 0
+    assert "Segmentation fault" in crashed.stderr
+    again = subprocess.run([*command, "fine"], capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "ended without a word while these were being decoded" in again.stdout
+    assert "'000009'" in again.stdout
