@@ -229,6 +229,7 @@ def _gives(calls: Sequence[Any]) -> bool:
 
 def checked(name: str) -> dict[str, Any]:
     """One line of the state file: what became of one model."""
+    torch.set_num_threads(1)  # teams of threads wait for each other on a busy machine
     started = time.perf_counter()
     row: dict[str, Any] = {"model": name}
     try:
@@ -271,7 +272,7 @@ Every model of torchvision {version}, with random weights, in fp32 on a CPU (tor
 
 All modules of a model, leaves and containers, are extracted to a file and read back. *Equal*: the values are those of
 hooks that clone every output of torchvision's own model in the same batches, bit for bit. *Refused*: tensors that do
-not have one row an image, left out by name. *Seconds* are those of two busy cores.
+not have one row an image, left out by name. *Seconds* are those of a busy core.
 
 {len(run)} of {len(rows)} models, {leaves} leaf modules, {tensors} tensors: {wrong or "none"} wrong.
 

@@ -787,6 +787,7 @@ class _Hooks:
 
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
+"""What is kept of (B, …) rows, in memory of its own: what it was given may be overwritten later."""
 
 
 class Capture:
@@ -843,13 +844,14 @@ class Capture:
         if tuple(rows.shape[1:]) != probed.shape:
             raise CaptureError(f"one image gives {tuple(rows.shape[1:])}, expected {probed.shape}")
         reduce = self._reducers[i]
-        kept = rows if reduce is None else reduce(rows)
-        if _storage(kept) != _storage(tensor):  # a reducer's result, or a quantized tensor made plain
-            return kept
+        if reduce is not None:
+            return reduce(rows)
+        if tensor.is_quantized:  # made plain: a copy already
+            return rows
         if probed.overwritten or tensor.is_inference():
-            return kept.clone()
+            return rows.clone()
         self._watched[i] = (tensor, tensor._version)
-        return kept
+        return rows
 
     def _check_counts(self) -> None:
         for probed in self._taps:
