@@ -142,7 +142,8 @@ class _Trial:
             # The probe ran in fp32; what autocast copies, or does not, shows only in the precision itself.
             every = [p.tap for p in question.probed]
             hazards = taps.overwritten(question.module, question.forward, every, inputs[:2].clone())
-            seconds, tensors = _timed(question, inputs)
+            # One pass is a rough measure; two more where they are nothing beside the run.
+            seconds, tensors = _timed(question, inputs, PASSES if question.rows >= 50 * len(inputs) else 1)
         if reference is None:
             errors = tuple(0.0 if t.is_floating_point() else None for t in tensors)
             return cls(tensors, errors, frozenset(hazards), seconds / len(inputs), True)

@@ -13,19 +13,25 @@ import torch
 
 from fmextract import codecs
 from fmextract.chunks import as_array
-from fmextract.engine import DEPTH, PAYLOADS
+from fmextract.engine import DEPTH, PAYLOADS, Captured
 from fmextract.errors import NoSpace
 from fmextract.planning import CHUNK_BYTES, Estimate
 from fmextract.records import LayerSpec
+from fmextract.stats import RunningStats
 from fmextract.text import byte_count
+
+# Bytes a second through digest, write, fsync and the checksum of the shard, on one core (docs/performance.md).
+# Measuring it would mean to write, which a plan does not.
+WRITE_RATE = 350e6
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Measured on a sample: seconds an image of each stage, on one core for decode and encode."""
+    """Measured on a sample: seconds an image of each stage, those of decode, statistics and encode on one core."""
 
     decode: float
     forward: float
+    statistics: float
     encode: float
     stored: dict[str, float]
 
@@ -54,6 +60,24 @@ def encode_sample(
     return stored, (time.perf_counter() - started) / images
 
 
+def describe_sample(captured: Sequence[Captured], sample: Sequence[torch.Tensor], top: int) -> float:
+    """Seconds an image that the statistics of a sample take on one core, the second time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = 0.0
+        for what, rows in zip(captured, sample, strict=True):
+            if {"channel", "feature"} & set(what.axes):
+                running = RunningStats(what.shape, what.axes, top, rows.device)
+                running.update(rows, 0)
+                started = time.perf_counter()
+                running.update(rows, len(rows))
+                seconds += (time.perf_counter() - started) / len(rows)
+        return seconds
+    finally:
+        torch.set_num_threads(threads)
+
+
 def estimate(
     layers: Sequence[LayerSpec], rows: int, batch_size: int, threads: int, costs: Costs, *, device: str, largest: int
 ) -> Estimate:
@@ -61,10 +85,11 @@ def estimate(
     raw = [layer.values * np.dtype(layer.dtype).itemsize for layer in layers]
     per_image = sum(costs.stored.values())
     captured = sum(layer.values * np.dtype(layer.dtype).itemsize for layer in layers)
+    write = per_image / WRITE_RATE
     if device == "cpu":  # everything shares the cores; a forward pass takes them all
-        seconds = costs.forward + (costs.decode + costs.encode) / threads
+        seconds = costs.forward + (costs.decode + costs.statistics + costs.encode + write) / threads
     else:
-        seconds = max(costs.forward, costs.decode / threads, costs.encode / threads)
+        seconds = max(costs.forward, costs.decode / threads, costs.encode / threads, write)
     # Three batches of activations, the encoded chunks that wait for the disk, and what the codec threads work on.
     in_flight = (DEPTH + 1) * batch_size * captured + (PAYLOADS + 3 * threads) * CHUNK_BYTES
     return Estimate(

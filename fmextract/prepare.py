@@ -264,7 +264,8 @@ def _estimate(
     ]
     stored, encode = estimate.encode_sample(layers, stored_values, config.codec, level, config.keep_bits)
     decode = _sample_inputs(prepared, 4)[1]
-    costs = estimate.Costs(decode=decode, forward=chosen.seconds_per_image, encode=encode, stored=stored)
+    statistics = estimate.describe_sample(prepared.captured, chosen.sample, config.top)
+    costs = estimate.Costs(decode, chosen.seconds_per_image, statistics, encode, stored)
     return estimate.estimate(
         layers,
         len(prepared.source),
