@@ -157,8 +157,9 @@ class _Check:
                 self._wrong(path, "is missing", rows=record.rows)
                 continue
             before = len(self.problems)
-            self._file(path, record, chunks)
-            if index.file_sha256(path) != record.sha256 and len(self.problems) == before:
+            sound = index.file_sha256(path) == record.sha256
+            self._file(path, record, chunks, sound)
+            if not sound and len(self.problems) == before:
                 self._wrong(path, "its SHA-256 is not the recorded one", rows=record.rows)
 
     def _own_record(self, path: Path, record: ShardRecord) -> Mapping[str, str]:
@@ -174,13 +175,15 @@ class _Check:
 
     # ---- a file
 
-    def _file(self, path: Path, record: ShardRecord | None, chunks: Mapping[str, str] | None = None) -> None:
+    def _file(
+        self, path: Path, record: ShardRecord | None, chunks: Mapping[str, str] | None = None, sound: bool = True
+    ) -> None:
         rows = record.rows if record else None
         self.files += 1
         self.bytes += path.stat().st_size
         with self._looking_at(path, rows), reader.open(path) as acts:
             self.rows += len(acts)
-            self._same_run(path, acts)
+            self._same_run(path, acts, sound)
             start = acts._files[0].start
             before = len(self.problems)
             with self._looking_at(path, rows):
@@ -196,12 +199,16 @@ class _Check:
                 if record and stored != record.content_digest:
                     self._wrong(path, "its content_digest is not the recorded one", rows=rows)
 
-    def _same_run(self, path: Path, acts: reader.Activations) -> None:
+    def _same_run(self, path: Path, acts: reader.Activations, sound: bool) -> None:
+        """Against the first file that is `sound`: one that changed is no measure for the others."""
         self.layers = self.layers or acts.layers
         said = {name: acts.attrs.get(name) for name in ("fmextract_config", "model", "weights_sha256", "precision")}
-        self._first = self._first or (path, {**said, "layers": acts.layers})
-        if {**said, "layers": acts.layers} != self._first[1]:
-            self._wrong(path, f"is of another run than {self._first[0].name}")
+        if self._first is None and sound:
+            self._first = path, {**said, "layers": acts.layers}
+        if self._first is not None and {**said, "layers": acts.layers} != self._first[1]:
+            start = acts._files[0].start
+            rows = range(start, start + len(acts))
+            self._wrong(path, f"is of another run than {self._first[0].name}", rows=rows)
 
     def _columns(self, path: Path, acts: reader.Activations, record: ShardRecord | None, rows: range) -> None:
         if record and rows != record.rows:
