@@ -205,14 +205,24 @@ def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
 
 
+# Where calls pass hooks by, or each replica sees a part of the batch; and the attribute that holds what is wrapped.
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+
+
 def check_hookable(model: nn.Module) -> None:
-    """Refuse wrappers whose forward would pass our hooks by, or split the batch between replicas."""
-    wrappers = {"DataParallel": "module", "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod"}
-    name = type(model).__name__
-    if name in wrappers:
-        raise LayerError(
-            f"the model is wrapped in {name}, where hooks miss calls; pass what it wraps: model.{wrappers[name]}"
-        )
+    """Raises LayerError for wrappers whose forward would pass our hooks by, or split the batch between replicas."""
+    for path, module in model.named_modules():
+        name, shown = type(module).__name__, f"module {path!r}" if path else "the model"
+        if name in _WRAPPERS:
+            inner = ".".join(filter(None, ("model", path, _WRAPPERS[name])))
+            raise LayerError(f"{shown} is wrapped in {name}, where hooks miss calls; use what it wraps: {inner}")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise LayerError(f"{shown} was compiled by its compile(), where hooks miss calls; use it before that")
 
 
 def _named_modules(model: nn.Module) -> dict[str, nn.Module]:

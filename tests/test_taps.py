@@ -289,8 +289,17 @@ class Function(nn.Module):
 @pytest.mark.parametrize("wrapper", ["DataParallel", "OptimizedModule"])
 def test_wrappers_that_hooks_miss_are_refused(wrapper: str) -> None:
     wrapped = type(wrapper, (nn.Sequential,), {})(nn.ReLU())
-    with pytest.raises(LayerError, match=rf"wrapped in {wrapper}, where hooks miss calls; pass what it wraps: model\."):
+    with pytest.raises(LayerError, match=rf"^the model is wrapped in {wrapper}, where hooks miss .*: model\."):
         surveyed(wrapped)
+    with pytest.raises(LayerError, match=rf"^module '1' is wrapped in {wrapper}, where hooks miss .*: model\.1\."):
+        surveyed(nn.Sequential(nn.ReLU(), wrapped))
+
+
+def test_a_compiled_module_is_refused() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU()))
+    model[1].compile()
+    with pytest.raises(LayerError, match=r"module '1' was compiled by its compile\(\), where hooks miss calls"):
+        surveyed(model)
 
 
 def test_no_hook_is_left_when_a_survey_fails() -> None:
