@@ -284,8 +284,8 @@ not have one row an image, left out by name. *Seconds* are those of a busy core.
         equal = row["tensors"] - len(row["different"])
         cells = (row["model"], size, row["leaves"], row["tensors"], equal, len(row["refused"]) or "", row["seconds"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "## Not run", ""]
-    lines += [f"- `{row['model']}`: {row['error']}" for row in rows if "error" in row]
+    failed = [f"- `{row['model']}`: {row['error']}" for row in rows if "error" in row]
+    lines += ["", "## Not run, and why", "", *failed] if failed else []
     lines += ["", "## Refused layers, and why", ""]
     for row in run:
         for why, names in _by_reason(row["refused"]).items():
