@@ -336,7 +336,7 @@ class _Pipeline:
         self._captured: Channel[_Captured | _ShardEnd | None] = Channel(DEPTH + 1)
         self._pending: Channel[_Pending | _ShardEnd | None] = Channel(PAYLOADS)
         self.failure: BaseException | None = None
-        self._threads: list[threading.Thread] = []
+        self._threads: list[tuple[threading.Thread, threading.Event]] = []
         self._in_flight = InFlight(directory)
         self._decoder = _Decoder(work, self._decode_pool, self._moves, self._in_flight, tally)
         self._encoder = chunks.Encoder(plan)
@@ -526,17 +526,27 @@ class _Pipeline:
     def _start(self, shards: Iterator[range]) -> None:
         self._writer = _Writer(self._work, self._directory, shards, self._tally)
         for name, work in (("cut", self._cut), ("write", self._write)):
-            thread = threading.Thread(target=self._guarded, args=(work,), name=f"fmextract-{name}", daemon=True)
+            ended = threading.Event()
+            thread = threading.Thread(target=self._guarded, args=(work, ended), name=f"fmextract-{name}", daemon=True)
             thread.start()
-            self._threads.append(thread)
+            self._threads.append((thread, ended))
 
-    def _guarded(self, work: Callable[[], None]) -> None:
+    def _guarded(self, work: Callable[[], None], ended: threading.Event) -> None:
         try:
             with suppress(Closed):
                 work()
         except BaseException as error:  # kept for the caller's thread, which raises it
             self.failure = self.failure or error
             self._close_channels()
+        finally:
+            ended.set()
+
+    def _await_threads(self) -> None:
+        for thread, ended in self._threads:
+            # Not `join` alone: one that Ctrl-C interrupts takes the thread for ended (CPython before 3.13), and the
+            # next returns while the shard is still being written.
+            ended.wait()
+            thread.join()
 
     def _cut(self) -> None:
         torch.set_num_threads(1)  # it copies a few rows at most
@@ -578,16 +588,14 @@ class _Pipeline:
         self._now = "store"
         if self._threads:
             self._captured.put(None)
-        for thread in self._threads:
-            thread.join()
+        self._await_threads()
         if self.failure is not None:
             raise self.failure
 
     def abort(self) -> None:
         """Drop what is in flight; the shard being written leaves no file."""
         self._close_channels()
-        for thread in self._threads:
-            thread.join()
+        self._await_threads()
         if self._writer is not None:
             self._writer.abort()
 

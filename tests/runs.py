@@ -187,14 +187,14 @@ CANNOT_MOUNT = 77
 
 
 def on_full_disk(source: str, disk: str, whole: str, said: str) -> int:
-    """A run on a file system of its own that is filled up at its third shard, and another one once there is room."""
+    """A run on a file system of its own that is filled up at its second shard, and another one once there is room."""
     if not _mounted(disk):
         return CANNOT_MOUNT
     out, filler = Path(disk) / "out", Path(disk) / "filler"
 
     def fill(done: int) -> None:
-        if done == 12:
-            await_shards(out, 2)
+        if done == 8:
+            await_shards(out, 1)
             with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
                     file.write(bytes(4096))
@@ -222,12 +222,12 @@ def _mounted(place: str) -> bool:
 
 
 def on_limited_files(source: str, out: str, said: str) -> int:
-    """A run in which, from its third shard on, no file may grow beyond 10,000 bytes."""
+    """A run in which, from its second shard on, no file may grow beyond 10,000 bytes."""
     import resource
 
     def limit(done: int) -> None:
-        if done == 12:
-            await_shards(Path(out), 2)
+        if done == 8:
+            await_shards(Path(out), 1)
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 
     line = _stopped(Path(source), Path(out), limit)

@@ -29,7 +29,7 @@ from fmextract.errors import FmextractError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-ROWS = 14
+ROWS = 10
 KILLS = 44
 SERVER = f"""
 import json, os, sys, traceback
@@ -213,7 +213,7 @@ def test_data_are_on_the_disk_before_their_name(photos: Path, tmp_path: Path) ->
     print(f"order of system calls recorded by {seen_by}")
     named = [i for i, (call, _) in enumerate(calls) if call == "rename"]
     order = [Path(calls[i][1]).name for i in named]
-    expected = ["plan.json"] + [f"shard-{i:05}.{kind}" for i in range(4) for kind in ("h5", "json")] + ["index.json"]
+    expected = ["plan.json"] + [f"shard-{i:05}.{kind}" for i in range(3) for kind in ("h5", "json")] + ["index.json"]
     assert order == expected
     for at, following in zip(named, [*named[1:], len(calls)], strict=True):
         final = Path(calls[at][1])
@@ -288,6 +288,26 @@ def test_interrupted_in_order(
     assert server.run(f"runs.command({command!r}, {str(said)!r})") == 0
     assert "resuming" in said.read_text()
     assert runs.chunks(out) == runs.chunks(undisturbed[""])
+
+
+def test_interrupted_while_the_last_shard_is_written(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caller's thread waits for the writer then: it must go on waiting until the writer has let go."""
+    finish = store.ShardWriter.finish
+
+    def slowly(self: store.ShardWriter, *args: Any, **kwargs: Any) -> str:
+        if self.rows.stop == ROWS:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        return finish(self, *args, **kwargs)
+
+    monkeypatch.setattr(store.ShardWriter, "finish", slowly)
+    with pytest.raises(KeyboardInterrupt):
+        runs.extract(photos, tmp_path / "out")
+    assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    monkeypatch.undo()
+    runs.extract(photos, tmp_path / "out")
 
 
 # ----------------------------------------------------------------------------------------------------------- full disk
