@@ -519,6 +519,8 @@ class _Watch:
         layouts: Layouts | None = None,
     ) -> None:
         self.tensors: dict[int, torch.Tensor] = {}
+        self.shapes: dict[int, tuple[int, ...]] = {}
+        self.flaws: dict[int, str] = {}
         self.layouts: dict[int, Sequence[RowLayout]] = {}
         self.rows: dict[tuple[int, RowLayout], list[torch.Tensor]] = {}
         self._taps, self._given, self._images = taps, layouts, len(batch)
@@ -529,16 +531,16 @@ class _Watch:
         self.counts = hooks.counts
 
     def _take(self, i: int, tensor: torch.Tensor | None) -> None:
-        if tensor is None:
+        flaw = _flaw(tensor)
+        if tensor is None or flaw:
+            self.flaws[i] = flaw
             return
-        self.tensors[i] = tensor
+        self.tensors[i], self.shapes[i] = tensor, tuple(tensor.shape)
         self._before[i] = (-1 if tensor.is_inference() else tensor._version, _sampled(tensor))
-        if not _is_plain(tensor) or tensor.is_complex():
-            return
-        shape = tuple(tensor.shape)
-        self.layouts[i] = (
-            self._given.get(i, ()) if self._given is not None else _proposed_layouts(self._taps[i].shape, shape)
-        )
+        if self._given is None:
+            self.layouts[i] = _proposed_layouts(self._taps[i].shape, self.shapes[i])
+        else:
+            self.layouts[i] = self._given.get(i, ())
         for layout in self.layouts[i]:
             with suppress(CaptureError):  # another shape than proposed: `_judge` says so
                 rows = layout.rows_first(_plain(tensor), self._images)
@@ -566,6 +568,17 @@ def _changed(tensor: torch.Tensor, version: int, sample: torch.Tensor) -> bool:
     return not torch.equal(_sampled(tensor).nan_to_num(), sample.nan_to_num())
 
 
+def _flaw(tensor: torch.Tensor | None) -> str:
+    """Why the values cannot be stored, "" where they can."""
+    if tensor is None:
+        return "it is not a tensor in every forward pass"
+    if not _is_plain(tensor):
+        return "it is a sparse or nested tensor"
+    if tensor.is_complex():
+        return "its values are complex; a module that gives view_as_real or abs of them can be stored"
+    return ""
+
+
 def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if tensor.is_quantized else tensor
 
@@ -576,15 +589,12 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 def _storage(tensor: torch.Tensor) -> int:
     """The address of its memory; 0 where it has none."""
-    return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
+    return tensor.untyped_storage().data_ptr()
 
 
 def _sampled(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of some _SAMPLED values spread over the tensor, in float32 or wider; nothing of a sparse one."""
-    if not _is_plain(tensor):
-        return torch.empty(0)
-    tensor = tensor.detach()
-    flat = _plain(torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor).reshape(-1)
+    """A copy of some _SAMPLED values spread over the tensor, in float32 or wider."""
+    flat = _plain(tensor.detach()).reshape(-1)
     flat = flat[:: max(1, flat.numel() // _SAMPLED)]
     return flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32, copy=True)
 
@@ -606,6 +616,10 @@ def probe(
         tracer.seed(traced, image_axes(traced.shape))
         others = _Watch(model, forward, taps, traced, three.layouts)
     copied = three.overwritten() | others.overwritten() | others.lasting(three)
+    traces = {i: tracer.axes(tensor) for i, tensor in others.tensors.items()}
+    dtypes = {i: torch.float32 if t.is_quantized else t.dtype for i, t in others.tensors.items()}
+    for watch in (three, others):  # activations of whole images: not kept longer than needed
+        watch.tensors.clear()
     pair = _Watch(model, forward, taps, noise[[0, 1]], three.layouts)
     copied |= pair.overwritten()
     probed: list[Probed] = []
@@ -615,11 +629,10 @@ def probe(
         if isinstance(layout, Refused):
             refused.append(layout)
             continue
-        tensor = others.tensors[i]
-        shape = tuple(layout.rows_first(tensor, 3).shape[1:])
-        per_image = without_batch(tracer.axes(tensor), layout.axis, layout.k, layout.outer)
+        shape = tuple(layout.rows_first(torch.empty(others.shapes[i], device="meta"), 3).shape[1:])
+        per_image = without_batch(traces[i], layout.axis, layout.k, layout.outer)
         axes = name_axes(per_image, len(shape))
-        probed.append(Probed(tap, layout, shape, axes, _plain(tensor).dtype, overwritten=i in copied))
+        probed.append(Probed(tap, layout, shape, axes, dtypes[i], overwritten=i in copied))
     return probed, refused
 
 
@@ -649,19 +662,15 @@ def _judge(tap: Tap, i: int, pair: _Watch, three: _Watch, others: _Watch) -> Row
     if len(set(counts)) > 1:
         times = ", ".join(map(str, counts))
         return Refused(tap, f"{tap.module!r} is called a varying number of times: {times} times in four forward passes")
-    if any(i not in watch.tensors for watch in passes):
-        return Refused(tap, "it is not a tensor in every forward pass")
-    if not all(_is_plain(watch.tensors[i]) for watch in passes):
-        return Refused(tap, "it is a sparse or nested tensor")
-    if three.tensors[i].is_complex():
-        return Refused(tap, "its values are complex; a module that gives view_as_real or abs of them can be stored")
-    two, shape = tap.shape, tuple(three.tensors[i].shape)
+    flaw = next((watch.flaws[i] for watch in passes if i in watch.flaws), "")
+    if flaw:
+        return Refused(tap, flaw)
+    two, shape = tap.shape, three.shapes[i]
     if not three.layouts[i]:
         return Refused(tap, f"its shape does not follow the batch: {two} for 2 images and {shape} for 3")
     for watch, usual, images in ((pair, two, 2), (others, shape, 3)):
-        if tuple(watch.tensors[i].shape) != usual:
-            other = tuple(watch.tensors[i].shape)
-            return Refused(tap, f"its shape changes with the images: {usual} and {other} for {images} each")
+        if watch.shapes[i] != usual:
+            return Refused(tap, f"its shape changes with the images: {usual} and {watch.shapes[i]} for {images} each")
     if 0 in shape:
         return Refused(tap, f"it holds no values: its shape is {two} for 2 images")
     for layout in three.layouts[i]:
