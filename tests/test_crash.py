@@ -24,7 +24,7 @@ import pytest
 import runs
 from runs import make_photos, same
 
-from fmextract import reader, store
+from fmextract import index, reader, store
 from fmextract.errors import FmextractError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -294,15 +294,15 @@ def test_interrupted_while_the_last_shard_is_written(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caller's thread waits for the writer then: it must go on waiting until the writer has let go."""
-    finish = store.ShardWriter.finish
+    publish = index.publish
 
-    def slowly(self: store.ShardWriter, *args: Any, **kwargs: Any) -> str:
-        if self.rows.stop == ROWS:
+    def slowly(temporary: Path, final: Path) -> None:
+        if final.name == f"shard-{(ROWS - 1) // 4:05}.h5":
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.3)
-        return finish(self, *args, **kwargs)
+        publish(temporary, final)
 
-    monkeypatch.setattr(store.ShardWriter, "finish", slowly)
+    monkeypatch.setattr(index, "publish", slowly)
     with pytest.raises(KeyboardInterrupt):
         runs.extract(photos, tmp_path / "out")
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
