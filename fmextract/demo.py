@@ -61,6 +61,7 @@ class Demo:
     photos: str
     output: str
     picture: str
+    report: str
     images: int
     cat: str
     probability: float
@@ -76,6 +77,7 @@ class Demo:
   photos       {printable(self.photos)}
   activations  {printable(self.output)}
   picture      {printable(self.picture)}
+  report       {printable(self.report)}
 
 Next:
   fmextract info {output}
@@ -85,12 +87,13 @@ Next:
 
 
 def demo(out: Path, progress: Progress) -> Demo:
-    """Write photos, `acts.h5` and `maps.png` into the folder `out`; look whether the cat came out as a cat.
+    """Write photos, `acts.h5`, `maps.png` and `report.html` into the folder `out`; see that the cat comes out as a cat.
 
     Raises NotACat where it did not, MissingExtra without the libraries of the extra `demo`.
     """
     from fmextract import reader
     from fmextract.config import Config
+    from fmextract.report import write_report
     from fmextract.run import run
 
     photos = copy_photos(out / "photos")
@@ -99,7 +102,9 @@ def demo(out: Path, progress: Progress) -> Demo:
     with reader.open(out / "acts.h5") as acts:
         picture = _picture(acts, photos / CAT, out / "maps.png")
         cat, probability = _recognise(acts)
-    return Demo(str(photos), str(out / "acts.h5"), str(picture), result.images, cat, probability)
+    page = out / "report.html"
+    write_report(out / "acts.h5", page, images=photos)
+    return Demo(str(photos), str(out / "acts.h5"), str(picture), str(page), result.images, cat, probability)
 
 
 def copy_photos(folder: Path) -> Path:

@@ -24,8 +24,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_it_leaves_photos_a_file_and_a_picture(made: Path) -> None:
-    assert {path.name for path in made.iterdir()} == {"photos", "acts.h5", "maps.png"}
+def test_it_leaves_photos_a_file_a_picture_and_a_report(made: Path) -> None:
+    assert {path.name for path in made.iterdir()} == {"photos", "acts.h5", "maps.png", "report.html"}
     with Image.open(made / "maps.png") as picture:
         assert min(picture.size) > 500
         assert np.unique(np.asarray(picture.convert("L").resize((64, 64)))).size > 50

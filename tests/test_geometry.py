@@ -193,8 +193,9 @@ def test_uneven_windows_give_a_bound(before: list[nn.Module], block: nn.Module, 
             assert box[0] - 1e-6 <= seen[0]
             assert seen[1] <= box[1] + 1e-6
             widest[axis] = max(widest[axis], seen[1] - seen[0])
-    # Not a bound that holds because it is too wide: neighbours differ by a few cells at most.
-    assert all(field.size[axis] <= 2 * widest[axis] + 3 * max(field.stride) for axis in (0, 1))
+    # Not a bound that holds because it is too wide: neighbours differ by a few cells at most (a dilated transposed
+    # convolution by the most, since its phases see quite different cells).
+    assert all(field.size[axis] <= 3 * widest[axis] + 6 * max(field.stride) for axis in (0, 1))
 
 
 UNEVEN = [
