@@ -21,9 +21,11 @@ import re
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torchvision
@@ -39,7 +41,7 @@ SMALL: dict[str, tuple[int, ...]] = {
     "inception": (3, 96, 96),
     "maxvit": (3, 224, 224),
     "vit_h_14": (3, 56, 56),
-    "mvit": (3, 16, 224, 224),
+    "mvit": (3, 16, 64, 64),
     "swin3d": (3, 8, 64, 64),
     "r3d": (3, 8, 64, 64),
     "mc3": (3, 8, 64, 64),
@@ -85,10 +87,19 @@ def build(name: str) -> tuple[nn.Module, tuple[int, ...]]:
         options["image_size"] = shape[-1]
     if any(kind in name for kind in DETECTION) and not name.startswith("ssd"):
         options |= {"min_size": 96, "max_size": 96}
+    patches = contextlib.ExitStack()
+    if name.startswith("mvit"):  # its builders fix the size of a clip
+        small = {"spatial_size": shape[-2:], "temporal_size": shape[1]}
+        whole = torchvision.models.video.mvit._mvit
+        patches.enter_context(
+            mock.patch.object(torchvision.models.video.mvit, "_mvit", lambda **options: whole(**(options | small)))
+        )
     sets = list(torchvision.models.get_model_weights(name))
     is_huge = max((weights.meta["num_params"] for weights in sets), default=0) > 10**8
+    if is_huge:
+        patches.enter_context(cheap_init())
     torch.manual_seed(0)
-    with cheap_init() if is_huge else contextlib.nullcontext(), warnings.catch_warnings():
+    with patches, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return builder(**options).eval(), shape
 
@@ -102,26 +113,34 @@ def forward(model: nn.Module, batch: torch.Tensor) -> Any:
     return model(list(batch) if is_detection else batch)
 
 
-def reference(model: nn.Module, batch: torch.Tensor) -> dict[str, list[Any]]:
-    """Path → a clone of the output of each of its calls, taken the moment the call ended."""
-    seen: dict[str, list[Any]] = {}
+def watch(model: nn.Module, batch: torch.Tensor, see: Callable[[str, int, Any], None]) -> None:
+    """Run `batch`; `see(path, number, output)` the moment that the number-th call (from 1) of a module ends."""
+    counts: Counter[str] = Counter()
     handles = []
     for path, module in model.named_modules():
 
-        def keep(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
-            seen.setdefault(path, []).append(_cloned(output))
+        def hook(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+            counts[path] += 1
+            see(path, counts[path], output)
 
-        handles.append(module.register_forward_hook(keep))
+        handles.append(module.register_forward_hook(hook))
     try:
         with torch.no_grad():
             forward(model, batch)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def reference(model: nn.Module, batch: torch.Tensor) -> dict[str, list[Any]]:
+    """Path → a clone of the output of each of its calls, taken the moment the call ended."""
+    seen: dict[str, list[Any]] = {}
+    watch(model, batch, lambda path, number, output: seen.setdefault(path, []).append(_cloned(output)))
     return seen
 
 
 def _cloned(value: Any) -> Any:
+    """A copy of the tensors in nested containers, all of them as dicts."""
     if isinstance(value, torch.Tensor):
         return value.dequantize() if value.is_quantized else value.clone()
     if isinstance(value, Mapping):
@@ -131,20 +150,18 @@ def _cloned(value: Any) -> Any:
     return None
 
 
-_NAME = re.compile(r"(?P<path>[^:\[]+)(?::(?P<call>\d+))?(?P<member>(?:\[[^\]]+\])*)")
+def member(value: Any, keys: Sequence[str]) -> torch.Tensor:
+    """The tensor at `keys` of a module's output; where it has one tensor only and no key is left: that."""
+    for key in keys:
+        value = _cloned(value)[key]
+    (tensor,) = _tensors(_cloned(value))
+    return tensor
 
 
-def expected(seen: Mapping[str, list[Any]], name: str) -> torch.Tensor:
-    """What the layer `name` of a file should hold of one batch."""
-    match = _NAME.fullmatch(name)
-    assert match is not None, name
-    value = seen[match["path"]][int(match["call"] or 1) - 1]
-    for key in re.findall(r"\[([^\]]+)\]", match["member"]):
-        value = value[key]
-    while isinstance(value, dict):  # one tensor in it: that tensor
-        (value,) = (item for item in value.values() if item is not None)
-    assert isinstance(value, torch.Tensor)
-    return value
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 def same(rows: torch.Tensor, tensor: torch.Tensor) -> bool:
@@ -193,35 +210,53 @@ def check(model: nn.Module, shape: Sequence[int], memory_format: str = "contiguo
     """
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn((2 * BATCH, *shape), generator=generator)
+    laid_out = {"channels_last": torch.channels_last}.get(memory_format, torch.contiguous_format)
+    other = copy.deepcopy(model).to(memory_format=laid_out) if memory_format == "channels_last" else model
     notes = Notes()
     options = {"precision": "fp32", "batch_size": BATCH, "memory_format": memory_format, "codec": "none", "top": 1}
     with (
         tempfile.TemporaryDirectory() as folder,
         fm.extract(list(inputs), model, Path(folder, "x.h5"), layers=["**"], progress=notes, **options) as acts,
     ):
-        stored = {name: torch.from_numpy(acts[name][:]) for name in acts.layers}
-    laid_out = {"channels_last": torch.channels_last}.get(memory_format, torch.contiguous_format)
-    model = copy.deepcopy(model).to(memory_format=laid_out) if memory_format == "channels_last" else model
-    runs = [reference(model, batch.contiguous(memory_format=laid_out)) for batch in inputs.split(BATCH)]
-    paths = {name: _NAME.fullmatch(name)["path"] for name in (*stored, *notes.refused)}  # type: ignore[index]
+        compared = _Compared(acts)
+        for start in range(0, len(inputs), BATCH):
+            compared.start = start
+            watch(other, inputs[start : start + BATCH].contiguous(memory_format=laid_out), compared.see)
     leaves = {path for path, module in model.named_modules() if not list(module.children())}
+    refused = {re.split(r"[:\[]", name)[0] for name in notes.refused}
     return {
-        "leaves": len(leaves & {paths[name] for name in stored}),
-        "tensors": len(stored),
-        "different": [
-            name
-            for name, values in stored.items()
-            if not all(same(rows, expected(seen, name)) for rows, seen in zip(values.split(BATCH), runs, strict=True))
-        ],
-        "missing": sorted(
-            path for path, calls in runs[0].items() if path and path not in paths.values() and _gives(calls)
-        ),
+        "leaves": len(leaves & {path for path, _ in compared.layers}),
+        "tensors": len(acts.layers),
+        "different": sorted(set(acts.layers) - compared.equal | compared.different),
+        "missing": sorted(compared.other - refused),
         "refused": notes.refused,
     }
 
 
-def _gives(calls: Sequence[Any]) -> bool:
-    return any(isinstance(call, torch.Tensor) for call in calls)
+class _Compared:
+    """Compares what hooks see with what is stored, at once: clones of everything would not fit into memory."""
+
+    def __init__(self, acts: fm.Activations) -> None:
+        self.start = 0
+        self.equal: set[str] = set()
+        self.different: set[str] = set()
+        self.other: set[str] = set()
+        self.layers: dict[tuple[str, int], list[tuple[str, list[str]]]] = {}
+        self._acts = acts
+        for name in acts.layers:
+            match = re.fullmatch(r"(.+?)(?::(\d+))?((?:\[[^\]]+\])*)", name)
+            assert match is not None, name
+            keys = re.findall(r"\[([^\]]+)\]", match[3])
+            self.layers.setdefault((match[1], int(match[2] or 1)), []).append((name, keys))
+
+    def see(self, path: str, number: int, output: Any) -> None:
+        """One call of a module: is this batch of it stored?"""
+        if path and isinstance(output, torch.Tensor) and (path, number) not in self.layers:
+            self.other.add(path)
+        for name, keys in self.layers.get((path, number), []):
+            rows = torch.from_numpy(self._acts[name][self.start : self.start + BATCH])
+            is_same = same(rows, member(output, keys))
+            (self.equal if is_same else self.different).add(name)
 
 
 # ------------------------------------------------------------------------------------------------- sweep

@@ -154,14 +154,18 @@ def test_every_module_is_stored_as_a_cloning_hook_sees_it(network: Any, memory_f
 
 def test_the_check_itself_sees_a_changed_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     _, build = "resnet", NETWORKS["resnet"][0]
-    whole = sweep.reference
+    whole = sweep.watch
 
-    def off(model: nn.Module, batch: Tensor) -> dict[str, list[Any]]:
-        seen = whole(model, batch)
-        seen["layer1.0.conv1"][0].view(torch.int32)[1, 0, 0, 0] ^= 1
-        return seen
+    def off(model: nn.Module, batch: Tensor, see: Callable[[str, int, Any], None]) -> None:
+        def changed(path: str, number: int, output: Any) -> None:
+            if path == "layer1.0.conv1":
+                output = output.clone()
+                output.view(torch.int32)[1, 0, 0, 0] ^= 1
+            see(path, number, output)
 
-    monkeypatch.setattr(sweep, "reference", off)
+        whole(model, batch, changed)
+
+    monkeypatch.setattr(sweep, "watch", off)
     assert sweep.check(build().eval(), (3, 32, 32))["different"] == ["layer1.0.conv1"]
 
 
@@ -794,7 +798,10 @@ def test_detection_models_get_their_list_of_images(tmp_path: Path) -> None:
     seen = sweep.reference(model, torch.stack(inputs))
     with extract(model, tmp_path, ["backbone", "head", "conv#0"], inputs) as acts:
         assert "head[cls_logits]" in acts.layers
+        expected = {f"head[{key}]": value for key, value in seen["head"][0].items()}
+        expected |= {f"backbone[{key}]": value for key, value in seen["backbone"][0].items()}
+        expected |= {acts.layers[0]: seen[acts.layers[0]][0]}
         for name in acts.layers:
-            assert np.array_equal(acts[name][:], sweep.expected(seen, name).numpy()), name
+            assert np.array_equal(acts[name][:], expected[name].numpy()), name
     with pytest.raises(fm.LayerError, match=r"anchor_generator\[0\]' cannot be stored row by row"):
         extract(model, tmp_path, ["anchor_generator"], inputs, overwrite=True)
