@@ -25,6 +25,10 @@ from fmextract.text import byte_count
 WRITE_RATE = 350e6
 
 
+LIBRARIES = 96 << 20  # HDF5, the decoders and the stacks of the threads, once each
+INSIDE = 6  # tensors as large as the largest that a forward pass holds at a time, the matrix library's scratch included
+
+
 @dataclass(frozen=True, slots=True)
 class Costs:
     """Measured on a sample: seconds an image of each stage, those of decode, statistics and encode on one core."""
@@ -79,9 +83,21 @@ def describe_sample(captured: Sequence[Captured], sample: Sequence[torch.Tensor]
 
 
 def estimate(
-    layers: Sequence[LayerSpec], rows: int, batch_size: int, threads: int, costs: Costs, *, device: str, largest: int
+    layers: Sequence[LayerSpec],
+    rows: int,
+    batch_size: int,
+    threads: int,
+    costs: Costs,
+    *,
+    device: str,
+    largest: int,
+    kept: int,
 ) -> Estimate:
-    """`largest`: bytes an image of the largest tensor inside the model. Times as on an otherwise idle machine."""
+    """What a run costs, on a machine that is otherwise idle.
+
+    `largest`: bytes an image of the largest tensor inside the model. `kept`: bytes held from the beginning to the end,
+    as the weights in another type or layout, and the sample.
+    """
     raw = [layer.values * np.dtype(layer.dtype).itemsize for layer in layers]
     per_image = sum(costs.stored.values())
     captured = sum(layer.values * np.dtype(layer.dtype).itemsize for layer in layers)
@@ -96,7 +112,7 @@ def estimate(
         bytes_raw=rows * sum(raw),
         bytes_stored=int(rows * per_image),
         seconds=rows * seconds,
-        bytes_peak=in_flight + (4 * batch_size * largest if device == "cpu" else 0),
+        bytes_peak=LIBRARIES + kept + in_flight + (INSIDE * batch_size * largest if device == "cpu" else 0),
         stored_per_image=costs.stored,
     )
 

@@ -274,7 +274,18 @@ def _estimate(
         costs,
         device=prepared.device.type,
         largest=prepared.largest,
+        kept=_kept_bytes(prepared, chosen),
     )
+
+
+def _kept_bytes(prepared: Prepared, chosen: choose.Chosen) -> int:
+    """Host memory that a run holds all the time: weights laid out or cast anew, and what was captured of the sample."""
+    state = prepared.loaded.module.state_dict().values()
+    weights = sum(t.numel() * t.element_size() for t in state if isinstance(t, torch.Tensor))
+    as_it_is = chosen.precision == "fp32" and prepared.memory_format == "contiguous"
+    # Twice: the reference in fp32 lives beside what the chosen precision captured.
+    sample = 2 * sum(4 * t.numel() for t in chosen.sample)
+    return sample + (0 if as_it_is else weights)
 
 
 def _captured(probed: taps.Probed, reduction: reducers.Reduction | None) -> engine.Captured:
