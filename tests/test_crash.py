@@ -221,6 +221,10 @@ def test_data_are_on_the_disk_before_their_name(photos: Path, tmp_path: Path) ->
             path for call, path in calls[:at] if call == "fsync" and Path(path).name.startswith(f".{final.name}.")
         ]
         assert synced, f"{final.name} was renamed before it was synced"
+        if seen_by == "strace":
+            touched = [call for call, path in calls if path == synced[-1]]
+            assert touched[0] == "write", f"nothing was written to {synced[-1]}"
+            assert touched[-1] == "fsync", f"{synced[-1]} was written to after it was synced"
         assert ("fsync", str(out)) in calls[at:following], f"the name {final.name} was not made durable"
 
 
@@ -229,14 +233,16 @@ def _calls_by_strace(photos: Path, out: Path, trace: Path) -> tuple[list[tuple[s
         return None
     script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import runs; from pathlib import Path; "
     script += f"runs.extract(Path({str(photos)!r}), Path({str(out)!r}))"
-    command = ["strace", "-f", "-y", "-e", "trace=fsync,rename,renameat,renameat2", "-o", str(trace)]
+    command = ["strace", "-f", "-y", "-e", "trace=write,pwrite64,fsync,rename,renameat,renameat2", "-o", str(trace)]
     done = subprocess.run([*command, sys.executable, "-c", script], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return None
     calls = []
     for line in trace.read_text().splitlines():
         call = line.split(None, 1)[1]
-        if call.startswith("fsync(") and "<" in call:
+        if call.startswith(("write(", "pwrite64(")) and f"<{out}/" in call:
+            calls.append(("write", call.split("<", 1)[1].split(">", 1)[0]))
+        elif call.startswith("fsync(") and "<" in call:
             calls.append(("fsync", call.split("<", 1)[1].split(">", 1)[0]))
         elif call.startswith("rename") and str(out) in call:
             calls.append(("rename", call.split('"')[3]))

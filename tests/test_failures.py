@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -10,7 +9,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import numpy as np
 import pytest
 import runs
 import torch
+from privilege import without_privilege
 from runs import Notes, Tiny, extract, make_photos, picture
 
 from fmextract import engine, reader, watch
@@ -80,25 +79,6 @@ def make_bad_photos(folder: Path) -> Path:
     (photos / "0007.png").symlink_to("nowhere.png")
     (photos / "0010.png").symlink_to("0010.png")
     return photos
-
-
-@contextmanager
-def without_privilege() -> Iterator[None]:
-    """Root reads what it may not: this thread, and those it starts, go without that privilege for a while."""
-    if os.geteuid():
-        yield
-        return
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    before, now = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 6)()
-    assert not libc.capget(header, before)
-    now[:] = before[:]
-    now[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of the effective ones
-    assert not libc.capset(header, now)
-    try:
-        yield
-    finally:
-        assert not libc.capset(header, before)
 
 
 def test_bad_images_keep_their_rows_and_harm_no_others(sound: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from runs import OPTIONS, Notes, Tiny, extract, make_photos
 from torch import nn
 
 import fmextract as fm
@@ -19,7 +20,6 @@ from fmextract.errors import ConfigError, DeviceLost, NoSpace
 from fmextract.progress import Quiet
 from fmextract.records import LayerSpec, Status
 from fmextract.run import make_plan
-from tests.runs import OPTIONS, Notes, Tiny, extract, make_photos
 
 
 @pytest.fixture

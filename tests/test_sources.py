@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from privilege import without_privilege
 from torchvision.datasets import FakeData, ImageFolder
 
 from fmextract import sources
@@ -151,12 +152,11 @@ def test_missing_sources_name_what_is_missing(tmp_path, name):
         open_source(str(tmp_path / name))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_may_not_be_read_is_an_error(tmp_path):
     put(tmp_path, "a/x.jpg", "b/y.jpg")
     (tmp_path / "b").chmod(0)
     try:
-        with pytest.raises(SourceError, match="cannot list the folder"):
+        with without_privilege(), pytest.raises(SourceError, match="cannot list the folder"):
             open_source(tmp_path)
     finally:
         (tmp_path / "b").chmod(0o755)
