@@ -302,7 +302,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         f"""# Models
 
-Every model of torchvision {version}, with random weights, in fp32 on a CPU (torch {backend}).
+{len(rows)} of the {len(torchvision.models.list_models())} models of torchvision {version}, with random weights, in fp32 on a CPU (torch {backend}).
 `benchmarks/sweep.py` writes this page.
 
 All modules of a model, leaves and containers, are extracted to a file and read back. *Equal*: the values are those of
