@@ -297,12 +297,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     rows = sorted(rows, key=lambda row: row["model"])
     run = [row for row in rows if "error" not in row]
     wrong = sum(len(row["different"]) + len(row["missing"]) for row in run)
+    total = len(torchvision.models.list_models())
     version, backend = (module.__version__.partition("+")[0] for module in (torchvision, torch))
     leaves, tensors = (sum(row[what] for row in run) for what in ("leaves", "tensors"))
     lines = [
         f"""# Models
 
-{len(rows)} of the {len(torchvision.models.list_models())} models of torchvision {version}, with random weights, in fp32 on a CPU (torch {backend}).
+{len(rows)} of the {total} models of torchvision {version}, with random weights, in fp32 on a CPU (torch {backend}).
 `benchmarks/sweep.py` writes this page.
 
 All modules of a model, leaves and containers, are extracted to a file and read back. *Equal*: the values are those of
