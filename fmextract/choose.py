@@ -19,7 +19,7 @@ from torch import nn
 
 from fmextract import precision, taps
 from fmextract.device import TOO_SMALL, is_out_of_memory
-from fmextract.errors import ConfigError, DeviceLost, FmextractError
+from fmextract.errors import ConfigError, DeviceLost, FmextractError, LayerError
 
 SAMPLE_BYTES = 256 << 20  # of activations in fp32 that the sample may take
 MOST_SAMPLES = 8
@@ -69,13 +69,20 @@ class Chosen:
 
 
 def choose(question: Question) -> Chosen:
-    """Measure and decide. Raises ConfigError for a precision the device cannot run."""
+    """Measure and decide. Raises ConfigError for a precision that the device, or this model, cannot run in."""
     started = time.perf_counter()
     inputs, reference = _first_trial(question)
-    trials = {"fp32": reference}
+    trials, failed = {"fp32": reference}, []
     for name in _candidates(question):
-        trials[name] = _Trial.of(question, name, inputs, trials["fp32"])
+        try:
+            trials[name] = _Trial.of(question, name, inputs, reference)
+        except Exception as error:
+            why = f"precision {name}: the model fails in it, as it does not in fp32: {type(error).__name__}: {error}"
+            if question.precision != "auto":
+                raise ConfigError(f"{why}. Use --precision fp32.") from error
+            failed.append(why)
     name, notes = _fastest_faithful(question, trials)
+    notes = [*failed, *notes]
     taken = trials[name]
     size, per_image, measured = _batch_size(question, name, taken, started)
     if measured:
@@ -106,9 +113,14 @@ def _first_trial(question: Question) -> tuple[torch.Tensor, _Trial]:
                 continue
             if isinstance(error, FmextractError):
                 raise
-            # An image that the model fails on is a matter of its row. Noise passed in the probe, and passes here.
+            # An image that the model fails on is a matter of its row: what it fails on every time is not.
             inputs = torch.zeros_like(inputs)
-            return inputs, _Trial.of(question, "fp32", inputs, None)
+            try:
+                return inputs, _Trial.of(question, "fp32", inputs, None)
+            except Exception:
+                raise LayerError(
+                    f"the model fails on a batch of {n} images: {type(error).__name__}: {error}"
+                ) from error
     raise AssertionError("unreachable: one image was tried")
 
 

@@ -891,9 +891,12 @@ def _summary(result: Result) -> str:
         held.append(f"{result.failed:,} of them failed")
     if result.resumed_images:
         held.append(f"{result.resumed_images:,} there before")
-    run = [f"{text.duration(result.seconds)}, {text.rate(result.images_per_second)} images/s"]
+    if result.resumed_images == result.images:
+        run = ["complete already, nothing was run"]
+    else:
+        run = [f"{text.duration(result.seconds)}, {text.rate(result.images_per_second)} images/s"]
     run.append(f"{result.device}, {result.precision}, batch size {result.batch_size}")
-    if result.limiting_stage:
+    if result.stages:
         run.append(f"limited by {result.limiting_stage}")
     if result.bytes_stored:
         times = result.bytes_raw / result.bytes_stored

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fmextract import choose, precision, taps
-from fmextract.errors import ConfigError
+from fmextract.errors import ConfigError, LayerError
 
 CPU = torch.device("cpu")
 SHAPE = (3, 8, 8)
@@ -181,3 +181,46 @@ def test_a_batch_fits_into_the_memory_for_activations(monkeypatch: pytest.Monkey
     monkeypatch.setattr(choose, "IN_FLIGHT_BYTES", 3 * 5 * 4 * (16 * 36 * 2 + 16 * 16 * 2 + 10))
     chosen = choose.choose(question(network(), precision="fp32", rows=10))
     assert chosen.batch_size == 4  # five images would fit; a batch begins as a power of two
+
+
+class OnlyFull(nn.Module):
+    """Works in float32 alone, as operations without a half-precision kernel do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.scale(x)
+        if made.dtype != torch.float32:
+            raise RuntimeError(f"not implemented for {made.dtype}")
+        return made
+
+
+def test_a_precision_that_the_model_fails_in_is_passed_over_or_refused(times: Any) -> None:
+    times({"fp32": 0.01, "bf16": 0.001})
+    chosen = choose.choose(question(OnlyFull().eval(), batch_size=2))
+    assert chosen.precision == "fp32"
+    assert "fails in it" in chosen.notes[0]
+    assert "not implemented for torch.bfloat16" in chosen.notes[0]
+    with pytest.raises(ConfigError, match=r"bf16: the model fails in it.*--precision fp32"):
+        choose.choose(question(OnlyFull().eval(), precision="bf16", batch_size=2))
+
+
+class Small(nn.Module):
+    """Fails on more than three images, whatever they show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 3:
+            raise ValueError("three are enough")
+        made: torch.Tensor = self.scale(x)
+        return made
+
+
+def test_a_model_that_always_fails_is_refused_in_its_own_words() -> None:
+    with pytest.raises(LayerError, match="fails on a batch of 8 images: ValueError: three are enough"):
+        choose.choose(question(Small().eval(), precision="fp32"))

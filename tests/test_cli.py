@@ -138,6 +138,14 @@ def test_extract_json_is_the_contract(fm: Run, options: list[object], tmp_path: 
     assert layer.keys() >= {"name", "shape", "dtype", "bytes_stored", "sparsity", "nonfinite"}
 
 
+def test_the_same_command_on_a_finished_output_says_that_nothing_was_run(fm: Run, options: list[object]) -> None:
+    assert "complete already" not in fm("extract", *options, "-l", "conv1").out
+    again = fm("extract", *options, "-l", "conv1")
+    assert again.code == 0
+    assert "5 images" in again.out
+    assert "complete already, nothing was run" in again.out
+
+
 def test_stdout_is_the_result_whatever_the_model_prints(fm: Run, options: list[object], place: Path) -> None:
     options[2] = f"{place / 'tiny.py'}:talking"
     said = fm("extract", *options, "-l", "conv1", "--json")

@@ -151,7 +151,6 @@ def test_the_command(two: tuple[Path, Path], tmp_path: Path, capfd: pytest.Captu
     assert main(["compare", a, b, "--json"]) == 0
     said = json.loads(capfd.readouterr().out)
     assert [layer["layer"] for layer in said["layers"]] == ["conv", "fc"]
-    pytest.importorskip("matplotlib", reason="the extra look is not installed")
     assert main(["compare", a, b, "-l", "conv", "-o", str(tmp_path / "d.png")]) == 0
     out = capfd.readouterr().out
     assert "4.png" in out

@@ -15,8 +15,6 @@ from fmextract.cli import main
 from fmextract.errors import ConfigError, LayerError
 from fmextract.look.filters import _coloured, parse_slice, show_filters
 
-pytest.importorskip("matplotlib", reason="the extra look is not installed")
-
 
 def test_colour_kernels_are_the_weights(tmp_path: Path) -> None:
     model = Tiny()

@@ -21,8 +21,6 @@ from fmextract.look.places import Grid, grid_of, patch_grid, read_maps
 from fmextract.look.select import select_layers
 from fmextract.records import Field
 
-pytest.importorskip("matplotlib", reason="the extra look is not installed")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -16,8 +16,6 @@ from fmextract import look
 from fmextract.cli import main
 from fmextract.errors import ConfigError
 
-pytest.importorskip("matplotlib", reason="the extra look is not installed")
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -125,9 +123,10 @@ def test_depth_is_numpy_on_the_stored_maps(acts: fmextract.Activations, tmp_path
 
 
 def test_depth_counts_what_is_not_finite(tmp_path: Path) -> None:
+    import torch
+
     from fmextract.stats import RunningStats
 
-    torch = pytest.importorskip("torch")
     values = np.random.default_rng(0).normal(size=(3, 2, 4, 4)).astype(np.float32)
     values[0, 0, 0, 0], values[1, 1, 2, 2] = np.nan, np.inf
     running = RunningStats((2, 4, 4), ("channel", "y", "x"), 2, torch.device("cpu"))
