@@ -1,4 +1,4 @@
-"""The command line: parse, call one public function, show what it returns as a table or as JSON. No logic of its own.
+"""The command line: parse, call one public function, show what it returns as `tables` or JSON. No logic of its own.
 
 stdout holds the result and nothing else; notes, progress and errors go to stderr. torch is imported by the commands
 that need it, so that `--help` and `info` answer at once.
@@ -10,34 +10,24 @@ import inspect
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from fmextract import __version__, text
+from fmextract import __version__, tables, text
 from fmextract.config import MEMORY_FORMATS, PRECISIONS, STORES, Config, parse_size
 from fmextract.errors import FmextractError
 from fmextract.progress import TerminalProgress
-from fmextract.records import ModuleRow, Result
-
-if TYPE_CHECKING:
-    from fmextract.bench import Report as Measured
-    from fmextract.comparison import Comparison
-    from fmextract.look import Example, LayerDepth, Where
-    from fmextract.planning import Plan
-    from fmextract.verify import Report
 
 USAGE = 2
 SOME_FAILED = 3
 MISMATCH = 5
-SHOWN = 50  # problems
 INTERRUPTED = 130
 
 # What every mistake in the usage is. Newer versions of typer bring a click of their own: it has no fixed address.
@@ -282,8 +272,12 @@ def extract(
         from fmextract.run import run
 
         result = run(source, model, out, config, TerminalProgress())
-    _show(result.as_json(), lambda: _summary(result), as_json)
-    return SOME_FAILED if _tell_failures(result) else 0
+    _show(result.as_json(), lambda: tables.summary(result), as_json)
+    if not result.failed:
+        return 0
+    with contextlib.suppress(OSError):
+        print(tables.failures(result), file=sys.stderr)
+    return SOME_FAILED
 
 
 @app.command()
@@ -310,7 +304,7 @@ def plan(
         from fmextract.run import make_plan
 
         made = make_plan(source, model, out, config, TerminalProgress())
-    _show(made.as_json(), lambda: _plan(made), as_json)
+    _show(made.as_json(), lambda: tables.plan(made), as_json)
     return 0
 
 
@@ -333,7 +327,7 @@ def layers(
         from fmextract.run import describe
 
         rows = describe(model, preprocess=preprocess or "model", size=size, selectors=tuple(selectors or ()))
-    _show([asdict(row) for row in rows], lambda: _modules(rows), as_json)
+    _show([asdict(row) for row in rows], lambda: tables.modules(rows), as_json)
     return 0
 
 
@@ -348,7 +342,7 @@ def info(out: Output, as_json: Json = False, debug: Debug = False) -> int:
 
         with reader.open(out) as acts:
             said = acts.info()
-    _show(said, lambda: _info(said), as_json)
+    _show(said, lambda: tables.info(said), as_json)
     return 0
 
 
@@ -403,7 +397,7 @@ def verify(
         from fmextract.verify import verify as check
 
         report = check(out, rerun=rerun, progress=TerminalProgress())
-    _show(report.as_json(), lambda: _verified(report), as_json)
+    _show(report.as_json(), lambda: tables.verification(report), as_json)
     return 0 if report.ok else MISMATCH
 
 
@@ -461,7 +455,7 @@ def bench(
         from fmextract.bench import bench as measure
 
         found = measure(source, model, config, TerminalProgress(), repeats=repeats)
-    _show(found.as_json(), lambda: _benched(found), as_json)
+    _show(found.as_json(), lambda: tables.benchmark(found), as_json)
     return 0
 
 
@@ -516,7 +510,7 @@ def compare(
             from fmextract.look import draw_comparison
 
             draw_comparison(found, out)
-    _show(found.as_json(), lambda: _compared(found), as_json)
+    _show(found.as_json(), lambda: tables.comparison(found), as_json)
     return 0
 
 
@@ -664,7 +658,7 @@ def show_maps(
                 made = look.show_maps(stored, image, out, images=images, **drawing)
         else:
             raise typer.BadParameter("give either a file and --image KEY, or --model MODEL and --input FILE")
-    _show([one.as_json() for one in made], lambda: _paths(one.picture for one in made), as_json)
+    _show([one.as_json() for one in made], lambda: tables.paths(one.picture for one in made), as_json)
     return 0
 
 
@@ -695,7 +689,7 @@ def show_depth(
                 rows = look.depth(stored, layers or ())
             else:
                 _, rows = look.show_depth(stored, out, layers=layers or ())
-    _show([row.as_json() for row in rows], lambda: _depth(rows), as_json)
+    _show([row.as_json() for row in rows], lambda: tables.depth(rows), as_json)
     return 0
 
 
@@ -721,7 +715,7 @@ def show_top(
 
         with reader.open(acts) as stored:
             found = look.show_top(stored, layer, channels, out, k=k, images=images)
-    _show(look.top_picture(out, found), lambda: _examples(out, found), as_json)
+    _show(look.top_picture(out, found), lambda: tables.examples(out, found), as_json)
     return 0
 
 
@@ -747,7 +741,7 @@ def show_where(
 
         with reader.open(acts) as stored:
             found = look.show_where(stored, image, layer, out, k=k, images=images)
-    _show(look.where_picture(out, found), lambda: _where(out, found), as_json)
+    _show(look.where_picture(out, found), lambda: tables.where(out, found), as_json)
     return 0
 
 
@@ -787,78 +781,6 @@ def _show(data: Any, render: Callable[[], str], as_json: bool) -> None:
     _print(json.dumps(_valid(data), indent=2) if as_json else render())
 
 
-def _paths(pictures: Iterable[Path]) -> str:
-    return "\n".join(text.printable(path) for path in dict.fromkeys(pictures))
-
-
-def _depth(found: "Sequence[LayerDepth]") -> str:
-    rows = [
-        (
-            row.layer,
-            row.type,
-            row.channels,
-            text.share(row.zeros),
-            f"{row.mean:.3g}",
-            f"{row.std:.3g}",
-            f"{row.min:.3g}",
-            f"{row.max:.3g}",
-            row.dead,
-            row.constant or "",
-            row.nonfinite or "",
-        )
-        for row in found
-    ]
-    head = ("layer", "type", "channels", "zeros", "mean", "std", "min", "max", "dead", "constant", "not finite")
-    return _table(head, rows, right=head[2:])
-
-
-def _compared(found: "Comparison") -> str:
-    head = [f"{text.count(found.images, 'image')} of {text.printable(found.b)} against {text.printable(found.a)}"]
-    left = [
-        (found.images_only_a + found.images_only_b, "images in one only"),
-        (found.failed, "images failed in one"),
-        (", ".join((*found.only_a, *found.only_b)), "are layers of one only"),
-        (", ".join(found.unlike), "have other shapes"),
-    ]
-    head += [text.printable(f"left out: {what} {why}") for what, why in left if what]
-    rows = [
-        (
-            row.layer,
-            text.shape(row.shape),
-            text.share(row.error),
-            text.share(row.median_error),
-            text.share(row.max_error),
-            f"{row.cosine:.6f}",
-            f"{row.cka:.6f}",
-            row.nonfinite or "",
-            row.worst[0][0] if row.worst else "",
-        )
-        for row in found.layers
-    ]
-    columns = ("layer", "shape", "error", "median", "worst", "cosine", "CKA", "not finite in one", "worst image")
-    return "\n".join([*head, "", _table(columns, rows, right=columns[2:8])])
-
-
-def _examples(out: Path, found: "Sequence[Example]") -> str:
-    rows = [(e.channel, f"{e.value:.4g}", e.key, _place(e.cell), _place(e.photo_box)) for e in found]
-    head = ("channel", "value", "image", "cell (y, x)", "in the photo (y0, x0, y1, x1)")
-    return "\n".join([text.printable(out), "", _table(head, rows, right=("channel", "value"))])
-
-
-def _where(out: Path, found: "Where") -> str:
-    rows: list[tuple[object, ...]] = [
-        (peak.channel, f"{peak.strength:.1f}", f"{peak.value:.4g}", _place(peak.cell), _place(peak.photo_box))
-        for peak in found.peaks
-    ]
-    head = ("channel", "strength", "value", "cell (y, x)", "in the photo (y0, x0, y1, x1)")
-    rows.append(("all", "", f"{found.heat.max():.4g}", _place(found.cell), _place(found.hottest_in_photo)))
-    return "\n".join([text.printable(out), "", _table(head, rows, right=("channel", "strength", "value"))])
-
-
-def _place(numbers: Sequence[float] | None) -> str:
-    return "" if numbers is None else ", ".join(f"{round(number)}" for number in numbers)
-
-
 def _print(lines: str) -> None:
     """To stdout. A reader that has seen enough (`| head`) closes it: the work is done all the same."""
     try:
@@ -877,169 +799,6 @@ def _valid(data: Any) -> Any:
     if isinstance(data, float) and not math.isfinite(data):
         return None
     return data
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str]) -> str:
-    """Cut to the terminal; whole where stdout is a file or a pipe."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return text.table(head, rows, right=right, width=width)
-
-
-def _summary(result: Result) -> str:
-    held = [f"{text.count(result.images, 'image')} in {text.printable(result.output)}"]
-    if result.failed:
-        held.append(f"{result.failed:,} of them failed")
-    if result.resumed_images:
-        held.append(f"{result.resumed_images:,} there before")
-    if result.resumed_images == result.images:
-        run = ["complete already, nothing was run"]
-    else:
-        run = [f"{text.duration(result.seconds)}, {text.rate(result.images_per_second)} images/s"]
-    run.append(f"{result.device}, {result.precision}, batch size {result.batch_size}")
-    if result.stages:
-        run.append(f"limited by {result.limiting_stage}")
-    if result.bytes_stored:
-        times = result.bytes_raw / result.bytes_stored
-        run.append(
-            f"{text.byte_count(result.bytes_raw)} → {text.byte_count(result.bytes_stored)} ({times:.1f} times smaller)"
-        )
-    rows = [
-        (
-            layer.name,
-            text.shape(layer.shape),
-            layer.dtype,
-            text.byte_count(layer.bytes_stored),
-            text.share(layer.sparsity),
-            f"{layer.nonfinite:,}" if layer.nonfinite else "",
-            text.share(layer.rel_error),
-        )
-        for layer in result.layers
-    ]
-    head = ("layer", "shape", "type", "stored", "zeros", "not finite", "error")
-    layers = _table(head, rows, right=("stored", "zeros", "not finite", "error"))
-    return "\n".join([", ".join(held), "; ".join(run), "", layers])
-
-
-def _benched(found: "Measured") -> str:
-    stages = [
-        [stage.name, text.rate(stage.images_per_second), text.rate(stage.bare) if stage.bare else "", stage.what]
-        for stage in found.stages
-    ]
-    shares = "the sum of all stages" if found.device == "cpu" else f"the slowest stage, {found.limiting_stage}"
-    return "\n".join(
-        [
-            f"{found.model}, {found.precision}, batch size {found.batch_size}, on {found.machine['processor']}",
-            "",
-            _table(["stage", "images/s", "bare", "what is bare"], stages, right=["images/s", "bare"]),
-            "",
-            f"limit       {text.rate(found.limit)} images/s ({shares})",
-            f"end to end  {text.rate(found.end_to_end)} images/s, {text.share(found.share)} of the limit",
-            f"{found.limiting_stage} takes most; what would help: {found.would_help}",
-        ]
-    )
-
-
-def _verified(report: "Report") -> str:
-    held = [text.count(report.files, "file"), f"{report.rows:,} rows", text.count(report.layers, "layer")]
-    held += [text.count(report.chunks, "chunk"), text.byte_count(report.bytes)]
-    head = f"{text.printable(report.path)}: {', '.join(held)}"
-    if report.ok:
-        rerun = f"; {text.count(report.rerun, 'image')} run again" if report.rerun else ""
-        error = f", off by {report.largest_error:.2g} at most" if report.largest_error else ""
-        return f"{head}\nwhole{rerun}{error}"
-    problems = [text.printable(str(problem)) for problem in report.problems[:SHOWN]]
-    more = [f"… and {len(report.problems) - SHOWN} more"] if len(report.problems) > SHOWN else []
-    return "\n".join([head, *problems, *more])
-
-
-def _tell_failures(result: Result) -> int:
-    """The number of images that failed; the first of them, with the reason, go to stderr."""
-    if result.failed:
-        lines = [f"{text.count(result.failed, 'image')} failed; the file holds the reasons (status, message):"]
-        lines += [f"  {text.printable(key)}: {text.printable(message)}" for key, message in result.failures]
-        if result.failed > len(result.failures):
-            lines.append("  …")
-        with contextlib.suppress(OSError):
-            print("\n".join(lines), file=sys.stderr)
-    return result.failed
-
-
-def _plan(made: "Plan") -> str:
-    cost = made.estimate
-    head = [
-        f"{text.count(made.rows, 'image')} in {text.count(len(made.shards), 'shard')} of up to {made.shard_rows:,}",
-        f"{made.precision} on {made.device}, batch size {made.batch_size}, {made.memory_format}",
-        f"{text.count(made.threads, 'thread')}, {made.store} with {made.codec}, level {made.level}",
-        f"{text.byte_count(cost.bytes_raw)} of values, about {text.byte_count(cost.bytes_stored)} on disk"
-        + (f", about {text.duration(cost.seconds)}" if cost.seconds else "")
-        + (f", {text.byte_count(cost.bytes_peak)} of memory" if cost.bytes_peak else ""),
-    ]
-    rows = [
-        (
-            layer.name,
-            layer.module_type,
-            text.shape(layer.shape),
-            ", ".join(layer.axes),
-            layer.dtype,
-            layer.compute_dtype,
-            text.byte_count(cost.stored_per_image.get(layer.name, 0)),
-            text.share(layer.rel_error),
-        )
-        for layer in made.layers
-    ]
-    columns = ("layer", "type", "shape", "axes", "on disk", "computed in", "bytes/image", "error")
-    return "\n".join([*head, "", _table(columns, rows, right=("bytes/image", "error"))])
-
-
-def _modules(rows: Sequence[ModuleRow]) -> str:
-    head = ("index", "path", "number", "type", "calls", "shape", "bytes/image", "sees", "note")
-    lines = [
-        (
-            row.index if row.index >= 0 else "",
-            row.path,
-            row.number,
-            row.type,
-            row.calls if row.calls != 1 else "",
-            text.shape(row.shape),
-            text.byte_count(row.bytes) if row.bytes else "",
-            f"{text.shape([round(side) for side in row.field.size])} px" if row.field else "",
-            row.refused or ("overwritten later; kept as it was" if row.overwritten else ""),
-        )
-        for row in rows
-    ]
-    return _table(head, lines, right=("index", "calls", "bytes/image", "sees"))
-
-
-def _info(said: Mapping[str, Any]) -> str:
-    facts = [
-        ("output", said["path"]),
-        ("format", f"{said['format']}, {text.count(said['files'], 'file')}"),
-        ("model", said["model"]),
-        ("weights", f"sha256 {said['weights_sha256']}" if said["weights_sha256"] else None),
-        ("precision", said["precision"]),
-        ("created", said["created"]),
-        ("rows", f"{said['rows']:,}" + (f", {said['failed']:,} of them failed" if said["failed"] else "")),
-        ("values", f"{text.byte_count(said['bytes_raw'])} → {text.byte_count(said['bytes_stored'])} on disk"),
-    ]
-    lines = [f"{name:9}  {text.printable(value)}" for name, value in facts if value is not None]
-    lines += [
-        f"  {text.printable(failure['key'])}: {text.printable(failure['message'])}" for failure in said["failures"]
-    ]
-    rows = [
-        (
-            layer["name"],
-            text.shape(layer["shape"]),
-            ", ".join(layer["axes"]),
-            layer["dtype"],
-            layer["compute_dtype"],
-            layer["codec"],
-            text.byte_count(layer["bytes_stored"]),
-            f"{layer['ratio']:.1f}" if layer["ratio"] else "",
-        )
-        for layer in said["layers"]
-    ]
-    head = ("layer", "shape", "axes", "type", "computed in", "codec", "stored", "ratio")
-    return "\n".join([*lines, "", _table(head, rows, right=("stored", "ratio"))])
 
 
 if __name__ == "__main__":

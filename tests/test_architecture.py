@@ -33,7 +33,7 @@ ORDER = re.findall(
     look
     report.numbers report.photos report.views report
     demo bench
-    __init__ cli __main__
+    __init__ tables cli __main__
     """,
 )
 

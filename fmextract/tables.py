@@ -1,0 +1,264 @@
+"""What each command tells a person: a result → lines of text. `cli` shows it, or JSON of the same."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fmextract import text
+from fmextract.records import ModuleRow, Result
+
+if TYPE_CHECKING:
+    from fmextract.bench import Report as Measured
+    from fmextract.comparison import Comparison
+    from fmextract.look import Example, LayerDepth, Where
+    from fmextract.planning import Plan
+    from fmextract.verify import Report
+
+SHOWN = 50  # problems
+
+
+def summary(result: Result) -> str:
+    """A finished run: rows, speed, bytes, and its layers."""
+    held = [f"{text.count(result.images, 'image')} in {text.printable(result.output)}"]
+    if result.failed:
+        held.append(f"{result.failed:,} of them failed")
+    if result.resumed_images:
+        held.append(f"{result.resumed_images:,} there before")
+    if result.resumed_images == result.images:
+        run = ["complete already, nothing was run"]
+    else:
+        run = [f"{text.duration(result.seconds)}, {text.rate(result.images_per_second)} images/s"]
+    run.append(f"{result.device}, {result.precision}, batch size {result.batch_size}")
+    if result.stages:
+        run.append(f"limited by {result.limiting_stage}")
+    if result.bytes_stored:
+        times = result.bytes_raw / result.bytes_stored
+        run.append(
+            f"{text.byte_count(result.bytes_raw)} → {text.byte_count(result.bytes_stored)} ({times:.1f} times smaller)"
+        )
+    rows = [
+        (
+            layer.name,
+            text.shape(layer.shape),
+            layer.dtype,
+            text.byte_count(layer.bytes_stored),
+            text.share(layer.sparsity),
+            f"{layer.nonfinite:,}" if layer.nonfinite else "",
+            text.share(layer.rel_error),
+        )
+        for layer in result.layers
+    ]
+    head = ("layer", "shape", "type", "stored", "zeros", "not finite", "error")
+    layers = _table(head, rows, right=("stored", "zeros", "not finite", "error"))
+    return "\n".join([", ".join(held), "; ".join(run), "", layers])
+
+
+def failures(result: Result) -> str:
+    """The first images that failed, with the reason; there is at least one."""
+    lines = [f"{text.count(result.failed, 'image')} failed; the file holds the reasons (status, message):"]
+    lines += [f"  {text.printable(key)}: {text.printable(message)}" for key, message in result.failures]
+    if result.failed > len(result.failures):
+        lines.append("  …")
+    return "\n".join(lines)
+
+
+def plan(made: Plan) -> str:
+    """What a run would do, and its layers."""
+    cost = made.estimate
+    head = [
+        f"{text.count(made.rows, 'image')} in {text.count(len(made.shards), 'shard')} of up to {made.shard_rows:,}",
+        f"{made.precision} on {made.device}, batch size {made.batch_size}, {made.memory_format}",
+        f"{text.count(made.threads, 'thread')}, {made.store} with {made.codec}, level {made.level}",
+        f"{text.byte_count(cost.bytes_raw)} of values, about {text.byte_count(cost.bytes_stored)} on disk"
+        + (f", about {text.duration(cost.seconds)}" if cost.seconds else "")
+        + (f", {text.byte_count(cost.bytes_peak)} of memory" if cost.bytes_peak else ""),
+    ]
+    rows = [
+        (
+            layer.name,
+            layer.module_type,
+            text.shape(layer.shape),
+            ", ".join(layer.axes),
+            layer.dtype,
+            layer.compute_dtype,
+            text.byte_count(cost.stored_per_image.get(layer.name, 0)),
+            text.share(layer.rel_error),
+        )
+        for layer in made.layers
+    ]
+    columns = ("layer", "type", "shape", "axes", "on disk", "computed in", "bytes/image", "error")
+    return "\n".join([*head, "", _table(columns, rows, right=("bytes/image", "error"))])
+
+
+def modules(rows: Sequence[ModuleRow]) -> str:
+    """A model's layers in the order of execution."""
+    head = ("index", "path", "number", "type", "calls", "shape", "bytes/image", "sees", "note")
+    lines = [
+        (
+            row.index if row.index >= 0 else "",
+            row.path,
+            row.number,
+            row.type,
+            row.calls if row.calls != 1 else "",
+            text.shape(row.shape),
+            text.byte_count(row.bytes) if row.bytes else "",
+            f"{text.shape([round(side) for side in row.field.size])} px" if row.field else "",
+            row.refused or ("overwritten later; kept as it was" if row.overwritten else ""),
+        )
+        for row in rows
+    ]
+    return _table(head, lines, right=("index", "calls", "bytes/image", "sees"))
+
+
+def info(said: Mapping[str, Any]) -> str:
+    """What an output holds; `said` is what `Activations.info` returns."""
+    facts = [
+        ("output", said["path"]),
+        ("format", f"{said['format']}, {text.count(said['files'], 'file')}"),
+        ("model", said["model"]),
+        ("weights", f"sha256 {said['weights_sha256']}" if said["weights_sha256"] else None),
+        ("precision", said["precision"]),
+        ("created", said["created"]),
+        ("rows", f"{said['rows']:,}" + (f", {said['failed']:,} of them failed" if said["failed"] else "")),
+        ("values", f"{text.byte_count(said['bytes_raw'])} → {text.byte_count(said['bytes_stored'])} on disk"),
+    ]
+    lines = [f"{name:9}  {text.printable(value)}" for name, value in facts if value is not None]
+    lines += [
+        f"  {text.printable(failure['key'])}: {text.printable(failure['message'])}" for failure in said["failures"]
+    ]
+    rows = [
+        (
+            layer["name"],
+            text.shape(layer["shape"]),
+            ", ".join(layer["axes"]),
+            layer["dtype"],
+            layer["compute_dtype"],
+            layer["codec"],
+            text.byte_count(layer["bytes_stored"]),
+            f"{layer['ratio']:.1f}" if layer["ratio"] else "",
+        )
+        for layer in said["layers"]
+    ]
+    head = ("layer", "shape", "axes", "type", "computed in", "codec", "stored", "ratio")
+    return "\n".join([*lines, "", _table(head, rows, right=("stored", "ratio"))])
+
+
+def verification(report: Report) -> str:
+    """Whole, or the problems found, the first SHOWN of them."""
+    held = [text.count(report.files, "file"), f"{report.rows:,} rows", text.count(report.layers, "layer")]
+    held += [text.count(report.chunks, "chunk"), text.byte_count(report.bytes)]
+    head = f"{text.printable(report.path)}: {', '.join(held)}"
+    if report.ok:
+        rerun = f"; {text.count(report.rerun, 'image')} run again" if report.rerun else ""
+        error = f", off by {report.largest_error:.2g} at most" if report.largest_error else ""
+        return f"{head}\nwhole{rerun}{error}"
+    problems = [text.printable(str(problem)) for problem in report.problems[:SHOWN]]
+    more = [f"… and {len(report.problems) - SHOWN} more"] if len(report.problems) > SHOWN else []
+    return "\n".join([head, *problems, *more])
+
+
+def comparison(found: Comparison) -> str:
+    """Two outputs layer by layer, and what was left out."""
+    head = [f"{text.count(found.images, 'image')} of {text.printable(found.b)} against {text.printable(found.a)}"]
+    left = [
+        (found.images_only_a + found.images_only_b, "images in one only"),
+        (found.failed, "images failed in one"),
+        (", ".join((*found.only_a, *found.only_b)), "are layers of one only"),
+        (", ".join(found.unlike), "have other shapes"),
+    ]
+    head += [text.printable(f"left out: {what} {why}") for what, why in left if what]
+    rows = [
+        (
+            row.layer,
+            text.shape(row.shape),
+            text.share(row.error),
+            text.share(row.median_error),
+            text.share(row.max_error),
+            f"{row.cosine:.6f}",
+            f"{row.cka:.6f}",
+            row.nonfinite or "",
+            row.worst[0][0] if row.worst else "",
+        )
+        for row in found.layers
+    ]
+    columns = ("layer", "shape", "error", "median", "worst", "cosine", "CKA", "not finite in one", "worst image")
+    return "\n".join([*head, "", _table(columns, rows, right=columns[2:8])])
+
+
+def benchmark(found: Measured) -> str:
+    """The stages alone, the limit they set, and how near a run comes."""
+    stages = [
+        [stage.name, text.rate(stage.images_per_second), text.rate(stage.bare) if stage.bare else "", stage.what]
+        for stage in found.stages
+    ]
+    shares = "the sum of all stages" if found.device == "cpu" else f"the slowest stage, {found.limiting_stage}"
+    return "\n".join(
+        [
+            f"{found.model}, {found.precision}, batch size {found.batch_size}, on {found.machine['processor']}",
+            "",
+            _table(["stage", "images/s", "bare", "what is bare"], stages, right=["images/s", "bare"]),
+            "",
+            f"limit       {text.rate(found.limit)} images/s ({shares})",
+            f"end to end  {text.rate(found.end_to_end)} images/s, {text.share(found.share)} of the limit",
+            f"{found.limiting_stage} takes most; what would help: {found.would_help}",
+        ]
+    )
+
+
+def depth(found: Sequence[LayerDepth]) -> str:
+    """How sparse and alive each layer is."""
+    rows = [
+        (
+            row.layer,
+            row.type,
+            row.channels,
+            text.share(row.zeros),
+            f"{row.mean:.3g}",
+            f"{row.std:.3g}",
+            f"{row.min:.3g}",
+            f"{row.max:.3g}",
+            row.dead,
+            row.constant or "",
+            row.nonfinite or "",
+        )
+        for row in found
+    ]
+    head = ("layer", "type", "channels", "zeros", "mean", "std", "min", "max", "dead", "constant", "not finite")
+    return _table(head, rows, right=head[2:])
+
+
+def examples(out: Path, found: Sequence[Example]) -> str:
+    """A picture, and the strongest images of its channels."""
+    rows = [(e.channel, f"{e.value:.4g}", e.key, _place(e.cell), _place(e.photo_box)) for e in found]
+    head = ("channel", "value", "image", "cell (y, x)", "in the photo (y0, x0, y1, x1)")
+    return "\n".join([text.printable(out), "", _table(head, rows, right=("channel", "value"))])
+
+
+def where(out: Path, found: Where) -> str:
+    """A picture, and where in the image each of the strongest channels looks."""
+    rows: list[tuple[object, ...]] = [
+        (peak.channel, f"{peak.strength:.1f}", f"{peak.value:.4g}", _place(peak.cell), _place(peak.photo_box))
+        for peak in found.peaks
+    ]
+    head = ("channel", "strength", "value", "cell (y, x)", "in the photo (y0, x0, y1, x1)")
+    rows.append(("all", "", f"{found.heat.max():.4g}", _place(found.cell), _place(found.hottest_in_photo)))
+    return "\n".join([text.printable(out), "", _table(head, rows, right=("channel", "strength", "value"))])
+
+
+def paths(pictures: Iterable[Path]) -> str:
+    """Pictures, one a line, each once."""
+    return "\n".join(text.printable(path) for path in dict.fromkeys(pictures))
+
+
+def _place(numbers: Sequence[float] | None) -> str:
+    return "" if numbers is None else ", ".join(f"{round(number)}" for number in numbers)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str]) -> str:
+    """Cut to the terminal; whole where stdout is a file or a pipe."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return text.table(head, rows, right=right, width=width)
