@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import io
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -173,6 +174,21 @@ def command(arguments: list[str], said: str, slow: float = 0.0) -> int:
     progress.TerminalProgress.advance = slowly  # type: ignore[method-assign]
     with Path(said).open("w") as sys.stderr, Path("/dev/null").open("w") as sys.stdout:
         return cli.main(arguments)
+
+
+def extract_killed(source: Path, out: Path, number: int) -> int:
+    """A run that is killed before the `number`th time that Python opens, renames or removes a file at `out`."""
+    at_out = [0]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.rename", "os.remove", "os.rmdir") and str(arguments[0]).startswith(str(out)):
+            at_out[0] += 1
+            if at_out[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)  # for ever: in a process of its own
+    extract(source, out)
+    return 0
 
 
 def _stopped(source: Path, out: Path, on_advance: Callable[[int], None]) -> str:

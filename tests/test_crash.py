@@ -142,7 +142,34 @@ def test_kill_anywhere(server: Server, photos: Path, undisturbed: dict[str, Path
             shutil.rmtree(out) if out.is_dir() else out.unlink()
     print(f"{fell.total()} kills: {dict(fell)}")
     assert fell.total() >= 40, fell
-    assert len(fell) >= 3, fell
+
+
+@pytest.mark.parametrize("suffix", ["", ".h5"])
+def test_killed_at_every_file(
+    server: Server, photos: Path, undisturbed: dict[str, Path], tmp_path: Path, suffix: str
+) -> None:
+    """Killed before each file that Python opens, renames or removes: every moment between two of them, by turns."""
+    out = tmp_path / f"out{suffix}"
+    fell: collections.Counter[str] = collections.Counter()
+    number = 0
+    while True:
+        number += 1
+        server.start(f"runs.extract_killed(Path({str(photos)!r}), Path({str(out)!r}), {number})")
+        if (code := server.wait()) == 0:
+            break
+        assert code == -signal.SIGKILL
+        directory = out.with_name(f"{out.name}.partial") if suffix else out
+        fell[_moment(directory, out)] += 1
+        _no_file_is_broken(out)
+        assert server.run(extraction(photos, out)) == 0
+        same(out, undisturbed[suffix])
+        assert not directory.exists() or not suffix
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+    same(out, undisturbed[suffix])
+    print(f"{fell.total()} kills: {dict(fell)}")
+    assert {"writing the plan", "writing a shard", "between a shard and its record", "between shards"} <= set(fell), (
+        fell
+    )
 
 
 def _kill_once(server: Server, photos: Path, out: Path, after: float) -> str | None:
