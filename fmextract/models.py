@@ -292,8 +292,10 @@ def _build_torchvision(name: str, weights: Weights) -> Built:
     sets = torchvision.models.get_model_weights(name)
     chosen = _torchvision_weights(name, sets, weights)
     builder = torchvision.models.get_model_builder(name)
-    # Detection and segmentation models would otherwise fetch a trained backbone for untrained weights.
-    options = {"weights_backbone": None} if "weights_backbone" in inspect.signature(builder).parameters else {}
+    # Detection and segmentation models would otherwise fetch a trained backbone for untrained weights; and what is
+    # called quantized would otherwise be the float model that can be quantized.
+    fixed = {"weights_backbone": None, "quantize": True}
+    options = {option: fixed[option] for option in fixed.keys() & inspect.signature(builder).parameters}
     with _building(name, weights), _download_explained(name, chosen), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # GoogLeNet and Inception announce a change of their initialisation
         module = builder(weights=chosen, **options)

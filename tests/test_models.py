@@ -7,6 +7,7 @@ import pickle
 import re
 import sys
 import types
+import warnings
 from collections import OrderedDict
 
 import PIL.Image
@@ -93,6 +94,19 @@ def test_builders_that_warn_or_would_fetch_a_backbone_are_quiet(monkeypatch):
     assert load_model("googlenet", "random:0").module.aux_logits
     loaded = load_model("segmentation/lraspp_mobilenet_v3_large", "random:0", size="64x96")
     assert loaded.preprocess.size == (64, 96)
+
+
+def test_a_quantized_name_gives_the_quantized_network():
+    """Equal to torchvision's own builder with quantize=True, which without it builds the float version."""
+    found = load_model("quantized_resnet18", weights="random:3").module
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces the end of this kind of quantization
+        expected = torchvision.models.get_model("quantized_resnet18", weights=None, quantize=True).eval()
+    assert type(found.conv1) is type(expected.conv1)
+    assert found.conv1.weight().is_quantized
+    inputs = torch.rand(2, 3, 64, 64)
+    assert torch.equal(found(inputs), expected(inputs))
 
 
 @pytest.mark.parametrize("text", ["random:", "random:-1", "random:x", "random:1.5"])
