@@ -142,10 +142,26 @@ class Encoder:
 
 def as_array(piece: torch.Tensor) -> np.ndarray[Any, Any]:
     """A C-contiguous array over the values of `piece`; bfloat16 as its uint16 bit patterns."""
-    piece = piece.contiguous()
     if piece.dtype == torch.bfloat16:
-        return piece.view(torch.int16).numpy().view(np.uint16)
-    return piece.numpy()
+        return _contiguous(piece.view(torch.int16)).numpy().view(np.uint16)
+    return _contiguous(piece).numpy()
+
+
+def _contiguous(piece: torch.Tensor) -> torch.Tensor:
+    """`piece` (n, …) in the order of its axes.
+
+    Channels that lie side by side are moved one image at a time, as the transpose of a matrix: torch does that in
+    blocks, two to five times as fast as `contiguous` (docs/performance.md).
+    """
+    if piece.is_contiguous() or piece.ndim < 3:
+        return piece.contiguous()
+    channels_last = piece.movedim(1, -1)
+    if not channels_last.is_contiguous():
+        return piece.contiguous()
+    made = torch.empty(piece.shape, dtype=piece.dtype)
+    for planes, pixels in zip(made.flatten(2), channels_last.flatten(1, -2), strict=True):
+        planes.copy_(pixels.t())
+    return made
 
 
 def _fill(rows: int, spec: LayerSpec, bfloat16: bool) -> np.ndarray[Any, Any]:

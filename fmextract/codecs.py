@@ -8,6 +8,7 @@ the compressors.
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -245,21 +246,39 @@ def decode(payload: bytes, *, codec: str, dtype: str, values: int, out: Array | 
     Raises DamagedError for a stream that is broken or holds anything but exactly so many bytes; never inflates past
     them. ConfigError for an unknown codec, MissingExtra.
     """
-    chosen = codec_named(codec)
     kind = np.dtype(dtype)
     result = np.empty(values, kind) if out is None else out.reshape(-1)
     if result.size != values or result.dtype != kind or (out is not None and not out.flags.c_contiguous):
         raise ValueError(
             f"expected C-contiguous room for {values} values of {kind}, got {result.size} of {result.dtype}"
         )
-    nbytes = values * kind.itemsize
-    raw = chosen.decompress(payload, nbytes)
-    if len(raw) != nbytes:
-        raise DamagedError(f"a {codec} chunk of {nbytes} bytes holds {'more' if len(raw) > nbytes else len(raw)}")
-    if chosen.shuffled and kind.itemsize > 1:
+    raw = unpack(payload, codec=codec, nbytes=values * kind.itemsize)
+    if codec_named(codec).shuffled and kind.itemsize > 1:
         _gather(np.frombuffer(raw, np.uint8).reshape(kind.itemsize, values), result.view(_WORDS[kind.itemsize]))
     else:
         result.view(np.uint8)[:] = np.frombuffer(raw, np.uint8)
+    return result
+
+
+def unpack(payload: bytes, *, codec: str, nbytes: int) -> bytes:
+    """The first half of `decode`: what was compressed, `nbytes` of byte planes or values. Raises what `decode` does."""
+    raw = codec_named(codec).decompress(payload, nbytes)
+    if len(raw) != nbytes:
+        raise DamagedError(f"a {codec} chunk of {nbytes} bytes holds {'more' if len(raw) > nbytes else len(raw)}")
+    return raw
+
+
+def pick(raw: bytes, *, codec: str, dtype: str, shape: Sequence[int], at: tuple[Any, ...] = ()) -> Array:
+    """The second half of `decode`: the values at the index `at` of a chunk of `shape`, from what `unpack` gave.
+
+    Of a row or two it costs little, where joining the bytes of all values takes as long as lz4 does.
+    """
+    kind = np.dtype(dtype)
+    if not codec_named(codec).shuffled or kind.itemsize == 1:
+        return np.frombuffer(raw, kind).reshape(shape)[at]
+    planes = np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(kind.itemsize, *shape)[(slice(None), *at)])
+    result = np.empty(planes.shape[1:], kind)
+    _gather(planes.reshape(kind.itemsize, result.size), result.reshape(-1).view(_WORDS[kind.itemsize]))
     return result
 
 
@@ -289,26 +308,40 @@ _NOISE_ENTROPY = 7.85
 
 
 def _deflate(planes: Array, level: int) -> bytes:
-    """A zlib stream by ISA-L, in which planes of noise are stored blocks.
+    """A zlib stream by ISA-L, in which planes of noise are stored blocks and planes of zeros are not compressed again.
 
     The low mantissa bytes of dense activations do not compress, yet would cost as much time as those that do
     (benchmark on smooth dense maps, same ratio: float32 1.9 times, bfloat16 1.5 times as fast; inflating 2 to 3 times).
+    Those of a narrower type that was widened are zero.
     """
-    noise = [_is_noise(plane) for plane in planes]
-    if not any(noise):
+    zeros = 0
+    while zeros < len(planes) and not planes[zeros].view(bool).any():
+        zeros += 1
+    rest = planes[zeros:]
+    noise = [_is_noise(plane) for plane in rest]
+    if not zeros and not any(noise):
         return bytes(isal_zlib.compress(planes, level))
-    parts: list[bytes | memoryview] = [_ZLIB_HEADER]
-    for stored, run in groupby(range(len(planes)), key=noise.__getitem__):
+    length = zeros * planes.shape[1]
+    parts: list[bytes | memoryview] = [_ZLIB_HEADER, _zeros(length, level)]
+    for stored, run in groupby(range(len(rest)), key=noise.__getitem__):
         rows = list(run)
-        part = planes[rows[0] : rows[-1] + 1].reshape(-1)
-        if stored:
-            parts += _stored_blocks(part.data)
-        else:
-            # A raw stream of its own; the sync flush ends it on a byte, where stored blocks may follow.
-            deflater = isal_zlib.compressobj(level, isal_zlib.DEFLATED, -isal_zlib.MAX_WBITS)
-            parts += (deflater.compress(part), deflater.flush(isal_zlib.Z_SYNC_FLUSH))
-    checksum = isal_zlib.adler32(planes.reshape(-1))
+        part = rest[rows[0] : rows[-1] + 1].reshape(-1)
+        parts += _stored_blocks(part.data) if stored else [_raw(part, level)]
+    # The checksum of zeros is known: its lower half stays 1, its upper half counts them.
+    checksum = isal_zlib.adler32(rest.reshape(-1), length % 65521 << 16 | 1)
     return b"".join((*parts, _stored_header(0, last=True), checksum.to_bytes(4, "big")))
+
+
+def _raw(data: Any, level: int) -> bytes:
+    """A stretch of a raw deflate stream; the sync flush ends it on a byte, where another may follow."""
+    deflater = isal_zlib.compressobj(level, isal_zlib.DEFLATED, -isal_zlib.MAX_WBITS)
+    return bytes(deflater.compress(data) + deflater.flush(isal_zlib.Z_SYNC_FLUSH))
+
+
+@functools.lru_cache(maxsize=256)
+def _zeros(length: int, level: int) -> bytes:
+    """`length` zeros as such a stretch; the chunks of a run have few lengths."""
+    return _raw(bytes(length), level) if length else b""
 
 
 def _is_noise(plane: Array) -> bool:
@@ -401,6 +434,7 @@ def _lz4_compress(planes: Array, level: int) -> bytes:
 def _lz4_decompress(stream: bytes, nbytes: int) -> bytes:
     library = _lz4_block()
     blocks: list[bytes] = []
+    view = memoryview(stream)  # slices of it are no copies
     try:
         total, block_size = _LZ4_HEADER.unpack_from(stream)
         if total != nbytes or (nbytes and block_size < 1):
@@ -410,8 +444,8 @@ def _lz4_decompress(stream: bytes, nbytes: int) -> bytes:
             size = min(block_size, nbytes - start)
             (stored,) = _LZ4_LENGTH.unpack_from(stream, at)
             at += _LZ4_LENGTH.size
-            block = stream[at : at + stored] if stored >= 0 else b""
-            blocks.append(block if stored == size else library.decompress(block, uncompressed_size=size))
+            block = view[at : at + stored] if stored >= 0 else view[:0]
+            blocks.append(bytes(block) if stored == size else library.decompress(block, uncompressed_size=size))
             at += stored
     except (struct.error, library.LZ4BlockError) as error:
         raise DamagedError(f"an lz4 chunk does not decompress: {error}") from error
