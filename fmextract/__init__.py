@@ -35,6 +35,7 @@ from fmextract.records import Field, FileInfo, LayerSpec, Preprocess, Result, So
 
 if TYPE_CHECKING:
     from fmextract.comparison import compare
+    from fmextract.exporting import export
     from fmextract.planning import Plan
     from fmextract.reader import Activations, Layer, open
     from fmextract.run import describe, extract
@@ -50,6 +51,7 @@ _LAZY = {
     "Plan": ("fmextract.planning", "Plan"),
     "compare": ("fmextract.comparison", "compare"),
     "describe": ("fmextract.run", "describe"),
+    "export": ("fmextract.exporting", "export"),
     "extract": ("fmextract.run", "extract"),
     "linear_cka": ("fmextract.similarity", "linear_cka"),
     "open": ("fmextract.reader", "open"),
@@ -87,6 +89,7 @@ __all__ = [
     "__version__",
     "compare",
     "describe",
+    "export",
     "extract",
     "linear_cka",
     "open",

@@ -231,6 +231,15 @@ Output = Annotated[Path, typer.Argument(metavar="OUT", help="A file name.h5, or 
 Out = Annotated[
     Path, _option("--out", "-o", metavar="OUT", help="name.h5 for one file, name/ for a directory of shards.")
 ]
+Stored = Annotated[
+    list[str] | None,
+    _option(
+        "--layer",
+        "-l",
+        metavar="SELECTOR",
+        help="A layer of the file: its name, a glob, or conv#N as the run was asked for it; repeatable. [default: all]",
+    ),
+]
 
 
 # ---------------------------------------------------------------------------------------------------- commands
@@ -514,6 +523,53 @@ def compare(
     return 0
 
 
+@app.command()
+def export(
+    acts: Output,
+    to: Annotated[
+        str,
+        _option(
+            "--to",
+            metavar="npy|safetensors|parquet|netcdf|rdm",
+            help="npy: a directory, one file a layer. parquet: one row an image. rdm: dissimilarities for rsatoolbox.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        _option(
+            "--out",
+            "-o",
+            metavar="DEST",
+            help="What to write: a directory for npy; name.safetensors, name.parquet, name.nc; name.h5 for rdm.",
+        ),
+    ],
+    layers: Stored = None,
+    metric: Annotated[
+        str | None,
+        _option(
+            "--metric",
+            metavar="euclidean-squared|correlation|cosine",
+            help="Of --to rdm, as rsatoolbox defines it. [default: euclidean-squared]",
+        ),
+    ] = None,
+    overwrite: Annotated[bool, _option("--overwrite", help="Replace an earlier export to the same format.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> int:
+    """Write stored layers in a format of other tools.
+
+    Rows stay in their places, with their keys beside them; rows that failed hold NaN, and rdm leaves them out.
+
+    fmextract export acts.h5 --to npy -l 'layer*' -o arrays/
+    """
+    with _working():
+        from fmextract.exporting import export as write
+
+        made = write(acts, to=to, out=out, layers=layers, metric=metric, overwrite=overwrite)
+    _show(made.as_json(), lambda: tables.exported(made), as_json)
+    return 0
+
+
 # ---------------------------------------------------------------------------------------------------- pictures
 
 show = typer.Typer(
@@ -526,15 +582,6 @@ app.add_typer(show, name="show")
 
 Weights = Annotated[str, _option("--weights", "-w", metavar="WEIGHTS", help="As in `extract`. [default: default]")]
 Picture = Annotated[Path, _option("--out", "-o", metavar="PICTURE", help="name.png, name.pdf or name.svg.")]
-Stored = Annotated[
-    list[str] | None,
-    _option(
-        "--layer",
-        "-l",
-        metavar="SELECTOR",
-        help="A layer of the file: its name, a glob, or conv#N as the run was asked for it; repeatable. [default: all]",
-    ),
-]
 Images = Annotated[
     Path | None,
     _option("--images", metavar="DIR", help="Where the photos are now. [default: where the run found them]"),

@@ -333,7 +333,7 @@ def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
     """One file of all parts, published under its name at once. `scratch` is a directory beside or below it."""
     shards = [part for part in parts if isinstance(part, Path)]
     temporary = index.temporary_name(scratch / target.name)
-    stats, attrs, smaller = _merged(shards)
+    stats, attrs, smaller = merged(shards)
     with store.open_shard(shards[0]) as first:
         info = store.read_info(first)
     left_out = _joined(part for part in parts if isinstance(part, range))
@@ -351,17 +351,20 @@ def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _merged(
-    shards: Sequence[Path],
+def merged(
+    shards: Sequence[Path], layers: Sequence[str] | None = None
 ) -> tuple[dict[str, dict[str, np.ndarray[Any, Any]]], dict[str, dict[str, Any]], dict[str, int]]:
-    """Statistics and counts of all shards together, and the batch sizes that memory forced; one shard at a time."""
+    """Statistics and counts of all shards together, and the batch sizes that memory forced; one shard at a time.
+
+    Of all layers if None.
+    """
     stats: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
     counts: Counter[tuple[str, str]] = Counter()
     smaller: dict[str, int] = {}
     for path in shards:
         with reader.open(path) as acts:
             smaller |= json.loads(acts.attrs.get("smaller_batches", "{}"))
-            for name in acts.layers:
+            for name in acts.layers if layers is None else layers:
                 layer = acts[name]
                 counts.update({(name, key): int(layer.attrs[key]) for key in COUNTED if key in layer.attrs})
                 if part := acts._files[0].stats(name):

@@ -127,6 +127,11 @@ class Activations:
         return self._column("key")
 
     @functools.cached_property
+    def samples(self) -> Rows:
+        """Row numbers in the whole source, int64 (N): from 0, but for one shard opened alone."""
+        return self._column("sample")
+
+    @functools.cached_property
     def status(self) -> npt.NDArray[np.uint8]:
         """uint8 (N), see `records.Status`; rows other than 0 hold NaN."""
         return self._column("status")

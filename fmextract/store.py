@@ -7,6 +7,7 @@ described in docs/format.md. One thread at a time may use a ShardWriter.
     ShardWriter      chunks → file                   content_digest   file → one number for all that a reader sees
     pack             files → one file, undecoded     validate         is this file ours, and safe to read?
     open_shard       path → validated h5py.File      read_*           file → the nouns of `records`
+    write_rdms       dissimilarities → a file of rsatoolbox's
 """
 
 from __future__ import annotations
@@ -563,6 +564,66 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------- other forms
+
+
+def write_rdms(
+    path: Path,
+    layers: Mapping[str, Iterable[Array]],
+    pairs: int,
+    measure: str,
+    descriptors: Mapping[str, str],
+    patterns: Mapping[str, Array | Sequence[str]],
+) -> None:
+    """Dissimilarity matrices as rsatoolbox's `RDMs.save` lays them out, and its `load_rdm` reads them.
+
+    `layers` gives, by name, the `pairs` values of one matrix in parts, float64; `patterns` one entry an image. `path`
+    is a temporary name. Texts are attributes: in datasets rsatoolbox would take them for ASCII. Raises NoSpace,
+    OutputError.
+    """
+    try:
+        disk = _SteadyFile(path)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    file = h5py.File(disk, "w", libver=_LIBVER, track_order=True)
+    try:
+        _set_attrs(file, {"dissimilarity_measure": measure})
+        groups = {
+            "descriptors": descriptors,
+            "rdm_descriptors": {"layer": list(layers)},
+            "pattern_descriptors": patterns,
+        }
+        for name, entries in groups.items():
+            group = file.create_group(name, track_order=True)
+            for key, value in entries.items():
+                if isinstance(value, np.ndarray):
+                    group.create_dataset(key, data=value)
+                else:
+                    texts = _text(value) if isinstance(value, str) else [_text(text) for text in value]
+                    group.attrs.create(key, texts, dtype=_STRING)
+        data = file.create_dataset("dissimilarities", (len(layers), pairs), np.float64)
+        for matrix, parts in enumerate(layers.values()):
+            at = 0
+            for part in parts:
+                data[matrix, at : at + len(part)] = part
+                at += len(part)
+                disk.check()
+            if at != pairs:
+                raise ValueError(f"expected {pairs} pairs, got {at}")
+        file.close()
+        disk.check()
+        _fsync(path)
+    except BaseException:
+        disk.drop()
+        with contextlib.suppress(Exception):
+            file.close()
+        if disk.error is not None:
+            raise disk_error(path, disk.error) from disk.error
+        raise
+    finally:
+        disk.close()
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -14,6 +14,7 @@ from fmextract.records import ModuleRow, Result
 if TYPE_CHECKING:
     from fmextract.bench import Report as Measured
     from fmextract.comparison import Comparison
+    from fmextract.exporting import Exported
     from fmextract.look import Example, LayerDepth, Where
     from fmextract.planning import Plan
     from fmextract.verify import Report
@@ -145,6 +146,19 @@ def info(said: Mapping[str, Any]) -> str:
     ]
     head = ("layer", "shape", "axes", "type", "computed in", "codec", "stored", "ratio")
     return "\n".join([*lines, "", _table(head, rows, right=("stored", "ratio"))])
+
+
+def exported(made: Exported) -> str:
+    """What was written, and where each layer is in it."""
+    held = [f"{text.count(made.rows, 'image')} in {text.printable(made.path)}", text.byte_count(made.bytes)]
+    if made.metric:
+        held.append(made.metric)
+    lines = [", ".join(held)]
+    if made.failed:
+        what = "left out" if made.metric else "NaN, or 0 where integers are stored; status says which"
+        lines.append(f"{text.count(made.failed, 'image')} without values: {what}")
+    rows = [(layer.name, text.shape(layer.shape), layer.dtype, layer.place) for layer in made.layers]
+    return "\n".join([*lines, "", _table(("layer", "shape", "type", "place"), rows, right=())])
 
 
 def verification(report: Report) -> str:

@@ -290,7 +290,9 @@ class _Recount:
         self._seen: dict[str, Array] = {}
         self._nonfinite = 0
         options = layer._acts.config.get("options", {})
-        narrowed = layer.spec.dtype == "float16" and layer.spec.compute_dtype != "float16"
+        # An export to netCDF widens what the run had narrowed.
+        kind = options.get("store") if layer.spec.dtype == "float32" else layer.spec.dtype
+        narrowed = kind == "float16" and layer.spec.compute_dtype != "float16"
         bits = options.get("keep_bits") or (10 if narrowed else None)
         # Statistics are of the values before they were rounded.
         self._rounding = 0.0 if bits is None or layer.dtype.kind != "f" else 2.0**-bits

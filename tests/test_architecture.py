@@ -27,12 +27,12 @@ ORDER = re.findall(
     sources images models axes taps geometry effective reducers stats
     planning chunks device precision choose engine estimate prepare replay output
     run verify launch
-    similarity comparison export
+    similarity dissimilarity comparison
     look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where look.depth
     look.differences
     look
     report.numbers report.photos report.views report
-    demo bench
+    demo bench exporting
     __init__ tables cli __main__
     """,
 )
@@ -107,12 +107,23 @@ WITHOUT_TORCH = {
     "info": "from fmextract.cli import main; assert main(['info', FILE]) == 0",
     "read": "import fmextract; a = fmextract.open(FILE); a.keys, a['layer'][1, 2], a.info(), list(a.batches())",
     "look": "import fmextract.look",
+    "export": "import fmextract; [fmextract.export(FILE, to=to, out=FILE + end) for to, end in EXPORTS]",
 }
+
+
+EXPORTS = [
+    ("npy", "-npy"),
+    ("safetensors", ".safetensors"),
+    ("parquet", ".parquet"),
+    ("netcdf", ".nc"),
+    ("rdm", ".hdf5"),
+]
 
 
 @pytest.mark.parametrize("what", WITHOUT_TORCH)
 def test_needs_no_torch(what: str, stored: Path) -> None:
-    code = f"FILE = {str(stored)!r}; {WITHOUT_TORCH[what]}; import sys; assert 'torch' not in sys.modules"
+    code = f"FILE, EXPORTS = {str(stored)!r}, {EXPORTS}; {WITHOUT_TORCH[what]}; import sys"
+    code += "; assert 'torch' not in sys.modules"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
 
