@@ -199,7 +199,7 @@ def _check_target(target: Path, to: str, overwrite: bool) -> None:
         about = form.about(target)
     except (OSError, ValueError, KeyError, TypeError):  # it is something else
         about = {}
-    if not isinstance(about, dict) or about.get("format") != MARK or about.get("to") != to:
+    if not isinstance(about, dict) or about.get("format") != MARK:
         raise OutputError(f"{target} exists and is no export to {to}; name another place, or remove it yourself")
 
 
@@ -221,7 +221,7 @@ def _published(target: Path) -> Iterator[Path]:
         if aside.exists() and not target.exists():
             aside.rename(target)
         for left in (temporary, aside):
-            if left.is_dir():
+            if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 with contextlib.suppress(OSError):  # what went wrong first is told

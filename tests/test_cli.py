@@ -372,6 +372,24 @@ def test_pack(fm: Run, options: list[object], tmp_path: Path) -> None:
     assert fm("pack", tmp_path / "shards", "-o", tmp_path / "packed.h5", "--overwrite").code == 0
 
 
+def test_export(fm: Run, place: Path, tmp_path: Path) -> None:
+    table = fm("export", place / "made.h5", "--to", "npy", "-o", tmp_path / "arrays")
+    assert table.code == 0
+    assert f"2 images in {tmp_path / 'arrays'}" in table.out
+    assert "1 image without values: NaN" in table.out
+    assert "2×3×4×4" in table.out
+    said = fm("export", place / "made.h5", "--to", "rdm", "-o", tmp_path / "rdm.h5")
+    assert (said.code, said.out) == (2, "")
+    assert "1 of 2 images have values" in said.err
+    said = fm("export", place / "made.h5", "--to", "npy", "-o", tmp_path / "arrays")
+    assert (said.code, said.out) == (2, "")
+    assert "--overwrite replaces it" in said.err
+    said = fm("export", place / "made.h5", "--to", "npy", "-o", tmp_path / "arrays", "--overwrite", "--json")
+    assert (said.json["path"], said.json["rows"], said.json["failed"]) == (str(tmp_path / "arrays"), 2, 1)
+    (layer,) = said.json["layers"]
+    assert np.load(tmp_path / "arrays" / layer["place"]).shape == tuple(layer["shape"]) == (2, 3, 4, 4)
+
+
 def test_layers(fm: Run, place: Path) -> None:
     words = ("layers", f"{place / 'tiny.py'}:model")
     rows = fm(*words, "--json").json

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from scipy.spatial.distance import pdist
 
 import fmextract as fm
 from fmextract import dissimilarity, exporting, reader, store
+from fmextract.cli import main
 from fmextract.errors import ConfigError, DamagedError, MissingExtra, OutputError
 from fmextract.verify import verify
 
@@ -275,6 +278,30 @@ def test_many_keys_fit_into_the_descriptors_of_an_rdm(tmp_path: Path) -> None:
     with h5py.File(path) as file:
         assert list(file["pattern_descriptors"].attrs["key"]) == keys
         assert file["dissimilarities"][:].tolist() == [[1, 1, 1]]
+
+
+def test_the_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/downstream.md: its commands, and then its code on what they wrote."""
+    random = np.random.default_rng(0)
+    arrays = {name: random.standard_normal((40, 6, 2, 2)).astype(np.float32) for name in ("conv1", "layer1", "layer4")}
+    arrays["layer4=mean"] = arrays["layer4"].mean((2, 3))
+    status = [int(row == 7) for row in range(40)]
+    make_file(tmp_path / "acts.h5", arrays, status=status)
+    make_shards(tmp_path / "acts", arrays, [20], status=status)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "downstream.md").read_text(encoding="utf-8")
+    shell, code = (re.findall(f"```{kind}\n(.*?)```", page, re.DOTALL)[0] for kind in ("sh", "python"))
+    lines = [shlex.split(line, comments=True) for line in shell.splitlines()]
+    assert len(lines) == len(NAMES)
+    for line in lines:
+        assert main(line[1:]) == 0
+    said: dict[str, Any] = {}
+    exec(code, said)
+    same(said["maps"], np.delete(arrays["layer4=mean"], 7, axis=0))
+    same(said["data"]["activation"], arrays["conv1"])
+    assert len(said["keys"]) == 40
+    assert said["rdms"].n_rdm == 4
+    said["data"].close()
 
 
 # ------------------------------------------------------------------------------------------------ what all have
