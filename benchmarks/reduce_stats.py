@@ -50,7 +50,7 @@ def cpu_ms(work: Callable[[], object], images: int, repeats: int = 4) -> float:
 
 def accumulate(batches: list[list[torch.Tensor]], top: int) -> None:
     """One shard: `batches[layer]` are the batches of a layer, used in turn."""
-    running = [RunningStats(shape, ("channel", "y", "x"), top, torch.device("cpu")) for shape in RESNET50]
+    running = [RunningStats(shape, ("channel", "y", "x"), top, torch.device("cpu"), 0.01) for shape in RESNET50]
     for i in range(BATCHES):
         for layer, pool in zip(running, batches, strict=True):
             layer.update(pool[i % len(pool)], i * BATCH)

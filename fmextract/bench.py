@@ -242,8 +242,8 @@ def _plain(preprocess: images.Preprocessing | None) -> Preprocess:
 def _statistics(prepared: Prepared, made: Plan, tensors: Sequence[torch.Tensor]) -> Stage:
     at = 0
     running = [
-        RunningStats(c.shape, c.axes, made.top, prepared.device)
-        for c in prepared.captured
+        RunningStats(c.shape, c.axes, made.top, prepared.device, layer.near_zero_below)
+        for c, layer in zip(prepared.captured, made.layers, strict=True)
         if {"channel", "feature"} & set(c.axes)
     ]
     described = [t for t, c in zip(tensors, prepared.captured, strict=True) if {"channel", "feature"} & set(c.axes)]

@@ -28,10 +28,11 @@ from fmextract.channel import Channel, Closed
 from fmextract.config import FailureBudget
 from fmextract.device import TOO_SMALL, Download, Transfers, is_out_of_memory, transfers
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
+from fmextract.moments import settled
 from fmextract.planning import Plan
 from fmextract.pool import Pool
 from fmextract.precision import numerics, to_memory_format
-from fmextract.records import FileInfo, Preprocess, Progress, SampleTable, Source, Status
+from fmextract.records import FileInfo, LayerSpec, Preprocess, Progress, SampleTable, Source, Status
 from fmextract.stats import RunningStats
 from fmextract.taps import Capture, Forward
 from fmextract.watch import InFlight, Watch
@@ -353,7 +354,7 @@ class _Pipeline:
             self._start(iter(shards))
         source, plan = self._work.source, self._work.plan
         samples = SampleTable.empty(shard.start, [source.key(r) for r in shard], [source.label(r) for r in shard])
-        stats = [self._statistics(captured) for captured in self._work.captured]
+        stats = [self._statistics(*one) for one in zip(self._work.captured, plan.layers, strict=True)]
         smallest = plan.batch_size
         for _ in range(0, len(shard), plan.batch_size):
             self._now = "decode"
@@ -371,10 +372,14 @@ class _Pipeline:
         self, shard: range, samples: SampleTable, stats: Sequence[RunningStats | Nonfinite], batch_size: int
     ) -> _ShardEnd:
         """The one place where the host waits for the device's statistics, once a shard."""
-        arrays, attrs = {}, {}
+        arrays: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+        attrs: dict[str, dict[str, Any]] = {}
+        whole = len(shard) == self._work.plan.rows
         for spec, running in zip(self._work.plan.layers, stats, strict=True):
             if isinstance(running, RunningStats):
-                arrays[spec.name] = running.result()
+                found = running.result()
+                # What there is to merge with other shards is kept no longer where there are none.
+                arrays[spec.name], attrs[spec.name] = settled(found) if whole else (found, {})
                 count = int(arrays[spec.name]["nonfinite"].sum())
             else:
                 count = running.result()
@@ -384,9 +389,10 @@ class _Pipeline:
                 known += [samples.keys[row - shard.start] for row in running.nonfinite_rows()]
         return _ShardEnd(shard, samples, arrays, attrs, batch_size)
 
-    def _statistics(self, captured: Captured) -> RunningStats | Nonfinite:
+    def _statistics(self, captured: Captured, spec: LayerSpec) -> RunningStats | Nonfinite:
         if {"channel", "feature"} & set(captured.axes):
-            return RunningStats(captured.shape, captured.axes, self._work.plan.top, self._work.device)
+            top, device = self._work.plan.top, self._work.device
+            return RunningStats(captured.shape, captured.axes, top, device, spec.near_zero_below)
         return Nonfinite()
 
     def _collect(self, batch: _Decoding, samples: SampleTable) -> None:

@@ -17,7 +17,7 @@ from fmextract.engine import DEPTH, PAYLOADS, Captured
 from fmextract.errors import NoSpace
 from fmextract.planning import CHUNK_BYTES, Estimate
 from fmextract.records import LayerSpec
-from fmextract.stats import RunningStats
+from fmextract.stats import WORKSPACE, RunningStats, bytes_held, covariance_bytes
 from fmextract.text import byte_count
 
 # Bytes a second through digest, write, fsync and the checksum of the shard, on one core (docs/performance.md).
@@ -64,15 +64,17 @@ def encode_sample(
     return stored, (time.perf_counter() - started) / images
 
 
-def describe_sample(captured: Sequence[Captured], sample: Sequence[torch.Tensor], top: int) -> float:
+def describe_sample(
+    layers: Sequence[LayerSpec], captured: Sequence[Captured], sample: Sequence[torch.Tensor], top: int
+) -> float:
     """Seconds an image that the statistics of a sample take on one core, the second time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         seconds = 0.0
-        for what, rows in zip(captured, sample, strict=True):
+        for layer, what, rows in zip(layers, captured, sample, strict=True):
             if {"channel", "feature"} & set(what.axes):
-                running = RunningStats(what.shape, what.axes, top, rows.device)
+                running = RunningStats(what.shape, what.axes, top, rows.device, layer.near_zero_below)
                 running.update(rows, 0)
                 started = time.perf_counter()
                 running.update(rows, len(rows))
@@ -108,13 +110,26 @@ def estimate(
         seconds = max(costs.forward, costs.decode / threads, costs.encode / threads, write)
     # Three batches of activations, the encoded chunks that wait for the disk, and what the codec threads work on.
     in_flight = (DEPTH + 1) * batch_size * captured + (PAYLOADS + 3 * threads) * CHUNK_BYTES
+    inside = INSIDE * batch_size * largest if device == "cpu" else 0
     return Estimate(
         bytes_raw=rows * sum(raw),
         bytes_stored=int(rows * per_image),
         seconds=rows * seconds,
-        bytes_peak=LIBRARIES + kept + in_flight + (INSIDE * batch_size * largest if device == "cpu" else 0),
+        bytes_peak=LIBRARIES + kept + in_flight + _statistics(layers, threads) + inside,
         stored_per_image=costs.stored,
     )
+
+
+def _statistics(layers: Sequence[LayerSpec], threads: int) -> int:
+    """Bytes of the statistics: of one shard while they are gathered, of the one before while they are written, and the
+    copies that the largest layer's end takes."""
+    held = [bytes_held(layer.shape[layer.channel_axis]) for layer in layers if layer.channel_axis is not None]
+    return 2 * sum(held) + 3 * max(held, default=0) + threads * WORKSPACE
+
+
+def shared_bytes(layers: Sequence[LayerSpec]) -> int:
+    """Bytes of a shard that are there to be merged with those of other shards: the covariances."""
+    return sum(covariance_bytes(layer.shape[layer.channel_axis]) for layer in layers if layer.channel_axis is not None)
 
 
 def advice(layers: Sequence[LayerSpec], estimate: Estimate, rows: int, free: int | None) -> list[str]:

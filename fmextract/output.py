@@ -20,7 +20,7 @@ from fmextract.errors import ConfigError, FormatError, OutputError, OutputLost
 from fmextract.index import INDEX, PLAN, ShardRecord
 from fmextract.lock import NAME as LOCK
 from fmextract.lock import Lock
-from fmextract.moments import merge
+from fmextract.moments import merge, settled
 from fmextract.planning import Plan
 from fmextract.records import Progress
 from fmextract.watch import left_behind
@@ -359,6 +359,7 @@ def merged(
     Of all layers if None.
     """
     stats: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+    attrs: dict[str, dict[str, Any]] = {}
     counts: Counter[tuple[str, str]] = Counter()
     smaller: dict[str, int] = {}
     for path in shards:
@@ -367,9 +368,13 @@ def merged(
             for name in acts.layers if layers is None else layers:
                 layer = acts[name]
                 counts.update({(name, key): int(layer.attrs[key]) for key in COUNTED if key in layer.attrs})
-                if part := acts._files[0].stats(name):
+                if part := acts._files[0].stats(name, covariance=True):
                     stats[name] = merge([stats[name], part]) if name in stats else part
-    attrs: dict[str, dict[str, Any]] = {}
+                if len(shards) == 1 and (known := layer.effective_dimension):
+                    attrs[name] = known.as_attrs()
+    for name, found in stats.items():
+        stats[name], more = settled(found)
+        attrs.setdefault(name, {}).update(more)
     for (name, key), count in counts.items():
         attrs.setdefault(name, {})[key] = np.int64(count)
     return stats, attrs, smaller

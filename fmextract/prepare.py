@@ -40,6 +40,7 @@ from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress,
 from fmextract.sources import open_source
 
 EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
+NEAR_ZERO = 0.01  # of the root mean square of a layer's values: what is not above it counts as near zero
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,9 +223,9 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
     needed = planning.rows_of_shard(cost, rows, config.shard_size)
     layers = tuple(planning.within_shard(layer, needed) for layer in layers)
     shard_rows = planning.shard_length(layers, chosen.batch_size, rows, needed)
-    twice = 2 if is_single_file(out) and shard_rows < rows else 1
     free = estimate.free_space(out)
-    cost = replace(cost, bytes_needed=twice * cost.bytes_stored, bytes_free=free)
+    stored, needed = _on_disk(cost, layers, -(-rows // shard_rows), out)
+    cost = replace(cost, bytes_stored=stored, bytes_needed=needed, bytes_free=free)
     notes = [*chosen.notes, *estimate.advice(layers, cost, rows, free)]
     for note in notes:
         progress.note(note)
@@ -264,7 +265,7 @@ def _estimate(
     ]
     stored, encode = estimate.encode_sample(layers, stored_values, config.codec, level, config.keep_bits)
     decode = _sample_inputs(prepared, 4)[1]
-    statistics = estimate.describe_sample(prepared.captured, chosen.sample, config.top)
+    statistics = estimate.describe_sample(layers, prepared.captured, chosen.sample, config.top)
     costs = estimate.Costs(decode, chosen.seconds_per_image, statistics, encode, stored)
     return estimate.estimate(
         layers,
@@ -276,6 +277,14 @@ def _estimate(
         largest=prepared.largest,
         kept=_kept_bytes(prepared, chosen),
     )
+
+
+def _on_disk(cost: planning.Estimate, layers: Sequence[LayerSpec], shards: int, out: Path) -> tuple[int, int]:
+    """Bytes of the output, and bytes that must be free for it: several shards become one file beside them."""
+    if shards == 1:
+        return cost.bytes_stored, cost.bytes_stored
+    parts = cost.bytes_stored + shards * estimate.shared_bytes(layers)
+    return (cost.bytes_stored, parts + cost.bytes_stored) if is_single_file(out) else (parts, parts)
 
 
 def _kept_bytes(prepared: Prepared, chosen: choose.Chosen) -> int:
@@ -406,7 +415,22 @@ def _layer_spec(
         rel_error=chosen.rel_errors[i],
         field=prepared.fields[i] if {"y", "x"} <= set(captured.axes) else None,
         erf_size=erf_sizes[i] if {"y", "x"} <= set(captured.axes) else None,
+        near_zero_below=_near_zero_below(chosen.sample[i]) if {"channel", "feature"} & set(captured.axes) else None,
     )
+
+
+def _near_zero_below(sample: torch.Tensor) -> float | None:
+    """The bound of what counts as near zero, from what was captured of a few images; None where that says nothing.
+
+    In the precision of float32, in which most values are compared with it.
+    """
+    squares, count = 0.0, 0
+    for image in sample:
+        values = image.cpu().double()
+        values = values[values.isfinite()]
+        squares, count = squares + float(values.square().sum()), count + values.numel()
+    bound = float(np.float32(NEAR_ZERO * math.sqrt(squares / count))) if count and math.isfinite(squares) else math.inf
+    return bound if math.isfinite(bound) else None
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:

@@ -396,7 +396,22 @@ class Layer:
     @functools.cached_property
     def stats(self) -> Stats:
         """Statistics per channel over the rows with status 0; ConfigError where the layer has none."""
-        return _merged_stats(self)
+        merged = _merged_stats(self)
+        if not merged:
+            raise ConfigError(f"{self._acts.path}: no statistics for {self.name}: its channel axis is not known")
+        return Stats(self.name, merged)
+
+    @functools.cached_property
+    def effective_dimension(self) -> moments.EffectiveDimension | None:
+        """In how many directions the images differ (see `moments`); None where that was not kept.
+
+        Read from the layer's attributes; in a directory, computed of its shards' covariances.
+        """
+        known = moments.EffectiveDimension.of_attrs(self.attrs)
+        if known is not None:
+            return known
+        with _damage(self._acts.path):
+            return moments.effective_dimension(_merged_stats(self, covariance=True))
 
     def top(self, channel: int, k: int = 9) -> list[Top]:
         """The `k` images with the highest values in a channel, strongest first: as many as were kept (--top).
@@ -519,17 +534,20 @@ class Layer:
         return np.moveaxis(out, range(len(shape)), range(place, place + len(shape)))
 
 
-def _merged_stats(layer: Layer) -> Stats:
-    """The statistics of a layer over all rows; those of several shards are joined one by one, in their order."""
+def _merged_stats(layer: Layer, covariance: bool = False) -> dict[str, Array]:
+    """The statistics of a layer over all rows, empty where there are none.
+
+    Those of several shards are joined one by one, in their order.
+    """
     path = layer._acts.path
     merged: dict[str, Array] = {}
     for file in layer._acts._files:
-        part = file.stats(layer.name)
+        part = file.stats(layer.name, covariance)
         if not part:
-            raise ConfigError(f"{path}: no statistics for {layer.name}: its channel axis is not known")
+            return {}
         with _damage(path):
             merged = moments.merge([merged, part]) if merged else part
-    return Stats(layer.name, merged)
+    return merged
 
 
 def _seen(field: Field, cell: tuple[int, int], size: tuple[int, int] | None) -> tuple[float, float, float, float]:
@@ -604,8 +622,8 @@ class _File:
             values: Array = np.asarray(dataset.asstr()[:] if strings else dataset[:])
             return values
 
-    def stats(self, layer: str) -> dict[str, Array]:
-        """The statistics of a layer by name, empty where it has none."""
+    def stats(self, layer: str, covariance: bool = False) -> dict[str, Array]:
+        """The statistics of a layer by name, empty where it has none; its covariance, of megabytes, only on demand."""
         with self.hdf5() as file:
             group = file["layers"][store.escape_name(layer)]
             if "stats" not in group:
@@ -613,7 +631,7 @@ class _File:
             values = {}
             for name, dataset in group["stats"].items():
                 self._plausible(dataset)
-                if not dataset.is_scale:
+                if not dataset.is_scale and (covariance or name not in moments.COVARIANCE):
                     values[name] = np.asarray(dataset[()])
             return values
 

@@ -115,7 +115,8 @@ class LayerSpec:
     `compute_dtype` that of the tensor in the forward pass (torch name, as `bfloat16`).
     `mantissa` is the number of explicit mantissa bits that can be non-zero in the values, when fewer than dtype has.
     `chunk` is (images, *shape of the part of one image in a chunk). `erf_size` is the side, in pixels of the input, of
-    the square that holds 90 % of a cell's squared gradient, None where it was not measured.
+    the square that holds 90 % of a cell's squared gradient, None where it was not measured. Values of at most
+    `near_zero_below` either side of zero count as near zero, None where they are not counted.
     """
 
     name: str
@@ -136,6 +137,7 @@ class LayerSpec:
     rel_error: float | None = None
     field: Field | None = None
     erf_size: float | None = None
+    near_zero_below: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):

@@ -7,21 +7,22 @@ there by every statistic, so that main memory is read once and no pass costs mor
 The variance is that of shifted data: sums of x - K and (x - K)^2, with K the middle of the first values seen in the
 channel. K lies among the data, hence (K - mean)^2 is at most a small multiple of the variance and nothing cancels
 (T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for computing the sample variance", The American Statistician 37,
-1983). `merge` joins the statistics of several shards.
+1983). Beside it goes the covariance over images of each image's channel means, of which `moments` takes the effective
+dimension. `merge` joins the statistics of several shards.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fmextract.moments import MOMENTS, TOP, Array, merge
+from fmextract.moments import MOMENTS, MOST_COMPONENTS, NEAR_ZERO, TOP, Array, folding, merge
 
-__all__ = ["MOMENTS", "TOP", "RunningStats", "merge"]
+__all__ = ["MOMENTS", "TOP", "WORKSPACE", "RunningStats", "bytes_held", "covariance_bytes", "merge"]
 
 NAMED_ROWS = 8
 """How many of the rows with non-finite values are remembered: enough to name some images."""
@@ -29,21 +30,46 @@ NAMED_ROWS = 8
 _CPU_BLOCK = 1 << 19  # values: 4 MiB of float64, where calls and cache misses cost least: benchmarks/reduce_stats.py
 _DEVICE_BLOCK = 1 << 24  # values: enough to fill an accelerator, small beside its memory
 _NEVER = torch.iinfo(torch.int64).max
+_COVARIANCE_ROWS = 256  # images that enter the covariance together: by then a product of matrices runs at full speed
+_COLUMNS = 256  # of the covariance that are computed at once
+_SMALL_MAP = 128  # values: below it torch finds the extremes of maps in float64 faster than in float32
+_COUNTED_IN_FLOAT32 = 1 << 24  # values of one map: up to here float32 counts exactly
+
+
+WORKSPACE = 16 * _CPU_BLOCK
+"""Bytes that a thread works in."""
+
+
+def covariance_bytes(channels: int) -> int:
+    """Bytes of a layer's covariance."""
+    return 8 * min(channels, MOST_COMPONENTS) ** 2
+
+
+def bytes_held(channels: int) -> int:
+    """Bytes that the statistics of a layer hold, but for a little: its covariance, and the images that wait for it."""
+    return covariance_bytes(channels) + 8 * min(channels, MOST_COMPONENTS) * _COVARIANCE_ROWS
 
 
 class RunningStats:
     """Statistics of one layer over the rows of one shard.
 
     `shape` and `axes` are those of one image; the axis `channel` (else `feature`) is kept, everything else is a
-    position. `top` is the number of strongest images a channel, 0 for none. Raises ValueError where the axes have
-    neither role.
+    position. `top` is the number of strongest images a channel, 0 for none; values of at most `near_zero` either side
+    of zero are counted where it is given. Raises ValueError where the axes have neither role.
     """
 
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], top: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        axes: tuple[str, ...],
+        top: int,
+        device: torch.device,
+        near_zero: float | None = None,
+    ) -> None:
         role = next((role for role in ("channel", "feature") if role in axes), None)
         if role is None or len(shape) != len(axes):
             raise ValueError(f"expected an axis 'channel' or 'feature', got {axes} for {shape}")
-        self._shape, self._device, self._k = shape, device, top
+        self._shape, self._device, self._k, self._near_zero = shape, device, top, near_zero
         self._axis = axes.index(role)
         self._others = tuple((r, n) for r, n in zip(axes, shape, strict=True) if r != role)
         self._wide = torch.float32 if device.type == "mps" else torch.float64
@@ -54,7 +80,7 @@ class RunningStats:
         self._unshifted = True  # whether a channel may still have no K
         channels = shape[self._axis]
         self._nonfinite = torch.zeros(channels, dtype=torch.int64, device=device)
-        self._sum, self._squares, self._zeros = (self._full(0.0, channels) for _ in range(3))
+        self._sum, self._squares, self._zeros, self._near = (self._full(0.0, channels) for _ in range(4))
         self._shift = self._full(torch.nan, channels)
         self._low, self._high = self._full(torch.inf, channels), self._full(-torch.inf, channels)
         self._top_value = self._full(-torch.inf, channels, top)
@@ -62,6 +88,7 @@ class RunningStats:
             torch.full((channels, top), -1, dtype=torch.int64, device=device) for _ in range(2)
         )
         self._bad_rows = torch.full((NAMED_ROWS,), _NEVER, device=device)
+        self._covariance = _RunningCovariance(channels, self._wide, device)
 
     def update(self, rows: Tensor, first_row: int, valid: Sequence[bool] | None = None) -> None:
         """Add the images of `rows` (B, *shape), any real type and any strides; row i is the global row first_row + i.
@@ -88,13 +115,14 @@ class RunningStats:
             self._add_top(x, peaks, numbers, masked)
 
     def result(self) -> dict[str, Array]:
-        """The statistics so far: MOMENTS as (channels,), TOP as (channels, k) unless `top` is 0; float64 and int64.
+        """The statistics so far, float64 and int64.
 
-        Positions: `top_y` and `top_x` where the layer has these axes; of a token map `top_y` is the token and `top_x`
-        -1; of a single value both are -1. Channels without values hold NaN.
+        MOMENTS, and NEAR_ZERO where it is counted, as (channels,); TOP as (channels, k) unless `top` is 0; COVARIANCE
+        as `moments` says. Positions: `top_y` and `top_x` where the layer has these axes; of a token map `top_y` is the
+        token and `top_x` -1; of a single value both are -1. Channels without values hold NaN.
         """
-        floats = torch.stack([self._shift, self._sum, self._squares, self._low, self._high, self._zeros])
-        shift, total, squares, low, high, zeros = floats.cpu().double().numpy()
+        floats = [self._shift, self._sum, self._squares, self._low, self._high, self._zeros, self._near]
+        shift, total, squares, low, high, zeros, near = torch.stack(floats).cpu().double().numpy()
         nonfinite = self._nonfinite.cpu().numpy()
         count = self._seen - nonfinite
         n = np.where(count, count, np.nan)
@@ -108,7 +136,9 @@ class RunningStats:
             "zero_fraction": zeros / n,
             "nonfinite": nonfinite,
         }
-        return moments | (self._top() if self._k else {})
+        if self._near_zero is not None:
+            moments[NEAR_ZERO] = near / n
+        return moments | (self._top() if self._k else {}) | self._covariance.result(self._shift)
 
     def nonfinite_rows(self) -> list[int]:
         """The first rows, at most NAMED_ROWS of them, that hold NaN or infinite values."""
@@ -124,13 +154,15 @@ class RunningStats:
 
         Returns the highest finite value of each image and channel, (B, C), and whether there may be others than finite.
         """
-        peaks = self._full(-torch.inf, *x.shape[:2])
+        peaks, sums = self._full(-torch.inf, *x.shape[:2]), self._full(0.0, *x.shape[:2])
         bad = torch.zeros(len(x), dtype=torch.bool, device=self._device)
         size = _CPU_BLOCK if self._may_ask else _DEVICE_BLOCK
-        space = torch.empty(0, dtype=self._wide, device=self._device)
+        space = torch.empty(2, 0, dtype=self._wide, device=self._device)
         for block in _blocks(x, size):
             images, channels, _ = block
-            self._add_block(x[block], space, channels, peaks[images, channels], bad[images])
+            self._add_block(x[block], space, channels, sums[images, channels], peaks[images, channels], bad[images])
+        self._sum.add_(sums.sum(0))
+        self._covariance.add(sums / x.shape[2], ~bad)
         self._seen += x.shape[0] * x.shape[2]
         self._unshifted = not self._may_ask or bool(self._shift.isnan().any())
         self._high = torch.maximum(self._high, peaks.amax(0))
@@ -138,13 +170,21 @@ class RunningStats:
         self._bad_rows = torch.cat([self._bad_rows, first_bad]).sort().values[:NAMED_ROWS]
         return peaks, not self._may_ask or bool(bad.any())
 
-    def _add_block(self, x: Tensor, space: Tensor, channels: slice, peaks: Tensor, bad: Tensor) -> None:
-        """Add a block x (b, c, p). `space` is room to work in; `peaks` (b, c) and `bad` (b,) are views to be updated.
+    def _add_block(self, x: Tensor, space: Tensor, channels: slice, sums: Tensor, peaks: Tensor, bad: Tensor) -> None:
+        """Add a block x (b, c, p). `space` is room to work in; `sums`, of x - K, and `peaks`, both (b, c), and `bad`
+        (b,) are views to be updated.
 
-        Everything on the way is done in place in one block: fresh memory costs more than all the arithmetic.
+        Everything on the way is done in place in one block: fresh memory costs more than all the arithmetic. What
+        float32 does exactly is done in it, on half the bytes; sums go over one axis after the other, which torch does
+        faster than over both at once.
         """
-        wide = _like(x, space).copy_(x)
-        low, high = wide.amin((0, 2)), wide.amax(2)
+        if space.shape[1] < x.numel():
+            space.resize_(2, x.numel())
+        kind = self._short(x)
+        short = x if x.dtype == kind else _like(x, space[0], kind).copy_(x)
+        wide = _like(x, space[1], self._wide).copy_(short)
+        quick = wide if _planes(x) and x.shape[2] < _SMALL_MAP else short
+        low, high = _of_maps(torch.amin, quick).amin(0).to(self._wide), _of_maps(torch.amax, quick).to(self._wide)
         finite = None
         # The extremes of a block with a NaN or an infinity are not finite themselves: no pass of its own to find out.
         if not self._may_ask or not math.isfinite((low.sum() + high.sum()).item()):
@@ -162,9 +202,20 @@ class RunningStats:
         wide.sub_(shift[:, None])
         if finite is not None:
             wide.masked_fill_(~finite, 0.0)
-        self._sum[channels].add_(wide.sum((0, 2)))
-        self._squares[channels].add_(wide.mul_(wide).sum((0, 2)))
-        self._zeros[channels].add_(wide.copy_(x).eq_(0).sum((0, 2)))
+        sums.add_(_of_maps(torch.sum, wide))
+        self._squares[channels].add_(_of_maps(torch.sum, wide.mul_(wide)).sum(0))
+        room = _like(x, space[1], kind)
+        self._zeros[channels].add_(_of_maps(torch.sum, torch.eq(short, 0, out=room)).sum(0))
+        if self._near_zero is not None:
+            # After a ReLU there is no sign to take away, which halves the work.
+            unsigned = self._may_ask and finite is None and bool(low.amin() >= 0)
+            size = short if unsigned else torch.abs(short, out=room)
+            self._near[channels].add_(_of_maps(torch.sum, torch.le(size, self._near_zero, out=room)).sum(0))
+
+    def _short(self, x: Tensor) -> torch.dtype:
+        """float32 where it holds the values of x, and their number in a map, without rounding."""
+        exact = x.is_floating_point() and x.dtype.itemsize <= 4 and x.shape[2] <= _COUNTED_IN_FLOAT32
+        return torch.float32 if exact else self._wide
 
     # ------------------------------------------------------------------------------------ strongest images
 
@@ -212,6 +263,77 @@ class RunningStats:
         }
 
 
+class _RunningCovariance:
+    """The covariance over images of one vector an image (the means of its channels), however the images come.
+
+    Images wait until there are enough of them for one product of matrices, which is centred on their own mean; it
+    joins the earlier ones by the pairwise update of `moments`. Of more than MOST_COMPONENTS channels, the covariance
+    of their `moments.folding` is kept.
+    """
+
+    def __init__(self, channels: int, wide: torch.dtype, device: torch.device) -> None:
+        self._fold: tuple[Tensor, Tensor] | None = None
+        components = min(channels, MOST_COMPONENTS)
+        if channels > components:
+            order, signs = folding(channels)
+            self._fold = torch.from_numpy(order).to(device), torch.from_numpy(signs).to(device, wide)
+        self._count = torch.zeros((), dtype=wide, device=device)
+        self._mean = torch.zeros(components, dtype=wide, device=device)
+        self._scatter = torch.zeros(components, components, dtype=wide, device=device)
+        self._origin: Tensor | None = None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._rows = 0
+
+    def add(self, vectors: Tensor, good: Tensor) -> None:
+        """Add the images of `vectors` (B, channels), all finite, for which `good` (B,) holds."""
+        vectors = self._folded(vectors)
+        if self._origin is None:
+            self._origin = vectors[0].clone()
+        # Taken from the first: where all images are alike, nothing is left whose rounding would pass for a dimension.
+        self._waiting.append((vectors - self._origin, good))
+        self._rows += len(vectors)
+        if self._rows >= _COVARIANCE_ROWS:
+            self._enter()
+
+    def result(self, shift: Tensor) -> dict[str, Array]:
+        """COVARIANCE of the images so far, to each of which `shift` (channels,) is added. NaN where there were none."""
+        if self._waiting:
+            self._enter()
+        count = int(self._count)
+        origin = 0.0 if self._origin is None else self._origin
+        mean = (self._mean + origin + self._folded(shift[None])[0]).cpu().double().numpy()
+        scatter = (self._scatter.tril() + self._scatter.tril(-1).T).cpu().double().numpy()
+        return {
+            "covariance": scatter / (count or np.nan),
+            "covariance_mean": mean if count else np.full_like(mean, np.nan),
+            "covariance_count": np.full(len(mean), count),
+        }
+
+    def _folded(self, vectors: Tensor) -> Tensor:
+        if self._fold is None:
+            return vectors
+        order, signs = self._fold
+        signed = vectors.index_select(1, order).mul_(signs)
+        padded = torch.nn.functional.pad(signed, (0, -len(order) % MOST_COMPONENTS))
+        components: Tensor = padded.unflatten(1, (-1, MOST_COMPONENTS)).sum(1)
+        return components
+
+    def _enter(self) -> None:
+        rows, good = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting, self._rows = [], 0
+        new = good.sum().to(rows.dtype)
+        total = self._count + new
+        mean = torch.where(good[:, None], rows, 0.0).sum(0) / new.clamp(min=1)
+        gap = mean - self._mean
+        # The term between the two means is that of one more image: so one product does it all.
+        between = gap * (self._count * new / total.clamp(min=1)).sqrt()
+        centred = torch.cat([torch.where(good[:, None], rows - mean, 0.0), between[None]])
+        for i in range(0, len(mean), _COLUMNS):  # the lower triangle, nearly: the upper one is the same
+            self._scatter[i:, i : i + _COLUMNS].addmm_(centred[:, i:].T, centred[:, i : i + _COLUMNS])
+        self._mean += gap * (new / total.clamp(min=1))
+        self._count = total
+
+
 def _planes(x: Tensor) -> bool:
     """Whether the positions of a channel lie side by side in memory, rather than the channels of a position."""
     return x.shape[2] > 1 and x.stride(1) > x.stride(2)
@@ -229,13 +351,16 @@ def _blocks(x: Tensor, size: int) -> Iterator[tuple[slice, slice, slice]]:
             yield slice(b, b + images), *((part, everything) if outer == 1 else (everything, part))
 
 
-def _like(x: Tensor, space: Tensor) -> Tensor:
+def _like(x: Tensor, space: Tensor, dtype: torch.dtype) -> Tensor:
     """Room of the shape and the order in memory of the block x (b, c, p), at the beginning of `space`."""
     b, c, p = x.shape
-    if space.numel() < x.numel():
-        space.resize_(x.numel())
-    flat = space[: x.numel()]
+    flat = space.view(dtype)[: x.numel()]
     return flat.view(b, c, p) if _planes(x) else flat.view(b, p, c).transpose(1, 2)
+
+
+def _of_maps(reduce: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
+    """(b, c) of the maps of x (b, c, p). Of single values torch takes several times as long for it as for maps."""
+    return reduce(x, 2) if x.shape[2] > 1 else x[:, :, 0]
 
 
 def _finite_or_lowest(maps: Tensor) -> Tensor:

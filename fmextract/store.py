@@ -29,6 +29,7 @@ import numpy as np
 
 from fmextract.codecs import CODECS, Array, Codec, codec_named, encode, fill_value
 from fmextract.errors import DamagedError, FmextractError, FormatError, LayerError, NoSpace, OutputError
+from fmextract.moments import COVARIANCE
 from fmextract.records import (
     FORMAT,
     FORMAT_VERSION,
@@ -381,6 +382,7 @@ def _layer_attrs(spec: LayerSpec) -> dict[str, Any]:
         attrs |= {f"rf_{name}": getattr(spec.field, name) for name in ("size", "stride", "offset")}
         attrs |= {f"rf_{flag}": getattr(spec.field, name) or None for flag, name in _FIELD_FLAGS.items()}
     attrs["erf_size"] = spec.erf_size
+    attrs["near_zero_below"] = spec.near_zero_below
     return attrs
 
 
@@ -536,19 +538,25 @@ def _label_values(table: SampleTable, dtype: np.dtype[Any]) -> Any:
 def _write_stats(layer: h5py.Group, spec: LayerSpec, arrays: Mapping[str, Any]) -> None:
     """`stats/`: one dataset a statistic, over the channels, or over the channels and a second axis.
 
-    The second axis of `top_…` is `k`, that of any other statistic is its own `<name>_bin`.
+    The second axis of `top_…` is `k`, that of any other statistic is its own `<name>_bin`. Of the covariance the first
+    axis is not the channel, but the `component`.
     """
     if spec.channel_axis is None:
         raise ValueError(f"{spec.name}: no statistics by channel where the axes have no known roles")
-    role, channels = spec.axes[spec.channel_axis], spec.shape[spec.channel_axis]
+    role = spec.axes[spec.channel_axis]
     group = layer.create_group("stats", track_order=True)
     for name, values in arrays.items():
         array = np.asarray(values)
         array = array.astype(np.uint8) if array.dtype == bool else array
-        if array.ndim not in (1, 2) or array.shape[0] != channels or array.dtype.kind not in "iuf" or "/" in name:
-            raise ValueError(f"{spec.name}: expected {name} of {channels} channels, got {array.dtype} {array.shape}")
+        first = layer[role]
+        if name in COVARIANCE:
+            if "component" not in group:
+                _create_scale(group, "component", np.arange(len(array), dtype=np.int32), {})
+            first = group["component"]
+        if array.ndim not in (1, 2) or len(array) != len(first) or array.dtype.kind not in "iuf" or "/" in name:
+            raise ValueError(f"{spec.name}: expected {name} of {len(first)} channels, got {array.dtype} {array.shape}")
         data = group.create_dataset(name, data=array, track_order=True)
-        data.dims[0].attach_scale(layer[role])
+        data.dims[0].attach_scale(first)
         if array.ndim == 2:
             second = "k" if name.startswith("top_") else f"{name}_bin"
             if second not in group:
@@ -819,6 +827,7 @@ def read_layer(group: h5py.Group) -> LayerSpec:
             rel_error=attrs.get("rel_error"),
             field=field,
             erf_size=attrs.get("erf_size"),
+            near_zero_below=attrs.get("near_zero_below"),
         )
 
 

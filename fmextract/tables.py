@@ -224,13 +224,15 @@ def benchmark(found: Measured) -> str:
 
 
 def depth(found: Sequence[LayerDepth]) -> str:
-    """How sparse and alive each layer is."""
+    """How sparse and alive each layer is, and of how many dimensions."""
     rows = [
         (
             row.layer,
             row.type,
             row.channels,
             text.share(row.zeros),
+            text.share(row.near_zeros),
+            _dimension(row),
             f"{row.mean:.3g}",
             f"{row.std:.3g}",
             f"{row.min:.3g}",
@@ -241,8 +243,27 @@ def depth(found: Sequence[LayerDepth]) -> str:
         )
         for row in found
     ]
-    head = ("layer", "type", "channels", "zeros", "mean", "std", "min", "max", "dead", "constant", "not finite")
-    return _table(head, rows, right=head[2:])
+    head = ("layer", "type", "channels", "zeros", "near zero", "dimension", "mean", "std", "min", "max", "dead",
+            "constant", "not finite")  # fmt: skip
+    return "\n".join([_table(head, rows, right=head[2:]), *_about_depth(found)])
+
+
+def _dimension(row: LayerDepth) -> str:
+    if row.effective_dimension is None:
+        return ""
+    about = "~" if row.effective_dimension_estimated else ""
+    digits = ",.0f" if row.effective_dimension >= 100 else "#.3g"
+    return about + format(row.effective_dimension, digits)
+
+
+def _about_depth(found: Sequence[LayerDepth]) -> list[str]:
+    told = []
+    if any(row.near_zeros is not None for row in found):
+        told.append("near zero: at most 1% of the layer's root mean square either side of zero, zeros included")
+    if rows := [row.effective_dimension_rows for row in found if row.effective_dimension_rows is not None]:
+        about = "; ~ is estimated" if any(row.effective_dimension_estimated for row in found) else ""
+        told.append(f"dimension: the participation ratio over {text.count(max(rows), 'image')}{about}")
+    return ["", *told] if told else []
 
 
 def examples(out: Path, found: Sequence[Example]) -> str:

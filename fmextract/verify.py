@@ -313,7 +313,7 @@ class _Recount:
         if "top_value" in self._stats and not self._top_is_there(values, at):
             yield "the strongest images are not where the statistics say"
         by_channel = np.moveaxis(good, 1 + self._axis, 0).reshape(good.shape[1 + self._axis], -1)
-        part = _moments(by_channel.astype(np.float64))
+        part = _moments(by_channel.astype(np.float64), self._layer.spec.near_zero_below)
         self._seen = moments.merge([self._seen, part]) if self._seen else part
 
     def _top_is_there(self, values: Array, at: int) -> bool:
@@ -360,12 +360,13 @@ class _Recount:
             "count": np.zeros_like(scale),
             "nonfinite": np.zeros_like(scale),
             "zero_fraction": np.full_like(scale, 1.0 if self._flushes else 1e-12),
+            moments.NEAR_ZERO: np.full_like(scale, 1.0 if self._rounding else 1e-12),
             "min": self._tolerance(told["min"]),
             "max": self._tolerance(told["max"]),
             "mean": near,
             "std": near,
         }
-        for name in moments.MOMENTS:
+        for name in (name for name in (*moments.MOMENTS, moments.NEAR_ZERO) if name in told and name in self._seen):
             expected, found = told[name].astype(np.float64), self._seen[name].astype(np.float64)
             if name in ("min", "max"):
                 expected = self._clipped(expected)
@@ -380,8 +381,8 @@ class _Recount:
                 )
 
 
-def _moments(values: Array) -> dict[str, Array]:
-    """MOMENTS of (channels, n) in float64, over the finite values."""
+def _moments(values: Array, near_zero_below: float | None) -> dict[str, Array]:
+    """MOMENTS, and NEAR_ZERO where there is a bound, of (channels, n) in float64, over the finite values."""
     finite = np.isfinite(values)
     count = finite.sum(1)
     n = np.maximum(count, 1)
@@ -389,7 +390,7 @@ def _moments(values: Array) -> dict[str, Array]:
     mean = zeroed.sum(1) / n
     deviation = np.where(finite, values - mean[:, None], 0.0)
     empty = count == 0
-    return {
+    made = {
         "count": count,
         "mean": np.where(empty, np.nan, mean),
         "std": np.where(empty, np.nan, np.sqrt((deviation**2).sum(1) / n)),
@@ -398,6 +399,10 @@ def _moments(values: Array) -> dict[str, Array]:
         "zero_fraction": np.where(empty, np.nan, ((values == 0) & finite).sum(1) / n),
         "nonfinite": values.shape[1] - count,
     }
+    if near_zero_below is not None:
+        near = (np.abs(values) <= near_zero_below) & finite
+        made[moments.NEAR_ZERO] = np.where(empty, np.nan, near.sum(1) / n)
+    return made
 
 
 # ----------------------------------------------------------------------------------------------------------- run again

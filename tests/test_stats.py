@@ -15,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fmextract import moments
 from fmextract import stats as module
+from fmextract.moments import COVARIANCE, NEAR_ZERO, EffectiveDimension, effective_dimension, settled
 from fmextract.stats import MOMENTS, TOP, RunningStats, merge
 
 CPU = torch.device("cpu")
+BELOW = float(np.float32(1.2))
 LAYOUTS = [
     ((3, 4, 5), ("channel", "y", "x")),
     ((4, 5, 3), ("y", "x", "channel")),
@@ -34,7 +37,7 @@ def running(
 ) -> RunningStats:
     """Statistics of `rows`, given in batches that end at `cuts`."""
     first, valid, ask = options.get("first", 0), options.get("valid"), options.get("ask", True)
-    stats = RunningStats(tuple(rows.shape[1:]), axes, top, CPU)
+    stats = RunningStats(tuple(rows.shape[1:]), axes, top, CPU, options.get("near_zero", BELOW))
     stats._may_ask = ask
     edges = [0, *sorted(cuts or []), len(rows)]
     for a, b in itertools.pairwise(edges):
@@ -52,14 +55,15 @@ def brute(
     sizes = full.shape[2:] or (1,)
     full = full.reshape(*full.shape[:2], math.prod(sizes))
     numbers = [i for i in range(len(rows)) if valid is None or valid[i]]
-    out: dict[str, list[Any]] = {name: [] for name in (*MOMENTS, *TOP)}
+    out: dict[str, list[Any]] = {name: [] for name in (*MOMENTS, NEAR_ZERO, *TOP)}
     for channel in range(full.shape[1]):
         values = full[numbers, channel]
         good = values[np.isfinite(values)]
         some = good if len(good) else np.array([np.nan])
-        moments = (
+        found = (
             *(len(good), some.mean(), some.std(), some.min(), some.max()),
             *((good == 0).mean() if len(good) else np.nan, values.size - len(good)),
+            (np.abs(good) <= BELOW).mean() if len(good) else np.nan,
         )
         entries = []
         for i in numbers:
@@ -70,19 +74,32 @@ def brute(
                 entries.append((finite.max(), first + i, *at))
         entries.sort(key=lambda entry: (-entry[0], entry[1]))
         entries = (entries + [(np.nan, -1, -1, -1)] * top)[:top]
-        for name, value in zip(MOMENTS, moments, strict=True):
+        for name, value in zip((*MOMENTS, NEAR_ZERO), found, strict=True):
             out[name].append(value)
         for name, column in zip(TOP, zip(*entries, strict=True), strict=True):
             out[name].append(column)
-    return {name: np.array(values) for name, values in out.items()}
+    return {name: np.array(values) for name, values in out.items()} | covariance(full[numbers])
+
+
+def covariance(maps: np.ndarray) -> dict[str, np.ndarray]:
+    """COVARIANCE of maps (n, channels, positions), of the images without a value that is not finite."""
+    vectors = maps[np.isfinite(maps).all((1, 2))].mean(2)
+    channels = maps.shape[1]
+    found = np.full((channels, channels), np.nan), np.full(channels, np.nan)
+    if len(vectors):
+        found = np.cov(vectors.T, bias=True).reshape(channels, channels), vectors.mean(0)
+    return dict(zip(COVARIANCE, (*found, np.full(channels, len(vectors))), strict=True))
 
 
 def check(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], rtol: float = 1e-12) -> None:
     assert list(got) == list(expected)
     for name, values in expected.items():
         assert got[name].dtype == (np.int64 if values.dtype.kind == "i" else np.float64), name
-        if name in ("mean", "std"):
-            scale = np.nanmax(np.abs([expected["max"], expected["min"]]), initial=0)
+        scale = np.nanmax(np.abs([expected["max"], expected["min"]]), initial=0)
+        if name in ("covariance", "covariance_mean"):
+            room = scale**2 if name == "covariance" else scale
+            np.testing.assert_allclose(got[name], values, rtol=max(rtol, 1e-11), atol=1e-14 * room, err_msg=name)
+        elif name in ("mean", "std"):
             np.testing.assert_allclose(got[name], values, rtol=rtol, atol=1e-14 * scale, err_msg=name)
         else:
             np.testing.assert_array_equal(got[name], values, err_msg=name)
@@ -126,11 +143,15 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(deadline=None, max_examples=100)
-@given(case=cases(), size=st.sampled_from([1, 7, 40, 1 << 17]))
-def test_equal_to_numpy_whatever_the_batches(case: dict[str, Any], size: int) -> None:
+@given(case=cases(), size=st.sampled_from([1, 7, 40, 1 << 17]), at_once=st.sampled_from([1, 3, 256]))
+def test_equal_to_numpy_whatever_the_batches(case: dict[str, Any], size: int, at_once: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CPU_BLOCK", size)
         patch.setattr(module, "_DEVICE_BLOCK", size)
+        patch.setattr(module, "_COVARIANCE_ROWS", at_once)
+        patch.setattr(module, "_COLUMNS", at_once)
+        patch.setattr(module, "_SMALL_MAP", at_once)
+        patch.setattr(module, "_COUNTED_IN_FLOAT32", size)
         got = running(**case).result()
     check(got, brute(case["rows"], case["axes"], case["top"], case["first"], case["valid"]))
 
@@ -188,13 +209,133 @@ def test_the_first_rows_with_nonfinite_values_are_named() -> None:
 
 def test_without_top_there_are_no_entries() -> None:
     result = running(torch.ones(3, 2), ("feature",), top=0, cuts=[1]).result()
-    assert tuple(result) == MOMENTS
-    assert tuple(merge([result, result])) == MOMENTS
+    assert tuple(result) == (*MOMENTS, NEAR_ZERO, *COVARIANCE)
+    assert tuple(merge([result, result])) == (*MOMENTS, NEAR_ZERO, *COVARIANCE)
 
 
 def test_merging_keeps_as_many_places_as_are_sure() -> None:
     parts = [running(torch.rand(5, 2), ("feature",), top=k, first=i).result() for k, i in ((4, 0), (2, 5))]
     assert merge(parts)["top_value"].shape == (2, 2)
+
+
+# ----------------------------------------------------------------------------------------------- effective dimension
+
+
+def participation(vectors: np.ndarray) -> float:
+    """(sum λ)² / sum λ² by numpy's eigenvalues."""
+    found = np.linalg.eigvalsh(np.cov(vectors.T))
+    return float(found.sum() ** 2 / (found**2).sum())
+
+
+def dimension(rows: torch.Tensor, axes: tuple[str, ...], **options: Any) -> EffectiveDimension:
+    found = effective_dimension(running(rows, axes, 0, **options).result())
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("shape", "axes"), [one for one in LAYOUTS if one[0] != (1, 1, 1)])
+def test_the_effective_dimension_is_that_of_numpys_eigenvalues(shape: tuple[int, ...], axes: tuple[str, ...]) -> None:
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(700, *shape)) * random.lognormal(size=shape) + 100
+    rows[[3, 400]] = np.nan
+    rows[500].flat[0] = np.inf
+    valid = [i != 600 for i in range(700)]
+    found = dimension(torch.from_numpy(rows), axes, cuts=[7, 300, 301], valid=valid)
+    good = np.array([i for i in range(700) if i not in (3, 400, 500, 600)])
+    role = 1 + axes.index("channel" if "channel" in axes else "feature")
+    others = tuple(axis for axis in range(1, rows.ndim) if axis != role)
+    exact = participation(rows[good].mean(others))
+    assert found == EffectiveDimension(pytest.approx(exact, rel=1e-10), len(good), False)
+    assert 1 < exact < rows.shape[role]
+
+
+def test_an_effective_dimension_that_nothing_is_known_of_is_nan() -> None:
+    rows = torch.randn(40, 6, 3, 3, generator=torch.Generator().manual_seed(0))
+    for some in (rows[:1], torch.full_like(rows, torch.nan), rows[:1].expand(40, -1, -1, -1)):
+        assert math.isnan(dimension(some, ("channel", "y", "x"), cuts=[3]).value)
+    found = dimension(rows[:2], ("channel", "y", "x"))
+    assert found == EffectiveDimension(pytest.approx(1.0, rel=1e-12), 2, False)  # of two images there is one direction
+
+
+def test_identical_images_have_no_dimension_over_shards_either() -> None:
+    rows = torch.rand(1, 6, 3, 3, generator=torch.Generator().manual_seed(0)).expand(9, -1, -1, -1)
+    parts = [running(rows[i : i + 3], ("channel", "y", "x"), 0, first=i).result() for i in (0, 3, 6)]
+    assert math.isnan(effective_dimension(merge(parts)).value)
+
+
+def spectra(channels: int, rows: int = 300) -> dict[str, np.ndarray]:
+    """Rows of many channels: as many directions as there are rows, few, many of falling size, channels apart."""
+    random = np.random.default_rng(0)
+
+    def mixed(sizes: np.ndarray) -> np.ndarray:
+        return random.normal(size=(rows, len(sizes))) * sizes @ random.normal(size=(len(sizes), channels))
+
+    return {
+        "white": random.normal(size=(rows, channels)),
+        "few": mixed(np.ones(5)),
+        "falling": mixed(np.arange(1, 200) ** -0.5),
+        "one": mixed(np.ones(1)),
+        "relu": np.maximum(random.normal(size=(rows, channels)) * random.lognormal(size=channels), 0),
+    }
+
+
+@pytest.mark.parametrize(("channels", "most"), [(1030, 0.005), (2048, 0.1), (5000, 0.15)])
+def test_of_many_channels_the_effective_dimension_is_estimated_within_a_bound(channels: int, most: float) -> None:
+    for name, rows in spectra(channels).items():
+        found = dimension(torch.from_numpy(rows), ("feature",), cuts=[100, 290])
+        rows = rows - rows.mean(0)
+        gram = rows @ rows.T  # the same eigenvalues, in a smaller matrix
+        exact = np.trace(gram) ** 2 / (gram**2).sum()
+        assert found.estimated
+        assert found.rows == len(rows)
+        assert found.value == pytest.approx(exact, rel=1e-9 if name == "one" else most), name
+
+
+def test_the_estimate_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the mean over many foldings, of 45 channels into 10 components, both traces are the exact ones."""
+    monkeypatch.setattr(moments, "MOST_COMPONENTS", 10)
+    random = np.random.default_rng(0)
+    rows = np.maximum(random.normal(size=(30, 7)) @ random.normal(size=(7, 45)), 0) * random.lognormal(size=45)
+    rows -= rows.mean(0)
+    covariance = rows.T @ rows / len(rows)
+    exact = (covariance**2).sum(), np.trace(covariance) ** 2
+    estimates = []
+    for seed in range(20_000):
+        some = np.random.default_rng(seed)
+        padded = np.zeros((30, 50))
+        padded[:, :45] = rows[:, some.permutation(45)] * some.choice([-1, 1], 45)
+        folded = padded.reshape(30, 5, 10).sum(1)
+        s = folded.T @ folded / len(rows)
+        estimates.append(moments._unfolded((s**2).sum(), np.trace(s) ** 2, (np.diag(s) ** 2).sum(), 45))
+    means, errors = np.mean(estimates, 0), np.std(estimates, 0) / math.sqrt(len(estimates))
+    assert (np.abs(means - exact) < 4 * errors).all()
+    assert (errors < 0.02 * np.array(exact)).all()
+
+
+def test_the_folding_never_changes() -> None:
+    """Shards of one run, made by other versions on other machines, are merged component by component."""
+    order, signs = moments.folding(1500)
+    assert sorted(order) == list(range(1500))
+    assert order[:5].tolist() == [471, 9, 1499, 54, 1411]
+    assert signs[:5].tolist() == [-1.0, 1.0, -1.0, 1.0, -1.0]
+
+
+def test_what_an_earlier_version_did_not_keep_is_left_out_of_the_whole() -> None:
+    rows = torch.randn(8, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    new = running(rows, ("channel", "y", "x"), 2).result()
+    old = {name: values for name, values in new.items() if name in (*MOMENTS, *TOP)}
+    for parts in ([old, old], [new, old], [old, new]):
+        merged = merge(parts)
+        assert tuple(merged) == (*MOMENTS, *TOP)
+        assert effective_dimension(merged) is None
+        assert settled(merged) == (merged, {})
+    kept, attrs = settled(merge([new, new]))
+    assert tuple(kept) == (*MOMENTS, NEAR_ZERO, *TOP)
+    assert EffectiveDimension.of_attrs(attrs) == effective_dimension(merge([new, new]))
+
+
+def test_without_a_threshold_nothing_is_near_zero() -> None:
+    assert NEAR_ZERO not in running(torch.ones(3, 2), ("feature",), near_zero=None).result()
 
 
 def test_bools_count_as_numbers() -> None:
@@ -231,7 +372,7 @@ def test_an_accelerator_gives_what_the_cpu_gives(dtype: torch.dtype) -> None:
     assert device is not None
     rows = torch.relu(torch.randn(64, 16, 14, 14)).to(dtype)
     rows[3, 2, 1, 1] = torch.inf
-    stats = RunningStats((16, 14, 14), ("channel", "y", "x"), 9, device)
+    stats = RunningStats((16, 14, 14), ("channel", "y", "x"), 9, device, BELOW)
     for i in range(0, 64, 16):
         stats.update(rows[i : i + 16].to(device, memory_format=torch.channels_last), i, [j != 3 for j in range(16)])
     rtol = 1e-5 if device.type == "mps" else 1e-12

@@ -175,5 +175,5 @@ def name_layers(axis: Axes, layers: Sequence[str]) -> None:
 
 def legend(axis: Axes) -> None:
     """Above the plot at its right, beside the title: on no curve."""
-    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 2, "borderaxespad": 0.2}
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 3, "borderaxespad": 0.2}
     axis.legend(frameon=False, fontsize=8.5, labelcolor=FAINT, **place)

@@ -1,4 +1,4 @@
-"""What depth does: how sparse, how wide and how alive each layer is. From the run's statistics; reads no maps."""
+"""What depth does: how sparse, how wide, how alive and of how many dimensions each layer is. Reads no maps."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
 from fmextract.look.canvas import safe
 from fmextract.look.select import select_layers
+from fmextract.moments import NEAR_ZERO
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from fmextract.reader import Activations
 
 
@@ -23,9 +27,14 @@ if TYPE_CHECKING:
 class LayerDepth:
     """The statistics of a layer over all images and positions, finite values only.
 
-    `zeros` is the share of exact zeros, `mean`, `std`, `min` and `max` are of all values together; `dead` counts the
-    channels that are never active (never other than zero) in the whole data set, `constant` those that hold one and
-    the same other value everywhere. NaN where a layer has no finite value.
+    `zeros` is the share of exact zeros, `near_zeros` that of values of at most `near_zero_below` either side of zero,
+    zeros among them; `mean`, `std`, `min` and `max` are of all values together; `dead` counts the channels that are
+    never active (never other than zero) in the whole data set, `constant` those that hold one and the same other value
+    everywhere. NaN where a layer has no finite value.
+
+    `effective_dimension` (see `moments`) is over `effective_dimension_rows` images, and at most one less;
+    `effective_dimension_estimated` for more than 1,024 channels. NaN where images do not differ. What files of earlier
+    versions do not hold is None.
     """
 
     layer: str
@@ -33,6 +42,8 @@ class LayerDepth:
     channels: int
     values: int
     zeros: float
+    near_zeros: float | None
+    near_zero_below: float | None
     mean: float
     std: float
     min: float
@@ -40,6 +51,9 @@ class LayerDepth:
     dead: int
     constant: int
     nonfinite: int
+    effective_dimension: float | None
+    effective_dimension_rows: int | None
+    effective_dimension_estimated: bool | None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,7 +77,12 @@ def _one(acts: Activations, name: str) -> LayerDepth:
     total = count.sum()
     # A channel without values has NaN for its moments, and no weight.
     weight = count / total if total else np.full_like(count, np.nan)
-    zeros, mean, std = (np.where(count > 0, values, 0.0) for values in (stats.zero_fraction, stats.mean, stats.std))
+
+    def overall(values: npt.NDArray[Any]) -> float:
+        return float(weight @ np.where(count > 0, values, 0.0))
+
+    mean, std = (np.where(count > 0, values, 0.0) for values in (stats.mean, stats.std))
+    dimension = layer.effective_dimension
     centre = float(weight @ mean)
     constant = (count > 0) & (stats.min == stats.max)
     dead = constant & (stats.max == 0)
@@ -72,7 +91,9 @@ def _one(acts: Activations, name: str) -> LayerDepth:
         type=layer.module_type,
         channels=len(count),
         values=int(total),
-        zeros=float(weight @ zeros),
+        zeros=overall(stats.zero_fraction),
+        near_zeros=overall(stats.near_zero_fraction) if NEAR_ZERO in stats.names else None,
+        near_zero_below=layer.spec.near_zero_below,
         mean=centre,
         # The law of total variance: within the channels, and between their means.
         std=float(np.sqrt(weight @ (std**2 + (mean - centre) ** 2))),
@@ -81,34 +102,69 @@ def _one(acts: Activations, name: str) -> LayerDepth:
         dead=int(dead.sum()),
         constant=int(constant.sum() - dead.sum()),
         nonfinite=int(stats.nonfinite.sum()),
+        effective_dimension=None if dimension is None else dimension.value,
+        effective_dimension_rows=None if dimension is None else dimension.rows,
+        effective_dimension_estimated=None if dimension is None else dimension.estimated,
     )
 
 
 def show_depth(
     acts: Activations, out: str | os.PathLike[str], *, layers: Sequence[str] = (), title: str = ""
 ) -> tuple[Path, list[LayerDepth]]:
-    """Draw `depth` into `out` (.png, .pdf, .svg): zeros and dead channels above, mean and spread below.
+    """Draw `depth` into `out` (.png, .pdf, .svg): zeros and dead channels, effective dimension, mean and spread.
 
     Raises ConfigError, MissingExtra without matplotlib.
     """
     rows = depth(acts, layers)
-    places = np.arange(len(rows))
     width = max(7.5, min(22.0, 2.2 + 0.42 * len(rows)))
-    figure = canvas.figure(width, 6.6)
+    figure = canvas.figure(width, 9.2)
     left, wide = 0.85 / width, 1 - 1.1 / width
-    figure.text(left, 0.955, safe(title or acts.attrs.get("model", "")), color=canvas.INK, size=13, weight="bold")
-    upper = canvas.plot_axis(figure, (left, 0.6, wide, 0.27), "Zeros, and channels that are never active", "share, %")
-    upper.bar(places, [100 * row.zeros for row in rows], 0.62, color="#4cc9f0", label="zeros")
-    dead = [100 * row.dead / row.channels for row in rows]
-    upper.plot(places, dead, "o", color=canvas.ACCENT, markersize=5, label="dead channels")
-    upper.set_ylim(0, 100)
-    upper.set_xticks([])
-    canvas.legend(upper)
-    lower = canvas.plot_axis(figure, (left, 0.2, wide, 0.27), "Mean and spread of the values", "value")
-    mean, std = (np.array([getattr(row, name) for row in rows]) for name in ("mean", "std"))
-    lower.fill_between(places, mean - std, mean + std, color="#b5367a", alpha=0.35, lw=0, label="± one std")
-    lower.plot(places, mean, "-o", color="#fc8961", markersize=4, label="mean")
+    figure.text(left, 0.968, safe(title or acts.attrs.get("model", "")), color=canvas.INK, size=13, weight="bold")
+    boxes = [(left, bottom, wide, 0.2) for bottom in (0.71, 0.43, 0.15)]
+    upper = canvas.plot_axis(figure, boxes[0], "Zeros, and channels that are never active", "share, %")
+    middle = canvas.plot_axis(figure, boxes[1], "Effective dimension", "dimensions")
+    lower = canvas.plot_axis(figure, boxes[2], "Mean and spread of the values", "value")
+    _draw_zeros(upper, rows)
+    _draw_dimension(middle, rows)
+    _draw_values(lower, rows)
     canvas.name_layers(lower, [row.layer for row in rows])
-    upper.set_xlim(lower.get_xlim())
-    canvas.legend(lower)
+    for axis in (upper, middle):
+        axis.set_xticks([])
+        axis.set_xlim(lower.get_xlim())
     return canvas.save(figure, out), rows
+
+
+def _draw_zeros(axis: Axes, rows: Sequence[LayerDepth]) -> None:
+    places, zeros = range(len(rows)), [100 * row.zeros for row in rows]
+    axis.bar(places, zeros, 0.62, color="#4cc9f0", label="zeros")
+    if any(row.near_zeros is not None for row in rows):
+        near = [100 * (row.near_zeros or row.zeros) - exact for row, exact in zip(rows, zeros, strict=True)]
+        axis.bar(places, near, 0.62, bottom=zeros, color="#3f7f9e", label="near zeros")
+    dead = [100 * row.dead / row.channels for row in rows]
+    axis.plot(places, dead, "o", color=canvas.ACCENT, markersize=5, label="dead channels")
+    axis.set_ylim(0, 100)
+    canvas.legend(axis)
+
+
+def _draw_dimension(axis: Axes, rows: Sequence[LayerDepth]) -> None:
+    found = np.array([np.nan if row.effective_dimension is None else row.effective_dimension for row in rows])
+    if not np.isfinite(found).any():
+        axis.text(0.5, 0.5, "not kept by this run", transform=axis.transAxes, color=canvas.FAINT, ha="center")
+        axis.set_yticks([])
+        return
+    axis.plot(range(len(rows)), found, "-o", color="#80ed99", markersize=4, label="effective dimension")
+    # So few images, or channels, cannot have more: near these marks the figure says little of the network.
+    most = np.array([min(row.channels, (row.effective_dimension_rows or 1) - 1) for row in rows])
+    top = 1.2 * np.nanmax(found)
+    if most.min() <= top:
+        axis.plot(range(len(rows)), most, "_", color=canvas.FAINT, markersize=9, label="no more is possible")
+    axis.set_ylim(0, top)
+    canvas.legend(axis)
+
+
+def _draw_values(axis: Axes, rows: Sequence[LayerDepth]) -> None:
+    places = np.arange(len(rows))
+    mean, std = (np.array([getattr(row, name) for row in rows]) for name in ("mean", "std"))
+    axis.fill_between(places, mean - std, mean + std, color="#b5367a", alpha=0.35, lw=0, label="± one std")
+    axis.plot(places, mean, "-o", color="#fc8961", markersize=4, label="mean")
+    canvas.legend(axis)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fmextract.errors import ConfigError
+from fmextract.moments import NEAR_ZERO
 from fmextract.reader import Activations, Layer, Stats
 from fmextract.records import STATUS_MEANINGS
 from fmextract.text import printable
@@ -26,7 +27,7 @@ BYTES_A_CHANNEL = 4 * 5.4 + TOP * 4 * 5.4
 BINS = 60
 VALUES_A_ROW = 20_000
 NEAR = 0.01
-"""A value counts as near zero below this share of its layer's standard deviation."""
+"""Of the root mean square: up to here a value counts as near zero where the run did not count them."""
 LONGEST = 500
 """Characters of a key or a message: a damaged file may hold megabytes."""
 
@@ -166,7 +167,7 @@ def layer(layer: Layer, sampled: Sample) -> dict[str, Any]:
         if field is None
         else {name: getattr(field, name) for name in ("size", "stride", "offset", "bound", "whole", "has_global")},
         "erf": None if effective is None else [float(np.max(effective))] * 2,  # the side of a square
-        "stats": _summary(stats_of(layer), sampled),
+        "stats": _summary(stats_of(layer), sampled) | _dimension(layer),
         "histogram": _histogram(sampled),
     }
 
@@ -208,8 +209,21 @@ def _summary(stats: Stats | None, sampled: Sample) -> dict[str, Any]:
             "dead": int((stats.zero_fraction == 1).sum()),
             "channels": len(stats.count),
         }
-    near = float((np.abs(finite) < NEAR * finite.std()).mean()) if finite.size and finite.std() > 0 else None
-    return {**made, "sampled": stats is None, "near": near if near is None else max(near, float((finite == 0).mean()))}
+    counted = stats is not None and NEAR_ZERO in stats.names
+    if stats is not None and counted:
+        near = None if empty else float(np.nansum(weight * stats.near_zero_fraction))
+    else:
+        near = float((np.abs(finite) <= NEAR * math.sqrt(np.square(finite).mean())).mean()) if finite.size else None
+    return {**made, "sampled": stats is None, "near": near, "near_sampled": not counted}
+
+
+def _dimension(layer: Layer) -> dict[str, Any]:
+    found = layer.effective_dimension
+    return {
+        "dimension": found and found.value,
+        "dimension_rows": found and found.rows,
+        "dimension_estimated": found and found.estimated,
+    }
 
 
 def _histogram(sampled: Sample) -> dict[str, Any] | None:

@@ -228,6 +228,7 @@ function photo(row, ...over) {
 const METRICS = {
   zeros: ["share of zeros", (l) => l.stats.zeros, share],
   near: ["near zero", (l) => l.stats.near, share],
+  dimension: ["effective dimension", (l) => l.stats.dimension, number],
   dead: ["dead channels", (l) => (l.stats.dead === null ? null : l.stats.dead / l.stats.channels), share],
   mean: ["mean", (l) => l.stats.mean, number],
   std: ["spread (std)", (l) => l.stats.std, number],
@@ -334,6 +335,14 @@ const sees = (layer) => {
 
 // ------------------------------------------------------------------------------------------------------------ views
 
+const nearSaid = (sampled) => `At most 1 % of the layer's root mean square, zeros included${sampled ? "; where the run did not count them, in a sample of the stored values" : ""}`;
+const dimensionSaid = "In how many directions the images differ: the participation ratio of the covariance of each image's channel means."
+  + " It is at most the number of channels, and of images less one.";
+
+function dimension(stats) {
+  return stats.dimension === null ? "–" : `${stats.dimension_estimated ? "~" : ""}${number(stats.dimension, 3)}`;
+}
+
 function drawRun() {
   const { run } = data;
   const errors = data.layers.map((l) => l.rel_error).filter((v) => v);
@@ -356,7 +365,8 @@ function drawRun() {
         h("p", { class: "note" }, `Layers in the order of execution: ${offered[metric] ?? ""}. A bar leads to its layer.`)),
       h("div", { class: "noprint" }, toggles("Measure", metric, offered, (value) => go({ metric: value })))),
       h("div", { class: "scroll plot" }, depthPlot(metric)),
-      metric === "near" ? h("p", { class: "note" }, "Below 1 % of the layer's standard deviation, in a sample of the stored values.") : null,
+      metric === "near" ? h("p", { class: "note" }, `${nearSaid(data.layers.some((l) => l.stats.near_sampled))}.`) : null,
+      metric === "dimension" ? h("p", { class: "note" }, dimensionSaid) : null,
       metric === "dead" ? h("p", { class: "note" }, "Channels that are zero everywhere, over all images.") : null),
     failed ? h("div", { class: "card" }, h("h2", {}, "Failed images"),
       h("p", { class: "note" }, `${plural(run.failed, "row")} of ${run.rows.toLocaleString("en")} without values: `,
@@ -382,6 +392,7 @@ function drawLayers() {
     ["values", (l) => histogram(l, 110, 26, false)],
     ["zeros", (l) => share(l.stats.zeros), "n"],
     ["near zero", (l) => share(l.stats.near), "n"],
+    ["dimension", (l) => dimension(l.stats), "n"],
     ["mean ± std", (l) => `${number(l.stats.mean)} ± ${number(l.stats.std)}`, "n"],
     ["max", (l) => number(l.stats.max), "n"],
     ["dead", (l) => (l.stats.dead === null ? "–" : `${l.stats.dead} / ${l.stats.channels}`), "n"],
@@ -390,6 +401,7 @@ function drawLayers() {
     ["error", (l) => share(l.rel_error), "n"],
     ["on disk", (l) => bytes(l.bytes_stored), "n"],
   ].filter(([name]) => !(name === "sees" && !data.layers.some((l) => l.field)) && !(name === "error" && data.layers.every((l) => !l.rel_error))
+    && !(name === "dimension" && data.layers.every((l) => l.stats.dimension === null))
     && !(name === "not finite" && !data.layers.some((l) => l.stats.nonfinite)));
   const { stats, histogram: bins, view } = now;
   const told = bins ? [
@@ -414,7 +426,9 @@ function drawLayers() {
           ["mean ± std", `${number(stats.mean, 4)} ± ${number(stats.std, 4)}`],
           ["range", `${number(stats.min, 4)} to ${number(stats.max, 4)}`],
           ["zeros", share(stats.zeros)],
-          ["near zero", `${share(stats.near)} (below 1 % of the std, sampled)`],
+          ["near zero", tipped(h("span", {}, `${share(stats.near)}${stats.near_sampled ? " (of a sample)" : ""}`), nearSaid(stats.near_sampled))],
+          ["effective dimension", stats.dimension === null ? null : tipped(h("span", {},
+            `${dimension(stats)} of at most ${Math.min(stats.channels, stats.dimension_rows - 1)}, over ${plural(stats.dimension_rows, "image")}${stats.dimension_estimated ? ", estimated" : ""}`), dimensionSaid)],
           ["dead channels", stats.dead === null ? null : `${stats.dead} of ${stats.channels}`],
           ["not finite", stats.nonfinite ? h("span", { class: "bad" }, plural(stats.nonfinite, "value")) : "none"],
           ["a cell sees", now.field ? `${sees(now)}${now.field.whole ? "" : `, one every ${now.field.stride.map((v) => number(v, 4)).join("×")} px`}${now.field.has_global ? ", and something of the whole image" : ""}` : null],
