@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,7 +102,7 @@ class Encoder:
     def __call__(self, chunk: Chunk) -> Encoded:
         """Round, widen or narrow, shuffle, compress; count what overflows float16, and clip it if the plan says so."""
         plan, spec = self._plan, self._plan.layers[chunk.layer]
-        values = int(np.prod(spec.chunk))
+        values = math.prod(spec.chunk)
         narrow = spec.dtype == "float16" and spec.compute_dtype != "float16"
         bfloat16 = spec.compute_dtype == "bfloat16" and not narrow
         arrays: list[np.ndarray[Any, Any]] = []

@@ -1,6 +1,7 @@
 """The staged pipeline: from rows of a source to published shards.
 
     decode (threads) → forward (the caller's thread) → cut into chunks (a thread) → encode (threads) → write (a thread)
+    → publish (a thread)
 
 Every queue is bounded, rows keep their order, and the first error of any stage ends all of them. What a shard holds
 depends on the plan and the images alone, not on the number of threads.
@@ -40,6 +41,7 @@ from fmextract.watch import InFlight, Watch
 FIRST = 5  # keys that are named where something is wrong with them
 DEPTH = 2  # batches of activations of an accelerator on the host: one being encoded, one arriving
 HANGING = 10.0  # seconds that the end of a run waits for threads in foreign code; then it leaves them behind
+ROWS_A_TASK = 8
 PAYLOADS = 64  # encoded chunks, of at most about 1 MiB, that wait for the disk
 
 
@@ -160,11 +162,11 @@ class Nonfinite:
 
 @dataclass(slots=True)
 class _Decoding:
-    """A batch on its way: `outcomes[i]` gives (height, width, None or the SampleError) of row `rows[i]`."""
+    """A batch on its way: `outcomes` give (height, width, None or the SampleError) of `rows`, a few in each."""
 
     rows: range
     buffer: torch.Tensor
-    outcomes: list[Future[tuple[int, int, SampleError | None]]]
+    outcomes: list[Future[list[tuple[int, int, SampleError | None]]]]
 
 
 class _Decoder:
@@ -196,7 +198,15 @@ class _Decoder:
     def _schedule(self, rows: range) -> _Decoding:
         buffer = self._moves.input_buffer(self._shape, torch.float32 if self._work.ready else torch.uint8)
         buffer[len(rows) :].zero_()  # a short batch is padded with black images
-        return _Decoding(rows, buffer, [self._pool.submit(self._decode, row, buffer[i]) for i, row in enumerate(rows)])
+        # Several rows a task: of tiny images the hand-over would cost as much as the decoding.
+        step = max(1, min(ROWS_A_TASK, len(rows) // (4 * self._work.plan.threads)))
+        tasks = [rows[at : at + step] for at in range(0, len(rows), step)]
+        return _Decoding(
+            rows, buffer, [self._pool.submit(self._decode_all, t, buffer[t.start - rows.start :]) for t in tasks]
+        )
+
+    def _decode_all(self, rows: range, into: torch.Tensor) -> list[tuple[int, int, SampleError | None]]:
+        return [self._decode(row, into[i]) for i, row in enumerate(rows)]
 
     def _decode(self, row: int, into: torch.Tensor) -> tuple[int, int, SampleError | None]:
         started = time.perf_counter()
@@ -246,12 +256,53 @@ class _Pending:
     encoded: Future[chunks.Encoded]
 
 
-class _Writer:
-    """The one thread that owns HDF5: opens, fills, finishes and publishes one shard after the other."""
+@dataclass(slots=True)
+class _Finished:
+    """A shard that is written and closed under its temporary name."""
 
-    def __init__(self, work: Work, directory: Path, shards: Iterator[range], tally: Tally) -> None:
+    path: Path
+    rows: range
+    statuses: Sequence[int]
+    content_digest: str
+    batch_size: int
+    chunk_digests: Mapping[str, str]
+
+
+class _Publisher:
+    """Makes shards durable, names and records them, in order, while the next one is written.
+
+    That is waiting for the disk, and one checksum over all of it: nothing that HDF5 or the encoders should wait for.
+    """
+
+    def __init__(self, work: Work, directory: Path, tally: Tally) -> None:
+        self._work, self._directory, self._tally = work, directory, tally
+
+    def publish(self, shard: _Finished) -> None:
+        started = time.perf_counter()
+        final = self._directory / index.shard_name(shard.rows.start // self._work.plan.shard_rows)
+        index.publish(shard.path, final)
+        record = index.record_shard(
+            final,
+            rows=shard.rows,
+            statuses=shard.statuses,
+            content_digest=shard.content_digest,
+            batch_size=shard.batch_size,
+            extra={"chunks": shard.chunk_digests},
+        )
+        self._tally.records.append(record)
+        self._tally.add("publish", time.perf_counter() - started)
+
+
+class _Writer:
+    """The one thread that owns HDF5: opens, fills and finishes one shard after the other."""
+
+    def __init__(
+        self, work: Work, directory: Path, shards: Iterator[range], tally: Tally, finished: Callable[[_Finished], None]
+    ) -> None:
         self._work, self._directory, self._shards, self._tally = work, directory, shards, tally
+        self._finished = finished
         self._open: store.ShardWriter | None = None
+        self._paths: list[Path] = []
         self._overflowed: dict[str, int] = {}
         self.now = "encode"
 
@@ -259,14 +310,16 @@ class _Writer:
         if isinstance(item, _ShardEnd):
             self.now = "write"
             started = time.perf_counter()
-            self._publish(item)
+            done = self._finish(item)
+            self._tally.add("write", time.perf_counter() - started)
+            self._finished(done)
         else:
             encoded = item.encoded.result()
             self.now = "write"
             started = time.perf_counter()
             self._count_overflow(item.chunk.layer, encoded.overflowed)
             self._current().write_chunk(item.chunk.layer, item.chunk.at, encoded.payload, encoded.digest)
-        self._tally.add("write", time.perf_counter() - started)
+            self._tally.add("write", time.perf_counter() - started)
         self.now = "encode"
 
     def _current(self) -> store.ShardWriter:
@@ -275,6 +328,7 @@ class _Writer:
             plan = self._work.plan
             path = index.temporary_name(self._directory / index.shard_name(rows.start // plan.shard_rows))
             self._open = store.ShardWriter(path, rows, plan.layers, self._work.info, plan.codec, plan.level)
+            self._paths.append(path)
         return self._open
 
     def _count_overflow(self, layer: int, count: int) -> None:
@@ -288,35 +342,24 @@ class _Writer:
             )
         self._overflowed[name] = self._overflowed.get(name, 0) + count
 
-    def _publish(self, end: _ShardEnd) -> None:
+    def _finish(self, end: _ShardEnd) -> _Finished:
         writer = self._current()
         attrs = {name: dict(values) for name, values in end.layer_attrs.items()}
         for name, count in self._overflowed.items():
             attrs.setdefault(name, {})["clipped"] = np.int64(count)
         smaller = {f"{end.rows.start}-{end.rows.stop - 1}": end.batch_size}
         root = {"smaller_batches": smaller} if end.batch_size < self._work.plan.batch_size else {}
-        digest = writer.finish(end.samples, end.stats, attrs, root)
+        digest = writer.finish(end.samples, end.stats, attrs, root, durable=False)
         self._open, self._overflowed = None, {}
-        final = self._directory / index.shard_name(end.rows.start // self._work.plan.shard_rows)
-        try:
-            index.publish(writer.path, final)
-        except BaseException:
-            with suppress(OSError):
-                writer.path.unlink(missing_ok=True)
-            raise
-        record = index.record_shard(
-            final,
-            rows=end.rows,
-            statuses=end.samples.status,
-            content_digest=digest,
-            batch_size=end.batch_size,
-            extra={"chunks": writer.chunk_digests()},
-        )
-        self._tally.records.append(record)
+        return _Finished(writer.path, end.rows, end.samples.status, digest, end.batch_size, writer.chunk_digests())
 
     def abort(self) -> None:
+        """Leave no file of a shard that was not published."""
         if self._open is not None:
             self._open.abort()
+        for path in self._paths:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------- pipeline
@@ -332,10 +375,11 @@ class _Pipeline:
         self._moves = transfers(work.device, DEPTH)
         self._decode_pool = thread_pool("fmextract-decode", plan.threads)
         self._encode_pool = thread_pool("fmextract-encode", plan.threads)
-        tally.threads |= {"decode": plan.threads, "forward": 1, "encode": plan.threads, "write": 1}
+        tally.threads |= {"decode": plan.threads, "forward": 1, "encode": plan.threads, "write": 1, "publish": 1}
         tally.threads |= {"statistics": plan.threads}
         self._captured: Channel[_Captured | _ShardEnd | None] = Channel(DEPTH + 1)
         self._pending: Channel[_Pending | _ShardEnd | None] = Channel(PAYLOADS)
+        self._finished: Channel[_Finished | None] = Channel(1)
         self.failure: BaseException | None = None
         self._threads: list[tuple[threading.Thread, threading.Event]] = []
         self._in_flight = InFlight(directory)
@@ -353,7 +397,7 @@ class _Pipeline:
             self._decoder.start(shards)
             self._start(iter(shards))
         source, plan = self._work.source, self._work.plan
-        samples = SampleTable.empty(shard.start, [source.key(r) for r in shard], [source.label(r) for r in shard])
+        samples = SampleTable.empty(shard.start, [source.key(r) for r in shard], None)
         stats = [self._statistics(*one) for one in zip(self._work.captured, plan.layers, strict=True)]
         smallest = plan.batch_size
         for _ in range(0, len(shard), plan.batch_size):
@@ -365,6 +409,7 @@ class _Pipeline:
             progress.advance(len(batch.rows), self._tally.failed)
             check_budget(self._work.budget, self._tally)
         self._described()
+        samples.labels = [source.label(r) for r in shard]  # a Dataset knows them once its items were loaded
         self._tally.smallest_batch = smallest
         self._captured.put(self._shard_end(shard, samples, stats, smallest))
 
@@ -397,9 +442,10 @@ class _Pipeline:
 
     def _collect(self, batch: _Decoding, samples: SampleTable) -> None:
         """Wait for the images of a batch; note size and failure of each."""
-        for row, outcome in zip(batch.rows, batch.outcomes, strict=True):
+        outcomes = [outcome for task in batch.outcomes for outcome in task.result()]
+        for row, outcome in zip(batch.rows, outcomes, strict=True):
             i = row - samples.start
-            samples.height[i], samples.width[i], error = outcome.result()
+            samples.height[i], samples.width[i], error = outcome
             if error is not None:
                 self._fail(samples, row, error)
         self._tally.seen += len(batch.rows)
@@ -530,8 +576,8 @@ class _Pipeline:
     # ---- the other threads
 
     def _start(self, shards: Iterator[range]) -> None:
-        self._writer = _Writer(self._work, self._directory, shards, self._tally)
-        for name, work in (("cut", self._cut), ("write", self._write)):
+        self._writer = _Writer(self._work, self._directory, shards, self._tally, self._finished.put)
+        for name, work in (("cut", self._cut), ("write", self._write), ("publish", self._publish)):
             ended = threading.Event()
             thread = threading.Thread(target=self._guarded, args=(work, ended), name=f"fmextract-{name}", daemon=True)
             thread.start()
@@ -586,6 +632,12 @@ class _Pipeline:
         assert self._writer is not None
         while (item := self._pending.get()) is not None:
             self._writer.write(item)
+        self._finished.put(None)
+
+    def _publish(self) -> None:
+        publisher = _Publisher(self._work, self._directory, self._tally)
+        while (shard := self._finished.get()) is not None:
+            publisher.publish(shard)
 
     # ---- the end
 
@@ -623,6 +675,7 @@ class _Pipeline:
         self._moves.close()
         self._captured.close()
         self._pending.close()
+        self._finished.close()
 
 
 class _Countdown:

@@ -6,6 +6,7 @@ row has a key that is unique and never shortened. Bytes of a file name that are 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
@@ -443,10 +444,8 @@ class DatasetSource:
         if self.labels is not None:
             return _plain_label(self.labels[row])
         if row not in self.seen:
-            try:
+            with contextlib.suppress(SampleError):  # a failed row has no label
                 self.load(row)
-            except SampleError:
-                return None
         return _plain_label(self.seen.pop(row, None))
 
     def load(self, row: int) -> Any:
@@ -456,8 +455,9 @@ class DatasetSource:
         try:
             image, label = _split(self.data[row])
         except Exception as error:  # a Dataset may raise anything, and that is one row's failure
+            self.seen[row] = None
             raise SampleError(Status.UNREADABLE, f"{type(error).__name__}: {error}") from error
-        if self.labels is None and label is not None:
+        if self.labels is None:
             self.seen[row] = label
         return _read(os.fsencode(image)) if isinstance(image, (str, os.PathLike)) else image
 

@@ -147,17 +147,19 @@ class ShardWriter:
         stats: Stats | None = None,
         layer_attrs: Mapping[str, Mapping[str, Any]] | None = None,
         root_attrs: Mapping[str, Any] | None = None,
+        durable: bool = True,
     ) -> str:
         """Write what stands beside the activations, close, make durable. Returns the content digest, in hex.
 
         `stats` and `layer_attrs` are by the layer's name; `root_attrs` is what only the end of a shard knows of it.
+        `durable` False leaves the last to whoever gives the file its name (`index.publish`).
         Raises ValueError where a chunk is missing, or the columns do not fit the rows.
         """
         if len(samples) != len(self.rows) or samples.start != self.rows.start:
             raise ValueError(f"expected columns for rows {self.rows}, got {len(samples)} from {samples.start}")
         with self._whole_or_nothing():
             _set_attrs(self._open_file(), root_attrs or {})
-        return self._finish([samples], label_type(samples.labels), stats, layer_attrs)
+        return self._finish([samples], label_type(samples.labels), stats, layer_attrs, durable)
 
     def _finish(
         self,
@@ -165,6 +167,7 @@ class ShardWriter:
         labels: np.dtype[Any] | None,
         stats: Stats | None,
         layer_attrs: Mapping[str, Mapping[str, Any]] | None,
+        durable: bool = True,
     ) -> str:
         with self._whole_or_nothing():
             file = self._open_file()
@@ -188,7 +191,8 @@ class ShardWriter:
             assert self._disk is not None
             self._disk.close()
             self._disk = None
-            _fsync(self.path)
+            if durable:
+                _fsync(self.path)
         return digest
 
     def _write_extras(self, file: h5py.File, stats: Stats, layer_attrs: Mapping[str, Mapping[str, Any]]) -> None:

@@ -483,3 +483,30 @@ def test_import_object_follows_dots_and_wraps_errors(tmp_path):
         import_object(f"{tmp_path}/bad.py:x", ConfigError, "it")
     with pytest.raises(ConfigError, match="expected module:name"):
         import_object(":x", ConfigError, "it")
+
+
+def test_an_item_of_a_dataset_is_asked_for_once() -> None:
+    """Its label comes with its image; one without a label, or that failed, is not asked for again."""
+
+    class Counting:
+        def __init__(self) -> None:
+            self.asked: list[int] = []
+
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, row: int) -> Any:
+            self.asked.append(row)
+            if row == 2:
+                raise ValueError("broken")
+            image = np.zeros((2, 2, 3), np.uint8)
+            return (image, 7) if row == 0 else image
+
+    data = Counting()
+    source = open_source(data)
+    for row in range(2):
+        source.load(row)
+    with pytest.raises(SampleError, match="broken"):
+        source.load(2)
+    assert [source.label(row) for row in range(3)] == [7, None, None]
+    assert data.asked == [0, 1, 2]
