@@ -278,7 +278,8 @@ def pick(raw: bytes, *, codec: str, dtype: str, shape: Sequence[int], at: tuple[
     """
     kind = np.dtype(dtype)
     if not codec_named(codec).shuffled or kind.itemsize == 1:
-        return np.frombuffer(raw, kind).reshape(shape)[at]
+        values: Array = np.frombuffer(raw, kind).reshape(shape)[at]
+        return values
     planes = np.ascontiguousarray(np.frombuffer(raw, np.uint8).reshape(kind.itemsize, *shape)[(slice(None), *at)])
     result = np.empty(planes.shape[1:], kind)
     _gather(planes.reshape(kind.itemsize, result.size), result.reshape(-1).view(_WORDS[kind.itemsize]))

@@ -38,11 +38,13 @@ def _walkable(window: bytes, heap: int) -> bool:
     if at > len(window):
         return True
     end = heap + _SIZE.unpack_from(window, heap + len(HEAP))[0]
-    while at <= min(end - _OBJECT.size, limit):
-        index, _, _, size = _OBJECT.unpack_from(window, at)
+    last = min(end - _OBJECT.size, limit)
+    unpack, header = _OBJECT.unpack_from, _OBJECT.size  # looked up once: a file of 10^5 keys has as many objects
+    while at <= last:
+        index, _, _, size = unpack(window, at)
         # Object 0 is the free space, and its size counts its own header.
-        step = size if index == 0 else _OBJECT.size + -(-size // 8) * 8
-        if not _OBJECT.size <= step <= end - at:
+        step = size if index == 0 else header + -(-size // 8) * 8
+        if not header <= step <= end - at:
             return False
         at += step
     return True

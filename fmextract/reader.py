@@ -37,10 +37,10 @@ from fmextract.boxes import cell_box
 from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
 from fmextract.heaps import check_heaps
 from fmextract.records import Field, LayerSpec
-from fmextract.selection import AxisIndex, Part, Selection, crossing, cut, per_axis, selection_of
+from fmextract.selection import AxisIndex, Part, Selection, count, crossing, cut, per_axis, selection_of, stretches
 
 if TYPE_CHECKING:
-    from torch.utils.data import Dataset
+    from fmextract.feeding import LayerDataset
 
 Array: TypeAlias = npt.NDArray[Any]
 Rows: TypeAlias = npt.NDArray[np.int64]
@@ -49,7 +49,13 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 FILES_OPEN = 32
 """Open shards: each costs one file descriptor and 20 bytes a chunk."""
 RECENT_BYTES = 16 * 2**20
-"""Decoded chunks kept, so that a loop over single rows decodes a chunk of many images once."""
+"""Chunks kept, so that a loop over single rows decodes a chunk of many images once."""
+DATASET_BYTES = 256 * 2**20
+"""The same for a torch Dataset, which is read in any order, again and again; and how much of it is held as a whole."""
+SEEK_BYTES = 32 * 2**10
+"""What one more read of a stretch of a chunk costs, in bytes read (3 µs at 10 GB/s, from the page cache)."""
+FEW = 4
+"""Of the values of a chunk at most one in so many: these alone are picked when the chunk is met for the first time."""
 INFLATION = 1100
 """No deflate stream grows by more (1032): a file that claims more values than this times its size is damaged."""
 
@@ -60,10 +66,11 @@ class UnknownName(ConfigError, KeyError):
     __str__ = Exception.__str__  # KeyError's shows the message in quotes, with its line ends escaped
 
 
-def open(path: str | os.PathLike[str], *, threads: int | None = None) -> Activations:
+def open(path: str | os.PathLike[str], *, threads: int | None = None, cache: int = RECENT_BYTES) -> Activations:
     """The activations in one .h5 file, or in a directory of shards.
 
-    `threads` decode chunks (all of the process's CPUs when None). Raises FormatError where there is no such file, it
+    `threads` decode chunks (all of the process's CPUs when None), and about `cache` bytes of chunks that hold more
+    than was asked for are kept. Raises FormatError where there is no such file, it
     is not fmextract's, is newer, or is a run in progress, and DamagedError where its content is not what was written.
     """
     place = Path(path)
@@ -71,7 +78,7 @@ def open(path: str | os.PathLike[str], *, threads: int | None = None) -> Activat
         parts = _listed_shards(place)
     else:
         parts = [(place, None)]
-    return Activations(place, parts, threads)
+    return Activations(place, parts, threads, cache)
 
 
 class Activations:
@@ -80,11 +87,11 @@ class Activations:
     Safe to use from several threads. Columns are numpy arrays, loaded when first asked for.
     """
 
-    def __init__(self, path: Path, parts: Sequence[tuple[Path, range | None]], threads: int | None = None) -> None:
+    def __init__(self, path: Path, parts: Sequence[tuple[Path, range | None]], threads: int | None, cache: int) -> None:
         self.path = path
         self._files = _Files(parts)
         self._threads = threads or _cpus()
-        self._recent = _Recent(RECENT_BYTES)
+        self._recent = _Recent(cache)
         self._made: dict[str, Layer] = {}
         first = self._files[0]
         self.layers: tuple[str, ...] = first.layers
@@ -199,15 +206,42 @@ class Activations:
         for rows in _batched(self.rows(include_failed), size):
             yield rows, {layer.name: layer[rows] for layer in layers}
 
-    def dataset(self, *names: str, include_failed: bool = False) -> Dataset[tuple[Any, ...]]:
+    def dataset(
+        self,
+        *names: str,
+        rows: npt.ArrayLike | None = None,
+        include_failed: bool = False,
+        cache: int = DATASET_BYTES,
+    ) -> LayerDataset:
         """A map-style torch Dataset of (row, one tensor a name), all layers when there is none.
 
-        Rows with a status other than 0 are left out unless asked for; so item i is row `dataset.rows[i]`. It pickles,
-        opens the files anew in every process, and reads whole batches at once for a DataLoader.
+        Of `rows` (numbers, or a mask), of all when None; those with a status other than 0 are left out unless asked
+        for. Item i is row `dataset.rows[i]`. It pickles, and opens the files anew in every process. What is no larger
+        than `cache` bytes is read by the first batch, and held; else batches are read as they come, and about `cache`
+        bytes of chunks of several rows are kept, in each process. `dataset.batches` is a sampler that spares a
+        DataLoader the copying together of rows, and shuffles chunk-wise what does not fit.
         """
-        for name in names:
-            self[name]
-        return _torch_dataset(self.path, names or self.layers, self.rows(include_failed))
+        from fmextract.feeding import LayerDataset
+
+        layers = [self[name] for name in names or self.layers]
+        wanted = np.arange(len(self))
+        if rows is not None:
+            chosen = np.asarray(rows)
+            wanted = wanted[chosen if chosen.size else chosen.astype(np.int64)]  # numpy takes [] for floats
+        if not include_failed:
+            wanted = wanted[self.status[wanted] == 0]
+        of_a_row = {layer: layer.nbytes // max(1, len(layer)) for layer in layers}
+        shared = [layer for layer in layers if layer.chunks[0] > 1]
+        together = max((layer.chunks[0] for layer in shared), default=1)
+        return LayerDataset(
+            functools.partial(_open_shared, self.path, self._threads, cache),
+            [layer.name for layer in layers],
+            wanted,
+            fits=len(wanted) * sum(of_a_row.values()) <= cache,
+            together=together,
+            # Half of what can be kept: a batch on the border between two windows needs the chunks of both.
+            window=max(1, cache // max(1, 2 * together * sum(of_a_row[layer] for layer in shared))),
+        )
 
     def info(self) -> dict[str, Any]:
         """A summary as plain data: what `fmextract info` shows."""
@@ -321,6 +355,8 @@ class Layer:
         self.chunks = first.spec.chunk
         self.dtype = np.dtype(first.spec.dtype)
         self.codec = first.codec
+        self._chunk_bytes = math.prod(self.chunks) * self.dtype.itemsize
+        self._last = -2  # the chunk along the rows that was read last
         for start in acts._files.starts:
             if start % self.chunks[0]:
                 raise FormatError(
@@ -469,41 +505,94 @@ class Layer:
         """The values at the crossing of one selection an axis, in their order: a new array."""
         out = np.empty(tuple(len(one) for one in selections), self.dtype)
         parts = [cut(one, chunk) for one, chunk in zip(selections, self.chunks, strict=True)]
+        number = math.prod(map(len, parts))
+        ahead = self._ahead(parts, number)
         work = functools.partial(self._fill, out)
-        _in_parallel(work, itertools.product(*parts), math.prod(map(len, parts)), self._acts._threads)
+        _in_parallel(work, itertools.chain(itertools.product(*parts), ahead), number + len(ahead), self._acts._threads)
         return out
 
+    def _ahead(self, parts: Sequence[Sequence[Part]], number: int) -> list[tuple[Part, ...]]:
+        """The next chunks along the rows as parts of which nothing is wanted yet, for threads that have nothing to do.
+
+        Where reading goes in order and comes to a chunk that must be decoded: so small batches are decoded in parallel.
+        """
+        idle = self._acts._threads - number
+        if idle <= 0 or not number or self.codec in (None, "none"):
+            return []
+        first, last = parts[0][0].chunk, parts[0][-1].chunk
+        in_order, self._last = first - self._last in (0, 1), last
+        wanted = itertools.product(*([part.chunk for part in one] for one in parts))
+        if not in_order or all((self.name, coords) in self._acts._recent for coords in wanted):
+            return []
+        room = self._acts._recent.nbytes // (2 * self._chunk_bytes)
+        rows = min(idle, room) // math.prod(map(len, parts[1:]))
+        stop = min(last + 1 + rows, -(-len(self) // self.chunks[0]))
+        nothing = slice(0, 0, 1)
+        return list(itertools.product((Part(i, nothing, nothing) for i in range(last + 1, stop)), *parts[1:]))
+
     def _fill(self, out: Array, parts: tuple[Part, ...]) -> None:
-        """Read one chunk and put what is wanted of it where it belongs in `out`."""
+        """Read what is wanted of one chunk, and put it where it belongs in `out`."""
         coords, theres, heres = zip(*parts, strict=True)
         there = crossing(theres, out.shape)
-        if all(isinstance(here, slice) and here == slice(0, n, 1) for here, n in zip(heres, self.chunks, strict=True)):
-            # A whole chunk, in order: decode it in place where its values lie together in the result.
+        kept = self._acts._recent.get((self.name, coords))
+        if kept is None and all(isinstance(one, slice) for one in there):
             room = out[there]
-            if np.may_share_memory(room, out) and room.flags.c_contiguous:
-                self._read(coords, room)
+            if room.flags.c_contiguous and self._read_in_place(coords, heres, room):
                 return
-        out[there] = self._chunk(coords)[crossing(heres, self.chunks)]
+        out[there] = self._part(coords, heres, kept)
 
-    def _chunk(self, coords: tuple[int, ...]) -> Array:
-        """A decoded chunk, perhaps one that was read a moment ago: never write to it."""
-        values = self._acts._recent.get((self.name, coords))
-        if values is None:
-            values = np.empty(self.chunks, self.dtype)
-            self._read(coords, values)
-            self._acts._recent.put((self.name, coords), values)
-        return values
+    def _read_in_place(self, coords: tuple[int, ...], heres: tuple[slice | Rows, ...], room: Array) -> bool:
+        """Read into `room`, C-contiguous, where what is wanted of a chunk can be had alone; else return False."""
+        rows = stretches(heres[0], self.chunks[0])
+        if len(rows) != 1 or not all(_is_whole(here, n) for here, n in zip(heres[1:], self.chunks[1:], strict=True)):
+            return False
+        with self._chunk_at(coords) as (file, stored, place):
+            if len(room) == self.chunks[0]:
+                file.read(stored, place, room)
+            elif stored.codec == "none":
+                file.read_rows(stored, place, rows, room)
+            else:
+                return False
+        return True
 
-    def _read(self, coords: tuple[int, ...], out: Array) -> None:
-        """Decode the chunk at `coords` of the grid over all files into `out`, C-contiguous, of the chunk's shape."""
+    def _part(self, coords: tuple[int, ...], heres: tuple[slice | Rows, ...], kept: Array | bytes | None) -> Array:
+        """What is wanted of a chunk, from what is `kept` of it: never write to it.
+
+        Where a few values are wanted of a chunk that is met for the first time, they are picked of what its compressor
+        gave, and that is kept; else all its values are joined, and kept.
+        """
+        key, at = (self.name, coords), crossing(heres, self.chunks)
+        if kept is None:
+            counts = [count(here, n) for here, n in zip(heres, self.chunks, strict=True)]
+            with self._chunk_at(coords) as (file, stored, place):
+                if stored.codec == "none" and counts[1:] == list(self.chunks[1:]):
+                    rows = stretches(heres[0], self.chunks[0])
+                    if len(rows) * SEEK_BYTES <= self._chunk_bytes:
+                        part = np.empty((counts[0], *self.chunks[1:]), self.dtype)
+                        file.read_rows(stored, place, rows, part)
+                        return part
+                kept = file.unpack(stored, place)
+            if isinstance(kept, bytes) and 0 < FEW * math.prod(counts) <= math.prod(self.chunks):
+                self._acts._recent.put(key, kept)
+                return self._pick(kept, at)
+        if isinstance(kept, bytes):
+            kept = self._pick(kept, ())
+            self._acts._recent.put(key, kept)
+        return kept[at]  # type: ignore[no-any-return]
+
+    def _pick(self, unpacked: bytes, at: tuple[Any, ...]) -> Array:
+        return codecs.pick(unpacked, codec=self.codec or "none", dtype=self.dtype.name, shape=self.chunks, at=at)
+
+    @contextlib.contextmanager
+    def _chunk_at(self, coords: tuple[int, ...]) -> Iterator[tuple[_File, _Stored, tuple[int, ...]]]:
+        """The file with the chunk at `coords` of the grid over all files, and its place there; damage gets its rows."""
         row = coords[0] * self.chunks[0]
         file = self._acts._files.holding(row)
         stored = file.stored(self.name)
         if (stored.spec.shape, stored.spec.dtype, stored.spec.chunk) != (self.spec.shape, self.spec.dtype, self.chunks):
             raise FormatError(f"{file.path}: layer {self.name} has other shapes or types here than in the first shard")
-        place = (coords[0] - file.rows.start // self.chunks[0], *coords[1:])
         try:
-            file.read(stored, place, out)
+            yield file, stored, (coords[0] - file.rows.start // self.chunks[0], *coords[1:])
         except DamagedError as error:
             last = min(row + self.chunks[0], file.rows.stop) - 1
             raise DamagedError(f"{file.path}: layer {self.name}, rows {row} to {last}: {error}") from error
@@ -532,6 +621,10 @@ class Layer:
             out[group] = block[tuple(places)]
         out = out.reshape(shape + out.shape[1:])
         return np.moveaxis(out, range(len(shape)), range(place, place + len(shape)))
+
+
+def _is_whole(here: slice | Rows, size: int) -> bool:
+    return isinstance(here, slice) and here == slice(0, size, 1)
 
 
 def _merged_stats(layer: Layer, covariance: bool = False) -> dict[str, Array]:
@@ -574,6 +667,11 @@ class _Stored:
     @property
     def nbytes(self) -> int:
         return int(self.sizes.sum())
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of a chunk's values."""
+        return math.prod(self.spec.chunk) * np.dtype(self.spec.dtype).itemsize
 
 
 class _File:
@@ -644,26 +742,56 @@ class _File:
             return self._stored[layer]
 
     def read(self, stored: _Stored, place: tuple[int, ...], out: Array) -> None:
-        """Decode one chunk into `out`. Raises DamagedError (without saying where), MissingExtra."""
+        """Decode one chunk into `out`, C-contiguous. Raises DamagedError (without saying where), MissingExtra."""
         if stored.codec is None or stored.masks[place]:
-            region = tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, stored.spec.chunk, strict=True))
-            with self.hdf5() as file:
-                values = file["layers"][store.escape_name(stored.spec.name)]["activation"][region]
-            out[tuple(map(slice, values.shape))] = values
-            return
-        size, offset = int(stored.sizes[place]), int(stored.offsets[place])
-        if stored.codec == "none":
-            if size != out.nbytes:
-                raise DamagedError(f"a chunk of {out.nbytes} bytes has {size}")
-            there = os.preadv(self.fd, [out.data], offset)
+            out[...] = self._through_hdf5(stored, place)
+        elif stored.codec == "none":
+            self._read_at(out, stored, place)
         else:
-            payload = os.pread(self.fd, size, offset)
-            there = len(payload)
-        if there != size:
-            raise DamagedError(f"the file ends within a chunk: {there} of {size} bytes are there")
-        if stored.codec != "none":
+            payload = self._payload(stored, place)
             with _damage(self.path):
                 codecs.decode(payload, codec=stored.codec, dtype=stored.spec.dtype, values=out.size, out=out)
+
+    def unpack(self, stored: _Stored, place: tuple[int, ...]) -> bytes | Array:
+        """One chunk as `codecs.unpack` gives it, or its values where libhdf5 must read it. Raises as `read` does."""
+        if stored.codec is None or stored.masks[place]:
+            return self._through_hdf5(stored, place)
+        payload = self._payload(stored, place)
+        with _damage(self.path):
+            return codecs.unpack(payload, codec=stored.codec, nbytes=stored.chunk_bytes)
+
+    def read_rows(self, stored: _Stored, place: tuple[int, ...], rows: Sequence[range], out: Array) -> None:
+        """Stretches of rows of a chunk that is stored as it is, one after the other. Raises as `read` does."""
+        one, at = stored.chunk_bytes // stored.spec.chunk[0], 0
+        for some in rows:
+            self._read_at(out[at : at + len(some)], stored, place, some.start * one)
+            at += len(some)
+
+    def _read_at(self, out: Array, stored: _Stored, place: tuple[int, ...], start: int = 0) -> None:
+        """Fill `out` with what lies `start` bytes into a chunk that is stored as it is."""
+        size = int(stored.sizes[place])
+        if size != stored.chunk_bytes:
+            raise DamagedError(f"a chunk of {stored.chunk_bytes} bytes has {size}")
+        there = os.preadv(self.fd, [out.data], int(stored.offsets[place]) + start)
+        if there != out.nbytes:
+            raise DamagedError(f"the file ends within a chunk: {there} of {out.nbytes} bytes are there")
+
+    def _payload(self, stored: _Stored, place: tuple[int, ...]) -> bytes:
+        """The bytes of a chunk as they are in the file."""
+        size = int(stored.sizes[place])
+        payload = os.pread(self.fd, size, int(stored.offsets[place]))
+        if len(payload) != size:
+            raise DamagedError(f"the file ends within a chunk: {len(payload)} of {size} bytes are there")
+        return payload
+
+    def _through_hdf5(self, stored: _Stored, place: tuple[int, ...]) -> Array:
+        """A chunk that is not of our making; what lies beyond the last row is not defined."""
+        region = tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, stored.spec.chunk, strict=True))
+        with self.hdf5() as file:
+            values = file["layers"][store.escape_name(stored.spec.name)]["activation"][region]
+        out = np.empty(stored.spec.chunk, stored.spec.dtype)
+        out[tuple(map(slice, values.shape))] = values
+        return out
 
     def _look_up(self, file: h5py.File, layer: str) -> _Stored:
         group = file["layers"][store.escape_name(layer)]
@@ -817,31 +945,38 @@ def _in_progress(folder: Path, output: Path) -> FormatError:
 
 
 class _Recent:
-    """The chunks decoded last, up to a number of bytes (at least one)."""
+    """The chunks met last, decoded or as `codecs.unpack` gives them: up to `nbytes` of them, at least one."""
 
     def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
         self._room = nbytes
-        self._chunks: OrderedDict[tuple[str, tuple[int, ...]], Array] = OrderedDict()
+        self._chunks: OrderedDict[tuple[str, tuple[int, ...]], Array | bytes] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[str, tuple[int, ...]]) -> Array | None:
+    def __contains__(self, key: tuple[str, tuple[int, ...]]) -> bool:
+        return key in self._chunks
+
+    def get(self, key: tuple[str, tuple[int, ...]]) -> Array | bytes | None:
         with self._lock:
             if key in self._chunks:
                 self._chunks.move_to_end(key)
             return self._chunks.get(key)
 
-    def put(self, key: tuple[str, tuple[int, ...]], chunk: Array) -> None:
+    def put(self, key: tuple[str, tuple[int, ...]], chunk: Array | bytes) -> None:
         with self._lock:
-            self._room += self._chunks[key].nbytes if key in self._chunks else 0
+            self._room += _size(self._chunks.pop(key, b"")) - _size(chunk)
             self._chunks[key] = chunk
-            self._room -= chunk.nbytes
             while self._room < 0 and len(self._chunks) > 1:
-                self._room += self._chunks.popitem(last=False)[1].nbytes
+                self._room += _size(self._chunks.popitem(last=False)[1])
 
     def clear(self) -> None:
         with self._lock:
-            self._room += sum(chunk.nbytes for chunk in self._chunks.values())
             self._chunks.clear()
+            self._room = self.nbytes
+
+
+def _size(chunk: Array | bytes) -> int:
+    return len(chunk) if isinstance(chunk, bytes) else chunk.nbytes
 
 
 @functools.cache
@@ -909,53 +1044,6 @@ def _closest(name: object, names: Iterable[str]) -> str:
     return f"; the closest are {', '.join(close)}" if close else ""
 
 
-class _RowsOfLayers:
-    """The working half of the torch Dataset, without torch: see `Activations.dataset`."""
-
-    def __init__(self, path: Path, names: Sequence[str], rows: Rows) -> None:
-        self.path = path
-        self.names = tuple(names)
-        self.rows = rows
-        self._opened: tuple[int, Activations] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, item: int) -> tuple[Any, ...]:
-        """(row, one tensor a layer)."""
-        (one,) = self.__getitems__([item])
-        return one
-
-    def __getitems__(self, items: Sequence[int]) -> list[tuple[Any, ...]]:
-        """Several items in one read; what a DataLoader asks for where it is there."""
-        import torch
-
-        rows = self.rows[list(items)]
-        acts = self._activations()
-        tensors = [torch.from_numpy(acts[name][rows]) for name in self.names]
-        return [(int(row), *(layer[i] for layer in tensors)) for i, row in enumerate(rows)]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _torch_dataset, (self.path, self.names, self.rows)
-
-    def _activations(self) -> Activations:
-        """Opened once in each process. The workers of a DataLoader are parallel already: one thread each."""
-        import torch.utils.data
-
-        if self._opened is None or self._opened[0] != os.getpid():
-            worker = torch.utils.data.get_worker_info()
-            self._opened = os.getpid(), open(self.path, threads=None if worker is None else 1)
-        return self._opened[1]
-
-
-def _torch_dataset(path: Path, names: Sequence[str], rows: Rows) -> Dataset[tuple[Any, ...]]:
-    made: Dataset[tuple[Any, ...]] = _dataset_class()(path, names, rows)
-    return made
-
-
-@functools.cache
-def _dataset_class() -> Any:
-    """Made when wanted: this module does not import torch."""
-    from torch.utils.data import Dataset
-
-    return type("LayerDataset", (_RowsOfLayers, Dataset), {"__doc__": Activations.dataset.__doc__})
+def _open_shared(path: Path, threads: int, cache: int, processes: int) -> Activations:
+    """For one of several processes that read at once."""
+    return open(path, threads=max(1, threads // processes), cache=cache)

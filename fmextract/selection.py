@@ -161,3 +161,17 @@ def crossing(places: Sequence[slice | Places], shape: Sequence[int]) -> tuple[An
     if sum(isinstance(one, np.ndarray) for one in places) < 2:
         return tuple(places)
     return np.ix_(*(np.arange(n)[one] for one, n in zip(places, shape, strict=True)))
+
+
+def stretches(places: slice | Places, size: int) -> list[range]:
+    """The places of a selection in a chunk of `size`, in their order, as ranges of neighbours that ascend."""
+    if isinstance(places, slice):
+        one = range(*places.indices(size))
+        return [one] if one.step == 1 else [range(place, place + 1) for place in one]
+    cuts = np.flatnonzero(np.diff(places) != 1) + 1
+    return [range(int(part[0]), int(part[-1]) + 1) for part in np.split(places, cuts)]
+
+
+def count(places: slice | Places, size: int) -> int:
+    """How many places of a chunk of `size` a selection has."""
+    return len(range(*places.indices(size))) if isinstance(places, slice) else len(places)

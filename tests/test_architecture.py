@@ -23,7 +23,7 @@ ORDER = re.findall(
     errors records
     text config progress channel pool selection heaps moments boxes
     codecs
-    store index lock watch reader
+    store index lock watch feeding reader
     sources images models axes taps geometry effective reducers stats
     planning chunks device precision choose engine estimate prepare replay output
     run verify launch

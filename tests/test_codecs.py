@@ -20,7 +20,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmextract.codecs import CODECS, codec_named, decode, encode, filters_to_codec, round_mantissa
+from fmextract.codecs import CODECS, codec_named, decode, encode, filters_to_codec, pick, round_mantissa, unpack
 from fmextract.errors import ConfigError, DamagedError, MissingExtra
 
 TYPES = ("float16", "float32", "float64", "uint8", "int16", "int32", "int64")
@@ -136,6 +136,25 @@ def test_decode_into_given_room(codec: str) -> None:
     for wrong in (np.zeros(23, np.float32), np.zeros(24, np.int32), np.zeros((4, 12), np.float32)[:, ::2]):
         with pytest.raises(ValueError, match="room for 24"):
             decode(payload, codec=codec, dtype="float32", values=24, out=wrong)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_values_picked_of_a_chunk(codec: str, dtype: str) -> None:
+    array = (np.random.default_rng(3).standard_normal((6, 5, 4)) * 40).astype(dtype)
+    payload = encode([array], codec=codec, level=None, dtype=dtype, values=array.size)
+    raw = unpack(payload, codec=codec, nbytes=array.nbytes)
+    for at in (
+        (),
+        (slice(2, 3),),
+        (slice(None, None, -2), slice(1, 4)),
+        (slice(0, 0),),
+        (np.array([5, 0, 5]),),
+        np.ix_([1, 0], [4, 4, 2], range(4)),
+    ):
+        assert same_bits(pick(raw, codec=codec, dtype=dtype, shape=array.shape, at=at), array[at])
+    with pytest.raises(DamagedError):
+        unpack(payload, codec=codec, nbytes=array.nbytes - 1)
 
 
 # --------------------------------------------------------------------------------------------- widening and narrowing

@@ -186,9 +186,9 @@ def test_only_touched_chunks_are_read(
     outputs: dict[tuple[str, str], reader.Activations], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, ...]] = []
-    read = reader._File.read
-    monkeypatch.setattr(reader._File, "read", lambda *a: (seen.append(a[2]), read(*a))[1])
-    acts = outputs["one", "gzip"]
+    read = reader._File._payload
+    monkeypatch.setattr(reader._File, "_payload", lambda *a: (seen.append(a[2]), read(*a))[1])
+    acts = reader.open(outputs["one", "gzip"].path, threads=1)  # idle threads would read ahead
     for key, chunks in (
         ((3, 5), {(3, 1, 0, 0)}),
         ((slice(3, 5), slice(0, 2)), {(3, 0, 0, 0), (4, 0, 0, 0)}),
@@ -205,14 +205,58 @@ def test_only_touched_chunks_are_read(
 def test_a_chunk_of_many_rows_is_decoded_once_in_a_loop(
     outputs: dict[tuple[str, str], reader.Activations], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[int] = []
-    read = reader._File.read
-    monkeypatch.setattr(reader._File, "read", lambda *a: (calls.append(1), read(*a))[1])
-    acts = outputs["one", "gzip"]
-    acts._recent.clear()
-    for row in range(8):
-        acts["fc"][row]
-    assert len(calls) == 2
+    seen: list[tuple[int, ...]] = []
+    read = reader._File._payload
+    monkeypatch.setattr(reader._File, "_payload", lambda *a: (seen.append(a[2]), read(*a))[1])
+    for threads in (1, 3):
+        with reader.open(outputs["one", "gzip"].path, threads=threads) as acts:
+            seen.clear()
+            np.testing.assert_array_equal(list(acts["fc"]), ARRAYS["fc"])
+            assert sorted(seen) == [(chunk, 0) for chunk in range(6)]
+
+
+def test_reading_in_order_reads_ahead_and_no_other(
+    outputs: dict[tuple[str, str], reader.Activations], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    read = reader._File._payload
+    monkeypatch.setattr(reader._File, "_payload", lambda *a: (seen.append(a[2]), read(*a))[1])
+    with reader.open(outputs["one", "gzip"].path, threads=3) as acts:
+        # From chunk 2 on to 3 is in order: 4 is kept from before, 5 is read along and need not be read for row 21.
+        for row, chunks in ((16, [4]), (9, [2]), (12, [3, 5]), (21, []), (2, [0]), (4, [1])):
+            seen.clear()
+            np.testing.assert_array_equal(acts["fc"][row], ARRAYS["fc"][row])
+            assert sorted(place[0] for place in seen) == chunks
+
+
+@pytest.mark.parametrize("few", [1, 4, 10**6], ids=["picked", "as it is", "joined"])
+@pytest.mark.parametrize("codec", ["gzip", "zstd", "lz4", "none"])
+def test_however_a_part_of_a_chunk_is_read(
+    outputs: dict[tuple[str, str], reader.Activations], codec: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader, "FEW", few)
+    monkeypatch.setattr(reader, "SEEK_BYTES", 1)  # stretches of rows alone, though these chunks are small
+    rng = np.random.default_rng(few)
+    for name, array in ARRAYS.items():
+        with reader.open(outputs["one", codec].path, cache=1) as acts:
+            for _ in range(20):
+                rows = rng.integers(-ROWS, ROWS, rng.integers(1, 9))
+                start, stop = sorted(rng.integers(0, ROWS, 2))
+                for key in (rows, int(rows[0]), slice(start, stop), slice(stop, start, -2), (rows, ..., slice(1, 3))):
+                    np.testing.assert_array_equal(acts[name][key], array[key])
+
+
+def test_stored_as_it_is_no_more_is_read_than_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    array = np.arange(64 * 1000, dtype=np.float32).reshape(64, 1000)
+    make_file(tmp_path / "a.h5", {"fc": array}, chunk={"fc": (64, 1000)}, codec="none")
+    read: list[int] = []
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, room, at: (read.append(room[0].nbytes), preadv(fd, room, at))[1])
+    with reader.open(tmp_path / "a.h5") as acts:
+        for key, rows in ((33, [1]), (slice(5, 25), [20]), ([7, 9, 10], [1, 2]), ([12, 11], [1, 1])):
+            read.clear()
+            np.testing.assert_array_equal(acts["fc"][key], array[key])
+            assert read == [4000 * n for n in rows]
 
 
 def test_recent_chunks_are_bounded() -> None:
