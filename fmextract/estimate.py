@@ -24,6 +24,10 @@ from fmextract.text import byte_count
 # Measuring it would mean to write, which a plan does not.
 WRITE_RATE = 350e6
 
+# What a run on a CPU reaches of the rate at which its stages alone would run by turns (docs/performance.md): the rest
+# goes into handing over, and into waiting for the last of a batch.
+SHARE_OF_LIMIT = 0.88
+
 
 LIBRARIES = 96 << 20  # HDF5, the decoders and the stacks of the threads, once each
 INSIDE = 6  # tensors as large as the largest that a forward pass holds at a time, the matrix library's scratch included
@@ -105,7 +109,7 @@ def estimate(
     captured = sum(layer.values * np.dtype(layer.dtype).itemsize for layer in layers)
     write = per_image / WRITE_RATE
     if device == "cpu":  # everything shares the cores; a forward pass takes them all
-        seconds = costs.forward + (costs.decode + costs.statistics + costs.encode + write) / threads
+        seconds = (costs.forward + (costs.decode + costs.statistics + costs.encode + write) / threads) / SHARE_OF_LIMIT
     else:
         seconds = max(costs.forward, costs.decode / threads, costs.encode / threads, write)
     # Three batches of activations, the encoded chunks that wait for the disk, and what the codec threads work on.
