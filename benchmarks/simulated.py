@@ -15,10 +15,10 @@ from a run on a GPU:
 Sizes: `small`, eight maps of 192 x 7 x 7 an image (18 KiB each in half precision); `large`, one map of 96 x 112 x 112
 (2.3 MiB in half precision). Half precision is widened to float32 on disk, as in every run.
 
-In every turn, one after the other: the encoder alone, on the same chunks with as many threads as the run has, and the
-codec's library alone on bytes that are shuffled already; the disk alone, which gets as many bytes as the run stores,
-in blocks of a chunk, and is synced; and the run, with all its files published. Medians over the turns. The limit of a
-run is the slowest of device, encoder and disk; for codec `none` the encoder only copies.
+In every turn, before and after the run: the encoder alone, on the same chunks with as many threads as the run has; the
+codec's library alone, on bytes that are shuffled already; and the disk alone, to which as many bytes as the run stores
+are written, a chunk a call, and synced. The run ends when all its files are published. Its limit is the slowest of
+device, encoder and disk; with codec `none` of device and disk. Medians over the turns.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -94,8 +95,9 @@ class Accelerator(nn.Module):
     def begin(self, images_per_second: float) -> None:
         """From here on it computes at that rate."""
         self.images_per_second, self.computed = images_per_second, 0.0
-        for layer in self.layers:
-            layer.probed = True
+        for layer in self.modules():
+            if isinstance(layer, Layer):
+                layer.probed = True
 
     def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
         rows = (images[:, 0, 0, 0].abs() * IMAGES).long() % IMAGES
@@ -231,16 +233,32 @@ class Turn:
 
 
 class Case:
-    """One size, type and codec: prepared once, measured in turns."""
+    """One size, type and codec."""
 
     def __init__(self, name: str, maps: Sequence[torch.Tensor], options: argparse.Namespace) -> None:
         _, kind, codec = name.split("-")
         self.name, self.codec, self._options = name, codec, options
         self._maps = [m.to(TYPES[kind]) for m in maps]
-        bytes_ = sum(m[0].numel() * 4 for m in maps)
-        self._batch = min(64, 1 << (IN_FLIGHT // bytes_).bit_length() - 1)
-        self.bytes = bytes_
-        self._images = self._batch
+        self.bytes = sum(m[0].numel() * 4 for m in maps)
+        self._batch = min(64, 1 << (IN_FLIGHT // self.bytes).bit_length() - 1)
+
+    def turn(self, scratch: Path) -> Turn:
+        """The references before and after the run, which changes of the machine's speed then meet alike."""
+        with self._prepared(self._batch) as (_, _, made):
+            references = _References(made, self._maps, IMAGES * self.bytes, self._options.seconds / 8)
+        before, ratio = references.encode(), references.ratio
+        goal = min(self._options.rate * self.bytes, *(before[:1] if self.codec != "none" else [1e9]))
+        images = max(2, round(goal * self._options.seconds / self.bytes / self._batch)) * self._batch
+        stored = int(images * self.bytes * ratio)
+        # The first file only warms up: page cache that the system has not used lately costs the first who takes it.
+        disk = [references.write(scratch / "disk.bin", stored) for _ in range(2)][1:]
+        took, idle, busy = self._run(images, scratch / "run")
+        disk.append(references.write(scratch / "disk.bin", stored))
+        alone, library = (statistics.mean(pair) / 1e9 for pair in zip(before, references.encode(), strict=True))
+        rate = images / took
+        return Turn(
+            rate, rate * self.bytes / 1e9, alone, library, statistics.mean(disk) / ratio / 1e9, idle, ratio, busy
+        )
 
     @contextmanager
     def _prepared(self, images: int) -> Iterator[tuple[Accelerator, Prepared, Plan]]:
@@ -253,64 +271,21 @@ class Case:
         with prepare(Images(images), model, config, Quiet()) as prepared:
             yield model, prepared, plan_for(prepared, self._options.out / "run", Quiet())
 
-    def turn(self, scratch: Path) -> Turn:
-        seconds = self._options.seconds
-        with self._prepared(self._images) as (_, _, made):
-            cut = self._cut(made)
-            alone, library, ratio = self._encode(made, cut, seconds / 4)
-        limit = min(self._options.rate, alone * 1e9 / self.bytes)
-        if self.codec == "none":
-            limit = min(limit, 1e9 / self.bytes)
-        images = max(2, round(limit * seconds / self._batch)) * self._batch
-        blob = b"".join(made_.payload for made_ in self._payloads[:64])
-        disk = _disk(scratch / "disk.bin", blob, int(images * self.bytes * ratio)) / ratio
+    def _run(self, images: int, folder: Path) -> tuple[float, float, dict[str, float]]:
+        """(seconds, share of them in which the accelerator is idle, busy share of each stage); the files are gone."""
+        folder.mkdir()
         with self._prepared(images) as (model, prepared, made), _on_the_device() as rings:
             tally = engine.Tally()
-            folder = scratch / "run"
-            folder.mkdir()
             os.sync()
             started = time.perf_counter()
             with run.working(prepared, made) as work:
                 model.begin(self._options.rate)
                 engine.run_shards(work, folder, made.shards, Quiet(), tally)
             took = time.perf_counter() - started
-            self._check(folder)
-        busy = {stage: seconds / tally.threads[stage] / took for stage, seconds in tally.busy.items()}
-        busy["copy"] = rings[0].copying / took
-        return Turn(
-            images / took,
-            images * self.bytes / took / 1e9,
-            alone,
-            library,
-            disk,
-            1 - model.computed / took,
-            ratio,
-            busy,
-        )
-
-    def _cut(self, made: Plan) -> list[chunks.Chunk]:
-        return [
-            chunk
-            for i, (spec, maps) in enumerate(zip(made.layers, self._maps, strict=True))
-            for cutter in [chunks.Cutter(i, spec)]
-            for chunk in (*cutter.add(maps, [False] * IMAGES), *cutter.flush())
-        ]
-
-    def _encode(self, made: Plan, cut: list[chunks.Chunk], seconds: float) -> tuple[float, float, float]:
-        """(GB/s of the encoder, of the library, stored bytes a byte of values), with all threads of the run."""
-        encoder = chunks.Encoder(made)
-        values = IMAGES * self.bytes
-        with bench._threads(made) as run_all:
-            self._payloads = run_all([partial(encoder, chunk) for chunk in cut])
-            alone = _rate(lambda: run_all([partial(_forget, encoder, chunk) for chunk in cut]), seconds)
-            if self.codec == "none":
-                return alone * values / 1e9, 0.0, 1.0
-            plain = chunks.Encoder(dataclasses.replace(made, codec="none", level=0))
-            planes = [_shuffled(plain, chunk) for chunk in cut]
-            compress = _library(self.codec)
-            library = _rate(lambda: run_all([partial(_forget, compress, data) for data in planes]), seconds)
-        ratio = sum(len(made_.payload) for made_ in self._payloads) / values
-        return alone * values / 1e9, library * values / 1e9, ratio
+        self._check(folder)
+        shutil.rmtree(folder)
+        busy = {stage: seconds / tally.threads.get(stage, 1) / took for stage, seconds in tally.busy.items()}
+        return took, 1 - model.computed / took, busy | {"copy": rings[0].copying / took}
 
     def _check(self, folder: Path) -> None:
         """The first shard holds what the accelerator handed out."""
@@ -320,8 +295,56 @@ class Case:
                 assert torch.equal(torch.from_numpy(acts[name][row]), maps[row].float()), name
 
 
+class _References:
+    """What the encoder, the compressor's library and the disk do alone with the chunks of a run."""
+
+    def __init__(self, made: Plan, maps: Sequence[torch.Tensor], values: int, seconds: float) -> None:
+        """`values`: bytes of all maps, as the disk's type has them; `seconds` that each measurement lasts."""
+        self._made, self._values, self._seconds, self._encoder = made, values, seconds, chunks.Encoder(made)
+        self._cut = [
+            chunk
+            for i, (spec, rows) in enumerate(zip(made.layers, maps, strict=True))
+            for cutter in [chunks.Cutter(i, spec)]
+            for chunk in (*cutter.add(rows, [False] * len(rows)), *cutter.flush())
+        ]
+        plain = chunks.Encoder(dataclasses.replace(made, codec="none", level=0))
+        payloads = [self._encoder(chunk).payload for chunk in self._cut]
+        self.ratio = sum(map(len, payloads)) / values
+        self._block = b"".join(payloads[:64])
+        self._planes = [_shuffled(plain(chunk).payload) for chunk in self._cut] if made.codec != "none" else []
+
+    def encode(self) -> tuple[float, float]:
+        """Bytes of values a second: (the encoder, the library), each with all threads of a run."""
+        with bench._threads(self._made) as run_all:
+            tasks = [partial(_forget, self._encoder, chunk) for chunk in self._cut]
+            alone = _rate(lambda: run_all(tasks), self._seconds) * self._values
+            if self._made.codec == "none":
+                return alone, 0.0
+            bare = [partial(_forget, _library(self._made.codec), planes) for planes in self._planes]
+            return alone, _rate(lambda: run_all(bare), self._seconds) * self._values
+
+    def write(self, path: Path, total: int) -> float:
+        """Bytes a second of writing `total` to one file, chunk after chunk, and syncing it."""
+        piece = max(1, len(self._block) // min(64, len(self._cut)))
+        pieces = [memoryview(self._block)[at : at + piece] for at in range(0, len(self._block), piece)]
+        started, done = time.perf_counter(), 0
+        with path.open("wb", buffering=0) as file:
+            while done < total:
+                for one in pieces:
+                    done += file.write(one)
+            os.fsync(file.fileno())
+        took = time.perf_counter() - started
+        path.unlink()
+        return done / took
+
+
 def _forget(function: Callable[[Any], Any], data: Any) -> None:
     function(data)
+
+
+def _shuffled(values: bytes) -> bytes:
+    """Byte planes of 4-byte values, as a compressor gets them."""
+    return np.frombuffer(values, np.uint8).reshape(-1, 4).T.tobytes()
 
 
 def _rate(work: Callable[[], Any], seconds: float) -> float:
@@ -333,12 +356,6 @@ def _rate(work: Callable[[], Any], seconds: float) -> float:
     return done / took
 
 
-def _shuffled(encoder: chunks.Encoder, chunk: chunks.Chunk) -> bytes:
-    """The bytes of a chunk as a compressor gets them. `encoder` is one for the codec `none`."""
-    values = np.frombuffer(encoder(chunk).payload, np.uint8)
-    return values.reshape(-1, 4).T.tobytes()
-
-
 def _library(codec: str) -> Callable[[bytes], bytes]:
     if codec == "gzip":
         from isal import isal_zlib
@@ -347,18 +364,6 @@ def _library(codec: str) -> Callable[[bytes], bytes]:
     import lz4.block
 
     return partial(lz4.block.compress, store_size=False)
-
-
-def _disk(path: Path, block: bytes, total: int) -> float:
-    """GB/s of writing `total` bytes to one file, block after block, and syncing it."""
-    started, done = time.perf_counter(), 0
-    with path.open("wb", buffering=0) as file:
-        while done < total:
-            done += file.write(block)
-        os.fsync(file.fileno())
-    took = time.perf_counter() - started
-    path.unlink()
-    return done / took / 1e9
 
 
 # -------------------------------------------------------------------------------------------- reporting
@@ -376,7 +381,9 @@ def _median(turns: Sequence[Turn]) -> Turn:
 
 def _row(name: str, turn: Turn, rate: float, values: float) -> dict[str, Any]:
     """What is reported of a case. `values`: bytes an image; the limit is the slowest of device, encoder and disk."""
-    limits = {"device": rate * values / 1e9, "encoder": turn.alone, "disk": turn.disk}
+    limits = {"device": rate * values / 1e9, "disk": turn.disk}
+    if not name.endswith("none"):  # which has no codec: its encoder copies and digests
+        limits["encoder"] = turn.alone
     slowest = min(limits, key=lambda what: limits[what])
     share = {"share": turn.run / limits[slowest], "limited_by": slowest}
     return {"case": name, "bytes_per_image": values, **asdict(turn), **share}
