@@ -451,6 +451,7 @@ def bench(
     *,
     model: Model,
     repeats: Annotated[int, _option("--repeats", metavar="N", help="Medians of so many turns. [default: 3]")] = 3,
+    plot: Annotated[Path | None, _option("--plot", metavar="FILE", help="Draw it: .png, .pdf or .svg.")] = None,
     as_json: Json = False,
     debug: Debug = False,
     **options: Any,
@@ -464,6 +465,10 @@ def bench(
         from fmextract.bench import bench as measure
 
         found = measure(source, model, config, TerminalProgress(), repeats=repeats)
+        if plot is not None:
+            from fmextract.look.stages import draw_stages
+
+            draw_stages(found, plot)
     _show(found.as_json(), lambda: tables.benchmark(found), as_json)
     return 0
 

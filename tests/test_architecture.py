@@ -32,7 +32,7 @@ ORDER = re.findall(
     look.differences
     look
     report.numbers report.photos report.views report
-    demo bench exporting
+    demo bench look.stages exporting
     __init__ tables cli __main__
     """,
 )

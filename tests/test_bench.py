@@ -1,0 +1,50 @@
+"""`fmextract bench`: its figures hang together, and its picture is drawn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import PIL.Image
+import pytest
+from runs import OPTIONS, Tiny, make_photos
+
+from fmextract import bench, cli, tables
+from fmextract.config import Config
+from fmextract.errors import OutputError
+from fmextract.look.stages import draw_stages
+from fmextract.progress import Quiet
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> bench.Report:
+    photos = make_photos(tmp_path_factory.mktemp("bench") / "photos", 8)
+    return bench.bench(photos, Tiny(), Config.of(**OPTIONS), Quiet(), repeats=1)
+
+
+def test_the_limit_is_that_of_the_stages(measured: bench.Report) -> None:
+    """On a CPU the stages share the cores: the least time of an image is the sum of theirs."""
+    assert [stage.name for stage in measured.stages] == ["decode", "forward", "statistics", "encode", "write"]
+    assert 1 / measured.limit == pytest.approx(sum(1 / stage.images_per_second for stage in measured.stages))
+    assert measured.share == pytest.approx(measured.end_to_end / measured.limit)
+    slowest = min(measured.stages, key=lambda stage: stage.images_per_second)
+    assert measured.limiting_stage == slowest.name
+    assert len(measured.runs) == 1
+    assert measured.machine["torch"]
+    assert json.loads(json.dumps(measured.as_json()))["layers"] == ["conv", "relu", "fc"]
+    for stage in measured.stages:
+        assert stage.name in tables.benchmark(measured)
+
+
+def test_the_picture(measured: bench.Report, tmp_path: Path) -> None:
+    made = draw_stages(measured, tmp_path / "bench.png")
+    with PIL.Image.open(made) as picture:
+        assert min(picture.size) > 300
+        assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 10
+    with pytest.raises(OutputError, match="a picture's name ends in"):
+        draw_stages(measured, tmp_path / "bench.txt")
+
+
+def test_repeats_are_at_least_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "-m", "resnet18", "--repeats", "0"]) == 2
+    assert "--repeats 0" in capsys.readouterr().err
