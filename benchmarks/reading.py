@@ -1,6 +1,6 @@
 """Reading what a run wrote, beside h5py on the same file: in order, shuffled, into a DataLoader, one row at a time.
 
-    python -m benchmarks.reading [--images 256] [--codecs gzip,none,lz4,zstd] [--repeats 3] [--seconds 1]
+    python -m benchmarks.reading [--images 300] [--codecs gzip,none,lz4,zstd] [--repeats 3] [--seconds 1]
 
 Three layers: `blocks.0` of the demo's trained network in full (784 KiB an image, one in a chunk), `blocks.2` (122 KiB,
 8 in a chunk), and 50,000 pooled features of 512 channels (2 KiB, 512 in a chunk). Every way of reading takes its turn,
@@ -99,7 +99,7 @@ class _Patches(Dataset[np.ndarray]):
 # --------------------------------------------------------------------------------------------------------- ways to read
 
 SMALL, LARGE = 16 * 2**20, 256 * 2**20
-"""Less than any of the layers, and more; the second is what a dataset of ours takes."""
+"""Less than any of the layers, or than half of it, which is what each of two workers reads; and more than any."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +246,7 @@ def measure(path: Path, layer: str, codec: str, repeats: int, seconds: float) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--rows", type=int, default=50_000, help="of pooled features")
     parser.add_argument("--codecs", default=",".join(CODECS))
     parser.add_argument("--layers", default=",".join((*MAPS, POOLED)))

@@ -121,7 +121,7 @@ def show_depth(
     left, wide = 0.85 / width, 1 - 1.1 / width
     figure.text(left, 0.968, safe(title or acts.attrs.get("model", "")), color=canvas.INK, size=13, weight="bold")
     boxes = [(left, bottom, wide, 0.2) for bottom in (0.71, 0.43, 0.15)]
-    upper = canvas.plot_axis(figure, boxes[0], "Zeros, and channels that are never active", "share, %")
+    upper = canvas.plot_axis(figure, boxes[0], "Zeros and dead channels", "share, %")
     middle = canvas.plot_axis(figure, boxes[1], "Effective dimension", "dimensions")
     lower = canvas.plot_axis(figure, boxes[2], "Mean and spread of the values", "value")
     _draw_zeros(upper, rows)
@@ -141,7 +141,7 @@ def _draw_zeros(axis: Axes, rows: Sequence[LayerDepth]) -> None:
         near = [100 * (row.near_zeros or row.zeros) - exact for row, exact in zip(rows, zeros, strict=True)]
         axis.bar(places, near, 0.62, bottom=zeros, color="#3f7f9e", label="near zeros")
     dead = [100 * row.dead / row.channels for row in rows]
-    axis.plot(places, dead, "o", color=canvas.ACCENT, markersize=5, label="dead channels")
+    axis.plot(places, dead, "o", color=canvas.ACCENT, markersize=5, clip_on=False, label="dead channels")
     axis.set_ylim(0, 100)
     canvas.legend(axis)
 
@@ -152,7 +152,7 @@ def _draw_dimension(axis: Axes, rows: Sequence[LayerDepth]) -> None:
         axis.text(0.5, 0.5, "not kept by this run", transform=axis.transAxes, color=canvas.FAINT, ha="center")
         axis.set_yticks([])
         return
-    axis.plot(range(len(rows)), found, "-o", color="#80ed99", markersize=4, label="effective dimension")
+    axis.plot(range(len(rows)), found, "-o", color="#80ed99", markersize=4, label="participation ratio")
     # So few images, or channels, cannot have more: near these marks the figure says little of the network.
     most = np.array([min(row.channels, (row.effective_dimension_rows or 1) - 1) for row in rows])
     top = 1.2 * np.nanmax(found)
