@@ -307,8 +307,8 @@ def test_interrupted_in_order(
     options += ["--precision", "fp32", "--batch-size", "4", "--workers", "2", "--shard-size", "1", "--device", "cpu"]
     model = f"{Path(__file__).with_name('runs.py')}:Tiny"
     command = ["extract", str(photos), "-m", model, *options, "-o", str(out), "--json"]
-    child = server.start(f"runs.command({command!r}, {str(said)!r}, slow=0.1)")
-    while not (out / "shard-00001.json").exists() and _lives(child):
+    child = server.start(f"runs.command({command!r}, {str(said)!r}, slow=0.3)")
+    while not (out / "shard-00000.json").exists() and _lives(child):
         time.sleep(0.001)
     os.kill(child, number)
     assert server.wait() == 130, said.read_text()
