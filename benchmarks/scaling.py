@@ -262,7 +262,7 @@ def _bare_decode(run: Run, count: int) -> float:
 def stop(turns: int) -> Figure:
     from torch import nn
 
-    network, photos = _network("resnet50"), _photos(96, 500, 375)
+    network, photos = _network("resnet50"), _photos(192, 500, 375)
     children = list(network.named_children())
     at = [name for name, _ in children].index("layer2")
     cut = nn.Sequential(OrderedDict(children[: at + 1]))
@@ -272,7 +272,7 @@ def stop(turns: int) -> Figure:
 
 
 def reduce(turns: int) -> Figure:
-    network, count = _network("resnet50"), 96
+    network, count = _network("resnet50"), 256
     with _run(_photos(count, 500, 375), network, ["layer?.*=mean"], 224, 8) as run:
         assert len(run.plan.layers) == 16, run.plan.layers
         inputs = _inputs(run)

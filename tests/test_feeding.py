@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -190,3 +192,18 @@ def test_a_dataset_outlives_what_it_came_from(tmp_path: Path) -> None:
     with reader.open(tmp_path / "a.h5") as opened:
         dataset = opened.dataset("fc")
     np.testing.assert_array_equal(dataset[0][1].numpy(), ARRAYS["fc"][0])
+
+
+def test_the_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of docs/downstream.md on feeding a DataLoader."""
+    page = (Path(__file__).parent.parent / "docs" / "downstream.md").read_text(encoding="utf-8")
+    (code,) = re.findall("```python\n(.*?)```", page.partition("## Feed a DataLoader")[2], re.DOTALL)
+    make_file(tmp_path / "acts.h5", {"layer1": ARRAYS["maps"], "layer4": ARRAYS["fc"]})
+    monkeypatch.chdir(tmp_path)
+    said: dict[str, Any] = {}
+    exec(code, said)
+    rows = said["rows"].numpy()
+    assert len(rows) == ROWS - 32
+    np.testing.assert_array_equal(said["layer4"].numpy(), ARRAYS["fc"][rows])
+    assert said["keys"].tolist() == [f"img/{row:05}.jpg" for row in rows]
+    said["acts"].close()
