@@ -152,10 +152,12 @@ class _Trial:
     def of(cls, question: Question, name: str, inputs: torch.Tensor, reference: _Trial | None) -> _Trial:
         with _running(question, name):
             # The probe ran in fp32; what autocast copies, or does not, shows only in the precision itself.
-            every = [p.tap for p in question.probed]
-            hazards = taps.overwritten(question.module, question.forward, every, inputs[:2].clone())
-            # One pass is a rough measure; two more where they are nothing beside the run.
-            seconds, tensors = _timed(question, inputs, PASSES if question.rows >= 50 * len(inputs) else 1)
+            if name == "fp32":
+                hazards = {i for i, p in enumerate(question.probed) if p.overwritten}
+            else:
+                every = [p.tap for p in question.probed]
+                hazards = taps.overwritten(question.module, question.forward, every, inputs[:2].clone())
+            seconds, tensors = _timed(question, inputs, _passes(question, name, len(inputs)))
         if reference is None:
             errors = tuple(0.0 if t.is_floating_point() else None for t in tensors)
             return cls(tensors, errors, frozenset(hazards), seconds / len(inputs), True)
@@ -167,6 +169,16 @@ class _Trial:
             seconds=seconds / len(inputs),
             finite=all(bool(t.isfinite().all()) or not bool(r.isfinite().all()) for t, r in pairs),
         )
+
+
+def _passes(question: Question, name: str, images: int) -> int:
+    """The first pass is slower by up to the half; more are taken where they are nothing beside the run.
+
+    One a precision that is only there to be compared with; two of what was asked for, for the plan's time.
+    """
+    if question.precision not in ("auto", name) or question.rows < 50 * images:
+        return 1
+    return PASSES if "auto" in (question.precision, question.batch_size or "auto") else 2
 
 
 def _candidates(question: Question) -> list[str]:
@@ -195,7 +207,7 @@ def _running(question: Question, name: str) -> Iterator[None]:
 
 
 def _timed(question: Question, inputs: torch.Tensor, passes: int = 1) -> tuple[float, tuple[torch.Tensor, ...]]:
-    """(median seconds of a forward pass with its captures, what the last one captured, copied)."""
+    """(least seconds of a forward pass with its captures, what the last one captured, copied)."""
     times = []
     with taps.tapped(question.module, question.probed, question.reducers, question.stop) as capture:
         for _ in range(passes):
@@ -204,7 +216,7 @@ def _timed(question: Question, inputs: torch.Tensor, passes: int = 1) -> tuple[f
             if question.device.type != "cpu":
                 torch.accelerator.synchronize(question.device)
             times.append(time.perf_counter() - started)
-    return statistics.median(times), tuple(t.clone() for t in tensors)
+    return min(times), tuple(t.clone() for t in tensors)
 
 
 def _relative_error(tensor: torch.Tensor, reference: torch.Tensor) -> float | None:
