@@ -30,11 +30,11 @@ class Stream:
 
     def __init__(self, simulator: Simulator) -> None:
         self._simulator = simulator
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def queue(self, kind: str, task: Callable[[], None]) -> None:
+    def queue(self, kind: str, task: Callable[[], object]) -> None:
         delay = self._simulator.delay(kind)
         self._queue.put(lambda: (time.sleep(delay), task())[1])
 
@@ -115,8 +115,8 @@ class Simulator(TorchFunctionMode):
         handle = memory[:]  # lives as long as a tensor does that torch knows of; what is queued holds the memory itself
         made = torch.from_numpy(handle).view(dtype).view(tuple(shape))
         self._memory[made.data_ptr()] = memory
-        read, target = self._alias(source), self._alias(made).numpy()
-        self.current[-1].queue(kind, lambda: np.copyto(target, function(read).numpy()))
+        read, target = self._alias(source), self._alias(made)
+        self.current[-1].queue(kind, lambda: target.copy_(function(read)))
         weakref.finalize(handle, self._freed, memory, self.current[-1])
         return made
 
@@ -148,8 +148,8 @@ class Simulator(TorchFunctionMode):
         if func is torch.Tensor.contiguous and not args[0].is_contiguous():
             return self._queued("kernel", args[0].shape, args[0].dtype, lambda t: t, args[0])
         if func is torch.Tensor.copy_ and kwargs.get("non_blocking"):
-            into, source = args[0].detach().numpy(), self._alias(args[1]).numpy()
-            self.current[-1].queue("copy", lambda: np.copyto(into, source))
+            into, source = args[0].detach(), self._alias(args[1])
+            self.current[-1].queue("copy", lambda: into.copy_(source))
             return args[0]
         return func(*args, **kwargs)
 
@@ -158,10 +158,14 @@ class Simulator(TorchFunctionMode):
 def installed(patch: pytest.MonkeyPatch, delays: Mapping[str, float]) -> Iterator[Simulator]:
     """The simulated accelerator in the place of torch's, for this thread."""
     simulator = Simulator(delays)
+
+    def record_stream(source: torch.Tensor, stream: Stream) -> None:
+        simulator.record_stream(source, stream)
+
     with patch.context() as inner, simulator:
         inner.setattr(torch, "Stream", simulator.stream)
         inner.setattr(torch, "Event", Event)
-        inner.setattr(torch.Tensor, "record_stream", lambda source, stream: simulator.record_stream(source, stream))
+        inner.setattr(torch.Tensor, "record_stream", record_stream)
         inner.setattr(torch.accelerator, "current_stream", lambda device: simulator.current[-1])
         yield simulator
     simulator.end()

@@ -72,6 +72,8 @@ def test_what_is_stored_is_what_cloning_hooks_give(
     device: torch.device, tmp_path: Path, precision: str, memory_format: str
 ) -> None:
     """A ReLU in place follows the convolution, so that a hook without a clone would hold the wrong values."""
+    if precision == "fp16" and device.type == "cpu":
+        pytest.skip("a CPU runs no fp16")
     photos = runs.make_photos(tmp_path / "photos", ROWS)
     run = partial(
         runs.extract, photos, device=str(device), precision=precision, memory_format=memory_format, shard_size="1MiB"
