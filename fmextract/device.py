@@ -17,6 +17,8 @@ The rules it keeps (PyTorch's CUDA notes, `Tensor.copy_`, `Tensor.record_stream`
 10. A slot goes back to the ring only when its last reader is done, and no view of it escapes.
 11. Uploads run on the compute stream itself, so that no consumer has to wait (images are small beside a forward).
 12. `.to("cpu", non_blocking=True)` is never used: it gives memory that is not finished.
+
+MPS has neither a second stream nor `record_stream`: there every copy is waited for.
 """
 
 from __future__ import annotations
@@ -61,11 +63,16 @@ TOO_SMALL = "the device has not enough memory for one image: {}. Ask for fewer l
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward pass ended for want of memory; on a CPU torch says so with a plain RuntimeError."""
+    """Whether a forward pass ended for want of memory.
+
+    A CPU, MPS and the libraries of CUDA say so with a plain RuntimeError.
+    """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("not enough memory" in text or "can't allocate memory" in text)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+_NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 
 
 class Download(Protocol):
@@ -103,17 +110,20 @@ class Transfers(Protocol):
 
 
 class HostTransfers:
-    """The CPU: the device's memory is the host's, so a batch is used where it lies and activations are handed over.
+    """No copies beside the computing: a batch is there when `upload` returns, activations are when `download` does.
 
-    The forward pass and the codec share the cores, so they take turns: there is room for one batch, and a pass waits
-    until the one before is encoded. Side by side they would take longer: the threads of a matrix product wait for each
-    other at every step, so that one of them losing its core to the codec stops them all.
+    On a CPU nothing is copied: a batch is used where it lies and activations are handed over. The forward pass and the
+    codec share the cores, so they take turns: there is room for one batch, and a pass waits until the one before is
+    encoded. Side by side they would take longer: the threads of a matrix product wait for each other at every step, so
+    that one of them losing its core to the codec stops them all.
+
+    On MPS, which has neither a second stream nor `record_stream`, both copy and wait.
     """
 
-    ahead = 1
-
-    def __init__(self) -> None:
-        self._room: Channel[int] = Channel(1, [0])
+    def __init__(self, device: torch.device, depth: int) -> None:
+        self._device = device
+        self.ahead = depth
+        self._room: Channel[int] = Channel(depth, range(depth))
         self._reserved = False
         self._buffers: list[torch.Tensor] = []
 
@@ -126,7 +136,7 @@ class HostTransfers:
     def upload(self, buffer: torch.Tensor) -> torch.Tensor:
         # The caller normalises at once into new memory; the next batch may be decoded into this one.
         self._buffers.append(buffer)
-        return buffer
+        return buffer.to(self._device)
 
     def reserve(self) -> None:
         if not self._reserved:
@@ -135,7 +145,7 @@ class HostTransfers:
 
     def download(self, tensors: Sequence[torch.Tensor]) -> Download:
         self._reserved = False
-        return _HostDownload(list(tensors), self._room)
+        return _HostDownload([t.cpu() for t in tensors], self._room)
 
     def close(self) -> None:
         self._room.close()
@@ -252,7 +262,9 @@ def _give_back(ring: Channel[T], token: T) -> None:
 
 
 def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    block = torch.zeros(shape, dtype=dtype).pin_memory()
+    # From torch's own pinned allocator: it gives nothing to others before the copies that were queued on it are done,
+    # so that a run may end, and drop its buffers, with copies in flight.
+    block = torch.zeros(shape, dtype=dtype, pin_memory=True)
     if not block.is_pinned():  # rule 1
         raise ConfigError(
             "this system gave no pinned memory; raise the locked-memory limit (ulimit -l) or use --device cpu"
@@ -262,4 +274,6 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 def transfers(device: torch.device, depth: int) -> Transfers:
     """The transfers for a device. `depth` batches of activations may be on the host at once, on a CPU one."""
-    return HostTransfers() if device.type == "cpu" else DeviceTransfers(device, depth)
+    if device.type in ("cpu", "mps"):
+        return HostTransfers(device, 1 if device.type == "cpu" else depth)
+    return DeviceTransfers(device, depth)

@@ -136,18 +136,20 @@ class Nonfinite:
 
     def __init__(self) -> None:
         self._counts: list[torch.Tensor] = []
+        self._valid: list[bool] = []
         self._rows: list[int] = []
 
     def update(self, rows: torch.Tensor, first_row: int, valid: Sequence[bool]) -> None:
         """`rows` (B, …) are the rows from `first_row` on; those not `valid` are left out. No wait for a device."""
         if not rows.is_floating_point():
             return
-        good = [i for i, is_valid in enumerate(valid) if is_valid]
-        self._counts.append((~rows.isfinite()).reshape(len(rows), -1).sum(1)[good])
-        self._rows += [first_row + i for i in good]
+        self._counts.append((~rows.isfinite()).reshape(len(rows), -1).sum(1))
+        self._valid += valid
+        self._rows += range(first_row, first_row + len(rows))
 
     def _per_row(self) -> np.ndarray[Any, Any]:
-        return torch.cat(self._counts).cpu().numpy() if self._counts else np.zeros(0, np.int64)
+        counts = torch.cat(self._counts).cpu().numpy() if self._counts else np.zeros(0, np.int64)
+        return np.where(self._valid, counts, 0)
 
     def result(self) -> int:
         return int(self._per_row().sum())
@@ -475,6 +477,8 @@ class _Pipeline:
                 tensors = self._forward(inputs[piece], rows, samples, partial(self._inputs, pixels, piece))
             except (torch.OutOfMemoryError, MemoryError) as error:
                 self._halve(error)
+                tensors = None
+            if tensors is None:  # only here: the error holds on to the frames of the pass, and they to its activations
                 inputs = self._inputs(pixels)
                 continue
             failed = [samples.status[row - samples.start] != Status.OK for row in rows]

@@ -105,8 +105,9 @@ class RunningStats:
         self._next_row = first_row + len(rows)
         numbers = torch.arange(first_row, self._next_row, device=self._device)
         if valid is not None and not all(valid):
-            keep = torch.tensor([i for i, good in enumerate(valid) if good], dtype=torch.int64).to(self._device)
-            rows, numbers = rows.index_select(0, keep), numbers.index_select(0, keep)
+            # Cut and joined, not indexed: an index would be uploaded, and that waits for the device.
+            keep = [slice(i, i + 1) for i, good in enumerate(valid) if good] or [slice(0)]
+            rows, numbers = (torch.cat([t[one] for one in keep]) for t in (rows, numbers))
         if rows.numel() == 0:
             return
         x = rows.detach().movedim(1 + self._axis, 1).flatten(2) if rows.ndim > 2 else rows.detach()[:, :, None]
@@ -166,7 +167,7 @@ class RunningStats:
         self._seen += x.shape[0] * x.shape[2]
         self._unshifted = not self._may_ask or bool(self._shift.isnan().any())
         self._high = torch.maximum(self._high, peaks.amax(0))
-        first_bad = torch.where(bad, numbers, _NEVER)
+        first_bad = numbers.masked_fill(~bad, _NEVER)
         self._bad_rows = torch.cat([self._bad_rows, first_bad]).sort().values[:NAMED_ROWS]
         return peaks, not self._may_ask or bool(bad.any())
 
@@ -189,8 +190,9 @@ class RunningStats:
         # The extremes of a block with a NaN or an infinity are not finite themselves: no pass of its own to find out.
         if not self._may_ask or not math.isfinite((low.sum() + high.sum()).item()):
             finite = wide.isfinite()
-            low = torch.where(finite, wide, torch.inf).amin((0, 2))
-            high = torch.where(finite, wide, -torch.inf).amax(2)
+            # masked_fill, here and below: `where` uploads a number that it is given, and that waits for the device.
+            low = wide.masked_fill(~finite, torch.inf).amin((0, 2))
+            high = wide.masked_fill(~finite, -torch.inf).amax(2)
             self._nonfinite[channels].add_((~finite).sum((0, 2)))
             bad.logical_or_(~finite.flatten(1).all(1))
         torch.maximum(peaks, high, out=peaks)
@@ -323,11 +325,11 @@ class _RunningCovariance:
         self._waiting, self._rows = [], 0
         new = good.sum().to(rows.dtype)
         total = self._count + new
-        mean = torch.where(good[:, None], rows, 0.0).sum(0) / new.clamp(min=1)
+        mean = rows.masked_fill(~good[:, None], 0.0).sum(0) / new.clamp(min=1)
         gap = mean - self._mean
         # The term between the two means is that of one more image: so one product does it all.
         between = gap * (self._count * new / total.clamp(min=1)).sqrt()
-        centred = torch.cat([torch.where(good[:, None], rows - mean, 0.0), between[None]])
+        centred = torch.cat([(rows - mean).masked_fill_(~good[:, None], 0.0), between[None]])
         for i in range(0, len(mean), _COLUMNS):  # the lower triangle, nearly: the upper one is the same
             self._scatter[i:, i : i + _COLUMNS].addmm_(centred[:, i:].T, centred[:, i : i + _COLUMNS])
         self._mean += gap * (new / total.clamp(min=1))
@@ -364,7 +366,7 @@ def _of_maps(reduce: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
 
 
 def _finite_or_lowest(maps: Tensor) -> Tensor:
-    return torch.where(maps.isfinite(), maps, -torch.inf) if maps.is_floating_point() else maps
+    return maps.masked_fill(~maps.isfinite(), -torch.inf) if maps.is_floating_point() else maps
 
 
 def _first_highest(maps: Tensor) -> Tensor:
