@@ -220,18 +220,22 @@ def _forward(prepared: Prepared, made: Plan) -> tuple[torch.Tensor, list[torch.T
             return precision.to_memory_format(batch, made.memory_format)
 
         ready = inputs()
-        bare = _rate(lambda: _stopped(prepared, module, ready), len(rows), where)
-        with taps.tapped(module, prepared.probed, reduce_functions(prepared), prepared.stop) as capture:
+        with _bare(prepared, module) as capture:
+            bare = _rate(lambda: _drop(capture.forward(prepared.forward, ready.clone())), len(rows), where)
+        functions, kind = reduce_functions(prepared), prepared.capture_kind
+        with taps.tapped(module, prepared.probed, functions, prepared.stop, kind) as capture:
             rate = _rate(lambda: _drop(capture.forward(prepared.forward, inputs())), len(rows), where)
             tensors = [t.clone() for t in capture.forward(prepared.forward, inputs())]
     return pixels, tensors, Stage("forward", rate, bare, "the model alone")
 
 
-def _stopped(prepared: Prepared, module: torch.nn.Module, ready: torch.Tensor) -> None:
-    """The bare model, ended where a run ends it: after the last wanted layer."""
+@contextmanager
+def _bare(prepared: Prepared, module: torch.nn.Module) -> Iterator[taps.Capture]:
+    """The bare model, ended where a run ends it: after the last wanted layer; a compiled one has to give that."""
     last = [replace(p, overwritten=False) for p in prepared.probed[-1:]]
-    with taps.tapped(module, last, [lambda t: t.new_empty(0)], prepared.stop) as capture:
-        capture.forward(prepared.forward, ready.clone())
+    drop = [None if prepared.config.compile else lambda rows: rows.new_empty(0)]
+    with taps.tapped(module, last, drop, prepared.stop, prepared.capture_kind) as capture:
+        yield capture
 
 
 def _plain(preprocess: images.Preprocessing | None) -> Preprocess:

@@ -155,7 +155,13 @@ def working(prepared: Prepared, made: Plan) -> Iterator[engine.Work]:
         _threads(made.forward_threads),
         _seeded(prepared.config.seed),
         precision.lent(prepared.loaded.module, where, made.precision, made.memory_format) as module,
-        taps.tapped(module, _copied_as_planned(prepared, made), reduce_functions(prepared), prepared.stop) as capture,
+        taps.tapped(
+            module,
+            _copied_as_planned(prepared, made),
+            reduce_functions(prepared),
+            prepared.stop,
+            prepared.capture_kind,
+        ) as capture,
     ):
         yield engine.Work(
             plan=made,
