@@ -114,10 +114,13 @@ def _compile(function: Callable[[torch.Tensor], Outcome], graphed: bool) -> Call
 
 def _refusal(error: Exception) -> str:
     """Why it cannot be compiled, where, and what to do: of what torch says, the lines that matter to a person."""
-    said = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = " ".join(said[:2]) if said and said[0].endswith(("raised:", ":")) else (said or [type(error).__name__])[0]
-    places = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(error))
-    where = f" ({places[-1][2]}, {places[-1][0]}:{places[-1][1]})" if places else ""
-    if "compiler" in reason.lower() and "c++" in reason.lower():
-        return f"--compile needs a C++ compiler on a CPU: {reason}. Install one (g++, clang), or run without --compile."
-    return f"--compile: this model cannot be compiled: {reason}{where}. Run it without --compile."
+    said = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    reason = " ".join(said[: 2 if said[0].endswith(":") else 1]).rstrip(".")  # "backend='inductor' raised:", and what
+    if re.search(r"compiler.* found|find C compiler", reason):
+        return (
+            f"--compile needs a working C++ compiler: {reason}. Install one (g++ or clang; cl on Windows), or run"
+            " without --compile."
+        )
+    places = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(error))  # the last one is where tracing ended
+    where = " (in {2}, {0}:{1})".format(*places[-1]) if places else ""
+    return f"--compile: torch.compile fails with this model: {reason}{where}. Run it without --compile."

@@ -24,6 +24,7 @@ from fmextract import compiled, taps
 from fmextract.cli import main
 from fmextract.compiled import CompiledCapture
 from fmextract.errors import CaptureError, ConfigError, OutputError
+from fmextract.records import Status
 from fmextract.verify import verify
 
 Tensor = torch.Tensor
@@ -105,7 +106,9 @@ def test_every_call_is_what_a_cloning_hook_sees_and_the_tail_is_not_compiled(tmp
             assert acts[name].spec.rel_error < CLOSE
         assert acts.config["options"]["compile"] is True
     # The head cannot be compiled: where it is wanted, or nothing ends the forward before it, this is said.
-    with pytest.raises(ConfigError, match=r"--compile: this model cannot be compiled: .*test_compiled.*without --comp"):
+    with pytest.raises(
+        ConfigError, match=r"--compile: torch.compile fails with this model: .*test_compiled.*without --comp"
+    ):
         stored(model, tmp_path / "head", ["head"], inputs)
 
 
@@ -168,12 +171,9 @@ def probed(model: nn.Module, layers: Sequence[str]) -> list[taps.Probed]:
     return found
 
 
-def test_the_same_graph_runs_for_every_batch_and_no_python_with_it() -> None:
+def test_one_graph_a_shape_runs_for_every_batch() -> None:
     model = Shared()
-    ran: list[int] = []
-    model.fc.register_forward_hook(lambda *args: ran.append(torch.compiler.is_compiling()))
     wanted = probed(model, ["fc"])
-    ran.clear()
     with torch.no_grad(), taps.tapped(model, wanted, kind=CompiledCapture) as capture:
         first, second = torch.randn(3, 4), torch.randn(3, 4)
         held = capture.forward(model, first)
@@ -245,7 +245,8 @@ def test_resume_and_rerun_compile_again(tmp_path: Path) -> None:
         extract(photos, out)
     notes = Notes()
     result = extract(photos, out, compile=True, notes=notes)
-    assert (result.resumed_images, result.images, result.failed) == (8, 10, 1)
+    assert result.resumed_images in (4, 8)  # the second shard may be published before the run ends
+    assert (result.images, result.failed) == (10, 1)
     assert "come out a little otherwise" not in notes
     report = verify(out, rerun=10, model=Tiny(), source=photos)
     assert report.ok
@@ -260,17 +261,17 @@ def test_resume_and_rerun_compile_again(tmp_path: Path) -> None:
 
 def test_a_smaller_batch_is_compiled_when_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = CompiledCapture.forward
-    planned: list[int] = []
+    passes: list[int] = []
 
     def short(self: CompiledCapture, forward: Any, batch: Tensor) -> list[Tensor]:
-        planned.append(len(batch))
-        if len(planned) > 6 and len(batch) > 2:
+        passes.append(len(batch))
+        if len(passes) > 5 and len(batch) > 2:  # after those of the plan and the first of the run
             raise torch.OutOfMemoryError("as a device would say")
         return whole(self, forward, batch)
 
     monkeypatch.setattr(CompiledCapture, "forward", short)
     result = extract(images(8), tmp_path / "x.h5", compile=True, preprocess="none")
-    assert result.batch_size == 2
+    assert passes[5:] == [4, 2, 2]
     assert result.failed == 0
     monkeypatch.undo()
     extract(images(8), tmp_path / "eager.h5", preprocess="none")
@@ -279,11 +280,35 @@ def test_a_smaller_batch_is_compiled_when_memory_runs_out(tmp_path: Path, monkey
             assert distance(acts[name][:], torch.from_numpy(plain[name][:])) < CLOSE
 
 
+class Careful(nn.Module):
+    """Raises for an image with a large value, in a graph too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Identity()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert_async((x < 100).all(), "an image is too bright")
+        made: Tensor = self.scale(x * 2)
+        return made
+
+
+def test_an_image_that_the_graph_fails_on_is_a_failed_row(tmp_path: Path) -> None:
+    inputs = images(8)
+    inputs[5][0, 0, 0] = 1000
+    with stored(Careful(), tmp_path, ["scale"], inputs) as acts:
+        assert acts.status.tolist() == [0, 0, 0, 0, 0, Status.FORWARD_FAILED, 0, 0]
+        assert "too bright" in acts.messages[5]
+        for row in (0, 4, 6, 7):
+            assert np.array_equal(acts["scale"][row], 2 * inputs[row].numpy())
+
+
 # --------------------------------------------------------------------------------------------- refusals
 
 
 def test_torch_compile_switched_off_is_no_silent_fallback(tmp_path: Path) -> None:
-    with torch.compiler.set_stance("force_eager"), pytest.raises(ConfigError, match="torch.compile is switched off"):
+    with torch.compiler.set_stance("force_eager"), pytest.raises(ConfigError, match=r"torch\.compile is switched off"):
         extract(images(4), tmp_path / "x.h5", compile=True, preprocess="none")
 
 
@@ -299,13 +324,15 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
     done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert "error: --compile needs a C++ compiler on a CPU" in done.stderr
+    assert "error: --compile needs a working C++ compiler" in done.stderr
     assert not (tmp_path / "x.h5").exists()
 
 
-def test_quantized_networks_are_refused_or_right(tmp_path: Path) -> None:
+def test_quantized_networks_are_refused(tmp_path: Path) -> None:
     model, shape = sweep.build("quantized_shufflenet_v2_x0_5")
-    with pytest.raises(ConfigError, match=r"--compile: this model cannot be compiled: .*Run it without --compile"):
+    with pytest.raises(
+        ConfigError, match=r"--compile: torch.compile fails with this model: .*Run it without --compile"
+    ):
         stored(model, tmp_path, ["conv1"], images(2, shape), batch_size=2)
 
 
