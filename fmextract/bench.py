@@ -347,10 +347,11 @@ def _write(made: Plan, payloads: Sequence[tuple[int, bytes]], folder: Path) -> S
 def _end_to_end(prepared: Prepared, made: Plan, folder: Path) -> tuple[float, int]:
     """(seconds from the first image to the published file, its bytes): a run without its start."""
     folder.mkdir()
-    started = time.perf_counter()
     with run.working(prepared, made) as work:
+        started = time.perf_counter()
         engine.run_shards(work, folder, made.shards, Quiet(), engine.Tally())
-    return time.perf_counter() - started, sum(file.stat().st_size for file in folder.glob("*.h5"))
+        seconds = time.perf_counter() - started
+    return seconds, sum(file.stat().st_size for file in folder.glob("*.h5"))
 
 
 # --------------------------------------------------------------------------------------------- material
