@@ -259,19 +259,29 @@ def test_resume_and_rerun_compile_again(tmp_path: Path) -> None:
             assert distance(acts[name][good], torch.from_numpy(plain[name][good])) < CLOSE
 
 
-def test_a_smaller_batch_is_compiled_when_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("before", "then"),
+    [
+        (6, [4, 2, 2]),  # four passes of the plan, one that compiles, and the first batch
+        (0, [4, 4, 4, 2, 2, 2, 2]),  # the plan, which does without; before the first image; the first batch, halved
+    ],
+)
+def test_a_smaller_batch_is_compiled_when_memory_runs_out(
+    before: int, then: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = CompiledCapture.forward
     passes: list[int] = []
 
     def short(self: CompiledCapture, forward: Any, batch: Tensor) -> list[Tensor]:
         passes.append(len(batch))
-        if len(passes) > 6 and len(batch) > 2:  # after four of the plan, one that compiles, and the first batch
+        if len(passes) > before and len(batch) > 2:
             raise torch.OutOfMemoryError("as a device would say")
         return whole(self, forward, batch)
 
     monkeypatch.setattr(CompiledCapture, "forward", short)
     result = extract(images(8), tmp_path / "x.h5", compile=True, preprocess="none")
-    assert passes[6:] == [4, 2, 2]
+    assert passes[before:] == then
+    assert any("judged without compiling" in note for note in result.notes) == (not before)
     assert result.failed == 0
     monkeypatch.undo()
     extract(images(8), tmp_path / "eager.h5", preprocess="none")
@@ -360,10 +370,10 @@ def test_replays_of_a_cuda_graph_leave_what_was_captured_alone() -> None:
     batches = [torch.randn(compiled.GRAPHED_BATCH, 3, 8, 8, device=device) for _ in range(6)]
     with torch.no_grad(), taps.tapped(model, wanted, stop=stop, kind=CompiledCapture) as capture:
         held = [capture.forward(model, batch) for batch in batches]  # warmed up, recorded, replayed
-        for batch, tensors in zip(batches, held, strict=True):
-            expected = sweep.reference(model, batch)
-            for tensor, clone in zip(tensors, [*expected["norm"], *expected["relu"]], strict=True):
-                assert float((tensor - clone).norm() / clone.norm()) < CLOSE
+    for batch, tensors in zip(batches, held, strict=True):
+        expected = sweep.reference(model, batch)
+        for tensor, clone in zip(tensors, [*expected["norm"], *expected["relu"]], strict=True):
+            assert float((tensor - clone).norm() / clone.norm()) < CLOSE
 
 
 def test_outputs_of_a_graph_are_copied_before_its_next_replay(monkeypatch: pytest.MonkeyPatch) -> None:
