@@ -45,7 +45,12 @@ class CompiledCapture(Capture):
         Raises ConfigError where that fails, since the model cannot be compiled or this machine cannot compile.
         """
         run = self._passes.get(batch.shape) or self._compiled(forward, batch)
-        return self._checked(run(batch))
+        try:
+            return self._checked(run(batch))
+        except Exception as error:
+            if type(error).__module__ != "torch._dynamo.exc":
+                raise
+            raise ConfigError(_refusal(error)) from error  # it had to be compiled anew, and could not
 
     def _compiled(self, forward: Forward, batch: torch.Tensor) -> Callable[[torch.Tensor], Outcome]:
         """A pass over batches of this shape, tried on black images: what fails on those is not an image's fault."""
@@ -121,6 +126,8 @@ def _refusal(error: Exception) -> str:
             f"--compile needs a working C++ compiler: {reason}. Install one (g++ or clang; cl on Windows), or run"
             " without --compile."
         )
+    if type(error).__name__ == "FailOnRecompileLimitHit":
+        reason = "it changes something of its own in every pass, so that no two run the same code"
     places = re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(error))  # the last one is where tracing ended
     where = " (in {2}, {0}:{1})".format(*places[-1]) if places else ""
     return f"--compile: torch.compile fails with this model: {reason}{where}. Run it without --compile."

@@ -222,7 +222,9 @@ def check_hookable(model: nn.Module) -> None:
             inner = ".".join(filter(None, ("model", path, _WRAPPERS[name])))
             raise LayerError(f"{shown} is wrapped in {name}, where hooks miss calls; use what it wraps: {inner}")
         if getattr(module, "_compiled_call_impl", None) is not None:
-            raise LayerError(f"{shown} was compiled by its compile(), where hooks miss calls; use it before that, with --compile")
+            raise LayerError(
+                f"{shown} was compiled by its compile(), where hooks miss calls; use it before, with --compile"
+            )
 
 
 def _named_modules(model: nn.Module) -> dict[str, nn.Module]:

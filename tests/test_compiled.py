@@ -8,6 +8,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,17 @@ def test_quantized_networks_are_refused(tmp_path: Path) -> None:
         ConfigError, match=r"--compile: torch.compile fails with this model: .*Run it without --compile"
     ):
         stored(model, tmp_path, ["conv1"], images(2, shape), batch_size=2)
+
+
+def test_a_model_that_counts_its_passes_is_refused() -> None:
+    """Each pass would have to be compiled anew; torch gives up after some, in the middle of a run."""
+    model = Shared()
+    wanted = probed(model, ["fc"])
+    model.register_forward_pre_hook(lambda module, args: setattr(module, "passes", getattr(module, "passes", 0) + 1))
+    with torch.no_grad(), taps.tapped(model, wanted, kind=CompiledCapture) as capture:
+        batches = (torch.randn(3, 4) for _ in range(20))
+        with pytest.raises(ConfigError, match=r"changes something of its own in every pass.* without --compile"):
+            list(map(partial(capture.forward, model), batches))
 
 
 def test_the_command_line_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
