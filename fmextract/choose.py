@@ -158,10 +158,12 @@ class _Trial:
     def of(cls, question: Question, name: str, inputs: torch.Tensor, reference: _Trial | None) -> _Trial:
         with _running(question, name):
             # The probe ran in fp32; what autocast copies, or does not, shows only in the precision itself.
-            every = [p.tap for p in question.probed]
-            hazards = taps.overwritten(question.module, question.forward, every, inputs[:2].clone())
-            # One pass is a rough measure; two more where they are nothing beside the run.
-            seconds, tensors = _timed(question, inputs, PASSES if question.rows >= 50 * len(inputs) else 1)
+            if name == "fp32":
+                hazards = {i for i, p in enumerate(question.probed) if p.overwritten}
+            else:
+                every = [p.tap for p in question.probed]
+                hazards = taps.overwritten(question.module, question.forward, every, inputs[:2].clone())
+            seconds, tensors = _timed(question, inputs, _passes(question, name, len(inputs)))
         if reference is None:
             errors = tuple(0.0 if t.is_floating_point() else None for t in tensors)
             return cls(tensors, errors, frozenset(hazards), seconds / len(inputs), True)
@@ -175,6 +177,16 @@ class _Trial:
                 for t, r in zip(tensors, reference.tensors, strict=True)
             ),
         )
+
+
+def _passes(question: Question, name: str, images: int) -> int:
+    """The first pass is slower by up to the half; more are taken where they are nothing beside the run.
+
+    One a precision that is only there to be compared with; two of what was asked for, for the plan's time.
+    """
+    if question.precision not in ("auto", name) or question.rows < 50 * images:
+        return 1
+    return PASSES if "auto" in (question.precision, question.batch_size or "auto") else 2
 
 
 def _candidates(question: Question) -> list[str]:
@@ -203,7 +215,7 @@ def _running(question: Question, name: str) -> Iterator[None]:
 
 
 def _timed(question: Question, inputs: torch.Tensor, passes: int = 1) -> tuple[float, tuple[torch.Tensor, ...]]:
-    """(median seconds of a forward pass with its captures, what the last one captured, copied)."""
+    """(least seconds of a forward pass with its captures, what the last one captured, copied)."""
     with taps.tapped(question.module, question.probed, question.reducers, question.stop) as capture:
         return _timed_passes(question, capture, inputs, passes)
 
@@ -218,7 +230,7 @@ def _timed_passes(
         if question.device.type != "cpu":
             torch.accelerator.synchronize(question.device)
         times.append(time.perf_counter() - started)
-    return statistics.median(times), tuple(t.clone() for t in tensors)
+    return min(times), tuple(t.clone() for t in tensors)
 
 
 def _relative_error(tensor: torch.Tensor, reference: torch.Tensor) -> float | None:

@@ -6,6 +6,7 @@ that need it, so that `--help` and `info` answer at once.
 
 import contextlib
 import faulthandler
+import gc
 import inspect
 import json
 import math
@@ -283,7 +284,8 @@ def extract(
         return plan(source, model, out, as_json=as_json, debug=debug, **options)
     config = _config(options)
     with _working(hint="what is done is kept: the same command goes on from there"):
-        from fmextract.run import run
+        with _importing():
+            from fmextract.run import run
 
         result = run(source, model, out, config, TerminalProgress())
     _show(result.as_json(), lambda: tables.summary(result), as_json)
@@ -315,7 +317,8 @@ def plan(
     """
     config = _config(options)
     with _working():
-        from fmextract.run import make_plan
+        with _importing():
+            from fmextract.run import make_plan
 
         made = make_plan(source, model, out, config, TerminalProgress())
     _show(made.as_json(), lambda: tables.plan(made), as_json)
@@ -338,7 +341,8 @@ def layers(
     fmextract layers resnet50 -l 'type:Conv2d'
     """
     with _working():
-        from fmextract.run import describe
+        with _importing():
+            from fmextract.run import describe
 
         rows = describe(model, preprocess=preprocess or "model", size=size, selectors=tuple(selectors or ()))
     _show([asdict(row) for row in rows], lambda: tables.modules(rows), as_json)
@@ -467,7 +471,8 @@ def bench(
     """
     config = _config(options)
     with _working():
-        from fmextract.bench import bench as measure
+        with _importing():
+            from fmextract.bench import bench as measure
 
         found = measure(source, model, config, TerminalProgress(), repeats=repeats)
         if plot is not None:
@@ -493,7 +498,8 @@ def demo(
     pip install 'fmextract[demo]' && fmextract demo
     """
     with _working():
-        from fmextract.demo import demo as run_demo
+        with _importing():
+            from fmextract.demo import demo as run_demo
 
         made = run_demo(out, TerminalProgress())
     _show(made.as_json(), lambda: str(made), as_json)
@@ -800,6 +806,20 @@ def show_where(
             found = look.show_where(stored, image, layer, out, k=k, images=images)
     _show(look.where_picture(out, found), lambda: tables.where(out, found), as_json)
     return 0
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """For torch: the garbage collector, which would walk its many objects over and over while it loads, waits."""
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager
