@@ -220,18 +220,22 @@ def _forward(prepared: Prepared, made: Plan) -> tuple[torch.Tensor, list[torch.T
             return precision.to_memory_format(batch, made.memory_format)
 
         ready = inputs()
-        bare = _rate(lambda: _stopped(prepared, module, ready), len(rows), where)
-        with taps.tapped(module, prepared.probed, reduce_functions(prepared), prepared.stop) as capture:
+        with _bare(prepared, module) as capture:
+            bare = _rate(lambda: _drop(capture.forward(prepared.forward, ready.clone())), len(rows), where)
+        functions, kind = reduce_functions(prepared), prepared.capture_kind
+        with taps.tapped(module, prepared.probed, functions, prepared.stop, kind) as capture:
             rate = _rate(lambda: _drop(capture.forward(prepared.forward, inputs())), len(rows), where)
             tensors = [t.clone() for t in capture.forward(prepared.forward, inputs())]
     return pixels, tensors, Stage("forward", rate, bare, "the model alone")
 
 
-def _stopped(prepared: Prepared, module: torch.nn.Module, ready: torch.Tensor) -> None:
-    """The bare model, ended where a run ends it: after the last wanted layer."""
+@contextmanager
+def _bare(prepared: Prepared, module: torch.nn.Module) -> Iterator[taps.Capture]:
+    """The bare model, ended where a run ends it: after the last wanted layer; a compiled one has to give that."""
     last = [replace(p, overwritten=False) for p in prepared.probed[-1:]]
-    with taps.tapped(module, last, [lambda t: t.new_empty(0)], prepared.stop) as capture:
-        capture.forward(prepared.forward, ready.clone())
+    drop = [None if prepared.config.compile else lambda rows: rows.new_empty(0)]
+    with taps.tapped(module, last, drop, prepared.stop, prepared.capture_kind) as capture:
+        yield capture
 
 
 def _plain(preprocess: images.Preprocessing | None) -> Preprocess:
@@ -343,10 +347,11 @@ def _write(made: Plan, payloads: Sequence[tuple[int, bytes]], folder: Path) -> S
 def _end_to_end(prepared: Prepared, made: Plan, folder: Path) -> tuple[float, int]:
     """(seconds from the first image to the published file, its bytes): a run without its start."""
     folder.mkdir()
-    started = time.perf_counter()
     with run.working(prepared, made) as work:
+        started = time.perf_counter()
         engine.run_shards(work, folder, made.shards, Quiet(), engine.Tally())
-    return time.perf_counter() - started, sum(file.stat().st_size for file in folder.glob("*.h5"))
+        seconds = time.perf_counter() - started
+    return seconds, sum(file.stat().st_size for file in folder.glob("*.h5"))
 
 
 # --------------------------------------------------------------------------------------------- material

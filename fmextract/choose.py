@@ -12,12 +12,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from fmextract import precision, taps
+from fmextract.compiled import CompiledCapture
 from fmextract.device import TOO_SMALL, is_out_of_memory
 from fmextract.errors import ConfigError, DeviceLost, FmextractError, LayerError
 
@@ -48,6 +49,7 @@ class Question:
     precision: str
     max_error: float
     batch_size: int | None
+    compile: bool
     rows: int
 
 
@@ -87,6 +89,10 @@ def choose(question: Question) -> Chosen:
     size, per_image, measured = _batch_size(question, name, taken, started)
     if measured:
         notes.append(measured)
+    if question.compile:
+        taken, compiling = _compiled(question, name, size, inputs, reference, replace(taken, seconds=per_image))
+        per_image = taken.seconds
+        notes.append(compiling)
     if "auto" in (question.precision, question.batch_size or "auto"):
         notes.append(f"measuring took {time.perf_counter() - started:.1f} s")
     return Chosen(
@@ -161,13 +167,15 @@ class _Trial:
         if reference is None:
             errors = tuple(0.0 if t.is_floating_point() else None for t in tensors)
             return cls(tensors, errors, frozenset(hazards), seconds / len(inputs), True)
-        pairs = list(zip(tensors, reference.tensors, strict=True))
         return cls(
             tensors=tensors,
-            errors=tuple(_relative_error(t, r) for t, r in pairs),
+            errors=tuple(map(_relative_error, tensors, reference.tensors)),
             overwritten=frozenset(hazards),
             seconds=seconds / len(inputs),
-            finite=all(bool(t.isfinite().all()) or not bool(r.isfinite().all()) for t, r in pairs),
+            finite=all(
+                bool(t.isfinite().all()) or not bool(r.isfinite().all())
+                for t, r in zip(tensors, reference.tensors, strict=True)
+            ),
         )
 
 
@@ -208,14 +216,20 @@ def _running(question: Question, name: str) -> Iterator[None]:
 
 def _timed(question: Question, inputs: torch.Tensor, passes: int = 1) -> tuple[float, tuple[torch.Tensor, ...]]:
     """(least seconds of a forward pass with its captures, what the last one captured, copied)."""
-    times = []
     with taps.tapped(question.module, question.probed, question.reducers, question.stop) as capture:
-        for _ in range(passes):
-            started = time.perf_counter()
-            tensors = capture.forward(question.forward, inputs.clone())
-            if question.device.type != "cpu":
-                torch.accelerator.synchronize(question.device)
-            times.append(time.perf_counter() - started)
+        return _timed_passes(question, capture, inputs, passes)
+
+
+def _timed_passes(
+    question: Question, capture: taps.Capture, inputs: torch.Tensor, passes: int
+) -> tuple[float, tuple[torch.Tensor, ...]]:
+    times = []
+    for _ in range(passes):
+        started = time.perf_counter()
+        tensors = capture.forward(question.forward, inputs.clone())
+        if question.device.type != "cpu":
+            torch.accelerator.synchronize(question.device)
+        times.append(time.perf_counter() - started)
     return min(times), tuple(t.clone() for t in tensors)
 
 
@@ -251,6 +265,39 @@ def _fastest_faithful(question: Question, trials: dict[str, _Trial]) -> tuple[st
     if not told:
         return best, [f"precision {best} (auto): this device is fast at no other"]
     return best, [f"precision {best} (auto): {'; '.join(told)}; --max-error is {question.max_error:.2%}"]
+
+
+# -------------------------------------------------------------------------------------------- compiled
+
+
+def _compiled(
+    question: Question, name: str, size: int, inputs: torch.Tensor, reference: _Trial, eager: _Trial
+) -> tuple[_Trial, str]:
+    """(the trial as batches of `size` give it when compiled, the line that says what that takes and brings).
+
+    Precision and batch size were chosen without compiling, which takes minutes; of what was chosen, what is stored and
+    foretold is that of the passes which will run. Raises ConfigError for a model that cannot be compiled.
+    """
+    some = inputs[:size]
+    # Filled up with black images, as a short batch of the run is: another length would have to be compiled as well.
+    batch = torch.cat([some, some.new_zeros((size - len(some), *some.shape[1:]))])
+    batch = precision.to_memory_format(batch, question.memory_format)
+    every = (question.module, question.probed, question.reducers, question.stop, CompiledCapture)
+    try:
+        with _running(question, name), taps.tapped(*every) as capture:
+            started = time.perf_counter()
+            capture.forward(question.forward, batch.clone())
+            compiling = time.perf_counter() - started
+            seconds, tensors = _timed_passes(question, capture, batch, PASSES)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return eager, f"compiled (--compile): {size} images a batch need too much memory; judged without compiling"
+    kept = tuple(t[: len(some)] for t in tensors)
+    errors = tuple(_relative_error(t, r[: len(some)]) for t, r in zip(kept, reference.tensors, strict=True))
+    ratio = eager.seconds * size / seconds
+    told = f"compiled (--compile) in {compiling:.1f} s: {ratio:.2f} times as fast as the same passes without"
+    return replace(eager, tensors=kept, errors=errors, seconds=seconds / size), told
 
 
 # ----------------------------------------------------------------------------------------- batch size

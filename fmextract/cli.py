@@ -169,6 +169,11 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
         "|".join(MEMORY_FORMATS),
         "Of the forward pass; changes the last bits of a convolution. [default: auto]",
     ),
+    "compile": (
+        bool,
+        None,
+        "Run the model through torch.compile: a wait at the start, then passes that are as fast or faster.",
+    ),
     "shard_size": (str, "SIZE", "Values, before compression, that one shard holds about, as 512MiB. [default: auto]"),
     "workers": (str, "N|auto", "Threads that decode and compress. [default: auto, from the CPUs]"),
     "limit": (int, "N", "Only the first N images. [default: all]"),

@@ -91,6 +91,7 @@ class Config:
     codec: str = "gzip"
     level: int | None = None
     memory_format: str = "auto"
+    compile: bool = False
     shard_size: int | None = None
     workers: int | None = None
     limit: int | None = None

@@ -542,7 +542,7 @@ class _Pipeline:
         """The captured tensors. `again` makes the inputs anew: a model may write into them before it fails."""
         try:
             return self._work.capture.forward(self._work.forward, inputs)
-        except (CaptureError, torch.OutOfMemoryError, MemoryError):
+        except (CaptureError, ConfigError, torch.OutOfMemoryError, MemoryError):  # a ConfigError: it cannot be compiled
             raise
         except Exception as error:
             if is_out_of_memory(error):

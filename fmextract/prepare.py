@@ -33,6 +33,7 @@ from fmextract import (
     reducers,
     taps,
 )
+from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
 from fmextract.errors import FmextractError, LayerError, SampleError, SourceError
 from fmextract.planning import Plan
@@ -67,6 +68,11 @@ class Prepared:
     def forward(self, batch: torch.Tensor) -> Any:
         """The model's forward pass."""
         return self.loaded.forward(batch)
+
+    @property
+    def capture_kind(self) -> type[taps.Capture]:
+        """How its passes are run: as the model is written, or compiled."""
+        return CompiledCapture if self.config.compile else taps.Capture
 
     @property
     def captured(self) -> tuple[engine.Captured, ...]:
@@ -212,6 +218,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
             precision=config.precision,
             max_error=config.max_error,
             batch_size=config.batch_size,
+            compile=config.compile,
             rows=rows,
         )
     )
@@ -445,6 +452,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "layers": [p.tap.name for p in prepared.probed],
         "precision": config.precision,
         "memory_format": prepared.memory_format,
+        "compile": config.compile,
         "batch_size": config.batch_size,
         "device": prepared.device.type,
         "store": config.store,
@@ -475,7 +483,7 @@ def _describe_run(prepared: Prepared) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of what makes the values: libraries, Python, the kind of machine."""
-    names = ("fmextract", "torch", "torchvision", "h5py", "numpy", "pillow", "simplejpeg", "isal")
+    names = ("fmextract", "torch", "torchvision", "h5py", "numpy", "pillow", "simplejpeg", "isal", "triton")
     return {name: _version(name) for name in names} | {
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -20,6 +20,7 @@ import torch
 
 from fmextract import engine, estimate, index, precision, reader, replay, taps
 from fmextract.config import Config
+from fmextract.device import is_out_of_memory
 from fmextract.errors import TooManyFailures
 from fmextract.output import Output, resumable
 from fmextract.planning import Plan
@@ -155,8 +156,16 @@ def working(prepared: Prepared, made: Plan) -> Iterator[engine.Work]:
         _threads(made.forward_threads),
         _seeded(prepared.config.seed),
         precision.lent(prepared.loaded.module, where, made.precision, made.memory_format) as module,
-        taps.tapped(module, _copied_as_planned(prepared, made), reduce_functions(prepared), prepared.stop) as capture,
+        taps.tapped(
+            module,
+            _copied_as_planned(prepared, made),
+            reduce_functions(prepared),
+            prepared.stop,
+            prepared.capture_kind,
+        ) as capture,
     ):
+        if prepared.config.compile:
+            _compile(prepared, made, capture)
         yield engine.Work(
             plan=made,
             info=_file_info(made),
@@ -172,6 +181,20 @@ def working(prepared: Prepared, made: Plan) -> Iterator[engine.Work]:
             device=where,
             budget=prepared.config.max_failures,
         )
+
+
+def _compile(prepared: Prepared, made: Plan, capture: taps.Capture) -> None:
+    """Before the first image is read: else a minute of compiling counts as a first batch that hangs.
+
+    Raises ConfigError for what cannot be compiled. Where memory does not suffice, the engine takes smaller batches.
+    """
+    batch = torch.zeros((made.batch_size, *prepared.input_shape), device=prepared.device)
+    with precision.numerics(made.precision, prepared.device):
+        try:
+            capture.forward(prepared.forward, precision.to_memory_format(batch, made.memory_format))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
 
 
 @contextmanager

@@ -222,7 +222,9 @@ def check_hookable(model: nn.Module) -> None:
             inner = ".".join(filter(None, ("model", path, _WRAPPERS[name])))
             raise LayerError(f"{shown} is wrapped in {name}, where hooks miss calls; use what it wraps: {inner}")
         if getattr(module, "_compiled_call_impl", None) is not None:
-            raise LayerError(f"{shown} was compiled by its compile(), where hooks miss calls; use it before that")
+            raise LayerError(
+                f"{shown} was compiled by its compile(), where hooks miss calls; use it before, with --compile"
+            )
 
 
 def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -488,6 +490,13 @@ class Probed:
     dtype: torch.dtype
     overwritten: bool
 
+    def rows(self, tensor: torch.Tensor, batch: int) -> torch.Tensor:
+        """What the tap saw of `batch` images as (batch, …). Raises CaptureError for another shape than the probe's."""
+        rows = self.layout.rows_first(_plain(tensor), batch)
+        if tuple(rows.shape[1:]) != self.shape:
+            raise CaptureError(f"one image gives {tuple(rows.shape[1:])}, expected {self.shape}")
+        return rows
+
 
 @dataclass(frozen=True, slots=True)
 class Refused:
@@ -747,7 +756,7 @@ class _Hooks:
 
     def run(self, forward: Forward, batch: torch.Tensor) -> None:
         """One forward pass, to the stop or to its end. Raises whatever the model raises."""
-        self.counts.clear()
+        self.counts = Counter()
         self._stop_seen, self._over = 0, False
         try:
             forward(batch)
@@ -836,7 +845,7 @@ class Capture:
             self._hooks.run(forward, batch)
             if self._error is not None:
                 raise self._error
-            self._check_counts()
+            self._check_counts(self._hooks.counts)
             self._check_versions()
             return [self._kept[i] for i in range(len(self._taps))]
         finally:
@@ -856,13 +865,10 @@ class Capture:
             self._hooks.end()
 
     def _taken(self, i: int, tensor: torch.Tensor | None) -> torch.Tensor:
-        probed = self._taps[i]
+        probed, reduce = self._taps[i], self._reducers[i]
         if tensor is None or not _is_plain(tensor):
             raise CaptureError("the model gives no plain tensor here")
-        rows = probed.layout.rows_first(_plain(tensor), self._batch)
-        if tuple(rows.shape[1:]) != probed.shape:
-            raise CaptureError(f"one image gives {tuple(rows.shape[1:])}, expected {probed.shape}")
-        reduce = self._reducers[i]
+        rows = probed.rows(tensor, self._batch)
         if reduce is not None:
             return reduce(rows)
         if tensor.is_quantized:  # made plain: a copy already
@@ -872,10 +878,10 @@ class Capture:
         self._watched[i] = (tensor, tensor._version)
         return rows
 
-    def _check_counts(self) -> None:
+    def _check_counts(self, counts: Mapping[tuple[str, str], int]) -> None:
         for probed in self._taps:
             tap = probed.tap
-            called = self._hooks.counts[tap.module, tap.tap]
+            called = counts.get((tap.module, tap.tap), 0)
             if called != tap.calls:
                 raise CaptureError(
                     f"module {tap.module!r} was called {called} times in a forward pass and {tap.calls} times in the"
@@ -897,12 +903,13 @@ def tapped(
     taps: Sequence[Probed],
     reducers: Sequence[Reduce | None] | None = None,
     stop: Event | None = None,
+    kind: type[Capture] = Capture,
 ) -> Iterator[Capture]:
     """Hooks on `model` for as long as the block lasts; they are gone on every way out.
 
     `reducers[i]` maps the (B, …) tensor of tap i to what is kept of it, on its device, before anything is copied.
-    `stop` (from `Survey.stop_before`) is the call before which a forward pass may end.
+    `stop` (from `Survey.stop_before`) is the call before which a forward pass may end. `kind` is how passes are run.
     """
-    capture = Capture(taps, reducers or [None] * len(taps), stop)
+    capture = kind(taps, reducers or [None] * len(taps), stop)
     with capture._hooks.on(model):
         yield capture

@@ -35,6 +35,7 @@ def question(model: nn.Module, **changes: Any) -> choose.Question:
         "precision": "auto",
         "max_error": 0.02,
         "batch_size": None,
+        "compile": False,
         "rows": 1000,
     }
     return choose.Question(**{**given, **changes})
