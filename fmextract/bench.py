@@ -2,8 +2,9 @@
 
 Each stage is measured alone, through the same code that a run uses, with all the threads it would have; beside it
 stands the bare library call it is made of, so that a slow stage cannot pass for a low limit. On a CPU everything shares
-the cores, so the least time for an image is the sum over the stages; on an accelerator stages overlap, and the slowest
-one is the limit. The end-to-end run is given as a share of that limit.
+the cores, so the least time for an image is the sum of the stages' core-seconds over the cores (a stage that waits for
+the disk leaves them to others); on an accelerator stages overlap, and the slowest one is the limit. The end-to-end run
+is given as a share of that limit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,9 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import chunks, codecs, engine, images, precision, run, store, taps
+from fmextract import chunks, codecs, engine, images, index, precision, run, taps, text
 from fmextract.config import Config
-from fmextract.errors import ConfigError
+from fmextract.errors import ConfigError, MissingExtra
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, plan_for, prepare, reduce_functions
 from fmextract.progress import Quiet
@@ -37,12 +38,18 @@ STAGE_SECONDS = 1.0  # each stage is repeated for about this long, each time it 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One stage alone: images a second with all its threads, and of the bare library call (0: there is none)."""
+    """One stage alone: images a second with all its threads, and of the bare library call (0: there is none).
+
+    `core_seconds` an image, where the stage leaves cores to others. `part` False: not a stage of this run, but what
+    another codec would be.
+    """
 
     name: str
     images_per_second: float
     bare: float = 0.0
     what: str = ""
+    core_seconds: float | None = None
+    part: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +103,19 @@ def bench(source: Any, model: Any, config: Config, progress: Progress, *, repeat
 
 def _median(turns: Sequence[Stage]) -> Stage:
     rates, bare = [s.images_per_second for s in turns], [s.bare for s in turns]
-    return replace(turns[0], images_per_second=statistics.median(rates), bare=statistics.median(bare))
+    busy = [s.core_seconds for s in turns if s.core_seconds is not None]
+    return replace(
+        turns[0],
+        images_per_second=statistics.median(rates),
+        bare=statistics.median(bare),
+        core_seconds=statistics.median(busy) if busy else None,
+    )
 
 
 def _report(prepared: Prepared, made: Plan, stages: list[Stage], runs: list[float], stored: int) -> Report:
-    counted = [s for s in stages if s.what != "bare"]
-    seconds = {s.name: 1 / s.images_per_second for s in counted}
-    slowest = max(seconds, key=lambda name: seconds[name])
     on_cpu = prepared.device.type == "cpu"
+    seconds = {s.name: _least(s, made.threads) if on_cpu else 1 / s.images_per_second for s in stages if s.part}
+    slowest = max(seconds, key=lambda name: seconds[name])
     least = sum(seconds.values()) if on_cpu else seconds[slowest]
     rate = statistics.median(runs)
     return Report(
@@ -124,6 +136,11 @@ def _report(prepared: Prepared, made: Plan, stages: list[Stage], runs: list[floa
         runs=tuple(runs),
         machine=machine(),
     )
+
+
+def _least(stage: Stage, cores: int) -> float:
+    """Seconds an image that a stage takes from all the cores."""
+    return 1 / stage.images_per_second if stage.core_seconds is None else stage.core_seconds / cores
 
 
 _WOULD_HELP = {
@@ -149,7 +166,7 @@ def _stages(prepared: Prepared, made: Plan, folder: Path) -> list[Stage]:
         stages.append(_download(tensors, made.batch_size))
     host = [t.cpu() for t in tensors]
     payloads, encode = _encode(made, host)
-    return [*stages, encode, _write(made, payloads, folder)]
+    return [*stages, encode, _write(made, payloads, folder), *_other_codecs(made, host)]
 
 
 def _drop(_: Any) -> None:
@@ -303,6 +320,16 @@ def _encode(made: Plan, tensors: Sequence[torch.Tensor]) -> tuple[list[tuple[int
     return payloads, Stage("encode", rate, _bare_encode(made, tensors), f"{_library(made.codec)} on shuffled bytes")
 
 
+def _other_codecs(made: Plan, tensors: Sequence[torch.Tensor]) -> Iterator[Stage]:
+    """What encoding would be with the other codecs that are installed, at their usual level."""
+    for name, codec in codecs.CODECS.items():
+        if name != made.codec:
+            with suppress(MissingExtra):
+                payloads, stage = _encode(replace(made, codec=name, level=codec.default_level), tensors)
+                size = text.byte_count(sum(len(payload) for _, payload in payloads) // len(tensors[0]))
+                yield replace(stage, name=f"encode: {name}", bare=0.0, what=f"{size} an image", part=False)
+
+
 def _library(codec: str) -> str:
     return {"gzip": "ISA-L", "zstd": "zstandard", "lz4": "lz4", "none": "a copy"}[codec]
 
@@ -327,21 +354,27 @@ def _shuffled(spec: LayerSpec, row: torch.Tensor) -> bytes:
 
 
 def _write(made: Plan, payloads: Sequence[tuple[int, bytes]], folder: Path) -> Stage:
-    """The encoded chunks of one batch, written and made durable again and again; bare: the same bytes by os.write."""
+    """The encoded chunks of a batch, written, made durable and summed up as a shard is; bare: the same by os.write."""
     path = folder / "write.bin"
     blob = b"".join(payload for _, payload in payloads)
+    busy: list[float] = []
 
     def ours() -> None:
-        for _, payload in payloads:
-            store.chunk_digest(payload)
-        bare()
+        started = time.process_time()
+        with path.open("wb", buffering=0) as file:
+            for _, payload in payloads:
+                file.write(payload)
+            os.fsync(file.fileno())
+        index.file_sha256(path)
+        busy.append(time.process_time() - started)
 
     def bare() -> None:
         with path.open("wb", buffering=0) as file:
             file.write(blob)
             os.fsync(file.fileno())
 
-    return Stage("write", _rate(ours, made.batch_size), _rate(bare, made.batch_size), "os.write and fsync")
+    ours_rate, bare_rate = _rate(ours, made.batch_size), _rate(bare, made.batch_size)
+    return Stage("write", ours_rate, bare_rate, "os.write and fsync", statistics.median(busy) / made.batch_size)
 
 
 def _end_to_end(prepared: Prepared, made: Plan, folder: Path) -> tuple[float, int]:

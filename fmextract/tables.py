@@ -206,16 +206,25 @@ def comparison(found: Comparison) -> str:
 
 def benchmark(found: Measured) -> str:
     """The stages alone, the limit they set, and how near a run comes."""
+    head = ["stage", "images/s", "bare", "what is bare"]
     stages = [
         [stage.name, text.rate(stage.images_per_second), text.rate(stage.bare) if stage.bare else "", stage.what]
         for stage in found.stages
+        if stage.part
     ]
-    shares = "the sum of all stages" if found.device == "cpu" else f"the slowest stage, {found.limiting_stage}"
+    others = [[s.name, text.rate(s.images_per_second), s.what] for s in found.stages if not s.part]
+    shares = (
+        "the core-seconds of all stages over the cores"
+        if found.device == "cpu"
+        else f"the slowest stage, {found.limiting_stage}"
+    )
     return "\n".join(
         [
             f"{found.model}, {found.precision}, batch size {found.batch_size}, on {found.machine['processor']}",
             "",
-            _table(["stage", "images/s", "bare", "what is bare"], stages, right=["images/s", "bare"]),
+            _table(head, stages, right=["images/s", "bare"]),
+            "",
+            _table(["other codecs", "images/s", "stored"], others, right=["images/s", "stored"]),
             "",
             f"limit       {text.rate(found.limit)} images/s ({shares})",
             f"end to end  {text.rate(found.end_to_end)} images/s, {text.share(found.share)} of the limit",

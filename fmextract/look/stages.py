@@ -19,9 +19,10 @@ def draw_stages(found: Report, out: str | os.PathLike[str]) -> Path:
     One bar a stage, milliseconds an image through the code of a run and by the bare library call; below them the limit
     that the stages set, and whole runs.
     """
-    names = [stage.name for stage in found.stages] + ["limit", "end to end"]
-    ours = [1e3 / stage.images_per_second for stage in found.stages] + [1e3 / found.limit, 1e3 / found.end_to_end]
-    bare = [1e3 / stage.bare if stage.bare else 0.0 for stage in found.stages] + [0.0, 0.0]
+    stages = [stage for stage in found.stages if stage.part]
+    names = [stage.name for stage in stages] + ["limit", "end to end"]
+    ours = [1e3 / stage.images_per_second for stage in stages] + [1e3 / found.limit, 1e3 / found.end_to_end]
+    bare = [1e3 / stage.bare if stage.bare else 0.0 for stage in stages] + [0.0, 0.0]
     figure = canvas.figure(8.5, 1.7 + 0.42 * len(names))
     height = figure.get_figheight()
     title = f"{short(found.model, 30)}, {found.precision}, on {short(found.machine.get('processor', found.device), 40)}"
@@ -29,7 +30,7 @@ def draw_stages(found: Report, out: str | os.PathLike[str]) -> Path:
     words = f"{found.end_to_end:.3g} images/s, {found.share:.0%} of the limit; {found.limiting_stage} takes most"
     axis = canvas.plot_axis(figure, (0.14, 0.6 / height, 0.78, 1 - 1.7 / height), words)
     places = list(range(len(names)))[::-1]
-    colours = ["#4cc9f0"] * len(found.stages) + [canvas.FAINT, canvas.ACCENT]
+    colours = ["#4cc9f0"] * len(stages) + [canvas.FAINT, canvas.ACCENT]
     axis.barh(places, ours, height=0.62, color=colours)
     axis.barh(places, bare, height=0.2, color="#fc8961", label="bare library call")
     for place, value in zip(places, ours, strict=True):
