@@ -272,7 +272,7 @@ def stop(turns: int) -> Figure:
 
 
 def reduce(turns: int) -> Figure:
-    network, count = _network("resnet50"), 256
+    network, count = _network("resnet50"), 512
     with _run(_photos(count, 500, 375), network, ["layer?.*=mean"], 224, 8) as run:
         assert len(run.plan.layers) == 16, run.plan.layers
         inputs = _inputs(run)

@@ -31,6 +31,7 @@ _CPU_BLOCK = 1 << 19  # values: 4 MiB of float64, where calls and cache misses c
 _DEVICE_BLOCK = 1 << 24  # values: enough to fill an accelerator, small beside its memory
 _NEVER = torch.iinfo(torch.int64).max
 _COVARIANCE_ROWS = 256  # images that enter the covariance together: by then a product of matrices runs at full speed
+_TOGETHER = 1 << 17  # values that enter the statistics together: of fewer, the calls cost more than the arithmetic
 _COLUMNS = 256  # of the covariance that are computed at once
 _SMALL_MAP = 128  # values: below it torch finds the extremes of maps in float64 faster than in float32
 _COUNTED_IN_FLOAT32 = 1 << 24  # values of one map: up to here float32 counts exactly
@@ -89,11 +90,13 @@ class RunningStats:
         )
         self._bad_rows = torch.full((NAMED_ROWS,), _NEVER, device=device)
         self._covariance = _RunningCovariance(channels, self._wide, device)
+        self._waiting: list[tuple[Tensor, Tensor]] = []
 
     def update(self, rows: Tensor, first_row: int, valid: Sequence[bool] | None = None) -> None:
         """Add the images of `rows` (B, *shape), any real type and any strides; row i is the global row first_row + i.
 
-        `valid[i]` False leaves a row out. Batches come in the order of their rows. Nothing waits for the device.
+        `valid[i]` False leaves a row out. Batches come in the order of their rows. Nothing waits for the device. Copies
+        of small batches wait until together they are worth the trouble.
         Raises ValueError for another shape, for marks of other rows, and for a batch before the end of the last one.
         """
         if tuple(rows.shape[1:]) != self._shape:
@@ -110,7 +113,18 @@ class RunningStats:
             rows, numbers = (torch.cat([t[one] for one in keep]) for t in (rows, numbers))
         if rows.numel() == 0:
             return
-        x = rows.detach().movedim(1 + self._axis, 1).flatten(2) if rows.ndim > 2 else rows.detach()[:, :, None]
+        # Copied where it waits: it may be a view of something large.
+        self._waiting.append((rows.detach() if rows.numel() >= _TOGETHER else rows.detach().clone(), numbers))
+        if sum(batch.numel() for batch, _ in self._waiting) >= _TOGETHER:
+            self._enter()
+
+    def _enter(self) -> None:
+        """Let the batches that wait enter the statistics, as one."""
+        if not self._waiting:
+            return
+        parts, self._waiting = self._waiting, []
+        rows, numbers = parts[0] if len(parts) == 1 else (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        x = rows.movedim(1 + self._axis, 1).flatten(2) if rows.ndim > 2 else rows[:, :, None]
         peaks, masked = self._add(x, numbers)
         if self._k:
             self._add_top(x, peaks, numbers, masked)
@@ -122,6 +136,7 @@ class RunningStats:
         as `moments` says. Positions: `top_y` and `top_x` where the layer has these axes; of a token map `top_y` is the
         token and `top_x` -1; of a single value both are -1. Channels without values hold NaN.
         """
+        self._enter()
         floats = [self._shift, self._sum, self._squares, self._low, self._high, self._zeros, self._near]
         shift, total, squares, low, high, zeros, near = torch.stack(floats).cpu().double().numpy()
         nonfinite = self._nonfinite.cpu().numpy()
@@ -143,6 +158,7 @@ class RunningStats:
 
     def nonfinite_rows(self) -> list[int]:
         """The first rows, at most NAMED_ROWS of them, that hold NaN or infinite values."""
+        self._enter()
         return [row for row in self._bad_rows.tolist() if row != _NEVER]
 
     def _full(self, value: float, *shape: int) -> Tensor:
