@@ -273,15 +273,19 @@ class _Finished:
 class _Publisher:
     """Makes shards durable, names and records them, in order, while the next one is written.
 
-    That is waiting for the disk, and one checksum over all of it: nothing that HDF5 or the encoders should wait for.
+    That is waiting for the disk, and one checksum over all of it, which `pool` computes meanwhile: nothing that HDF5
+    or the encoders should wait for.
     """
 
-    def __init__(self, work: Work, directory: Path, tally: Tally) -> None:
-        self._work, self._directory, self._tally = work, directory, tally
+    def __init__(self, work: Work, directory: Path, tally: Tally, pool: Pool) -> None:
+        self._work, self._directory, self._tally, self._pool = work, directory, tally, pool
 
     def publish(self, shard: _Finished) -> None:
         started = time.perf_counter()
         final = self._directory / index.shard_name(shard.rows.start // self._work.plan.shard_rows)
+        sha256 = self._pool.submit(index.file_sha256, shard.path)
+        index.make_durable(shard.path)
+        digest = sha256.result()
         index.publish(shard.path, final)
         record = index.record_shard(
             final,
@@ -290,6 +294,7 @@ class _Publisher:
             content_digest=shard.content_digest,
             batch_size=shard.batch_size,
             extra={"chunks": shard.chunk_digests},
+            sha256=digest,
         )
         self._tally.records.append(record)
         self._tally.add("publish", time.perf_counter() - started)
@@ -639,7 +644,7 @@ class _Pipeline:
         self._finished.put(None)
 
     def _publish(self) -> None:
-        publisher = _Publisher(self._work, self._directory, self._tally)
+        publisher = _Publisher(self._work, self._directory, self._tally, self._encode_pool)
         while (shard := self._finished.get()) is not None:
             publisher.publish(shard)
 

@@ -43,12 +43,20 @@ def shard_name(i: int) -> str:
 
 def publish(temporary: Path, final: Path) -> None:
     """Make `temporary` durable and give it its final name, over what stood there. Raises NoSpace, OutputError."""
+    make_durable(temporary)
     try:
-        fsync(temporary)
         temporary.replace(final)
         fsync(final.parent)
     except OSError as error:
         raise disk_error(final, error) from error
+
+
+def make_durable(path: Path) -> None:
+    """Wait until the bytes of a file are on the disk. Raises NoSpace, OutputError."""
+    try:
+        fsync(path)
+    except OSError as error:
+        raise disk_error(path, error) from error
 
 
 def write_json(path: Path, obj: Any) -> None:
@@ -162,17 +170,19 @@ def record_shard(
     content_digest: str,
     batch_size: int,
     extra: Mapping[str, Any] | None = None,
+    sha256: str | None = None,
 ) -> ShardRecord:
     """Record a published shard: writes `shard-NNNNN.json` beside it, which is what makes it count as done.
 
-    `statuses` is the status code of each row. The SHA-256 is of the file as it can be read back.
+    `statuses` is the status code of each row. The SHA-256 is of the file as it can be read back: `file_sha256`, where
+    that is not known yet.
     """
     record = ShardRecord(
         name=path.name,
         start=rows.start,
         stop=rows.stop,
         bytes=path.stat().st_size,
-        sha256=file_sha256(path),
+        sha256=sha256 or file_sha256(path),
         statuses={str(code): count for code, count in sorted(Counter(map(int, statuses)).items())},
         content_digest=content_digest,
         batch_size=batch_size,
