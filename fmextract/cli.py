@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from fmextract import __version__, tables, text
-from fmextract.config import MEMORY_FORMATS, PRECISIONS, STORES, Config, parse_size
+from fmextract.config import EFFECTIVE_FIELDS, MEMORY_FORMATS, PRECISIONS, STORES, Config, parse_size
 from fmextract.errors import FmextractError
 from fmextract.progress import TerminalProgress
 
@@ -179,6 +179,11 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
     "limit": (int, "N", "Only the first N images. [default: all]"),
     "seed": (int, "N", "What is random in the model's forward begins from this number. [default: 0]"),
     "top": (int, "K", "Strongest images kept for each channel. [default: 9]"),
+    "effective_fields": (
+        str,
+        "|".join(EFFECTIVE_FIELDS),
+        "Measure effective receptive fields; auto does where it takes little of the run. [default: auto]",
+    ),
     "max_failures": (
         str,
         "COUNT|SHARE",
@@ -581,7 +586,8 @@ def export(
     with _working():
         from fmextract.exporting import export as write
 
-        made = write(acts, to=to, out=out, layers=layers, metric=metric, overwrite=overwrite)
+        progress = TerminalProgress(unit="row")
+        made = write(acts, to=to, out=out, layers=layers, metric=metric, overwrite=overwrite, progress=progress)
     _show(made.as_json(), lambda: tables.exported(made), as_json)
     return 0
 

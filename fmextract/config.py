@@ -14,6 +14,7 @@ from fmextract.errors import ConfigError
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 STORES = ("float32", "float16")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
+EFFECTIVE_FIELDS = ("auto", "always", "never")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -97,6 +98,7 @@ class Config:
     limit: int | None = None
     seed: int = 0
     top: int = 9
+    effective_fields: str = "auto"
     max_failures: FailureBudget = dataclasses.field(default_factory=FailureBudget)
     allow_outside: bool = False
     overwrite: bool = False
@@ -106,6 +108,7 @@ class Config:
         _one_of("--precision", self.precision, PRECISIONS)
         _one_of("--store", self.store, STORES)
         _one_of("--memory-format", self.memory_format, MEMORY_FORMATS)
+        _one_of("--effective-fields", self.effective_fields, EFFECTIVE_FIELDS)
         for option, value, least in (
             ("--batch-size", self.batch_size, 1),
             ("--workers", self.workers, 1),

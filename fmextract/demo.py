@@ -97,7 +97,7 @@ def demo(out: Path, progress: Progress) -> Demo:
     from fmextract.run import run
 
     photos = copy_photos(out / "photos")
-    config = Config(layers=LAYERS, precision="fp32", overwrite=True)
+    config = Config(layers=LAYERS, precision="fp32", effective_fields="always", overwrite=True)
     result = run(str(photos), "fmextract.demo:model", out / "acts.h5", config, progress)
     with reader.open(out / "acts.h5") as acts:
         picture = _picture(acts, photos / CAT, out / "maps.png")

@@ -311,6 +311,7 @@ class _Writer:
         self._open: store.ShardWriter | None = None
         self._paths: list[Path] = []
         self._overflowed: dict[str, int] = {}
+        self._since, self._busy = time.perf_counter(), dict[str, float]()
         self.now = "encode"
 
     def write(self, item: _Pending | _ShardEnd) -> None:
@@ -355,10 +356,20 @@ class _Writer:
         for name, count in self._overflowed.items():
             attrs.setdefault(name, {})["clipped"] = np.int64(count)
         smaller = {f"{end.rows.start}-{end.rows.stop - 1}": end.batch_size}
-        root = {"smaller_batches": smaller} if end.batch_size < self._work.plan.batch_size else {}
+        root: dict[str, Any] = {"throughput": self._throughput(len(end.rows))}
+        if end.batch_size < self._work.plan.batch_size:
+            root["smaller_batches"] = smaller
         digest = writer.finish(end.samples, end.stats, attrs, root, durable=False)
         self._open, self._overflowed = None, {}
         return _Finished(writer.path, end.rows, end.samples.status, digest, end.batch_size, writer.chunk_digests())
+
+    def _throughput(self, images: int) -> dict[str, Any]:
+        """Of this shard: seconds since the one before, and busy seconds of each stage, summed over its threads."""
+        now, busy = time.perf_counter(), dict(self._tally.busy)
+        spent = {stage: round(seconds - self._busy.get(stage, 0.0), 3) for stage, seconds in busy.items()}
+        said = {"images": images, "seconds": round(now - self._since, 3), "busy_seconds": spent}
+        self._since, self._busy = now, busy
+        return said
 
     def abort(self) -> None:
         """Leave no file of a shard that was not published."""

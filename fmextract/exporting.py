@@ -34,8 +34,9 @@ from fmextract import codecs, index, output, reader, store
 from fmextract.dissimilarity import METRICS, dissimilarities
 from fmextract.errors import ConfigError, MissingExtra, NoSpace, OutputError
 from fmextract.look.select import select_layers
+from fmextract.progress import Quiet
 from fmextract.reader import Activations, Layer
-from fmextract.records import LayerSpec, SampleTable
+from fmextract.records import LayerSpec, Progress, SampleTable
 from fmextract.text import byte_count, count
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -88,17 +89,18 @@ def export(
     layers: Sequence[str] | None = None,
     metric: str | None = None,
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> Exported:
     """Write stored layers, all of them if none is named, into `out` in another format: one of FORMATS.
 
     `acts` is what `open` returned, or a path. `layers` are names, or selectors as of `fmextract show`. `metric` is for
     rdm only: one of METRICS, euclidean-squared unless given. An earlier export in the same format is replaced if
-    `overwrite`. Raises ConfigError, OutputError where something else stands at `out`, MissingExtra, NoSpace, and what
-    reading raises.
+    `overwrite`. `progress` is told of the rows of every layer. Raises ConfigError, OutputError where something else
+    stands at `out`, MissingExtra, NoSpace, and what reading raises.
     """
     if not isinstance(acts, Activations):
         with reader.open(acts) as opened:
-            return export(opened, to=to, out=out, layers=layers, metric=metric, overwrite=overwrite)
+            return export(opened, to=to, out=out, layers=layers, metric=metric, overwrite=overwrite, progress=progress)
     if to not in FORMATS:
         raise ConfigError(f"--to {to!r}: expected one of {', '.join(FORMATS)}")
     if metric is not None and to != "rdm":
@@ -107,9 +109,14 @@ def export(
         raise ConfigError(f"--metric {metric!r}: expected one of {', '.join(METRICS)}")
     target, form = Path(out), FORMATS[to]
     _check_target(target, to, overwrite)
-    job = _Job(acts, tuple(select_layers(acts, layers or ())), to, metric or next(iter(METRICS)))
+    names, told = tuple(select_layers(acts, layers or ())), progress or Quiet()
+    job = _Job(acts, names, to, metric or next(iter(METRICS)), told)
     with _published(target) as temporary:
-        written = form.write(job, temporary)
+        told.start(len(acts) * len(names), 0)
+        try:
+            written = form.write(job, temporary)
+        finally:
+            told.finish()
     return Exported(
         path=str(target),
         to=to,
@@ -128,6 +135,7 @@ class _Job(NamedTuple):
     names: tuple[str, ...]
     to: str
     metric: str
+    progress: Progress
 
     @property
     def layers(self) -> list[Layer]:
@@ -138,6 +146,17 @@ class _Job(NamedTuple):
         """None for an image without a label, and in place of the list where no image has one."""
         stored = self.acts.labels
         return None if stored is None else [None if label in ("", -1) else label for label in stored.tolist()]
+
+    def blocks(self, layers: Sequence[Layer]) -> Iterator[slice]:
+        """The rows of `layers` in parts, see `_blocks`; the progress is told when the next part is asked for."""
+        for rows in _blocks(layers):
+            yield rows
+            self.progress.advance((min(rows.stop, len(layers[0])) - rows.start) * len(layers), 0)
+
+    def matrix(self, layer: Layer, rows: Array) -> Iterator[Array]:
+        """The dissimilarities of a layer, in parts; the progress is told at the end."""
+        yield from dissimilarities(layer, rows, self.metric)
+        self.progress.advance(len(layer), 0)
 
     def about(self, written: Sequence[ExportedLayer]) -> dict[str, Any]:
         """Where this comes from, as plain data: it stands in every export, and marks it as one."""
@@ -251,7 +270,7 @@ def _write_npy(job: _Job, folder: Path) -> list[ExportedLayer]:
         with _durable(folder / name) as file:
             header = {"descr": layer.dtype.str, "fortran_order": False, "shape": layer.shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for rows in _blocks([layer]):
+            for rows in job.blocks([layer]):
                 file.write(layer[rows].data)
     labels = job.labels
     columns: dict[str, Any] = {"sample": job.acts.samples, "key": job.acts.keys, "status": job.acts.status}
@@ -307,7 +326,7 @@ def _write_safetensors(job: _Job, path: Path) -> list[ExportedLayer]:
     with _durable(path) as file:
         file.write(len(said).to_bytes(8, "little") + said)
         for layer in layers:
-            for rows in _blocks([layer]):
+            for rows in job.blocks([layer]):
                 file.write(layer[rows].data)
     return written
 
@@ -348,7 +367,7 @@ def _write_parquet(job: _Job, path: Path) -> list[ExportedLayer]:
         _durable(path) as file,
         parquet.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer,
     ):
-        for rows in _blocks(layers):
+        for rows in job.blocks(layers):
             arrays = [arrow.array(columns[name][rows], kinds[name]) for name in columns]
             for layer, dtype, field in zip(layers, dtypes, fields[len(columns) :], strict=True):
                 values = arrow.array(layer[rows].reshape(-1).astype(dtype, copy=False))
@@ -399,7 +418,7 @@ def _write_netcdf(job: _Job, path: Path) -> list[ExportedLayer]:
         ThreadPoolExecutor(acts._threads) as pool,
     ):
         for number, (layer, spec) in enumerate(zip(job.layers, specs, strict=True)):
-            for block in _blocks([layer]):
+            for block in job.blocks([layer]):
                 values = layer[block]
                 grid = store.chunk_grid(values.shape, spec.chunk)
                 before = block.start // spec.chunk[0]
@@ -459,7 +478,7 @@ def _write_rdm(job: _Job, path: Path) -> list[ExportedLayer]:
     said = {name: str(about[name]) for name in ("source", "model", "precision") if name in about}
     store.write_rdms(
         path,
-        {layer.name: dissimilarities(layer, rows, job.metric) for layer in job.layers},
+        {layer.name: job.matrix(layer, rows) for layer in job.layers},
         pairs,
         METRICS[job.metric],
         said | {_ABOUT: json.dumps(about)},

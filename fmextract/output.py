@@ -338,7 +338,8 @@ def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
         info = store.read_info(first)
     left_out = _joined(part for part in parts if isinstance(part, range))
     extra = {
-        **{name: value for name, value in info.extra.items() if name != "smaller_batches"},
+        **{name: value for name, value in info.extra.items() if name not in ("smaller_batches", "throughput")},
+        "throughput": _throughput(shards),
         **({"smaller_batches": smaller} if smaller else {}),
         **({"left_out": _said(left_out)} if left_out else {}),
     }
@@ -349,6 +350,12 @@ def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _throughput(shards: Sequence[Path]) -> Mapping[str, Any] | None:
+    """That of all shards together."""
+    with contextlib.ExitStack() as stack:
+        return reader.total_throughput(stack.enter_context(reader.open(path)).attrs for path in shards)
 
 
 def merged(

@@ -41,6 +41,7 @@ from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress,
 from fmextract.sources import open_source
 
 EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
+EFFECTIVE_SECONDS = 0.3  # that measuring may take of any run, however short
 NEAR_ZERO = 0.01  # of the root mean square of a layer's values: what is not above it counts as near zero
 
 
@@ -222,7 +223,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
             rows=rows,
         )
     )
-    sizes = _effective_sizes(prepared, chosen)
+    sizes, left_out = _effective_sizes(prepared, chosen)
     layers = tuple(_layer_spec(prepared, i, chosen, rows, sizes) for i in range(len(prepared.probed)))
     level = codecs.codec_named(config.codec).checked_level(config.level)
     threads = config.workers or _cores()
@@ -233,7 +234,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
     free = estimate.free_space(out)
     stored, needed = _on_disk(cost, layers, -(-rows // shard_rows), out)
     cost = replace(cost, bytes_stored=stored, bytes_needed=needed, bytes_free=free)
-    notes = [*chosen.notes, *estimate.advice(layers, cost, rows, free)]
+    notes = [*chosen.notes, *left_out, *estimate.advice(layers, cost, rows, free)]
     for note in notes:
         progress.note(note)
     return Plan(
@@ -371,16 +372,25 @@ _ON_DISK = {
 }
 
 
-def _effective_sizes(prepared: Prepared, chosen: choose.Chosen) -> Sequence[float | None]:
-    """Effective receptive fields, where measuring them (three passes a layer and image) is small beside the run."""
+def _effective_sizes(prepared: Prepared, chosen: choose.Chosen) -> tuple[Sequence[float | None], list[str]]:
+    """(effective receptive fields, a note where they were left out): three passes a layer and image.
+
+    `auto` measures them where that is short, or small beside the run: on one image if it must be.
+    """
     spatial = sum({"y", "x"} <= set(p.axes) for p in prepared.probed)
-    cost = 3 * EFFECTIVE_IMAGES * spatial * chosen.seconds_per_image
-    expected = len(prepared.source) * chosen.seconds_per_image
-    if not spatial or len(prepared.input_shape) != 3 or cost > choose.SHARE_OF_RUN * expected:
-        return [None] * len(prepared.probed)
+    none: list[float | None] = [None] * len(prepared.probed)
+    if not spatial or len(prepared.input_shape) != 3 or prepared.config.effective_fields == "never":
+        return none, []
+    count, cost = EFFECTIVE_IMAGES, 3 * spatial * chosen.seconds_per_image
+    if prepared.config.effective_fields == "auto":
+        run = len(prepared.source) * chosen.seconds_per_image
+        count = min(count, int(max(choose.SHARE_OF_RUN * run, EFFECTIVE_SECONDS) / cost))
+        if not count:
+            why = f"they would take {cost:.0f} s or more" if cost >= 1 else "the run is short"
+            return none, [f"effective receptive fields are not measured, as {why}; --effective-fields always does it"]
     with precision.lent(prepared.loaded.module, prepared.device), precision.numerics("fp32", prepared.device):
-        inputs, _ = _sample_inputs(prepared, EFFECTIVE_IMAGES)
-        return effective.effective_sizes(
+        inputs, _ = _sample_inputs(prepared, count)
+        sizes = effective.effective_sizes(
             prepared.loaded.module,
             prepared.forward,
             prepared.probed,
@@ -389,6 +399,7 @@ def _effective_sizes(prepared: Prepared, chosen: choose.Chosen) -> Sequence[floa
             reductions=_kept(prepared.reductions),
             stop=prepared.stop,
         )
+    return sizes, []
 
 
 def _layer_spec(

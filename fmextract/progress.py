@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 from fmextract.text import count, duration, printable, rate
 
-BAR = "{percentage:3.0f}% {bar} {n:,}/{total:,} images, {rate_noinv_fmt}, {remaining} left, ends {eta:%H:%M}{postfix}"
+BAR = "{percentage:3.0f}% {bar} {n:,}/{total:,}{unit}, {rate_noinv_fmt}, {remaining} left, ends {eta:%H:%M}{postfix}"
 
 
 class Quiet:
@@ -27,8 +27,8 @@ class TerminalProgress:
     A closed or full stderr never ends a run.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
+    def __init__(self, stream: TextIO | None = None, unit: str = "image") -> None:
+        self._stream, self._unit = stream or sys.stderr, unit
         self._bar: Any = None
         self._total = self._done = self._new = self._failed = 0
         self._began: float | None = None
@@ -59,7 +59,7 @@ class TerminalProgress:
             total=total,
             initial=done,
             file=self._stream,
-            unit=" images",
+            unit=f" {self._unit}s",
             smoothing=0,
             bar_format=BAR,
             dynamic_ncols=True,
@@ -88,12 +88,14 @@ class TerminalProgress:
 
     def _last_line(self, seconds: float) -> str:
         reached = self._done + self._new
-        said = count(self._total, "image") if reached >= self._total else f"{reached:,} of {self._total:,} images"
+        said = count(self._total, self._unit)
+        if reached < self._total:
+            said = f"{reached:,} of {self._total:,} {self._unit}s"
         parts = [f"{said} in {duration(seconds)}"]
         if self._done:
             parts.append(f"{self._done:,} of them were there before")
         if self._new and seconds > 0:
-            parts.append(f"{rate(self._new / seconds)} images/s")
+            parts.append(f"{rate(self._new / seconds)} {self._unit}s/s")
         if self._failed:
             parts.append(f"{self._failed:,} failed")
         return ", ".join(parts)

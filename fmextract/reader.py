@@ -21,7 +21,7 @@ import os
 import stat
 import threading
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -181,6 +181,15 @@ class Activations:
         return self._json("preprocess")
 
     @property
+    def throughput(self) -> Mapping[str, Any] | None:
+        """How fast the run was, over all its shards: `images`, `seconds`, `images_per_second`, and `busy_seconds` of
+        each stage, summed over its threads. None where the file does not say."""
+        total = total_throughput(file.attrs for file in self._files)
+        if total is None or not total["seconds"]:
+            return None
+        return {**total, "images_per_second": round(total["images"] / total["seconds"], 3)}
+
+    @property
     def versions(self) -> Mapping[str, Any]:
         """Versions of the libraries that made the file."""
         return self._json("versions")
@@ -255,6 +264,7 @@ class Activations:
             "weights_sha256": self.attrs.get("weights_sha256"),
             "precision": self.attrs.get("precision"),
             "created": self.attrs.get("created"),
+            "throughput": self.throughput,
             "rows": len(self),
             "failed": len(failed),
             "failures": [
@@ -290,6 +300,21 @@ class Activations:
         if not isinstance(value, dict):
             raise DamagedError(f"{self.path}: attribute {name} is not a JSON object")
         return value
+
+
+def total_throughput(files: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The sum of the root attributes `throughput` of some files; None where none of them has a sound one."""
+    images, seconds, busy = 0, 0.0, Counter[str]()
+    for attrs in files:
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            said = json.loads(attrs["throughput"])
+            of_stages = {str(stage): float(spent) for stage, spent in said["busy_seconds"].items()}
+            images, seconds = images + int(said["images"]), seconds + float(said["seconds"])
+            busy.update(of_stages)
+    if not images:
+        return None
+    rounded = {stage: round(spent, 3) for stage, spent in busy.items()}
+    return {"images": images, "seconds": round(seconds, 3), "busy_seconds": rounded}
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,8 @@ _CHUNK_RECORD_BYTES = 24
 _LIBVER = ("earliest", "v110")
 _STRING = h5py.string_dtype("utf-8")
 _DERIVED_ATTRS = ("DIMENSION_LIST", "REFERENCE_LIST")
+_NOT_CONTENT = ("content_digest", "throughput")
+"""Root attributes that say nothing of what is stored: two runs that store the same differ in their speed."""
 
 
 # ---------------------------------------------------------------------------------------------------- names and errors
@@ -883,8 +885,8 @@ def content_digest(path: Path) -> str:
     It covers, in the order of creation: the path of every object; its attributes by name, with type, shape and value;
     of every dataset the type, shape, greatest shape, chunk shape, filters, fill value and the path of the scale on
     each axis; the digest of every stored chunk of the activations, and the values of every other dataset. It does not
-    cover where in the file things lie, the root attribute `content_digest`, nor the object references that scales
-    are made of: they enter as the scales' paths.
+    cover where in the file things lie, the root attributes `content_digest` and `throughput`, nor the object references
+    that scales are made of: they enter as the scales' paths.
     """
     with open_shard(path) as file, _reading(file):
         return _content_digest(file, {})
@@ -898,7 +900,7 @@ def _content_digest(file: h5py.File, known: Mapping[str, Mapping[tuple[int, ...]
     for path, node in nodes:
         _put(hasher, "dataset" if isinstance(node, h5py.Dataset) else "group", path)
         for name in sorted(node.attrs):
-            if name not in _DERIVED_ATTRS and (path, name) != ("/", "content_digest"):
+            if name not in _DERIVED_ATTRS and not (path == "/" and name in _NOT_CONTENT):
                 _put(hasher, "attribute", name, *_attribute_parts(node, name))
         if isinstance(node, h5py.Dataset):
             _put(hasher, *_description(node, paths))

@@ -116,6 +116,12 @@ def modules(rows: Sequence[ModuleRow]) -> str:
     return _table(head, lines, right=("index", "calls", "bytes/image", "sees"))
 
 
+def _speed(said: Mapping[str, Any] | None) -> str | None:
+    if said is None:
+        return None
+    return f"{text.rate(said['images_per_second'])} images/s, {said['images']:,} images in {said['seconds']:,.1f} s"
+
+
 def info(said: Mapping[str, Any]) -> str:
     """What an output holds; `said` is what `Activations.info` returns."""
     facts = [
@@ -125,6 +131,7 @@ def info(said: Mapping[str, Any]) -> str:
         ("weights", f"sha256 {said['weights_sha256']}" if said["weights_sha256"] else None),
         ("precision", said["precision"]),
         ("created", said["created"]),
+        ("speed", _speed(said["throughput"])),
         ("rows", f"{said['rows']:,}" + (f", {said['failed']:,} of them failed" if said["failed"] else "")),
         ("values", f"{text.byte_count(said['bytes_raw'])} → {text.byte_count(said['bytes_stored'])} on disk"),
     ]

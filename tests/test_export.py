@@ -31,6 +31,7 @@ import fmextract as fm
 from fmextract import dissimilarity, exporting, reader, store
 from fmextract.cli import main
 from fmextract.errors import ConfigError, DamagedError, MissingExtra, OutputError
+from fmextract.progress import Quiet
 from fmextract.verify import verify
 
 ROWS, CUTS = 21, (8, 16)
@@ -610,3 +611,29 @@ def test_a_place_that_cannot_be_written(source: Path) -> None:
     for to, name in NAMES.items():
         with pytest.raises(OutputError, match="cannot write /dev/null/"):
             fm.export(source, to=to, out=Path(os.devnull) / "there" / name)
+
+
+class Told(Quiet):
+    """A Progress that keeps what it is told of rows."""
+
+    def __init__(self) -> None:
+        self.total = self.done = 0
+        self.finished = False
+
+    def start(self, total: int, done: int) -> None:
+        self.total = total
+
+    def advance(self, images: int, failed: int) -> None:
+        self.done += images
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+@pytest.mark.parametrize("to", NAMES)
+def test_the_progress_is_told_of_every_row_of_every_layer(tmp_path: Path, to: str) -> None:
+    arrays = {"a": np.random.default_rng(0).random((7, 2, 3, 3), np.float32), "b": np.eye(7, 5, dtype=np.float32)}
+    make_file(tmp_path / "acts.h5", arrays)
+    told = Told()
+    exporting.export(tmp_path / "acts.h5", to=to, out=tmp_path / NAMES[to], progress=told)
+    assert (told.total, told.done, told.finished) == (14, 14, True)

@@ -168,6 +168,7 @@ def _legend(examples: Sequence[Example]) -> str:
     if region is not None:
         words.append(KINDS[region.kind])
         words += ["dashed: all that it can see"] if region.theoretical else []
+        words += ["what it uses: extract with --effective-fields always"] if region.kind == "theoretical" else []
     return "   ·   ".join(words)
 
 

@@ -56,7 +56,6 @@ def shown(text: object) -> str:
 def run(acts: Activations) -> dict[str, Any]:
     """What was run, in words and numbers; what the file does not say is left out."""
     config, info = acts.config, acts.info()
-    throughput = _number(config.get("images_per_second")) or _number(acts.attrs.get("images_per_second"))
     by_status = np.bincount(acts.status, minlength=len(STATUS_MEANINGS))
     facts = {
         "model": acts.attrs.get("model"),
@@ -66,7 +65,7 @@ def run(acts: Activations) -> dict[str, Any]:
         "precision": acts.attrs.get("precision"),
         "device": config.get("device"),
         "batch size": config.get("batch_size"),
-        "throughput": f"{throughput:,.1f} images/s" if throughput else None,
+        "throughput": _throughput(info["throughput"]),
         "created": acts.attrs.get("created"),
         "files": info["files"],
         "versions": ", ".join(f"{name} {version}" for name, version in acts.versions.items()),
@@ -84,8 +83,13 @@ def run(acts: Activations) -> dict[str, Any]:
     }
 
 
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float, np.number)) and math.isfinite(value) else None
+def _throughput(said: Mapping[str, Any] | None) -> str | None:
+    if said is None:
+        return None
+    busy = sorted(said["busy_seconds"].items(), key=lambda item: -item[1])[:3]
+    stages = ", ".join(f"{stage} {seconds:,.1f} s" for stage, seconds in busy)
+    speed = f"{said['images_per_second']:,.1f} images/s: {said['images']:,} images in {said['seconds']:,.1f} s"
+    return f"{speed}; busiest, over all threads: {stages}" if stages else speed
 
 
 def _weights(acts: Activations) -> str:

@@ -1,0 +1,53 @@
+"""When effective receptive fields are measured: `--effective-fields`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import Notes, extract, make_photos
+
+from fmextract import prepare, reader
+from fmextract.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("fields") / "photos", 4)
+
+
+def measured(photos: Path, out: Path, **options: Any) -> tuple[dict[str, Any], Notes]:
+    notes = Notes()
+    extract(photos, out, notes=notes, **options)
+    with reader.open(out) as acts:
+        return {name: acts[name].attrs.get("erf_size") for name in acts.layers}, notes
+
+
+def test_auto_measures_what_is_quickly_measured(photos: Path, tmp_path: Path) -> None:
+    found, notes = measured(photos, tmp_path / "acts.h5")
+    assert found == {"conv": 3.0, "relu": 3.0, "fc": None}  # a 3 x 3 kernel
+    assert "--effective-fields" not in notes
+
+
+def test_auto_leaves_out_what_would_be_much_of_the_run(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "EFFECTIVE_SECONDS", 0.0)
+    found, notes = measured(photos, tmp_path / "acts.h5")
+    assert set(found.values()) == {None}
+    assert "--effective-fields always" in notes
+    found, notes = measured(photos, tmp_path / "always.h5", effective_fields="always")
+    assert found["conv"] == 3.0
+    assert "--effective-fields" not in notes
+
+
+def test_never(photos: Path, tmp_path: Path) -> None:
+    found, notes = measured(photos, tmp_path / "acts.h5", effective_fields="never")
+    assert set(found.values()) == {None}
+    assert "--effective-fields" not in notes
+
+
+def test_another_word_is_refused(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--effective-fields"):
+        extract(photos, tmp_path / "acts.h5", effective_fields="often")
