@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from fmextract import __version__, tables, text
-from fmextract.config import EFFECTIVE_FIELDS, MEMORY_FORMATS, PRECISIONS, STORES, Config, parse_size
+from fmextract.config import DECODERS, EFFECTIVE_FIELDS, MEMORY_FORMATS, PRECISIONS, STORES, Config, parse_size
 from fmextract.errors import FmextractError
 from fmextract.progress import TerminalProgress
 
@@ -143,6 +143,11 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
         "default, the name of a set of weights, random:SEED, or a file (.safetensors, .pth). [default: default]",
     ),
     "exif": (bool, None, "Turn photos as their EXIF orientation says."),
+    "decode": (
+        str,
+        "|".join(DECODERS),
+        "Where JPEGs become pixels; device: plain ones on CUDA (torchcodec, a few levels off; untried). [default: cpu]",
+    ),
     "precision": (
         str,
         "|".join(PRECISIONS),

@@ -13,6 +13,7 @@ from fmextract.errors import ConfigError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 STORES = ("float32", "float16")
+DECODERS = ("cpu", "device")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 EFFECTIVE_FIELDS = ("auto", "always", "never")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -82,6 +83,7 @@ class Config:
     preprocess: Any = "model"
     size: str | None = None
     exif: bool = False
+    decode: str = "cpu"
     precision: str = "auto"
     max_error: float = 0.02
     batch_size: int | None = None
@@ -106,6 +108,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _one_of("--precision", self.precision, PRECISIONS)
+        _one_of("--decode", self.decode, DECODERS)
         _one_of("--store", self.store, STORES)
         _one_of("--memory-format", self.memory_format, MEMORY_FORMATS)
         _one_of("--effective-fields", self.effective_fields, EFFECTIVE_FIELDS)

@@ -66,6 +66,7 @@ class Work:
     source: Source
     preprocess: images.Preprocessing | None
     exif: bool
+    jpegs: images.DeviceJpegs | None  # what decodes plain JPEGs on the device; None: the CPU decodes everything
     input_shape: tuple[int, ...]
     ready: bool  # the images are the model's inputs already: float, not to be normalised
     model: nn.Module
@@ -208,13 +209,33 @@ class _Decoder:
         )
 
     def _decode_all(self, rows: range, into: torch.Tensor) -> list[tuple[int, int, SampleError | None]]:
-        return [self._decode(row, into[i]) for i, row in enumerate(rows)]
+        if self._work.jpegs is None or self._work.ready:
+            return [self._decode(row, into[i]) for i, row in enumerate(rows)]
+        started = time.perf_counter()
+        self._in_flight.begin(rows.start)
+        try:
+            loaded = [self._loaded(row) for row in rows]
+            sizes = self._work.jpegs.decode(loaded, self._work.preprocess, into)
+        finally:
+            self._in_flight.end()
+            self._tally.add("decode", time.perf_counter() - started)
+        return [
+            (*size, None) if size is not None else self._decode(row, into[i], loaded[i])
+            for i, (row, size) in enumerate(zip(rows, sizes, strict=True))
+        ]
 
-    def _decode(self, row: int, into: torch.Tensor) -> tuple[int, int, SampleError | None]:
+    def _loaded(self, row: int) -> Any:
+        """None where that fails: `_decode` then loads it again, and says why."""
+        with suppress(SampleError):
+            return self._work.source.load(row)
+        return None
+
+    def _decode(self, row: int, into: torch.Tensor, loaded: Any = None) -> tuple[int, int, SampleError | None]:
         started = time.perf_counter()
         self._in_flight.begin(row)
         try:
-            image = images.decode(self._work.source.load(row), self._work.preprocess, exif=self._work.exif)
+            data = self._work.source.load(row) if loaded is None else loaded
+            image = images.decode(data, self._work.preprocess, exif=self._work.exif)
             if image.ready != self._work.ready or image.pixels.shape != into.shape:
                 raise SampleError(
                     Status.UNDECODABLE,

@@ -86,11 +86,15 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
     """Open, build, survey, probe. Raises SourceError, ModelError, LayerError or ConfigError, each with what to do."""
     codecs.codec_named(config.codec).checked_level(config.level)
     where = device.pick(config.device)
+    if config.decode == "device":
+        images.device_decoder(where)  # before the model is built, which may take long
     if config.precision != "auto":
         precision.check(config.precision, where)
     opened = open_source(source, limit=config.limit, allow_outside=config.allow_outside)
     loaded = models.load_model(model, config.weights, config.preprocess, config.size)
     input_shape, ready = _input_shape(opened, loaded, config)
+    if config.decode == "device":
+        images.check_fits_on_device(loaded.preprocess)
     memory_format = precision.resolve_memory_format(config.memory_format, loaded.module)
     if where.type == "cpu":
         precision.keep_freed_memory()
@@ -460,6 +464,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "preprocess": models.describe_preprocess(loaded.preprocess),
         "input_shape": list(prepared.input_shape),
         "exif": config.exif,
+        "decode": config.decode,
         "layers": [p.tap.name for p in prepared.probed],
         "precision": config.precision,
         "memory_format": prepared.memory_format,
@@ -494,7 +499,18 @@ def _describe_run(prepared: Prepared) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of what makes the values: libraries, Python, the kind of machine."""
-    names = ("fmextract", "torch", "torchvision", "h5py", "numpy", "pillow", "simplejpeg", "isal", "triton")
+    names = (
+        "fmextract",
+        "torch",
+        "torchvision",
+        "h5py",
+        "numpy",
+        "pillow",
+        "simplejpeg",
+        "torchcodec",
+        "isal",
+        "triton",
+    )
     return {name: _version(name) for name in names} | {
         "python": platform.python_version(),
         "machine": platform.machine(),

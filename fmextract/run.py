@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import engine, estimate, index, precision, reader, replay, taps
+from fmextract import engine, estimate, images, index, precision, reader, replay, taps
 from fmextract.config import Config
 from fmextract.device import is_out_of_memory
 from fmextract.errors import TooManyFailures
@@ -172,6 +172,7 @@ def working(prepared: Prepared, made: Plan) -> Iterator[engine.Work]:
             source=prepared.source,
             preprocess=prepared.loaded.preprocess,
             exif=prepared.config.exif,
+            jpegs=images.DeviceJpegs(where) if prepared.config.decode == "device" else None,
             input_shape=prepared.input_shape,
             ready=prepared.ready,
             model=module,

@@ -24,8 +24,8 @@ ORDER = re.findall(
     text config progress channel pool selection heaps moments boxes
     codecs
     store index lock watch feeding reader
-    sources images models axes taps geometry effective reducers stats
-    planning chunks device compiled precision choose engine estimate prepare replay output
+    device sources images models axes taps geometry effective reducers stats
+    planning chunks compiled precision choose engine estimate prepare replay output
     run verify launch
     similarity dissimilarity comparison
     look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where look.depth
