@@ -498,30 +498,20 @@ def _describe_run(prepared: Prepared) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what makes the values: libraries, Python, the kind of machine."""
-    names = (
-        "fmextract",
-        "torch",
-        "torchvision",
-        "h5py",
-        "numpy",
-        "pillow",
-        "simplejpeg",
-        "torchcodec",
-        "isal",
-        "triton",
-    )
-    return {name: _version(name) for name in names} | {
+    """Of what makes the values: libraries that are installed, Python, the kind of machine."""
+    names = "fmextract torch torchvision h5py numpy pillow simplejpeg torchcodec isal triton".split()
+    found = {name: _version(name) for name in names}
+    return {name: version for name, version in found.items() if version} | {
         "python": platform.python_version(),
         "machine": platform.machine(),
     }
 
 
-def _version(name: str) -> str:
+def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "unknown"
+        return None
 
 
 def _cores() -> int:
