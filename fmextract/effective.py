@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fmextract.errors import CaptureError
 from fmextract.geometry import Reduced
 from fmextract.records import Field
 from fmextract.taps import Event, Forward, Probed, Reduce, tapped
@@ -40,8 +41,8 @@ def effective_sizes(
     The square is centred on the cell in the middle of the map; squared gradients are averaged over `inputs` (n,
     channel, y, x), the model's inputs in float32: two are enough. `fields`, `reductions` as in `trace_fields`. Takes
     one forward pass an image and one backward pass a tap and image. None for a tap without axes y and x, and where the
-    model has no gradient (quantised layers, a forward under `no_grad`, values overwritten that the gradient needs). The
-    model is as before on every way out.
+    model has no gradient (quantised layers, a forward under `no_grad`, values overwritten that the gradient needs). An
+    image that the model fails on is passed over. The model is as before on every way out.
     """
     kept = [
         reduced or (_whole, tap.axes) for tap, reduced in zip(probed, reductions or [None] * len(probed), strict=True)
@@ -60,8 +61,12 @@ def effective_sizes(
                 # The model gets a copy, which it may write to: a leaf may not be.
                 try:
                     values = capture.forward(forward, leaf.clone())
-                except RuntimeError:  # an in-place operation that autograd does not allow
-                    return sizes
+                except CaptureError:
+                    raise
+                except (
+                    Exception
+                ):  # an in-place operation that autograd does not allow; an image that the model fails on
+                    continue
             for i, value in zip(spatial, values, strict=True):
                 energy = _energy(value, leaf)
                 if energy is not None:

@@ -499,8 +499,19 @@ def _describe_run(prepared: Prepared) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of what makes the values: libraries that are installed, Python, the kind of machine."""
-    names = "fmextract torch torchvision h5py numpy pillow simplejpeg torchcodec isal triton".split()
-    found = {name: _version(name) for name in names}
+    made_by = (
+        "fmextract",
+        "torch",
+        "torchvision",
+        "h5py",
+        "numpy",
+        "pillow",
+        "simplejpeg",
+        "torchcodec",
+        "isal",
+        "triton",
+    )
+    found = {name: _version(name) for name in made_by}
     return {name: version for name, version in found.items() if version} | {
         "python": platform.python_version(),
         "machine": platform.machine(),
