@@ -30,7 +30,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from fmextract.channel import Channel, Closed
-from fmextract.errors import ConfigError
+from fmextract.errors import ConfigError, DeviceLost
 
 
 def pick(text: str) -> torch.device:
@@ -73,6 +73,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+
+
+def lost(error: BaseException) -> DeviceLost | None:
+    """What an error of an accelerator, or of its memory, means where no image is to blame; None for any other error.
+
+    Such errors surface late, in whatever asks the device for something next.
+    """
+    said = str(error).strip().partition("\n")[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return DeviceLost(
+            f"the device has no memory left: {said} What is done is kept, and the same command goes on from there; a"
+            " new run (--overwrite) needs less of it with a smaller --batch-size, fewer layers or reducers."
+        )
+    kind = getattr(torch, "AcceleratorError", None)  # torch 2.8 and later
+    if (kind is not None and isinstance(error, kind)) or (isinstance(error, RuntimeError) and "CUDA error" in said):
+        return DeviceLost(f"the device failed: {said}. What is done is kept: the same command goes on from there.")
+    return None
 
 
 class Download(Protocol):

@@ -27,7 +27,7 @@ from torch import nn
 from fmextract import chunks, images, index, store
 from fmextract.channel import Channel, Closed
 from fmextract.config import FailureBudget
-from fmextract.device import TOO_SMALL, Download, Transfers, is_out_of_memory, transfers
+from fmextract.device import TOO_SMALL, Download, Transfers, is_out_of_memory, lost, transfers
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
 from fmextract.moments import settled
 from fmextract.planning import Plan
@@ -124,8 +124,13 @@ def run_shards(work: Work, directory: Path, shards: Sequence[range], progress: P
         pipeline.finish()
     except BaseException as error:
         pipeline.abort()
+        cause = error
         if isinstance(error, Closed) and pipeline.failure is not None:
-            raise pipeline.failure from None  # a stage failed and closed the queues: its error is the one to tell
+            cause = pipeline.failure  # a stage failed and closed the queues: its error is the one to tell
+        if (told := lost(cause)) is not None:
+            raise told from cause
+        if cause is not error:
+            raise cause from None
         raise
     finally:
         watch.stop()

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from fmextract import engine, images, reader
-from fmextract.device import DeviceTransfers
+from fmextract.device import DeviceTransfers, _DeviceDownload
+from fmextract.errors import DeviceLost
 from tests import runs, simulated_device
 from tests.simulated_device import installed
 
@@ -155,3 +156,49 @@ def test_memory_on_the_device_does_not_grow_with_the_images(tmp_path: Path) -> N
         runs.extract(photos, tmp_path / f"{len(peaks)}.h5", device=str(found), shard_size="64MiB")
         peaks.append(torch.accelerator.max_memory_allocated())
     assert peaks[2] == pytest.approx(peaks[1], rel=0.05, abs=1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 2 GiB."), "no memory left: Tried to allocate 2 GiB. What is done"),
+        (
+            torch.AcceleratorError("CUDA error: an illegal memory access"),
+            "failed: CUDA error: an illegal memory access",
+        ),
+        (
+            RuntimeError("CUDA error: device-side assert\nCompile with …"),
+            "failed: CUDA error: device-side assert. What",
+        ),
+    ],
+)
+@pytest.mark.parametrize("place", ["statistics", "download", "wait"])
+def test_an_error_of_the_device_ends_a_run_that_resumes(
+    device: torch.device,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: RuntimeError,
+    said: str,
+    place: str,
+) -> None:
+    """Wherever it surfaces: where statistics are queued, copies are queued, or a copy is waited for."""
+    photos = runs.make_photos(tmp_path / "photos", ROWS)
+    owner, name = {
+        "statistics": (engine._Pipeline, "_describe"),
+        "download": (DeviceTransfers, "download"),
+        "wait": (_DeviceDownload, "wait"),
+    }[place]
+    calls, good = iter(range(100)), getattr(owner, name)
+
+    def failing(self: Any, *args: Any) -> Any:
+        if next(calls) == 1:
+            raise error
+        return good(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing)
+        with pytest.raises(DeviceLost, match=said):
+            runs.extract(photos, tmp_path / "out.h5", device=str(device))
+    assert not (tmp_path / "out.h5").exists()
+    result = runs.extract(photos, tmp_path / "out.h5", device=str(device))
+    assert result.images == ROWS
