@@ -404,7 +404,8 @@ def test_compressors_release_the_gil(codec: str) -> None:
     # With so long an interval nothing takes the GIL from a thread that does not give it away.
     sys.setswitchinterval(100)
     try:
-        worker = threading.Thread(target=lambda: (started.set(), CODECS[codec].compress(planes, 1)))
+        # Several times: on a busy machine a quick codec would be done before anybody had a turn.
+        worker = threading.Thread(target=lambda: (started.set(), [CODECS[codec].compress(planes, 1) for _ in range(8)]))
         worker.start()
         started.wait()
         while worker.is_alive():

@@ -21,8 +21,8 @@ from fmextract.errors import ConfigError
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("top")
     write_photos(root / "photos")
-    small_run(root / "photos", root / "acts.h5").close()
-    small_run(root / "photos", root / "shards", shard_size="20KiB").close()
+    small_run(root / "photos", root / "acts.h5", effective_fields="never").close()
+    small_run(root / "photos", root / "shards", effective_fields="never", shard_size="20KiB").close()
     return root
 
 
