@@ -6,7 +6,9 @@ import { chromium } from "playwright-core";
 const asked = JSON.parse(readFileSync(0, "utf-8"));
 const browser = await chromium.launch({ executablePath: asked.chromium, args: ["--no-sandbox", "--disable-gpu"] });
 
-const settled = (page) => page.waitForFunction(() => document.body.dataset.ready === "yes");
+// A change of the hash is told to the page a task later: until then it still says that it is ready.
+const told = () => new Promise((done) => setTimeout(() => requestAnimationFrame(() => setTimeout(done, 20)), 20));
+const settled = (page) => page.evaluate(told).then(() => page.waitForFunction(() => document.body.dataset.ready === "yes"));
 const STEPS = {
   evaluate: (page, code) => page.evaluate(code),
   click: (page, selector) => page.click(selector),
