@@ -119,14 +119,14 @@ def _first_trial(question: Question) -> tuple[torch.Tensor, _Trial]:
                 continue
             if isinstance(error, FmextractError):
                 raise
-            # An image that the model fails on is a matter of its row: what it fails on every time is not.
-            inputs = torch.zeros_like(inputs)
-            try:
-                return inputs, _Trial.of(question, "fp32", inputs, None)
-            except Exception:
-                raise LayerError(
-                    f"the model fails on a batch of {n} images: {type(error).__name__}: {error}"
-                ) from error
+            why = f"{type(error).__name__}: {error}"
+        # Only here: the error holds on to the frames of the pass, and they to its activations.
+        # An image that the model fails on is a matter of its row: what it fails on every time is not.
+        inputs = torch.zeros_like(inputs)
+        try:
+            return inputs, _Trial.of(question, "fp32", inputs, None)
+        except Exception as error:
+            raise LayerError(f"the model fails on a batch of {n} images: {why}") from error
     raise AssertionError("unreachable: one image was tried")
 
 

@@ -589,20 +589,23 @@ class _Pipeline:
         except Exception as error:
             if is_out_of_memory(error):
                 raise MemoryError(str(error)) from error
-            return self._one_by_one(again(), rows, samples, error)
+            why = str(error)
+        # Only here: the error holds on to the frames of the pass, and they to its activations.
+        return self._one_by_one(again(), rows, samples, why)
 
-    def _one_by_one(
-        self, inputs: torch.Tensor, rows: range, samples: SampleTable, error: Exception
-    ) -> list[torch.Tensor]:
+    def _one_by_one(self, inputs: torch.Tensor, rows: range, samples: SampleTable, why: str) -> list[torch.Tensor]:
         """The batch made the model raise: run each image among black ones, and fail those that raise alone.
 
-        Position and neighbours never change a bit of a row, so the others come out as they would have.
+        Position and neighbours never change a bit of a row, so the others come out as they would have. Raises
+        MemoryError, or DeviceLost, for what no image is to blame for.
         """
         neutral = torch.zeros_like(inputs)
         try:
             made = [t.clone() for t in self._work.capture.forward(self._work.forward, neutral.clone())]
-        except Exception:
-            raise DeviceLost(f"the model fails on any input, first at row {rows.start}: {error}") from error
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise MemoryError(str(error)) from error
+            raise DeviceLost(f"the model fails on any input, first at row {rows.start}: {why}") from error
         for i, row in enumerate(rows):
             if samples.status[row - samples.start] != Status.OK:
                 continue
@@ -612,7 +615,11 @@ class _Pipeline:
                 tensors = self._work.capture.forward(self._work.forward, alone)
             except CaptureError:
                 raise
-            except Exception as its:  # whatever a model raises for this one image is that image's verdict
+            except Exception as its:  # whatever else a model raises for this one image is that image's verdict
+                if is_out_of_memory(its):
+                    raise MemoryError(str(its)) from its
+                if (told := lost(its)) is not None:
+                    raise told from its
                 self._fail(samples, row, SampleError(Status.FORWARD_FAILED, f"{type(its).__name__}: {its}"))
                 continue
             for kept, tensor in zip(made, tensors, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -225,3 +226,29 @@ class Small(nn.Module):
 def test_a_model_that_always_fails_is_refused_in_its_own_words() -> None:
     with pytest.raises(LayerError, match="fails on a batch of 8 images: ValueError: three are enough"):
         choose.choose(question(Small().eval(), precision="fp32"))
+
+
+class Dark(nn.Module):
+    """Fails on a large batch that is not black, and notes whether what that pass made is in memory at the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Conv2d(3, 4, 1)
+        self.failed: weakref.ref[torch.Tensor] | None = None
+        self.kept: list[bool] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.failed is not None:
+            self.kept.append(self.failed() is not None)
+        made: torch.Tensor = self.scale(x)
+        if len(x) > 3 and x.any():
+            self.failed = weakref.ref(made)
+            raise ValueError("too bright")
+        return made
+
+
+def test_a_failed_pass_gives_its_memory_back_before_the_next_one() -> None:
+    model = Dark().eval()
+    choose.choose(question(model, precision="fp32", batch_size=8))
+    assert model.kept
+    assert not any(model.kept)

@@ -142,16 +142,53 @@ class Choosy(Tiny):
         return super().forward(x)
 
 
-def test_an_image_that_the_model_refuses_fails_alone(tmp_path: Path) -> None:
+def with_one_too_bright() -> list[np.ndarray[Any, Any]]:
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (8, 8, 3), np.uint8) for _ in range(10)]
-    extract(images, tmp_path / "sound")
     images[6] = np.full((8, 8, 3), 255, np.uint8)
+    return images
+
+
+def test_an_image_that_the_model_refuses_fails_alone(tmp_path: Path) -> None:
+    images = with_one_too_bright()
+    extract(images, tmp_path / "sound")
     assert extract(images, tmp_path / "out", model=Choosy()).failures == (("000006", "ValueError: too bright"),)
     with reader.open(tmp_path / "out") as acts, reader.open(tmp_path / "sound") as good:
         assert acts.status.tolist() == [0] * 6 + [Status.FORWARD_FAILED] + [0] * 3
         fine = acts.rows()
         np.testing.assert_array_equal(acts["conv"][fine], good["conv"][fine])
+
+
+class Unlucky(Choosy):
+    """Choosy, and among black images it once meets an error of the device."""
+
+    def __init__(self, error: RuntimeError) -> None:
+        super().__init__()
+        self.error: RuntimeError | None = error
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        lit = (x > x.min()).flatten(1).any(1)  # black is the least value there is
+        if self.error is not None and len(x) == 4 and lit.sum() == 1:
+            error, self.error = self.error, None
+            raise error
+        return super().forward(x)
+
+
+def test_no_image_is_to_blame_where_memory_runs_out(tmp_path: Path) -> None:
+    model = Unlucky(torch.OutOfMemoryError("out of memory"))
+    result = extract(with_one_too_bright(), tmp_path / "out", model=model)
+    assert model.error is None
+    assert result.failures == (("000006", "ValueError: too bright"),)
+    assert result.batch_size == 2
+
+
+def test_no_image_is_to_blame_where_the_device_fails(tmp_path: Path) -> None:
+    model = Unlucky(RuntimeError("CUDA error: an illegal memory access"))
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        extract(with_one_too_bright(), tmp_path / "out", model=model)
+    assert extract(with_one_too_bright(), tmp_path / "out", model=model).failures == (
+        ("000006", "ValueError: too bright"),
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- budget
