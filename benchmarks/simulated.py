@@ -171,6 +171,8 @@ class _Download:
     def __init__(self, ring: Ring, slot: dict[int, torch.Tensor], copied: Future[list[torch.Tensor]]) -> None:
         self._ring, self._slot, self._copied = ring, slot, copied
 
+    computing = copying = 0.0
+
     def wait(self) -> list[torch.Tensor]:
         return self._copied.result()
 

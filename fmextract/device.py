@@ -23,6 +23,7 @@ MPS has neither a second stream nor `record_stream`: there every copy is waited 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Protocol, TypeVar
@@ -93,7 +94,14 @@ def lost(error: BaseException) -> DeviceLost | None:
 
 
 class Download(Protocol):
-    """Activations on their way to the host."""
+    """Activations on their way to the host.
+
+    `computing`: seconds that the device took from `reserve` to these tensors, `copying`: seconds of bringing them here.
+    Both are known once `wait` has returned; asking for them waits for nothing.
+    """
+
+    computing: float
+    copying: float
 
     def wait(self) -> list[torch.Tensor]:
         """The tensors in host memory, finished; valid until `release`."""
@@ -117,7 +125,10 @@ class Transfers(Protocol):
         """The content of an `input_buffer` on the device. The buffer is handed back by this call."""
 
     def reserve(self) -> None:
-        """Before a forward pass: wait until there is room for its activations. Raises channel.Closed after `close`."""
+        """Before a forward pass: wait until there is room for its activations; from then on its time counts.
+
+        Without effect where room is reserved already. Raises channel.Closed after `close`.
+        """
 
     def download(self, tensors: Sequence[torch.Tensor]) -> Download:
         """Start bringing `tensors` to the host, into the room that was reserved."""
@@ -142,6 +153,7 @@ class HostTransfers:
         self.ahead = depth
         self._room: Channel[int] = Channel(depth, range(depth))
         self._reserved = False
+        self._began = 0.0
         self._buffers: list[torch.Tensor] = []
 
     def input_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -158,19 +170,23 @@ class HostTransfers:
     def reserve(self) -> None:
         if not self._reserved:
             self._room.get()
-            self._reserved = True
+            self._reserved, self._began = True, time.perf_counter()
 
     def download(self, tensors: Sequence[torch.Tensor]) -> Download:
+        self.reserve()
         self._reserved = False
-        return _HostDownload([t.cpu() for t in tensors], self._room)
+        here = [t.cpu() for t in tensors]  # MPS waits for its computing here, and for next to nothing else
+        return _HostDownload(here, time.perf_counter() - self._began, self._room)
 
     def close(self) -> None:
         self._room.close()
 
 
 class _HostDownload:
-    def __init__(self, tensors: list[torch.Tensor], room: Channel[int]) -> None:
-        self._tensors, self._room = tensors, room
+    copying = 0.0
+
+    def __init__(self, tensors: list[torch.Tensor], computing: float, room: Channel[int]) -> None:
+        self._tensors, self.computing, self._room = tensors, computing, room
 
     def wait(self) -> list[torch.Tensor]:
         return self._tensors
@@ -190,6 +206,7 @@ class DeviceTransfers:
         self._copy = torch.Stream(device)
         self._slots: Channel[_Slot] = Channel(depth, [_Slot() for _ in range(depth)])
         self._reserved: _Slot | None = None
+        self._began = torch.Event(device, enable_timing=True)
         self._free: list[torch.Tensor] = []
         self._uploading: list[tuple[torch.Event, torch.Tensor]] = []
 
@@ -214,7 +231,9 @@ class DeviceTransfers:
         return there
 
     def reserve(self) -> None:
-        self._reserved = self._reserved or self._slots.get()
+        if self._reserved is None:
+            self._reserved = self._slots.get()
+            self._began = self._record(torch.accelerator.current_stream(self._device))
 
     def download(self, tensors: Sequence[torch.Tensor]) -> Download:
         self.reserve()
@@ -222,16 +241,21 @@ class DeviceTransfers:
         assert slot is not None
         sources = [t.contiguous() for t in tensors]  # rule 2, on the compute stream
         views = slot.views(sources)
-        ready = torch.Event(self._device)
-        ready.record(torch.accelerator.current_stream(self._device))
+        ready = self._record(torch.accelerator.current_stream(self._device))
         self._copy.wait_event(ready)  # rules 3 and 7
+        copying = self._record(self._copy)
         with self._copy:
             for source, view in zip(sources, views, strict=True):
                 view.copy_(source, non_blocking=True)
                 source.record_stream(self._copy)  # rule 6
-        done = torch.Event(self._device)
-        done.record(self._copy)  # rule 4
-        return _DeviceDownload(slot, views, done, self._slots)
+        done = self._record(self._copy)  # rule 4
+        return _DeviceDownload(slot, views, (self._began, ready, copying, done), self._slots)
+
+    def _record(self, stream: torch.Stream) -> torch.Event:
+        """Happens when what is queued on `stream` so far is done; the device notes the time, and nobody waits."""
+        event = torch.Event(self._device, enable_timing=True)
+        event.record(stream)
+        return event
 
     def close(self) -> None:
         self._slots.close()
@@ -258,11 +282,17 @@ class _Slot:
 
 
 class _DeviceDownload:
-    def __init__(self, slot: _Slot, views: list[torch.Tensor], done: torch.Event, ring: Channel[_Slot]) -> None:
-        self._slot, self._views, self._done, self._ring = slot, views, done, ring
+    def __init__(
+        self, slot: _Slot, views: list[torch.Tensor], times: tuple[torch.Event, ...], ring: Channel[_Slot]
+    ) -> None:
+        """`times`: the pass began, its tensors were there, copying began, the copies are there."""
+        self._slot, self._views, self._times, self._ring = slot, views, times, ring
+        self.computing = self.copying = 0.0
 
     def wait(self) -> list[torch.Tensor]:
-        self._done.synchronize()  # rule 5
+        began, ready, copying, done = self._times
+        done.synchronize()  # rule 5; the other three happen before it
+        self.computing, self.copying = began.elapsed_time(ready) / 1000, copying.elapsed_time(done) / 1000
         return self._views
 
     def release(self) -> None:

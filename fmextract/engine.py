@@ -504,9 +504,8 @@ class _Pipeline:
     def _run(self, batch: _Decoding, samples: SampleTable, stats: Sequence[RunningStats | Nonfinite]) -> None:
         """Forward a batch, in pieces of `self._micro` rows where memory forced that, and hand its activations on."""
         self._now = "store"
-        self._moves.reserve()
         self._described()
-        started = time.perf_counter()
+        self._moves.reserve()
         pixels = self._moves.upload(batch.buffer)
         inputs = self._inputs(pixels)
         at = 0
@@ -525,7 +524,6 @@ class _Pipeline:
                 continue
             failed = [samples.status[row - samples.start] != Status.OK for row in rows]
             kept = [tensor[: len(rows)] for tensor in tensors]
-            self._tally.add("forward", time.perf_counter() - started)
             self._describe(stats, kept, rows.start, [not bad for bad in failed])
             kept = [t if c.finish is None else c.finish(t) for t, c in zip(kept, self._work.captured, strict=True)]
             self._now = "store"
@@ -533,7 +531,6 @@ class _Pipeline:
             if at == len(batch.rows):
                 self._decoder.go_on()  # on a CPU the next images are decoded beside the codec, not the forward pass
             self._captured.put(_Captured(self._moves.download(kept), failed))
-            started = time.perf_counter()
 
     def _describe(
         self, stats: Sequence[RunningStats | Nonfinite], rows: Sequence[torch.Tensor], first: int, valid: Sequence[bool]
@@ -663,9 +660,16 @@ class _Pipeline:
                 cutters = [chunks.Cutter(i, spec) for i, spec in enumerate(self._work.plan.layers)]
             else:
                 tensors = item.download.wait()
+                self._count(item.download)
                 cut = [c for cutter, t in zip(cutters, tensors, strict=True) for c in cutter.add(t, item.failed)]
                 self._submit(cut, item.download.release)
         self._pending.put(None)
+
+    def _count(self, download: Download) -> None:
+        """On a device reducers and statistics are in its stream, and count as the forward pass."""
+        self._tally.add("forward", download.computing)
+        if download.copying:
+            self._tally.add("download", download.copying)
 
     def _submit(self, cut: Sequence[chunks.Chunk], release: Callable[[], None]) -> None:
         """Encode on the pool; `release` once the last of these chunks no longer needs its tensors."""

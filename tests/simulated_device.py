@@ -58,13 +58,24 @@ class Stream:
 
 
 class Event:
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, enable_timing: bool = False) -> None:
         self.done = threading.Event()
         self.done.set()  # as torch's: one that was never recorded has happened
+        self._timing, self._at = enable_timing, 0.0
 
     def record(self, stream: Stream) -> None:
         self.done = threading.Event()
-        stream.queue("event", self.done.set)
+        stream.queue("event", self._happen)
+
+    def _happen(self) -> None:
+        self._at = time.perf_counter()
+        self.done.set()
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds; as torch's it raises where one has not happened, or was not made to take the time."""
+        if not (self._timing and end._timing and self.query() and end.query()):
+            raise RuntimeError("Both events must be recorded with timing, and have happened")
+        return 1000 * (end._at - self._at)
 
     def query(self) -> bool:
         return self.done.is_set()

@@ -153,12 +153,40 @@ def test_the_simulated_accelerator_sees_each_broken_rule(break_rule: Any, monkey
     for name, delays in DELAYS.items():
         for patient in (0.0, 0.02):
             with monkeypatch.context() as patch, installed(patch, delays) as simulator:
+                patch.setattr(Event, "elapsed_time", lambda self, end: 0.0)  # raises where one has not happened yet
                 break_rule(patch, simulator)
                 try:
                     stream_batches(DeviceTransfers(simulated_device.DEVICE, 2), simulator.compute, 10, patient)
                 except AssertionError:
                     seen.append(name)
     assert seen
+
+
+@pytest.mark.parametrize("delays", [pytest.param({"kernel": 0.05, "copy": 0.03}, id="simulated"), REAL])
+def test_the_device_says_how_long_it_computed_and_copied(
+    delays: dict[str, float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queueing takes no time here; what the host waits for before and after is not in either."""
+    with machine(monkeypatch, delays) as (where, compute):
+        moves = DeviceTransfers(where, 2)
+        for _ in range(3):
+            there = moves.upload(moves.input_buffer(SHAPE, torch.uint8))
+            moves.reserve()
+            made = [compute(lambda t: t + 1, there)]
+            moves.reserve()  # room is reserved already: the pass has begun
+            download = moves.download(made)
+            download.wait()
+            computing, copying = download.computing, download.copying
+            time.sleep(0.2)
+            download.wait()
+            assert (download.computing, download.copying) == (computing, copying)
+            download.release()
+            if delays is None:
+                assert computing > 0
+                assert copying > 0
+            else:
+                assert 0.05 <= computing < 0.2
+                assert 0.03 <= copying < 0.2
 
 
 @pytest.mark.parametrize("delays", [pytest.param(DELAYS["jitter"], id="simulated"), REAL])

@@ -6,6 +6,7 @@ on the CPU with the device's transfers on the simulated accelerator, whose copie
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -120,6 +121,35 @@ def test_a_run_that_was_ended_goes_on_to_the_same_values(device: torch.device, t
     runs.extract_until(8, photos, tmp_path / "ended", device=str(device))
     assert runs.extract(photos, tmp_path / "ended", device=str(device)).resumed_images >= 4
     runs.same(tmp_path / "ended", tmp_path / "whole")
+
+
+class Deep(runs.Tiny):
+    """Long to compute, quick to queue."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        grid = torch.ones(4096, 4096, device=x.device)
+        for _ in range(100):
+            grid = grid @ grid * 1e-4
+        return super().forward(x + 0 * grid[0, 0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.accelerator.is_available(), reason="torch finds no accelerator here")
+def test_the_forward_pass_is_told_to_limit_a_run_where_it_does(tmp_path: Path) -> None:
+    """By the device's clock: the host only queues it."""
+    where = torch.accelerator.current_accelerator(check_available=True)
+    assert where is not None
+    photos = runs.make_photos(tmp_path / "photos", ROWS)
+    result = runs.extract(photos, tmp_path / "out.h5", model=Deep(), device=str(where), batch_size=1)
+    assert result.limiting_stage == "forward"
+    model, pixels = Deep().to(where), torch.zeros(1, 3, 8, 8, device=where)
+    passes = []
+    for _ in range(4):
+        started = time.perf_counter()
+        model(pixels)
+        torch.accelerator.synchronize(where)
+        passes.append(time.perf_counter() - started)
+    assert result.stages["forward"]["busy_seconds"] > 0.5 * ROWS * min(passes)
 
 
 def test_a_batch_that_does_not_fit_is_halved(
