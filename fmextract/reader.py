@@ -433,7 +433,7 @@ class Layer:
         return values if dtype is None else values.astype(dtype, copy=False)
 
     def __getitem__(self, key: Any) -> Any:
-        axes, place = per_axis(key, self.shape)
+        axes, place = per_axis(self._as_stretch(key), self.shape)
         arrays = [axis for axis, one in enumerate(axes) if isinstance(one, np.ndarray)]
         if len(arrays) > 1:
             return self._paired(axes, place)
@@ -445,6 +445,14 @@ class Layer:
         block = np.moveaxis(block.squeeze(dropped), axis - sum(a < axis for a in dropped), place)
         shape = axes[axis].shape  # type: ignore[union-attr]
         return block.reshape(block.shape[:place] + shape + block.shape[place + 1 :])
+
+    def _as_stretch(self, key: Any) -> Any:
+        """Rows that follow each other, as most batches are, as a slice: of pooled features the index costs the most."""
+        if not (isinstance(key, np.ndarray) and key.ndim == 1 and key.dtype.kind == "i" and len(key)):
+            return key
+        first, last = int(key[0]), int(key[-1])
+        follows = first >= 0 and last < len(self) and last - first == len(key) - 1 and bool((key[1:] > key[:-1]).all())
+        return slice(first, last + 1) if follows else key
 
     def batches(self, size: int = 256, include_failed: bool = False) -> Iterator[tuple[Rows, Array]]:
         """(rows int64 (n), maps (n, …)) in the order of the rows, n = `size` but for the last.

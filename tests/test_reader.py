@@ -150,6 +150,26 @@ def test_indexing_equals_h5py_where_it_can(
         np.testing.assert_array_equal(acts[name][(rows, *rest)], want)
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.int64, np.uint64])
+@pytest.mark.parametrize(
+    "rows", [[0], [3, 4, 5], list(range(22)), [4, 3], [3, 3], [2, 4], [1, 3, 2, 4], [20, 21, 22], [-1, 0], [-2, -1], []]
+)
+def test_arrays_of_rows_that_follow_each_other_and_that_do_not(
+    outputs: dict[tuple[str, str], reader.Activations], rows: list[int], dtype: type
+) -> None:
+    """Such arrays are read as slices, which would cut off rows that are not there."""
+    if dtype is np.uint64 and min(rows, default=0) < 0:
+        rows = [row % ROWS for row in rows]
+    key = np.array(rows, dtype)
+    for place in PLACES:
+        for name, array in ARRAYS.items():
+            want, got = outcome(array, key), outcome(outputs[place][name], key)
+            if isinstance(want, type):
+                assert got is want
+            else:
+                np.testing.assert_array_equal(got, want, strict=True)
+
+
 def test_masks_over_several_axes(outputs: dict[tuple[str, str], reader.Activations]) -> None:
     layer, array = outputs["shards", "gzip"]["maps"], ARRAYS["maps"]
     for mask in (array > 50, array.sum((2, 3)) > 0, np.zeros((ROWS, 6), bool)):
