@@ -584,8 +584,7 @@ class _Pipeline:
         except (CaptureError, ConfigError, torch.OutOfMemoryError, MemoryError):  # a ConfigError: it cannot be compiled
             raise
         except Exception as error:
-            if is_out_of_memory(error):
-                raise MemoryError(str(error)) from error
+            _raise_if_no_image_is_to_blame(error)
             why = str(error)
         # Only here: the error holds on to the frames of the pass, and they to its activations.
         return self._one_by_one(again(), rows, samples, why)
@@ -600,8 +599,7 @@ class _Pipeline:
         try:
             made = [t.clone() for t in self._work.capture.forward(self._work.forward, neutral.clone())]
         except Exception as error:
-            if is_out_of_memory(error):
-                raise MemoryError(str(error)) from error
+            _raise_if_no_image_is_to_blame(error)
             raise DeviceLost(f"the model fails on any input, first at row {rows.start}: {why}") from error
         for i, row in enumerate(rows):
             if samples.status[row - samples.start] != Status.OK:
@@ -613,10 +611,7 @@ class _Pipeline:
             except CaptureError:
                 raise
             except Exception as its:  # whatever else a model raises for this one image is that image's verdict
-                if is_out_of_memory(its):
-                    raise MemoryError(str(its)) from its
-                if (told := lost(its)) is not None:
-                    raise told from its
+                _raise_if_no_image_is_to_blame(its)
                 self._fail(samples, row, SampleError(Status.FORWARD_FAILED, f"{type(its).__name__}: {its}"))
                 continue
             for kept, tensor in zip(made, tensors, strict=True):
@@ -733,6 +728,14 @@ class _Pipeline:
         self._captured.close()
         self._pending.close()
         self._finished.close()
+
+
+def _raise_if_no_image_is_to_blame(error: Exception) -> None:
+    """MemoryError for memory that ran out, of which smaller batches need less; DeviceLost for a device that failed."""
+    if is_out_of_memory(error):
+        raise MemoryError(str(error)) from error
+    if (told := lost(error)) is not None:
+        raise told from error
 
 
 class _Countdown:

@@ -182,6 +182,25 @@ def test_no_image_is_to_blame_where_memory_runs_out(tmp_path: Path) -> None:
     assert result.batch_size == 2
 
 
+class Dying(Choosy):
+    """Its device fails at the bright image, and at all that it is asked from then on."""
+
+    dead = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        try:
+            if not self.dead:
+                return super().forward(x)
+        except ValueError:
+            self.dead = True
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+
+def test_a_device_that_fails_for_good_is_not_told_as_a_model_that_does(tmp_path: Path) -> None:
+    with pytest.raises(DeviceLost, match=r"^the device failed: CUDA error: an illegal memory access"):
+        extract(with_one_too_bright(), tmp_path / "out", model=Dying())
+
+
 def test_no_image_is_to_blame_where_the_device_fails(tmp_path: Path) -> None:
     model = Unlucky(RuntimeError("CUDA error: an illegal memory access"))
     with pytest.raises(DeviceLost, match="illegal memory access"):
