@@ -117,7 +117,7 @@ def one(case: Case, name: str, photos: Path, out: Path) -> dict[str, Any]:
     _reset_peak()
     before, ready = _memory("VmRSS"), time.monotonic()
     parts = contender.run(task)
-    return {"ready": ready, "done": time.monotonic(), "peak": _memory("VmHWM") - before, "parts": parts}
+    return {"ready": ready, "done": time.monotonic(), "peak": max(0, _memory("VmHWM") - before), "parts": parts}
 
 
 def _reset_peak() -> None:
