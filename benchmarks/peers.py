@@ -58,7 +58,7 @@ class Case:
     arch: str
     layers: tuple[str, ...]
     means: bool = False
-    batch: int = 16
+    batch: int = 8
     has_means: tuple[str, ...] = ()
     """The layers that give a mean to a tool which cannot reduce."""
 

@@ -216,8 +216,10 @@ def _child(what: str, arguments: Sequence[str]) -> None:
     if what == "build":
         _network("resnet50")
         _ready()
-    from fmextract import cli, engine
+    from fmextract import cli
 
+    with cli._importing():  # as the command itself would
+        from fmextract import engine
     engine.run_shards = lambda *args: _ready()
     photos, out = arguments
     raise SystemExit(cli.main(["extract", photos, *COMMAND, "-o", out, "--device", "cpu"]))
