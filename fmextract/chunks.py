@@ -88,7 +88,7 @@ def _runs(rows: torch.Tensor, failed: Sequence[bool], start: int, stop: int, cop
 class Encoded:
     """The stored bytes of a chunk, their digest, and how many finite values were too large for float16."""
 
-    payload: bytes
+    payload: codecs.Stored
     digest: bytes
     overflowed: int
 

@@ -23,6 +23,8 @@ from isal import isal_zlib
 from fmextract.errors import ConfigError, DamagedError, MissingExtra
 
 Array: TypeAlias = npt.NDArray[Any]
+Stored: TypeAlias = bytes | memoryview
+"""The bytes of an encoded chunk."""
 
 SHUFFLE, DEFLATE, LZ4, ZSTD = 2, 1, 32004, 32015
 """Numbers of the HDF5 filters: the first two are built into every libhdf5, the others are registered plugins."""
@@ -107,7 +109,7 @@ def encode(
     values: int,
     keep_bits: int | None = None,
     bfloat16: bool = False,
-) -> bytes:
+) -> Stored:
     """The stored bytes of one chunk of `values` values of type `dtype`.
 
     The C-contiguous `pieces`, one after the other, are the start of the chunk; the rest is the fill value (NaN, or 0
@@ -137,7 +139,7 @@ def encode(
     fill = fill_value(kind).view(words.dtype)
     if planes is None:
         words[end:] = fill
-        return words.tobytes()
+        return words.view(np.uint8).data  # the memory itself: a copy would take as long as all else without a codec
     planes[:, end:] = np.frombuffer(fill.tobytes(), np.uint8)[:, None]
     return chosen.compress(planes, level, zeros)
 

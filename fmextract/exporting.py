@@ -437,7 +437,7 @@ def _netcdf_spec(layer: Layer) -> LayerSpec:
     return replace(layer.spec, dtype="float32", mantissa=mantissa)
 
 
-def _encoded(values: Array, spec: LayerSpec, place: Sequence[int]) -> bytes:
+def _encoded(values: Array, spec: LayerSpec, place: Sequence[int]) -> codecs.Stored:
     """One chunk of a block; where the block ends within it, fill values follow."""
     part = values[tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, spec.chunk, strict=True))]
     if part.shape[1:] != spec.chunk[1:]:

@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 import h5py
 import numpy as np
 
-from fmextract.codecs import CODECS, Array, Codec, codec_named, encode, fill_value
+from fmextract.codecs import CODECS, Array, Codec, Stored, codec_named, encode, fill_value
 from fmextract.errors import DamagedError, FmextractError, FormatError, LayerError, NoSpace, OutputError
 from fmextract.moments import COVARIANCE
 from fmextract.records import (
@@ -85,7 +85,7 @@ def disk_error(path: Path, error: BaseException) -> FmextractError:
     return OutputError(f"cannot write {path}: {reason}")
 
 
-def chunk_digest(payload: bytes) -> bytes:
+def chunk_digest(payload: Stored) -> bytes:
     """XXH3 (128 bits) of one stored chunk.
 
     It tells damage, not forgery, and takes no time: BLAKE2b of the same bytes would be a fifth of the work of the
@@ -136,7 +136,7 @@ class ShardWriter:
             self._activations = [_create_layer(group, spec, len(rows), chosen, level).id for spec in layers]
             self._check_disk()
 
-    def write_chunk(self, layer: int, chunk_index: tuple[int, ...], payload: bytes, digest: bytes) -> None:
+    def write_chunk(self, layer: int, chunk_index: tuple[int, ...], payload: Stored, digest: bytes) -> None:
         """Put an encoded chunk in its place. `chunk_index` counts chunks; `digest` is `chunk_digest(payload)`."""
         spec, grid, done = self.layers[layer], self._grids[layer], self._digests[layer]
         if len(chunk_index) != len(grid) or not all(0 <= i < n for i, n in zip(chunk_index, grid, strict=True)):

@@ -295,9 +295,19 @@ def test_keep_bits_of_bfloat16_float16_and_integers() -> None:
 
 
 @pytest.mark.parametrize("codec", CODECS)
+def test_stored_bytes_are_no_view_of_the_pieces(codec: str) -> None:
+    """The buffer that a piece lies in is filled anew while its chunk waits for the disk."""
+    piece = np.random.default_rng(5).standard_normal(1000).astype(np.float32)
+    before = piece.copy()
+    payload = encode([piece], codec=codec, level=None, dtype="float32", values=1000)
+    piece[:] = -1
+    assert np.array_equal(decode(bytes(payload), codec=codec, dtype="float32", values=1000), before)
+
+
+@pytest.mark.parametrize("codec", CODECS)
 def test_wrong_lengths_are_damage(codec: str) -> None:
     array = np.random.default_rng(4).standard_normal(1000).astype(np.float32)
-    payload = encode([array], codec=codec, level=None, dtype="float32", values=1000)
+    payload = bytes(encode([array], codec=codec, level=None, dtype="float32", values=1000))
     for stream, count in (
         (payload[:-1], 1000),
         (payload[:5], 1000),
