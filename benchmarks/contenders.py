@@ -37,7 +37,7 @@ class Task:
     out: Path
     layers: Sequence[str]
     means: bool = False
-    batch: int = 16
+    batch: int = 8
 
 
 class Contender:
