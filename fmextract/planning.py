@@ -145,11 +145,18 @@ def chunk_shape(shape: Sequence[int], axes: Sequence[str], itemsize: int, rows: 
 def _split(shape: Sequence[int], axis: int, itemsize: int) -> tuple[int, ...]:
     per_step = math.prod(shape) // shape[axis] * itemsize
     parts = list(shape)
-    parts[axis] = max(1, min(shape[axis], CHUNK_BYTES // per_step))
+    parts[axis] = _even(shape[axis], CHUNK_BYTES // per_step)
     if per_step > SPLIT_BYTES and len(shape) > 1:  # one channel alone is too large: split its longest axis too
         rest = max((i for i in range(len(shape)) if i != axis), key=lambda i: shape[i])
-        parts[rest] = max(1, shape[rest] * CHUNK_BYTES // per_step)
+        parts[rest] = _even(shape[rest], shape[rest] * CHUNK_BYTES // per_step)
     return tuple(parts)
+
+
+def _even(length: int, most: int) -> int:
+    """The length of as few parts as there must be where none is longer than `most`: a last one that is mostly edge
+    would be encoded, and read, nearly in vain.
+    """
+    return -(-length // -(-length // max(1, min(length, most))))
 
 
 def rows_of_shard(cost: Estimate, rows: int, shard_size: int | None) -> int:

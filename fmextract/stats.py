@@ -14,7 +14,9 @@ dimension. `merge` joins the statistics of several shards.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ __all__ = ["MOMENTS", "TOP", "WORKSPACE", "RunningStats", "bytes_held", "covaria
 NAMED_ROWS = 8
 """How many of the rows with non-finite values are remembered: enough to name some images."""
 
-_CPU_BLOCK = 1 << 19  # values: 4 MiB of float64, where calls and cache misses cost least: benchmarks/reduce_stats.py
+_CPU_BLOCK = 1 << 17  # values: 1 MiB of float64, where calls and cache misses cost least: benchmarks/reduce_stats.py
 _DEVICE_BLOCK = 1 << 24  # values: enough to fill an accelerator, small beside its memory
 _NEVER = torch.iinfo(torch.int64).max
 _COVARIANCE_ROWS = 256  # images that enter the covariance together: by then a product of matrices runs at full speed
@@ -171,64 +173,113 @@ class RunningStats:
 
         Returns the highest finite value of each image and channel, (B, C), and whether there may be others than finite.
         """
-        peaks, sums = self._full(-torch.inf, *x.shape[:2]), self._full(0.0, *x.shape[:2])
-        bad = torch.zeros(len(x), dtype=torch.bool, device=self._device)
-        size = _CPU_BLOCK if self._may_ask else _DEVICE_BLOCK
-        space = torch.empty(2, 0, dtype=self._wide, device=self._device)
-        for block in _blocks(x, size):
-            images, channels, _ = block
-            self._add_block(x[block], space, channels, sums[images, channels], peaks[images, channels], bad[images])
-        self._sum.add_(sums.sum(0))
-        self._covariance.add(sums / x.shape[2], ~bad)
+        found = self._if_finite(x) if self._may_ask else None
+        masked = found is None
+        if found is None:
+            found = self._masked(x)
+        self._sum.add_(found.sums.sum(0))
+        for held, new in ((self._squares, found.squares), (self._zeros, found.zeros), (self._near, found.near)):
+            held.add_(new)
+        self._nonfinite.add_(found.nonfinite)
+        self._low = torch.minimum(self._low, found.low)
+        self._high = torch.maximum(self._high, found.peaks.amax(0))
+        self._covariance.add(found.sums / x.shape[2], ~found.bad)
         self._seen += x.shape[0] * x.shape[2]
-        self._unshifted = not self._may_ask or bool(self._shift.isnan().any())
-        self._high = torch.maximum(self._high, peaks.amax(0))
-        first_bad = numbers.masked_fill(~bad, _NEVER)
+        first_bad = numbers.masked_fill(~found.bad, _NEVER)
         self._bad_rows = torch.cat([self._bad_rows, first_bad]).sort().values[:NAMED_ROWS]
-        return peaks, not self._may_ask or bool(bad.any())
+        return found.peaks, masked
 
-    def _add_block(self, x: Tensor, space: Tensor, channels: slice, sums: Tensor, peaks: Tensor, bad: Tensor) -> None:
-        """Add a block x (b, c, p). `space` is room to work in; `sums`, of x - K, and `peaks`, both (b, c), and `bad`
-        (b,) are views to be updated.
+    def _if_finite(self, x: Tensor) -> _Found | None:
+        """What is found of x (B, C, P) where all of it is finite; else None, and nothing has changed but K.
 
-        Everything on the way is done in place in one block: fresh memory costs more than all the arithmetic. What
-        float32 does exactly is done in it, on half the bytes; sums go over one axis after the other, which torch does
-        faster than over both at once.
+        On a CPU, where fresh memory and calls cost more than the arithmetic: everything on the way is done in place in
+        one block, and every reduction writes to its place in the results. What float32 does exactly is done in it, on
+        half the bytes; sums go over one axis after the other, which torch does faster than over both at once.
         """
-        if space.shape[1] < x.numel():
-            space.resize_(2, x.numel())
-        kind = self._short(x)
-        short = x if x.dtype == kind else _like(x, space[0], kind).copy_(x)
-        wide = _like(x, space[1], self._wide).copy_(short)
-        quick = wide if _planes(x) and x.shape[2] < _SMALL_MAP else short
-        low, high = _of_maps(torch.amin, quick).amin(0).to(self._wide), _of_maps(torch.amax, quick).to(self._wide)
-        finite = None
-        # The extremes of a block with a NaN or an infinity are not finite themselves: no pass of its own to find out.
-        if not self._may_ask or not math.isfinite((low.sum() + high.sum()).item()):
-            finite = wide.isfinite()
-            # masked_fill, here and below: `where` uploads a number that it is given, and that waits for the device.
-            low = wide.masked_fill(~finite, torch.inf).amin((0, 2))
-            high = wide.masked_fill(~finite, -torch.inf).amax(2)
-            self._nonfinite[channels].add_((~finite).sum((0, 2)))
-            bad.logical_or_(~finite.flatten(1).all(1))
-        torch.maximum(peaks, high, out=peaks)
-        self._low[channels].copy_(torch.minimum(self._low[channels], low))
-        shift = self._shift[channels]
         if self._unshifted:
-            # A channel without a finite value so far has inf - inf here, and waits for its K.
-            shift.copy_(torch.where(shift.isnan(), low / 2 + high.amax(0) / 2, shift))
-        wide.sub_(shift[:, None])
-        if finite is not None:
-            wide.masked_fill_(~finite, 0.0)
-        sums.add_(_of_maps(torch.sum, wide))
-        self._squares[channels].add_(_of_maps(torch.sum, wide.mul_(wide)).sum(0))
-        room = _like(x, space[1], kind)
-        self._zeros[channels].add_(_of_maps(torch.sum, torch.eq(short, 0, out=room)).sum(0))
-        if self._near_zero is not None:
-            # After a ReLU there is no sign to take away, which halves the work.
-            unsigned = self._may_ask and finite is None and bool(low.amin() >= 0)
-            size = short if unsigned else torch.abs(short, out=room)
-            self._near[channels].add_(_of_maps(torch.sum, torch.le(size, self._near_zero, out=room)).sum(0))
+            self._shift_by(x[:1])
+        kind, few = self._short(x), _planes(x) and x.shape[2] < _SMALL_MAP
+        blocks = list(_blocks(x, _CPU_BLOCK))
+        shape = (blocks[-1][0] + 1, *x.shape[:2])  # of each result: parts of the positions, images, channels
+        sums, squares = (self._full(0.0, *shape) for _ in range(2))
+        zeros, near = (torch.zeros(shape, dtype=kind) for _ in range(2))
+        low, high = (torch.empty(shape, dtype=self._wide if few else kind) for _ in range(2))
+        room: _Room | None = None
+        for turn, images, channels, positions in blocks:
+            block, at = x[images, channels, positions], (turn, images, channels)
+            if room is None or room.shape != block.shape:
+                room = _Room(block, kind, self._wide)
+            short = block if block.dtype == kind else room.short.copy_(block)
+            wide, flags = room.wide.copy_(short), room.flags
+            _of_maps(torch.amin, wide if few else short, low[at])
+            _of_maps(torch.amax, wide if few else short, high[at])
+            wide.sub_(self._shift[channels, None])
+            _of_maps(torch.sum, wide, sums[at])
+            _of_maps(torch.sum, wide.mul_(wide), squares[at])
+            _of_maps(torch.sum, torch.eq(short, 0, out=flags), zeros[at])
+            if self._near_zero is not None:
+                # After a ReLU there is no sign to take away.
+                size = short if low[at].amin() >= 0 else torch.abs(short, out=flags)
+                _of_maps(torch.sum, torch.le(size, self._near_zero, out=flags), near[at])
+        # The extremes of a block with a NaN or an infinity are not finite themselves: no pass of its own to find out.
+        if not math.isfinite((low.sum() + high.sum()).item()):
+            return None
+        return _Found(
+            sums=sums.sum(0),
+            squares=squares.sum((0, 1)),
+            zeros=zeros.sum((0, 1), dtype=self._wide),
+            near=near.sum((0, 1), dtype=self._wide),
+            low=low.amin((0, 1)).to(self._wide),
+            peaks=high.amax(0).to(self._wide),
+            nonfinite=torch.zeros_like(self._nonfinite),
+            bad=torch.zeros(len(x), dtype=torch.bool),
+        )
+
+    def _masked(self, x: Tensor) -> _Found:
+        """What is found of the finite values of x (B, C, P). No wait for a device."""
+        channels, kind = x.shape[1], self._short(x)
+        found = _Found(
+            sums=self._full(0.0, *x.shape[:2]),
+            squares=self._full(0.0, channels),
+            zeros=self._full(0.0, channels),
+            near=self._full(0.0, channels),
+            low=self._full(torch.inf, channels),
+            peaks=self._full(-torch.inf, *x.shape[:2]),
+            nonfinite=torch.zeros_like(self._nonfinite),
+            bad=torch.zeros(len(x), dtype=torch.bool, device=self._device),
+        )
+        for _, images, part, positions in _blocks(x, _CPU_BLOCK if self._may_ask else _DEVICE_BLOCK):
+            block = x[images, part, positions]
+            wide = block.to(self._wide)
+            finite = wide.isfinite()
+            # masked_fill, not `where`, which uploads a number that it is given: that waits for the device.
+            low, high = wide.masked_fill(~finite, torch.inf).amin((0, 2)), wide.masked_fill(~finite, -torch.inf)
+            peaks = found.peaks[images, part]
+            torch.maximum(peaks, high.amax(2), out=peaks)
+            found.low[part].copy_(torch.minimum(found.low[part], low))
+            found.nonfinite[part].add_((~finite).sum((0, 2)))
+            found.bad[images].logical_or_(~finite.flatten(1).all(1))
+            self._shift_by(block, part)
+            centred = (wide - self._shift[part, None]).masked_fill_(~finite, 0.0)
+            found.sums[images, part].add_(centred.sum(2))
+            found.squares[part].add_(centred.square_().sum((0, 2)))
+            found.zeros[part].add_((wide == 0).sum((0, 2)))
+            if self._near_zero is not None:
+                # Not in bfloat16, which would round the threshold. NaN is under none.
+                found.near[part].add_((block.to(kind).abs() <= self._near_zero).sum((0, 2)))
+        return found
+
+    def _shift_by(self, x: Tensor, channels: slice = slice(None)) -> None:
+        """Let the middle of x (b, c, p) be the K of those of `channels` that have none; those without a finite value
+        wait for theirs.
+        """
+        wide = x.to(self._wide)
+        finite = wide.isfinite()
+        low = wide.masked_fill(~finite, torch.inf).amin((0, 2))
+        high = wide.masked_fill(~finite, -torch.inf).amax((0, 2))
+        shift = self._shift[channels]
+        shift.copy_(torch.where(shift.isnan(), low / 2 + high / 2, shift))  # inf - inf: none
+        self._unshifted = not self._may_ask or bool(self._shift.isnan().any())
 
     def _short(self, x: Tensor) -> torch.dtype:
         """float32 where it holds the values of x, and their number in a map, without rounding."""
@@ -357,16 +408,56 @@ def _planes(x: Tensor) -> bool:
     return x.shape[2] > 1 and x.stride(1) > x.stride(2)
 
 
-def _blocks(x: Tensor, size: int) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut (B, C, P) into blocks of about `size` values, each in few long runs of memory."""
+def _blocks(x: Tensor, size: int) -> Iterator[tuple[int, slice, slice, slice]]:
+    """Cut (B, C, P) into blocks of about `size` values, each in few long runs of memory: which part of the positions
+    it is, then images, channels, positions. The last one is of the last part.
+    """
     everything = slice(None)
     images = max(1, size // max(1, x[0].numel()))
     outer = 1 if _planes(x) else 2
     step = max(1, size // max(1, images * x.shape[3 - outer]))
     for b in range(0, len(x), images):
-        for i in range(0, x.shape[outer], step):
+        for turn, i in enumerate(range(0, x.shape[outer], step)):
             part = slice(i, i + step)
-            yield slice(b, b + images), *((part, everything) if outer == 1 else (everything, part))
+            cut = (0, part, everything) if outer == 1 else (turn, everything, part)
+            yield cut[0], slice(b, b + images), *cut[1:]
+
+
+@dataclass(slots=True)
+class _Found:
+    """Of some images: sums of x - K and highest values (B, C), sums of (x - K)^2 and the others (C,), and which images
+    hold values that are not finite (B,).
+    """
+
+    sums: Tensor
+    squares: Tensor
+    zeros: Tensor
+    near: Tensor
+    low: Tensor
+    peaks: Tensor
+    nonfinite: Tensor
+    bad: Tensor
+
+
+class _Room:
+    """Memory of this thread, as blocks in the shape and the order in memory of a block x (b, c, p).
+
+    `short` has the type `kind`, `wide` its own; `flags`, of the type `kind`, shares its memory with `wide`.
+    """
+
+    def __init__(self, x: Tensor, kind: torch.dtype, wide: torch.dtype) -> None:
+        self.shape = x.shape
+        space: Tensor | None = getattr(_of_thread, "space", None)
+        if space is None or space.shape[1] < x.numel():
+            space = torch.empty(2, max(x.numel(), _CPU_BLOCK), dtype=torch.float64)
+            if space.shape[1] == _CPU_BLOCK:  # larger ones are rare, and are not kept
+                _of_thread.space = space
+        self.short, self.wide, self.flags = (
+            _like(x, part, dtype) for part, dtype in ((space[0], kind), (space[1], wide), (space[1], kind))
+        )
+
+
+_of_thread = threading.local()
 
 
 def _like(x: Tensor, space: Tensor, dtype: torch.dtype) -> Tensor:
@@ -376,9 +467,14 @@ def _like(x: Tensor, space: Tensor, dtype: torch.dtype) -> Tensor:
     return flat.view(b, c, p) if _planes(x) else flat.view(b, p, c).transpose(1, 2)
 
 
-def _of_maps(reduce: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
-    """(b, c) of the maps of x (b, c, p). Of single values torch takes several times as long for it as for maps."""
-    return reduce(x, 2) if x.shape[2] > 1 else x[:, :, 0]
+def _of_maps(reduce: Callable[..., Tensor], x: Tensor, out: Tensor) -> None:
+    """Reduce the maps of x (b, c, p) to (b, c). Single values are copied: torch takes several times as long to reduce
+    them.
+    """
+    if x.shape[2] > 1:
+        reduce(x, 2, out=out)
+    else:
+        out.copy_(x[:, :, 0])
 
 
 def _finite_or_lowest(maps: Tensor) -> Tensor:

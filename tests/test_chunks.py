@@ -16,6 +16,10 @@ def test_any_order_in_memory(dtype: torch.dtype, shape: tuple[int, ...]) -> None
     orders = {
         "contiguous": values,
         "channels last": values.movedim(1, -1).contiguous().movedim(-1, 1),
+        "some of more channels, last": torch.cat([values, values, values], 1)
+        .movedim(1, -1)
+        .contiguous()
+        .movedim(-1, 1)[:, shape[1] : 2 * shape[1]],
         "reversed": values.permute(*reversed(range(values.ndim))).contiguous().permute(*reversed(range(values.ndim))),
         "every second": torch.repeat_interleave(values, 2, 1)[:, ::2],
     }

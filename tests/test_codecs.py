@@ -19,6 +19,7 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from isal import isal_zlib
 
 from fmextract.codecs import CODECS, codec_named, decode, encode, filters_to_codec, pick, round_mantissa, unpack
 from fmextract.errors import ConfigError, DamagedError, MissingExtra
@@ -86,6 +87,19 @@ def test_every_gzip_level_is_a_zlib_stream(level: int) -> None:
     array = np.linspace(-1, 1, 5000, dtype=np.float32)
     payload = encode([array], codec="gzip", level=level, dtype="float32", values=5000)
     assert zlib.decompress(payload) == array.view(np.uint8).reshape(-1, 4).T.tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_maps_after_a_relu_take_less_than_a_full_window_makes_of_them(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    maps = np.maximum(rng.standard_normal((64, 28, 28), np.float32), 0)
+    words = maps.view(np.uint32) >> 16 if dtype == "bfloat16" else maps.view(np.uint32)
+    array = words.astype(np.uint16) if dtype == "bfloat16" else maps
+    payload = encode([array], codec="gzip", level=None, dtype="float32", values=maps.size, bfloat16=dtype == "bfloat16")
+    wide = np.ascontiguousarray(words << 16 if dtype == "bfloat16" else words)
+    planes = wide.reshape(-1).view(np.uint8).reshape(-1, 4).T.tobytes()
+    assert zlib.decompress(payload) == planes
+    assert len(payload) < 0.99 * len(isal_zlib.compress(planes, 1))
 
 
 @pytest.mark.parametrize("count", [12288, 65535, 65536, 140_000])

@@ -256,7 +256,7 @@ def test_terabytes_are_told_with_the_reducers_that_help() -> None:
     [
         ((64, 56, 56), ("channel", "y", "x"), (1, 64, 56, 56)),  # 784 KiB: one image
         ((512, 7, 7), ("channel", "y", "x"), (8, 512, 7, 7)),  # 98 KiB: eight are 784 KiB
-        ((256, 56, 56), ("channel", "y", "x"), (1, 83, 56, 56)),  # 3.1 MiB: split along channels
+        ((256, 56, 56), ("channel", "y", "x"), (1, 64, 56, 56)),  # 3.1 MiB: split along channels, evenly
         ((112, 112, 96), ("y", "x", "channel"), (1, 112, 112, 20)),  # channels last: along channels too
         ((1000,), ("feature",), (256, 1000)),
         ((1,), ("feature",), (1024, 1)),  # never more than 1024 images
