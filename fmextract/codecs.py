@@ -308,8 +308,8 @@ def _gather(planes: Array, words: Array) -> None:
 _ZLIB_HEADER = b"\x78\x01"
 _WINDOW_BITS = 9
 """ISA-L looks for repetitions 512 bytes back, not 32 KiB: what repeats far back in activations does so by chance, and a
-long distance costs bits. At the same speed the layers of a trained EfficientNet-Lite0 take 2.1 % less in bfloat16, 1.2 %
-in float32, and none over 0.2 % more. The header states the full window, which every reader has."""
+long distance costs bits. At the same speed the layers of a trained EfficientNet-Lite0 take 2.1 % less in bfloat16,
+1.2 % in float32, and none over 0.2 % more. The header states the full window, which every reader has."""
 _STORED_MOST = 65535
 _STORED_BLOCK = struct.Struct("<BHH")
 _SAMPLE = 4096

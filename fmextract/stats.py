@@ -5,10 +5,11 @@ float64 (float32 on MPS, which has nothing wider): a block small enough for the 
 there by every statistic, so that main memory is read once and no pass costs more than the cache can deliver.
 
 The variance is that of shifted data: sums of x - K and (x - K)^2, with K the middle of the first values seen in the
-channel. K lies among the data, hence (K - mean)^2 is at most a small multiple of the variance and nothing cancels
-(T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for computing the sample variance", The American Statistician 37,
-1983). Beside it goes the covariance over images of each image's channel means, of which `moments` takes the effective
-dimension. `merge` joins the statistics of several shards.
+channel, or 0 where that lies between them: then nothing has to be taken away. K lies among the data, hence
+(K - mean)^2 is at most a small multiple of the variance and nothing cancels (T. F. Chan, G. H. Golub, R. J. LeVeque,
+"Algorithms for computing the sample variance", The American Statistician 37, 1983). Beside it goes the covariance over
+images of each image's channel means, of which `moments` takes the effective dimension. `merge` joins the statistics of
+several shards.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class RunningStats:
         self._may_ask = device.type == "cpu"
         self._next_row = 0
         self._seen = 0  # values of one channel, finite or not
-        self._unshifted = True  # whether a channel may still have no K
+        self._unshifted, self._at_zero = True, False  # whether a channel may have no K yet; whether K is 0 everywhere
         channels = shape[self._axis]
         self._nonfinite = torch.zeros(channels, dtype=torch.int64, device=device)
         self._sum, self._squares, self._zeros, self._near = (self._full(0.0, channels) for _ in range(4))
@@ -213,7 +214,8 @@ class RunningStats:
             wide, flags = room.wide.copy_(short), room.flags
             _of_maps(torch.amin, wide if few else short, low[at])
             _of_maps(torch.amax, wide if few else short, high[at])
-            wide.sub_(self._shift[channels, None])
+            if not self._at_zero:
+                wide.sub_(self._shift[channels, None])
             _of_maps(torch.sum, wide, sums[at])
             _of_maps(torch.sum, wide.mul_(wide), squares[at])
             _of_maps(torch.sum, torch.eq(short, 0, out=flags), zeros[at])
@@ -277,9 +279,11 @@ class RunningStats:
         finite = wide.isfinite()
         low = wide.masked_fill(~finite, torch.inf).amin((0, 2))
         high = wide.masked_fill(~finite, -torch.inf).amax((0, 2))
+        middle = (low / 2 + high / 2).masked_fill_((low <= 0) & (high >= 0), 0.0)  # of no finite value: inf - inf
         shift = self._shift[channels]
-        shift.copy_(torch.where(shift.isnan(), low / 2 + high / 2, shift))  # inf - inf: none
+        shift.copy_(torch.where(shift.isnan(), middle, shift))
         self._unshifted = not self._may_ask or bool(self._shift.isnan().any())
+        self._at_zero = self._may_ask and not bool(self._shift.any())
 
     def _short(self, x: Tensor) -> torch.dtype:
         """float32 where it holds the values of x, and their number in a map, without rounding."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import mmap
+import struct
 import threading
 import time
 from array import array
@@ -15,6 +16,9 @@ from fmextract import index
 PATIENCE = 60.0
 """Seconds without any movement before a run says what it waits for; then after twice as long, and so on."""
 _NAME = "in-flight"
+_ROW = struct.Struct("=q")
+_NONE = -1
+_SLOTS = 512  # threads: more than any machine decodes with
 
 
 class Watch:
@@ -49,9 +53,11 @@ class InFlight:
         self._path = index.temporary_name(directory / _NAME)
         self._rows: dict[int, tuple[int, float]] = {}
         self._slots: dict[int, int] = {}
-        self._handle: int | None = None
-        with contextlib.suppress(OSError):  # a full disk is told by those who have to write
-            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        self._noted: mmap.mmap | None = None
+        # A full disk is told by those who have to write. Room is taken now: memory without a place on the disk is no
+        # error that could be caught.
+        with contextlib.suppress(OSError):
+            self._noted = _mapped(self._path)
 
     def begin(self, row: int) -> None:
         """This thread decodes `row` from now on."""
@@ -61,7 +67,7 @@ class InFlight:
     def end(self) -> None:
         """This thread is done with its row."""
         del self._rows[threading.get_ident()]
-        self._note(-1)
+        self._note(_NONE)
 
     def rows(self) -> list[tuple[int, float]]:
         """(row, seconds so far), the longest first."""
@@ -70,17 +76,26 @@ class InFlight:
 
     def close(self) -> None:
         """The file goes: this run has come to an end of its own."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            os.close(handle)
+        noted, self._noted = self._noted, None
+        if noted is not None:
+            noted.close()
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)
 
     def _note(self, row: int) -> None:
         slot = self._slots.setdefault(threading.get_ident(), len(self._slots))
-        if self._handle is not None:
-            with contextlib.suppress(OSError):
-                os.pwrite(self._handle, array("q", [row]).tobytes(), 8 * slot)
+        if self._noted is not None and slot < _SLOTS:
+            with contextlib.suppress(ValueError):  # the run has ended, and this thread was left behind
+                _ROW.pack_into(self._noted, slot * _ROW.size, row)
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """A file of _SLOTS rows, none of them in flight, as memory that outlives the process: a system call for every row
+    would cost as much as decoding a tiny image.
+    """
+    path.write_bytes(_ROW.pack(_NONE) * _SLOTS)
+    with path.open("r+b") as file:
+        return mmap.mmap(file.fileno(), 0)
 
 
 def left_behind(directory: Path) -> list[int]:
