@@ -9,6 +9,7 @@ depends on the plan and the images alone, not on the number of threads.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -32,7 +33,7 @@ from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError,
 from fmextract.moments import settled
 from fmextract.planning import Plan
 from fmextract.pool import Pool
-from fmextract.precision import numerics, to_memory_format
+from fmextract.precision import give_back_freed_memory, numerics, to_memory_format
 from fmextract.records import FileInfo, LayerSpec, Preprocess, Progress, SampleTable, Source, Status
 from fmextract.stats import RunningStats
 from fmextract.taps import Capture, Forward
@@ -42,6 +43,7 @@ FIRST = 5  # keys that are named where something is wrong with them
 DEPTH = 2  # batches of activations of an accelerator on the host: one being encoded, one arriving
 HANGING = 10.0  # seconds that the end of a run waits for threads in foreign code; then it leaves them behind
 ROWS_A_TASK = 8
+GIVING_BACK = 0.5, 5.0  # seconds between two times that a CPU's freed memory goes back to the system: first, at most
 PAYLOADS = 64  # encoded chunks, of at most about 1 MiB, that wait for the disk
 
 
@@ -431,6 +433,7 @@ class _Pipeline:
         self._encoder = chunks.Encoder(plan)
         self._describing: list[Future[None]] = []
         self._now = "decode"
+        self._gave_back, self._patience = -math.inf, GIVING_BACK[0]
         self._writer: _Writer | None = None
 
     # ---- the caller's thread
@@ -506,6 +509,7 @@ class _Pipeline:
         self._now = "store"
         self._described()
         self._moves.reserve()
+        self._give_back()
         pixels = self._moves.upload(batch.buffer)
         inputs = self._inputs(pixels)
         at = 0
@@ -569,6 +573,13 @@ class _Pipeline:
             assert isinstance(self._work.preprocess, Preprocess)
             made = images.normalise(pixels, self._work.preprocess)
         return to_memory_format(made, self._work.plan.memory_format)[piece]
+
+    def _give_back(self) -> None:
+        """Between two batches, more and more seldom: what the first ones leave behind is what would add up."""
+        now = time.perf_counter()
+        if self._work.device.type == "cpu" and now - self._gave_back > self._patience:
+            give_back_freed_memory()
+            self._gave_back, self._patience = now, min(2 * self._patience, GIVING_BACK[1])
 
     def _halve(self, error: BaseException) -> None:
         if self._micro == 1:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from runs import extract, make_photos
 from torch import nn
 
-from fmextract import precision
+from fmextract import engine, precision
 from fmextract.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -109,3 +114,41 @@ def test_memory_format_follows_the_network() -> None:
     assert precision.resolve_memory_format("auto", convolutional) == "channels_last"
     assert precision.resolve_memory_format("auto", patches) == "contiguous"
     assert precision.resolve_memory_format("contiguous", convolutional) == "contiguous"
+
+
+KEPT = """
+from pathlib import Path
+from fmextract.precision import give_back_freed_memory, keep_freed_memory
+
+def held():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+keep_freed_memory()
+before = held()
+blocks = [b"1" * (1 << 20) for _ in range(200)]
+del blocks
+kept = held() - before
+give_back_freed_memory()
+print(kept, held() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_freed_memory_is_kept_until_it_is_given_back() -> None:
+    found = subprocess.run([sys.executable, "-c", KEPT], check=True, capture_output=True, text=True).stdout
+    kept, left = map(float, found.split())
+    if precision._of_libc("malloc_trim") is not None:  # glibc
+        assert kept > 150
+    assert left < 50
+
+
+@pytest.mark.parametrize(("patience", "times"), [((0.0, 0.0), 5), ((1000.0, 1000.0), 1)])
+def test_a_run_gives_freed_memory_back_between_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: tuple[float, float], times: int
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(engine, "GIVING_BACK", patience)
+    monkeypatch.setattr(engine, "give_back_freed_memory", lambda: calls.append(None))
+    extract(make_photos(tmp_path / "photos", 10), tmp_path / "acts.h5", batch_size=2, shard_size=None)
+    assert len(calls) == times
