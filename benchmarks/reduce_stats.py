@@ -4,17 +4,18 @@ One image is layer1 to layer4 of a ResNet-50 in full: 1.4 million values, 5.6 MB
 images in all, after a ReLU. Reported is CPU time, so that other work on the machine counts as little as it can, and
 beside it what it costs on the same machine to copy the bytes once and to sum them once.
 
-Measured with torch 2.14 on two shared cores of an x86-64 server (AVX-512, 1 MiB of L2 a core), one thread, the least of
-several runs beside other work; in copies of the same float32 bytes (0.46 ms an image):
+Measured with torch 2.14 on two shared cores of an x86-64 server (Sapphire Rapids, 2 MiB of L2 a core), one thread, the
+least of several runs beside other work; ms an image, and what it was before reductions wrote to their places and masks
+were left out:
 
-| | moments | with the top 9 |
-|---|---|---|
-| float32 contiguous | 5 (2.3 ms) | 7 (3.0 ms) |
-| float32 channels_last | 7 (3.2 ms) | 11 (5.1 ms) |
-| bfloat16 contiguous | 5 (2.1 ms) | 7 (3.2 ms) |
-| bfloat16 channels_last | 6 (2.9 ms) | 10 (4.7 ms) |
+| | moments | before | with the top 9 | before |
+|---|--:|--:|--:|--:|
+| float32 contiguous | 4.2 | 5.8 | 5.6 | 7.0 |
+| float32 channels_last | 4.4 | 5.8 | 7.1 | 8.5 |
+| bfloat16 contiguous | 4.2 | 6.1 | 5.5 | 7.5 |
+| bfloat16 channels_last | 4.3 | 6.3 | 6.3 | 8.4 |
 
-The block: against 2^19 values, 2^18 costs up to 1.1 times, 2^17 up to 1.3 times, 2^15 several times (calls of torch).
+The block: against 2^17 values, 2^16 and 2^18 cost up to 1.2 times (calls of torch, and misses of L2), 2^15 twice.
 What was tried: torch's own sum to float64 1.1 GB/s, count_nonzero 1.0, aminmax 1.8, vector_norm of order 0 1.0, against
 15 to 40 GB/s for each in-place step on a block that was widened before; fresh memory for `x - K` nearly doubled it all.
 On busy cores two threads for one operation wait for each other: 108 ms of wall time an image, where a pool of two

@@ -198,7 +198,8 @@ class RunningStats:
         half the bytes; sums go over one axis after the other, which torch does faster than over both at once.
         """
         if self._unshifted:
-            self._shift_by(x[:1])
+            first = x[:1].to(self._wide)
+            self._shift_by(*_extremes(first, first.isfinite()))
         kind, few = self._short(x), _planes(x) and x.shape[2] < _SMALL_MAP
         blocks = list(_blocks(x, _CPU_BLOCK))
         shape = (blocks[-1][0] + 1, *x.shape[:2])  # of each result: parts of the positions, images, channels
@@ -252,33 +253,29 @@ class RunningStats:
         )
         for _, images, part, positions in _blocks(x, _CPU_BLOCK if self._may_ask else _DEVICE_BLOCK):
             block = x[images, part, positions]
-            wide = block.to(self._wide)
+            wide = block.to(self._wide, copy=True)
             finite = wide.isfinite()
-            # masked_fill, not `where`, which uploads a number that it is given: that waits for the device.
-            low, high = wide.masked_fill(~finite, torch.inf).amin((0, 2)), wide.masked_fill(~finite, -torch.inf)
+            low, high = _extremes(wide, finite)
+            self._shift_by(low, high, part)
             peaks = found.peaks[images, part]
-            torch.maximum(peaks, high.amax(2), out=peaks)
+            torch.maximum(peaks, high, out=peaks)
             found.low[part].copy_(torch.minimum(found.low[part], low))
             found.nonfinite[part].add_((~finite).sum((0, 2)))
             found.bad[images].logical_or_(~finite.flatten(1).all(1))
-            self._shift_by(block, part)
-            centred = (wide - self._shift[part, None]).masked_fill_(~finite, 0.0)
-            found.sums[images, part].add_(centred.sum(2))
-            found.squares[part].add_(centred.square_().sum((0, 2)))
             found.zeros[part].add_((wide == 0).sum((0, 2)))
             if self._near_zero is not None:
                 # Not in bfloat16, which would round the threshold. NaN is under none.
                 found.near[part].add_((block.to(kind).abs() <= self._near_zero).sum((0, 2)))
+            wide.sub_(self._shift[part, None]).masked_fill_(~finite, 0.0)
+            found.sums[images, part].add_(wide.sum(2))
+            found.squares[part].add_(wide.square_().sum((0, 2)))
         return found
 
-    def _shift_by(self, x: Tensor, channels: slice = slice(None)) -> None:
-        """Let the middle of x (b, c, p) be the K of those of `channels` that have none; those without a finite value
-        wait for theirs.
+    def _shift_by(self, low: Tensor, high: Tensor, channels: slice = slice(None)) -> None:
+        """Give those of `channels` that have no K one between `low` (c,) and `high` (b, c); a channel in which no value
+        was finite waits for its own.
         """
-        wide = x.to(self._wide)
-        finite = wide.isfinite()
-        low = wide.masked_fill(~finite, torch.inf).amin((0, 2))
-        high = wide.masked_fill(~finite, -torch.inf).amax((0, 2))
+        high = high.amax(0)
         middle = (low / 2 + high / 2).masked_fill_((low <= 0) & (high >= 0), 0.0)  # of no finite value: inf - inf
         shift = self._shift[channels]
         shift.copy_(torch.where(shift.isnan(), middle, shift))
@@ -479,6 +476,12 @@ def _of_maps(reduce: Callable[..., Tensor], x: Tensor, out: Tensor) -> None:
         reduce(x, 2, out=out)
     else:
         out.copy_(x[:, :, 0])
+
+
+def _extremes(x: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the values of x (b, c, p) that are `finite`: the lowest (c,), and the highest of each image (b, c)."""
+    # masked_fill, not `where`, which uploads a number that it is given: that waits for the device.
+    return x.masked_fill(~finite, torch.inf).amin((0, 2)), x.masked_fill(~finite, -torch.inf).amax(2)
 
 
 def _finite_or_lowest(maps: Tensor) -> Tensor:

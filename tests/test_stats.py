@@ -207,6 +207,16 @@ def test_the_first_rows_with_nonfinite_values_are_named() -> None:
     assert running(rows, ("channel", "y", "x"), cuts=[10]).nonfinite_rows() == list(range(8))
 
 
+@pytest.mark.parametrize("ask", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_rows_are_left_as_they_were(dtype: torch.dtype, ask: bool) -> None:
+    rows = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype) + 9
+    rows[3, 1] = torch.nan
+    before = rows.clone()
+    running(rows, ("channel", "y", "x"), cuts=[2], ask=ask).result()
+    assert torch.equal(rows.view(torch.uint8), before.view(torch.uint8))
+
+
 def test_without_top_there_are_no_entries() -> None:
     result = running(torch.ones(3, 2), ("feature",), top=0, cuts=[1]).result()
     assert tuple(result) == (*MOMENTS, NEAR_ZERO, *COVARIANCE)
