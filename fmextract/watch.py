@@ -79,8 +79,8 @@ class InFlight:
         noted, self._noted = self._noted, None
         if noted is not None:
             noted.close()
-            with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
     def _note(self, row: int) -> None:
         slot = self._slots.setdefault(threading.get_ident(), len(self._slots))
