@@ -5,11 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from runs import extract, make_photos
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmextract import engine, precision
 from fmextract.errors import ConfigError
@@ -62,6 +64,52 @@ def test_a_lent_model_comes_back_after_an_exception() -> None:
     with pytest.raises(KeyboardInterrupt), precision.lent(model, CPU, "bf16", "channels_last"):
         raise KeyboardInterrupt
     assert state(model) == before
+
+
+class Kernels(TorchDispatchMode):
+    """Notes in which layout the kernels of max pooling are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels_last: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "max_pool2d" in str(func):
+            self.channels_last.append(not args[0].is_contiguous())
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, ceil_mode=True), nn.MaxPool2d(3, 1, 0, 2)])
+def test_max_pooling_on_a_cpu_takes_the_fast_kernel_and_gives_the_same_bits(pool: nn.MaxPool2d) -> None:
+    x = torch.randn(3, 16, 19, 21, generator=torch.Generator().manual_seed(0))
+    x[:, :, ::5, ::3], x[0, 0, 4, 4], x[1, 3, 7], x[2, :, 3, 3] = 0, torch.nan, torch.inf, -torch.inf
+    expected = pool(x)
+    with precision.lent(pool, CPU), precision.lent(pool, CPU), Kernels() as kernels:
+        made = pool(x)
+        pool(x[:, :2].contiguous())  # too few channels for it to pay
+        pool(x.bfloat16())  # of whose NaN that kernel makes another one
+    assert kernels.channels_last == [True, False, False]
+    assert made.stride() == expected.stride()
+    assert torch.equal(made.view(torch.int32), expected.view(torch.int32))
+    with Kernels() as kernels:
+        pool(x)
+    assert kernels.channels_last == [False]
+    assert "forward" not in vars(pool)
+
+
+class OwnPool(nn.MaxPool2d):
+    """Somebody's own way of pooling."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert x.is_contiguous()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool2d(2, return_indices=True), OwnPool(2)])
+def test_other_ways_of_pooling_are_left_alone(pool: nn.MaxPool2d) -> None:
+    with precision.lent(pool, CPU), Kernels() as kernels:
+        pool(torch.randn(1, 16, 8, 8))
+    assert kernels.channels_last == [False]
 
 
 def test_casting_weights_beforehand_changes_no_value() -> None:
