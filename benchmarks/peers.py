@@ -35,7 +35,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -78,8 +78,10 @@ class Case:
 
 
 STAGES = tuple(f"layer{i}" for i in (1, 2, 3, 4))
+_MAPS = Case("ResNet-50, full maps of layer1 to layer4, and avgpool", "resnet50", (*STAGES, "avgpool"))
 CASES = {
-    "maps": Case("ResNet-50, full maps of layer1 to layer4, and avgpool", "resnet50", (*STAGES, "avgpool")),
+    "maps": _MAPS,
+    "maps-16": replace(_MAPS, title=f"{_MAPS.title}, in batches of 16", batch=16),
     "vit": Case(
         "ViT-B/16, four encoder blocks",
         "vit_b_16",

@@ -61,7 +61,7 @@ TAPS = {
 }
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 IN_FLIGHT = 256 << 20  # bytes of activations in a batch, as `choose` allows
-SHARD = "2GiB"  # of values: a turn of seconds publishes some, as a run of hours does (every 2 GiB of stored bytes)
+SHARD = "512MiB"  # the default, of stored bytes
 
 
 # ------------------------------------------------------------------------------------------ accelerator

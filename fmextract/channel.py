@@ -15,21 +15,26 @@ class Closed(Exception):
 
 
 class Channel(Generic[T]):
-    """At most `capacity` items wait in it; `put` and `get` block. Closing it, from any thread, wakes all that wait."""
+    """Items that wait take up at most `capacity`, but for a lone larger one; `put` and `get` block.
+
+    Closing it, from any thread, wakes all that wait.
+    """
 
     def __init__(self, capacity: int, items: Iterable[T] = ()) -> None:
-        self._items: deque[T] = deque(items)
+        self._items: deque[tuple[T, int]] = deque((item, 1) for item in items)
         self._capacity = max(capacity, len(self._items))
+        self._taken = len(self._items)
         self._changed = threading.Condition()
         self._closed = False
 
-    def put(self, item: T) -> None:
-        """Raises Closed."""
+    def put(self, item: T, size: int = 1) -> None:
+        """`size` is the part of the capacity that it takes up. Raises Closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._items) < self._capacity)
+            self._changed.wait_for(lambda: self._closed or not self._items or self._taken + size <= self._capacity)
             if self._closed:
                 raise Closed
-            self._items.append(item)
+            self._items.append((item, size))
+            self._taken += size
             self._changed.notify_all()
 
     def get(self) -> T:
@@ -38,7 +43,8 @@ class Channel(Generic[T]):
             self._changed.wait_for(lambda: self._closed or bool(self._items))
             if self._closed:
                 raise Closed
-            item = self._items.popleft()
+            item, size = self._items.popleft()
+            self._taken -= size
             self._changed.notify_all()
             return item
 

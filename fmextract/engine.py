@@ -43,6 +43,7 @@ FIRST = 5  # keys that are named where something is wrong with them
 DEPTH = 2  # batches of activations of an accelerator on the host: one being encoded, one arriving
 HANGING = 10.0  # seconds that the end of a run waits for threads in foreign code; then it leaves them behind
 ROWS_A_TASK = 8
+CHUNKS_A_TASK = 4  # at most; of small maps the hand-over of a chunk costs a tenth of the encoding
 GIVING_BACK = 0.5, 5.0  # seconds between two times that a CPU's freed memory goes back to the system: first, at most
 PAYLOADS = 64  # encoded chunks, of at most about 1 MiB, that wait for the disk
 
@@ -248,7 +249,7 @@ class _Decoder:
                     Status.UNDECODABLE,
                     f"gives an input of {tuple(image.pixels.shape)}, expected {tuple(into.shape)} as the first image",
                 )
-            into.copy_(image.pixels)
+            np.copyto(into.numpy(), image.pixels.numpy())  # of tiny images torch's copy costs more than decoding
             return image.height, image.width, None
         except SampleError as error:
             into.zero_()  # a failed row keeps its place as a black image
@@ -282,8 +283,10 @@ class _ShardEnd:
 
 @dataclass(slots=True)
 class _Pending:
-    chunk: chunks.Chunk
-    encoded: Future[chunks.Encoded]
+    """Some chunks and, once they are encoded, what is stored of each."""
+
+    cut: Sequence[chunks.Chunk]
+    encoded: Future[list[chunks.Encoded]]
 
 
 @dataclass(slots=True)
@@ -353,8 +356,10 @@ class _Writer:
             encoded = item.encoded.result()
             self.now = "write"
             started = time.perf_counter()
-            self._count_overflow(item.chunk.layer, encoded.overflowed)
-            self._current().write_chunk(item.chunk.layer, item.chunk.at, encoded.payload, encoded.digest)
+            writer = self._current()
+            for chunk, made in zip(item.cut, encoded, strict=True):
+                self._count_overflow(chunk.layer, made.overflowed)
+                writer.write_chunk(chunk.layer, chunk.at, made.payload, made.digest)
             self._tally.add("write", time.perf_counter() - started)
         self.now = "encode"
 
@@ -679,14 +684,17 @@ class _Pipeline:
 
     def _submit(self, cut: Sequence[chunks.Chunk], release: Callable[[], None]) -> None:
         """Encode on the pool; `release` once the last of these chunks no longer needs its tensors."""
-        done = _Countdown(len(cut), release)
-        for chunk in cut:
-            self._pending.put(_Pending(chunk, self._encode_pool.submit(self._encode, chunk, done)))
+        # Few enough tasks to save hand-overs, enough of them to keep all threads busy until the last.
+        step = max(1, min(CHUNKS_A_TASK, len(cut) // (4 * self._work.plan.threads)))
+        tasks = [cut[at : at + step] for at in range(0, len(cut), step)]
+        done = _Countdown(len(tasks), release)
+        for task in tasks:
+            self._pending.put(_Pending(task, self._encode_pool.submit(self._encode, task, done)), len(task))
 
-    def _encode(self, chunk: chunks.Chunk, done: Callable[[], None]) -> chunks.Encoded:
+    def _encode(self, task: Sequence[chunks.Chunk], done: Callable[[], None]) -> list[chunks.Encoded]:
         started = time.perf_counter()
         try:
-            return self._encoder(chunk)
+            return [self._encoder(chunk) for chunk in task]
         finally:
             done()
             self._tally.add("encode", time.perf_counter() - started)

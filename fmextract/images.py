@@ -296,7 +296,9 @@ def _ready(values: Any, preprocess: Preprocessing | None, decoder: str) -> Image
         raise SampleError(
             Status.UNDECODABLE, f"expected an input of {size[0]} x {size[1]} (height x width), got {height} x {width}"
         )
-    return Image(values.detach().cpu().to(torch.float32).contiguous(), height, width, decoder, ready=True)
+    if values.requires_grad or values.device.type != "cpu" or values.dtype != torch.float32:
+        values = values.detach().cpu().to(torch.float32)
+    return Image(values.contiguous(), height, width, decoder, ready=True)
 
 
 def _kind(value: Any) -> str:

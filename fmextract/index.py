@@ -194,10 +194,10 @@ def record_shard(
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex, in constant memory."""
-    digest = hashlib.sha256()
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 18))
     with path.open("rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+        while n := file.readinto(block):
+            digest.update(block[:n])
     return digest.hexdigest()
 
 
