@@ -132,7 +132,7 @@ def _first_trial(question: Question) -> tuple[torch.Tensor, _Trial]:
 
 def _sample_size(question: Question) -> int:
     one = 4 * sum(math.prod(p.shape) for p in question.probed)
-    return min(MOST_SAMPLES, max(2, min(SAMPLE_BYTES // max(1, one), question.rows // 50)))
+    return min(MOST_SAMPLES, max(2, min(SAMPLE_BYTES // max(1, one), question.rows // 100)))
 
 
 # ------------------------------------------------------------------------------------------ precision

@@ -684,9 +684,7 @@ class _Pipeline:
 
     def _submit(self, cut: Sequence[chunks.Chunk], release: Callable[[], None]) -> None:
         """Encode on the pool; `release` once the last of these chunks no longer needs its tensors."""
-        # Few enough tasks to save hand-overs, enough of them to keep all threads busy until the last.
-        step = max(1, min(CHUNKS_A_TASK, len(cut) // (4 * self._work.plan.threads)))
-        tasks = [cut[at : at + step] for at in range(0, len(cut), step)]
+        tasks = _tasks(cut, self._work.plan.threads)
         done = _Countdown(len(tasks), release)
         for task in tasks:
             self._pending.put(_Pending(task, self._encode_pool.submit(self._encode, task, done)), len(task))
@@ -755,6 +753,12 @@ def _raise_if_no_image_is_to_blame(error: Exception) -> None:
         raise MemoryError(str(error)) from error
     if (told := lost(error)) is not None:
         raise told from error
+
+
+def _tasks(cut: Sequence[chunks.Chunk], threads: int) -> list[Sequence[chunks.Chunk]]:
+    """Few enough to save hand-overs, and enough to keep all threads busy until the last is done."""
+    step = max(1, min(CHUNKS_A_TASK, len(cut) // (4 * threads)))
+    return [cut[at : at + step] for at in range(0, len(cut), step)]
 
 
 class _Countdown:

@@ -194,7 +194,7 @@ def record_shard(
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex, in constant memory."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 18))
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while n := file.readinto(block):
             digest.update(block[:n])

@@ -17,10 +17,11 @@ import pytest
 import runs
 import torch
 from privilege import without_privilege
-from runs import Notes, Tiny, extract, make_photos, picture
+from runs import LAYERS, Notes, Tiny, extract, make_photos, picture
 
 from fmextract import engine, reader, watch
 from fmextract.channel import Channel, Closed
+from fmextract.chunks import Chunk
 from fmextract.config import FailureBudget
 from fmextract.errors import CaptureError, DeviceLost, FmextractError, NoSpace, SampleError, TooManyFailures
 from fmextract.pool import Pool
@@ -470,6 +471,64 @@ def test_a_channel_wakes_everybody_when_it_is_closed() -> None:
     assert seen == ["closed", "closed"]
     with pytest.raises(Closed):
         channel.get()
+
+
+def test_a_channel_is_full_by_the_sizes_of_what_waits_in_it() -> None:
+    channel: Channel[str] = Channel(4)
+    channel.put("large", 9)  # alone it passes, or it never would
+    came: list[str] = []
+
+    def put(item: str, size: int) -> None:
+        channel.put(item, size)
+        came.append(item)
+
+    first = threading.Thread(target=put, args=("three", 3))
+    first.start()
+    time.sleep(0.05)
+    assert came == []
+    assert channel.get() == "large"
+    first.join(5)
+    second = threading.Thread(target=put, args=("two", 2))
+    second.start()
+    time.sleep(0.05)
+    assert came == ["three"]
+    channel.put("one", 1)
+    assert [channel.get(), channel.get(), channel.get()] == ["three", "one", "two"]
+    second.join(5)
+    assert came == ["three", "two"]
+
+
+@pytest.mark.parametrize(
+    ("number", "threads", "longest", "tasks"),
+    [(32, 2, 4, 8), (33, 2, 4, 9), (16, 2, 2, 8), (32, 16, 1, 32), (3, 2, 1, 3), (0, 2, 0, 0), (400, 2, 4, 100)],
+)
+def test_chunks_share_tasks_where_threads_have_enough_of_them(
+    number: int, threads: int, longest: int, tasks: int
+) -> None:
+    cut = [Chunk(0, (i,), []) for i in range(number)]
+    made = engine._tasks(cut, threads)
+    assert [chunk for task in made for chunk in task] == cut
+    assert max(map(len, made), default=0) == longest
+    assert len(made) == tasks
+
+
+def test_chunks_that_share_a_task_come_to_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos = make_photos(tmp_path / "photos", 12)
+    extract(photos, tmp_path / "plain.h5", workers=1)
+    lengths: list[int] = []
+    encode = engine._Pipeline._encode
+
+    def noting(self: Any, task: Any, done: Any) -> Any:
+        lengths.append(len(task))
+        return encode(self, task, done)
+
+    monkeypatch.setattr(engine._Pipeline, "_encode", noting)
+    monkeypatch.setattr(engine, "_tasks", lambda cut, threads: [cut[:2], cut[2:]] if len(cut) > 2 else [cut])
+    extract(photos, tmp_path / "shared.h5", workers=1)
+    assert max(lengths) > 1
+    with reader.open(tmp_path / "plain.h5") as plain, reader.open(tmp_path / "shared.h5") as shared:
+        for name in LAYERS:
+            np.testing.assert_array_equal(plain[name][:], shared[name][:])
 
 
 def test_a_crash_of_the_decoder_names_the_rows(tmp_path: Path) -> None:
