@@ -913,10 +913,8 @@ def _content_digest(file: h5py.File, known: Mapping[str, Mapping[tuple[int, ...]
 
 def _put(hasher: Any, *parts: str | bytes) -> None:
     """Feed parts so that no other sequence of parts feeds the same bytes: each after its length."""
-    for part in parts:
-        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
-        hasher.update(len(data).to_bytes(8, "little"))
-        hasher.update(data)
+    encoded = [part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part for part in parts]
+    hasher.update(b"".join(piece for data in encoded for piece in (len(data).to_bytes(8, "little"), data)))
 
 
 def _type_name(dtype: np.dtype[Any]) -> str:
@@ -937,10 +935,10 @@ def _attribute_parts(node: Any, name: str) -> list[str | bytes]:
 
 
 def _description(dataset: h5py.Dataset, paths: Mapping[int, str]) -> list[str | bytes]:
-    plist = dataset.id.get_create_plist()
+    plist, dtype = dataset.id.get_create_plist(), dataset.dtype
     filters = [plist.get_filter(i)[:3] for i in range(plist.get_nfilters())]
-    fill = np.zeros((), dataset.dtype)
-    if dataset.dtype.kind in "iuf":
+    fill = np.zeros((), dtype)
+    if dtype.kind in "iuf":
         plist.get_fill_value(fill)
     scales: list[str] = []
     for axis in range(0 if h5py.h5ds.is_scale(dataset.id) else dataset.ndim):
@@ -948,9 +946,9 @@ def _description(dataset: h5py.Dataset, paths: Mapping[int, str]) -> list[str | 
         if h5py.h5ds.get_num_scales(dataset.id, axis):
             h5py.h5ds.iterate(dataset.id, axis, lambda scale: scales.append(paths[h5py.h5o.get_info(scale).addr]))
     return [
-        _type_name(dataset.dtype),
+        _type_name(dtype),
         str((dataset.shape, dataset.maxshape, dataset.chunks, filters)),
-        fill.tobytes() if dataset.dtype.kind in "iuf" else b"",
+        fill.tobytes() if dtype.kind in "iuf" else b"",
         *scales,
     ]
 
