@@ -107,8 +107,8 @@ def _is_plain_pool(module: nn.Module) -> bool:
 
 def _pooling(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """The forward of an nn.MaxPool2d, bit for bit, with the vectorised kernel that torch has for channels-last alone:
-    mostly four to eight times as fast, both ways of laying out included (docs/performance.md). In float32: in bfloat16 that
-    kernel gives another NaN.
+    mostly four to eight times as fast, both ways of laying out included (docs/performance.md). In float32: in bfloat16
+    that kernel gives another NaN.
     """
 
     def pool(x: torch.Tensor) -> torch.Tensor:
