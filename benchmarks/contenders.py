@@ -14,6 +14,7 @@ import re
 import sys
 import time
 import types
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Task:
     batch: int = 8
 
 
-class Contender:
+class Contender(ABC):
     """One tool. `packages` must be importable; `means` says whether it can reduce maps before it stores them."""
 
     packages: tuple[str, ...] = ()
@@ -52,13 +53,13 @@ class Contender:
         for name in self.imports or self.packages:
             importlib.import_module(name)
 
+    @abstractmethod
     def run(self, task: Task) -> dict[str, float]:
         """Carry out the task; gives the seconds of its parts where the loop is ours to time."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, out: Path, layer: str) -> list[Any]:
         """What is stored of `layer`: an array (sample, ...) for each of its calls that was kept."""
-        raise NotImplementedError
 
     def names(self, out: Path) -> list[str] | None:
         """The photo that each row belongs to, where the output says so."""
