@@ -28,7 +28,7 @@ from fmextract import chunks, codecs, engine, images, index, precision, run, tap
 from fmextract.config import Config
 from fmextract.errors import ConfigError, MissingExtra
 from fmextract.planning import Plan
-from fmextract.prepare import Prepared, plan_for, prepare, reduce_functions
+from fmextract.prepare import Prepared, lent, plan_for, prepare, reduce_functions
 from fmextract.progress import Quiet
 from fmextract.records import LayerSpec, Preprocess, Progress
 from fmextract.stats import RunningStats
@@ -228,7 +228,7 @@ def _forward(prepared: Prepared, made: Plan) -> tuple[torch.Tensor, list[torch.T
     where = prepared.device
     there = pixels.to(where)
     with (
-        precision.lent(prepared.loaded.module, where, made.precision, made.memory_format) as module,
+        lent(prepared, made) as module,
         precision.numerics(made.precision, where),
     ):
 

@@ -21,6 +21,7 @@ from fmextract import precision, taps
 from fmextract.compiled import CompiledCapture
 from fmextract.device import TOO_SMALL, is_out_of_memory
 from fmextract.errors import ConfigError, DeviceLost, FmextractError, LayerError
+from fmextract.fusion import Pair
 
 SAMPLE_BYTES = 256 << 20  # of activations in fp32 that the sample may take
 MOST_SAMPLES = 8
@@ -36,7 +37,10 @@ PASSES = 3
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is to be decided, and on what. `inputs(n)` gives n real images, spread over the source, as model inputs."""
+    """What is to be decided, and on what. `inputs(n)` gives n real images, spread over the source, as model inputs.
+
+    `fused` are the pairs that run as one in half precision.
+    """
 
     module: nn.Module
     forward: taps.Forward
@@ -45,6 +49,7 @@ class Question:
     probed: Sequence[taps.Probed]
     reducers: Sequence[taps.Reduce | None]
     stop: taps.Event | None
+    fused: Sequence[Pair]
     inputs: Callable[[int], torch.Tensor]
     precision: str
     max_error: float
@@ -202,13 +207,14 @@ def _is_fast(name: str, device: torch.device) -> bool:
         precision.check(name, device)
     except ConfigError:
         return False
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return device.type != "cpu" or precision.bf16_on_cpu()
 
 
 @contextmanager
 def _running(question: Question, name: str) -> Iterator[None]:
+    fused, packing = question.fused if name in precision.AUTOCAST else (), not question.compile
     with (
-        precision.lent(question.module, question.device, name, question.memory_format),
+        precision.lent(question.module, question.device, name, question.memory_format, fused, packing),
         precision.numerics(name, question.device),
     ):
         yield

@@ -1,25 +1,38 @@
 """What `fp32`, `tf32`, `bf16` and `fp16` mean for a model on a device, and how to lend a model for a run unharmed.
 
 fp32 is IEEE: TF32 and reduced-precision kernels are off while a run lasts, and as before afterwards. bf16 and fp16 run
-under autocast with the weights of convolutions and linear layers cast once, not once a batch. On a CPU max pooling
-takes the way through channels-last, on which torch is several times as fast.
+under autocast with the weights of convolutions and linear layers cast once, not once a batch. On a CPU some modules
+run another way for as long as the model is lent: max pooling through channels-last, on which torch is several times as
+fast, layers in bfloat16 with weights that are laid out once, convolutions with the batch norm behind them.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
+from fmextract import packed
 from fmextract.errors import ConfigError
+from fmextract.fusion import Pair
 from fmextract.taps import module_kind
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _POOLED = 8  # channels from which max pooling gains from channels-last
+
+
+def bf16_on_cpu() -> bool:
+    """Whether this processor computes in bfloat16, rather than widening every value first."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check(precision: str, device: torch.device) -> None:
@@ -61,24 +74,32 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 @contextmanager
 def lent(
-    model: nn.Module, device: torch.device, precision: str = "fp32", memory_format: str = "contiguous"
+    model: nn.Module,
+    device: torch.device,
+    precision: str = "fp32",
+    memory_format: str = "contiguous",
+    fused: Sequence[Pair] = (),
+    packing: bool = True,
 ) -> Iterator[nn.Module]:
     """The model in evaluation mode on `device`, weights cast and laid out for the run; as it was on every way out.
 
     Parameters and buffers keep their identity (`.data` is swapped and swapped back), so that ties, optimisers and views
-    of the caller's survive; nothing is copied where nothing has to change.
+    of the caller's survive; nothing is copied where nothing has to change. `fused` are pairs of this model
+    (`fusion.fusible`), which run as one. `packing` False leaves out operators that no compiler knows.
     """
     training = {module: module.training for module in model.modules()}
-    pools = [m for m in training if device.type == "cpu" and _is_plain_pool(m)]
     original: list[tuple[torch.Tensor, torch.Tensor]] = []
     half = AUTOCAST.get(precision)
     layout = torch.channels_last if memory_format == "channels_last" else torch.preserve_format
-    cast = {id(p) for m in model.modules() if module_kind(m) in ("conv", "linear") for p in _own(m)} if half else set()
+    packs = packing and half == packed.HALF and packed.available()
+    fit = {m for m in training if packs and packed.fits(m, memory_format)}
+    others = _other_ways(training, half, fused, fit) if device.type == "cpu" else {}
+    kinds = ("conv", "linear") if half else ()
+    cast = {id(p) for m in training if m not in others and module_kind(m) in kinds for p in _own(m)}
+    left = {id(p) for m in others for p in _own(m)} - cast
     try:
         for module in training:
             module.training = False
-        for pool in pools:
-            pool.forward = _pooling(pool.forward)
         seen: set[int] = set()
         for tensor in (*model.parameters(), *model.buffers()):
             if id(tensor) in seen or tensor.is_quantized:
@@ -86,19 +107,59 @@ def lent(
             seen.add(id(tensor))
             data = tensor.data
             dtype = half if id(tensor) in cast and data.is_floating_point() else data.dtype
-            format_ = layout if data.dim() == 4 else torch.preserve_format
+            format_ = layout if data.dim() == 4 and id(tensor) not in left else torch.preserve_format
             changed = data.to(device=device, dtype=dtype, memory_format=format_)
             if changed is not data:
                 original.append((tensor, data))
                 tensor.data = changed
+        for module, way in others.items():
+            module.forward = way()
         yield model
     finally:
         for tensor, data in original:
             tensor.data = data
-        for pool in pools:
-            vars(pool).pop("forward", None)
+        for module in others:
+            vars(module).pop("forward", None)
         for module, mode in training.items():
             module.training = mode
+
+
+def _other_ways(
+    modules: Iterable[nn.Module], half: torch.dtype | None, fused: Sequence[Pair], fit: Collection[nn.Module]
+) -> dict[nn.Module, Callable[[], Forward]]:
+    """What makes the forwards that some modules have on a CPU while they are lent, those that `fit` packed.
+
+    Their weights stay as they are.
+    """
+    ways: dict[nn.Module, Callable[[], Forward]] = {}
+    if half is not None:
+        for pair in fused:
+            ways |= {pair.conv: partial(_as_one, pair, half, pair.conv in fit), pair.norm: lambda: _unchanged}
+    for module in modules:
+        if _is_plain_pool(module):
+            ways[module] = partial(_pooling, module.forward)
+        elif module in fit and module not in ways:
+            ways[module] = partial(packed.forward, module)
+    return ways
+
+
+def _as_one(pair: Pair, half: torch.dtype, packing: bool) -> Forward:
+    """The forward of a convolution that does what the batch norm behind it does, too."""
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(x, *pair.fused(), *rest)
+
+    conv = pair.conv
+    rest: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    weight, bias = pair.fused()
+    if packing:
+        return packed.convolution(conv, weight, bias, exact)
+    weight, bias = weight.to(half), bias.to(half)
+    return lambda x: functional.conv2d(x, weight, bias, *rest) if packed.in_half() else exact(x)
+
+
+def _unchanged(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _is_plain_pool(module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import platform
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -25,6 +25,7 @@ from fmextract import (
     effective,
     engine,
     estimate,
+    fusion,
     geometry,
     images,
     models,
@@ -64,6 +65,7 @@ class Prepared:
     fields: tuple[Field | None, ...]
     largest: int  # bytes of the largest tensor that a module gives for one image in fp32
     stop: taps.Event | None
+    fused: tuple[fusion.Pair, ...]  # in half precision
     notes: tuple[str, ...]
 
     def forward(self, batch: torch.Tensor) -> Any:
@@ -102,6 +104,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         probed, stop, largest, notes = _probe(loaded, config.layers, input_shape, where)
         reductions = tuple(_reduction(p) for p in probed)
         fields = _fields(loaded, probed, reductions, stop, input_shape, where)
+        fused = _fused(loaded, config, probed, stop, input_shape, where)
     for note in notes:
         progress.note(note)
     yield Prepared(
@@ -117,6 +120,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         fields,
         largest,
         stop,
+        fused,
         tuple(notes),
     )
 
@@ -171,6 +175,23 @@ def _fields(
     return tuple(geometry.trace_fields(loaded.module, loaded.forward, probed, batch, _kept(reductions), stop))
 
 
+def _fused(
+    loaded: models.LoadedModel,
+    config: Config,
+    probed: Sequence[taps.Probed],
+    stop: taps.Event | None,
+    input_shape: tuple[int, ...],
+    where: torch.device,
+) -> tuple[fusion.Pair, ...]:
+    """Batch norms that run in the convolutions before them: on a CPU in bfloat16, where it pays. A compiler is left to
+    its own devices.
+    """
+    asked = config.precision == "bf16" or (config.precision == "auto" and precision.bf16_on_cpu())
+    if where.type != "cpu" or not asked or config.compile:
+        return ()
+    return fusion.fusible(loaded.module, loaded.forward, probed, stop, torch.zeros((2, *input_shape)))
+
+
 def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[geometry.Reduced | None]:
     return [None if r is None or not r.stores else (r.apply, r.axes) for r in reductions]
 
@@ -204,6 +225,18 @@ def _reduction(probed: taps.Probed) -> reducers.Reduction | None:
         raise LayerError(f"layer {probed.tap.name!r}: {error}") from error
 
 
+def lent(prepared: Prepared, made: Plan) -> AbstractContextManager[torch.nn.Module]:
+    """The model as the plan runs it, for as long as the block lasts."""
+    return precision.lent(
+        prepared.loaded.module,
+        torch.device(made.device),
+        made.precision,
+        made.memory_format,
+        fused=prepared.fused if made.fused else (),
+        packing=not prepared.config.compile,
+    )
+
+
 # ----------------------------------------------------------------------------------------------- plan
 
 
@@ -219,6 +252,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
             probed=prepared.probed,
             reducers=reduce_functions(prepared),
             stop=prepared.stop,
+            fused=prepared.fused,
             inputs=lambda n: _sample_inputs(prepared, n)[0],
             precision=config.precision,
             max_error=config.max_error,
@@ -262,6 +296,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
         config=config.as_json(),
         info=_describe_run(prepared),
         versions=versions(),
+        fused=bool(prepared.fused) and chosen.precision in precision.AUTOCAST,
         estimate=cost,
         notes=(*prepared.notes, *notes),
     )

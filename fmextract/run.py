@@ -24,7 +24,7 @@ from fmextract.device import is_out_of_memory
 from fmextract.errors import TooManyFailures
 from fmextract.output import Output, resumable
 from fmextract.planning import Plan
-from fmextract.prepare import Prepared, describe, identity, plan_for, prepare, reduce_functions
+from fmextract.prepare import Prepared, describe, identity, lent, plan_for, prepare, reduce_functions
 from fmextract.progress import Quiet
 from fmextract.records import FileInfo, LayerResult, Progress, Result
 
@@ -155,7 +155,7 @@ def working(prepared: Prepared, made: Plan) -> Iterator[engine.Work]:
     with (
         _threads(made.forward_threads),
         _seeded(prepared.config.seed),
-        precision.lent(prepared.loaded.module, where, made.precision, made.memory_format) as module,
+        lent(prepared, made) as module,
         taps.tapped(
             module,
             _copied_as_planned(prepared, made),
@@ -229,7 +229,8 @@ def _file_info(made: Plan) -> FileInfo:
     info = made.info
     config = {"options": made.config, "identity": made.identity, "batch_size": made.batch_size, "device": made.device}
     config |= {"memory_format": made.memory_format, "weights": info["weights"], "origin": info["origin"]}
-    config |= {"run_id": made.run_id, "forward_threads": made.forward_threads, "notes": list(made.notes)}
+    config |= {"run_id": made.run_id, "forward_threads": made.forward_threads, "fused": made.fused}
+    config |= {"notes": list(made.notes)}
     return FileInfo(
         title=info["title"],
         source=info["source"],

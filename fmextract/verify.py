@@ -486,4 +486,5 @@ def _plan_of(acts: reader.Activations, prepared: Prepared) -> Plan:
         config=options,
         info={**info, "preprocess": acts.preprocess, "weights": config["weights"], "origin": config["origin"]},
         versions=acts.versions,
+        fused=config.get("fused", False),
     )

@@ -32,6 +32,7 @@ def question(model: nn.Module, **changes: Any) -> choose.Question:
         "probed": probed,
         "reducers": [None] * len(probed),
         "stop": None,
+        "fused": (),
         "inputs": inputs,
         "precision": "auto",
         "max_error": 0.02,

@@ -13,7 +13,7 @@ from runs import extract, make_photos
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fmextract import engine, precision
+from fmextract import engine, fusion, precision
 from fmextract.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_a_lent_model_comes_back_as_it_was(name: str, memory_format: str) -> Non
     model = Tied()
     model.norm.eval()  # flags that differ between modules
     before = state(model)
-    with precision.lent(model, CPU, name, memory_format) as lent:
+    with precision.lent(model, CPU, name, memory_format, packing=False) as lent:
         assert lent is model
         assert not any(module.training for module in model.modules())
         assert model.a.weight is model.b.weight
@@ -58,12 +58,20 @@ def test_a_lent_model_comes_back_as_it_was(name: str, memory_format: str) -> Non
     assert state(model) == before
 
 
-def test_a_lent_model_comes_back_after_an_exception() -> None:
+def interrupted_while_replaced(model: Tied) -> None:
+    assert {"forward"} <= vars(model.conv).keys() & vars(model.norm).keys()
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_lent_model_comes_back_after_an_exception(packing: bool) -> None:
     model = Tied()
     before = state(model)
-    with pytest.raises(KeyboardInterrupt), precision.lent(model, CPU, "bf16", "channels_last"):
-        raise KeyboardInterrupt
+    pairs = (fusion.Pair(model.conv, model.norm),)
+    with pytest.raises(KeyboardInterrupt), precision.lent(model, CPU, "bf16", "channels_last", pairs, packing):
+        interrupted_while_replaced(model)
     assert state(model) == before
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 class Kernels(TorchDispatchMode):

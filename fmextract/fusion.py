@@ -1,0 +1,140 @@
+"""Batch norm fused into the convolution before it, where nobody can tell.
+
+Of a network that is not in training, batch norm is a scale and a shift of each channel, and both can be in the weights
+of the convolution before it: a pass over the activations less, and one rounding less in half precision. What is lost is
+what the convolution itself gave. So it is done only where one batch norm alone reads that, which is found out by
+watching every operation of a forward pass, those of the hooks on the wanted layers included.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fmextract.taps import Event, Forward, Probed, tapped
+
+
+class Pair(NamedTuple):
+    """A convolution and the one reader of its output."""
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+
+    def fused(self) -> tuple[Tensor, Tensor]:
+        """(weight, bias) of a convolution that gives what the two give one after the other, in their precision."""
+        conv, norm = self.conv, self.norm
+        with torch.no_grad():
+            scale = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *scale)  # type: ignore[arg-type]
+        return weight.detach(), bias.detach()
+
+
+def fusible(
+    model: nn.Module, forward: Forward, probed: Sequence[Probed], stop: Event | None, batch: Tensor
+) -> tuple[Pair, ...]:
+    """The pairs of `model` that can be fused while `probed` is captured, as a pass over `batch` (B, …) shows.
+
+    The model is in evaluation mode, and runs as a run does: to `stop`. Raises whatever the forward raises.
+    """
+    tapped_paths = {p.tap.module for p in probed}
+    modules = [m for path, m in model.named_modules() if path not in tapped_paths and not _hooked(m)]
+    convolutions = [m for m in modules if _is_convolution(m)]
+    norms = [m for m in modules if _is_norm(m)]
+    if not (convolutions and norms):
+        return ()
+    readers = _Readers()
+    with readers, readers.on(convolutions, norms), tapped(model, probed, stop=stop) as capture:
+        capture.forward(forward, batch)
+    return readers.pairs()
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.weight.dtype == torch.float32
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module) is nn.BatchNorm2d and module.running_mean is not None and module.running_var is not None
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether somebody else looks at what goes in or out, or has replaced what is done."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+@dataclass(slots=True)
+class _Output:
+    """What a convolution gave: how many operations read it, and how many of them in the batch norm that was first."""
+
+    conv: nn.Conv2d
+    reads: int = 0
+    norm: nn.BatchNorm2d | None = None
+    reads_of_norm: int = 0
+
+
+class _Readers(TorchDispatchMode):
+    """Sees every operation of a forward pass inside the `with` block."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known: Any = WeakTensorKeyDictionary()
+        self._outputs: list[_Output] = []
+        self._calls: Counter[nn.Module] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for value in tree_leaves((args, kwargs)):
+            if (output := self._output(value)) is not None:
+                output.reads += 1
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def on(self, convolutions: Sequence[nn.Module], norms: Sequence[nn.Module]) -> Iterator[None]:
+        handles = [module.register_forward_hook(self._convolved) for module in convolutions]
+        handles += [module.register_forward_pre_hook(self._before_norm) for module in norms]
+        handles += [module.register_forward_hook(self._after_norm) for module in norms]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def pairs(self) -> tuple[Pair, ...]:
+        """Those of which each was called once, the norm right on the output, which nothing else has read."""
+        return tuple(
+            Pair(output.conv, output.norm)
+            for output in self._outputs
+            if output.norm is not None
+            and output.reads == output.reads_of_norm > 0
+            and self._calls[output.conv] == self._calls[output.norm] == 1
+        )
+
+    def _output(self, value: Any) -> _Output | None:
+        return self._known.get(value) if isinstance(value, Tensor) else None
+
+    def _convolved(self, conv: nn.Conv2d, args: Any, made: Any) -> None:
+        self._calls[conv] += 1
+        output = _Output(conv)
+        self._known[made] = output
+        self._outputs.append(output)
+
+    def _before_norm(self, norm: nn.BatchNorm2d, args: Any) -> None:
+        self._calls[norm] += 1
+        output = self._output(args[0]) if args else None
+        if output is not None and output.reads == 0:
+            output.norm = norm
+
+    def _after_norm(self, norm: nn.BatchNorm2d, args: Any, made: Any) -> None:
+        output = self._output(args[0]) if args else None
+        if output is not None and output.norm is norm:
+            output.reads_of_norm = output.reads

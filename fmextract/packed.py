@@ -1,0 +1,110 @@
+"""Convolutions and linear layers in bfloat16 on a CPU, whose weights are laid out for the kernel once, not every pass.
+
+torch keeps weights in the order of their axes and lays them out anew in every call: with small batches that is a tenth
+of a network's time. The operators that take weights which are laid out already give the same bits, but for the last one
+where a linear layer's sums are taken in another order; torch's own compiler uses them. They are private: so they are
+tried once, and where they are not what they were, nothing is packed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+HALF = torch.bfloat16
+
+Forward = Callable[[Tensor], Tensor]
+
+
+def fits(module: nn.Module, memory_format: str) -> bool:
+    """Whether `forward` can make one for `module`, in a model that is laid out so.
+
+    Convolutions give what is channels-last, as they do beside weights that are.
+    """
+    if type(module) is nn.Conv2d:
+        zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        plain = zeros and memory_format == "channels_last"
+    else:
+        plain = type(module) is nn.Linear
+    return plain and "forward" not in vars(module) and module.weight.dtype == torch.float32
+
+
+def available() -> bool:
+    """Whether this processor, this torch and its settings allow it."""
+    return bool(torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled() and _works())
+
+
+@functools.cache
+def _works() -> bool:
+    """Whether the operators are there and give what their public twins give."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    conv = nn.Conv2d(16, 16, 3, stride=2, padding=1, device="meta")
+    x, weight = (torch.linspace(-1, 1, n * 16 * 9).view(n, 16, 3, 3).to(HALF) for n in (2, 16))
+    bias, flat = weight[:, 0, 0, 0].contiguous(), weight.flatten(1)
+    try:
+        with torch.no_grad():
+            convolved, multiplied = _convolution(conv, weight, bias)(x), _linear(flat, bias)(x.flatten(1))
+            same = torch.equal(convolved, functional.conv2d(x, weight, bias, conv.stride, conv.padding))
+            return same and torch.equal(multiplied, functional.linear(x.flatten(1), flat, bias))
+    except (AttributeError, RuntimeError, TypeError):  # what a private operator that has changed raises
+        return False
+
+
+def forward(module: nn.Module) -> Forward:
+    """The forward of a module that `fits`; its own one runs where the model leaves autocast or asks for gradients."""
+    if isinstance(module, nn.Conv2d):
+        return convolution(module, module.weight.detach(), _cast(module.bias), module.forward)
+    assert isinstance(module, nn.Linear)
+    packed, otherwise = _linear(module.weight.detach().to(HALF), _cast(module.bias)), module.forward
+    return lambda x: packed(x.to(HALF)) if in_half() else otherwise(x)
+
+
+def convolution(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, otherwise: Forward) -> Forward:
+    """The forward of `conv` with `weight` and `bias` in place of its own; the bias may be wider.
+
+    `otherwise` runs where the model leaves autocast, asks for gradients, or gives one image without a batch.
+    """
+    packed = _convolution(conv, weight.to(HALF), bias)
+    return lambda x: packed(x.to(HALF)) if in_half() and x.dim() == 4 else otherwise(x)
+
+
+def _cast(bias: Tensor | None) -> Tensor | None:
+    """As autocast gives it to a layer."""
+    return None if bias is None else bias.detach().to(HALF)
+
+
+def in_half() -> bool:
+    """Whether the model computes in half precision here, rather than having left autocast or asked for gradients."""
+    return torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+
+
+def _convolution(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Forward:
+    where: tuple[Any, ...] = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+    once = _Once(lambda x: reorder(weight.to_mkldnn(), *where, x.shape))
+    return lambda x: torch.ops.mkldnn._convolution_pointwise(x, once(x), bias, *where, "none", [], "")
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Forward:
+    once = _Once(lambda x: torch.ops.mkldnn._reorder_linear_weight(weight, x.numel() // x.shape[-1]))
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, once(x), bias, "none", [], "")
+
+
+class _Once:
+    """Weights, laid out at the first call, since the images decide how; what they were made of is let go then."""
+
+    def __init__(self, pack: Forward) -> None:
+        self._pack: Forward | None = pack
+        self._packed: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._packed is None:
+            assert self._pack is not None
+            self._packed, self._pack = self._pack(x), None
+        return self._packed

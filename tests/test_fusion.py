@@ -1,0 +1,270 @@
+"""Batch norms that run in the convolutions before them: only where nobody can tell, and with the values of the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from runs import extract, make_photos
+from torch import nn
+from torch.nn import functional
+
+from fmextract import fusion, planning, precision, reader, taps
+from fmextract.verify import verify
+
+CPU = torch.device("cpu")
+SHAPE = (3, 16, 16)
+BATCH = torch.randn((4, *SHAPE), generator=torch.Generator().manual_seed(1))
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """Batch norms with statistics as training leaves them: those of a new network change next to nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.normal_(0.1, 0.3, generator=generator)
+            module.running_var.uniform_(0.3, 2.0, generator=generator)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5, generator=generator)
+                nn.init.normal_(module.bias, 0.0, 0.3, generator=generator)
+    return model.eval()
+
+
+class Net(nn.Module):
+    """`conv`, then `norm`, with a given way between and around them."""
+
+    def __init__(self, way: Callable[[Any, torch.Tensor], torch.Tensor], **changes: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = changes.get("conv", nn.Conv2d(3, 8, 3, padding=1))
+        self.norm = changes.get("norm", nn.BatchNorm2d(8))
+        self.box = nn.Sequential(changes.get("boxed", nn.Identity()))
+        self.relu = nn.ReLU(inplace=True)
+        self.way = way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.way(self, x))  # type: ignore[no-any-return]
+
+
+def usual(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.norm(net.conv(x))  # type: ignore[no-any-return]
+
+
+def pairs_of(model: nn.Module, layers: list[str], shape: tuple[int, ...] = SHAPE) -> tuple[fusion.Pair, ...]:
+    batch = torch.randn((2, *shape), generator=torch.Generator().manual_seed(2))
+    with precision.lent(model, CPU), precision.numerics("fp32", CPU):
+        seen = taps.survey(model, model, batch)
+        probed, refused = taps.probe(model, model, taps.resolve(layers, seen), shape, CPU)
+        assert not refused
+        found = fusion.fusible(model, model, probed, seen.stop_before([p.tap for p in probed]), batch)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if not hooked_by_us(m))
+    return found
+
+
+def hooked_by_us(module: nn.Module) -> bool:
+    return any(hook is look for hook in module._forward_hooks.values())
+
+
+def look(module: nn.Module, args: Any, output: Any) -> None:
+    """Somebody's own hook."""
+
+
+def run_in_bf16(model: nn.Module, pairs: tuple[fusion.Pair, ...], batch: torch.Tensor, packing: bool) -> torch.Tensor:
+    with precision.lent(model, CPU, "bf16", "channels_last", pairs, packing), precision.numerics("bf16", CPU):
+        return model(precision.to_memory_format(batch, "channels_last")).float()  # type: ignore[no-any-return]
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+# --------------------------------------------------------------------------------------------------- where it is done
+
+
+def test_a_batch_norm_that_alone_reads_its_convolution_is_fused() -> None:
+    model = lively(Net(usual))
+    assert pairs_of(model, ["relu"]) == ((model.conv, model.norm),)
+
+
+def twice(net: Any, x: torch.Tensor) -> torch.Tensor:
+    made = net.conv(x)
+    return net.norm(made) + made  # type: ignore[no-any-return]
+
+
+def seen_before(net: Any, x: torch.Tensor) -> torch.Tensor:
+    made = net.conv(x)
+    net.seen = made.mean()
+    return net.norm(made)  # type: ignore[no-any-return]
+
+
+def a_view_of_it(net: Any, x: torch.Tensor) -> torch.Tensor:
+    made = net.conv(x)
+    view = made.flatten(2)
+    return net.norm(made) + view.view_as(made)  # type: ignore[no-any-return]
+
+
+def changed_in_place(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.norm(net.conv(x).relu_())  # type: ignore[no-any-return]
+
+
+def conv_twice(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.norm(net.conv(x)) + net.conv(-x)  # type: ignore[no-any-return]
+
+
+def norm_twice(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.norm(net.norm(net.conv(x)))  # type: ignore[no-any-return]
+
+
+def boxed(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.norm(net.box(x))  # type: ignore[no-any-return]
+
+
+def by_keyword(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.norm(input=net.conv(x))  # type: ignore[no-any-return]
+
+
+class OwnConv(nn.Conv2d):
+    """Whose forward nobody knows."""
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Net(twice),
+        Net(seen_before),
+        Net(a_view_of_it),
+        Net(changed_in_place),
+        Net(conv_twice),
+        Net(norm_twice),
+        Net(by_keyword),
+        Net(usual, conv=OwnConv(3, 8, 3)),
+        Net(usual, conv=nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")),
+        Net(usual, norm=nn.SyncBatchNorm(8)),
+        Net(usual, conv=nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))),
+        Net(usual, norm=nn.GroupNorm(2, 8)),
+    ],
+    ids=lambda model: f"{model.way.__name__}-{type(model.conv).__name__}-{type(model.norm).__name__}",
+)
+def test_others_are_left_alone(model: nn.Module) -> None:
+    assert pairs_of(lively(model), ["relu"]) == ()
+
+
+@pytest.mark.parametrize("layers", [["conv", "relu"], ["norm", "relu"], ["norm@in", "relu"]])
+def test_what_is_wanted_itself_is_not_fused(layers: list[str]) -> None:
+    assert pairs_of(lively(Net(usual)), layers) == ()
+
+
+def test_a_container_that_gives_what_its_convolution_gave_is_not_fooled() -> None:
+    model = lively(Net(boxed, boxed=nn.Conv2d(3, 8, 3)))
+    assert len(pairs_of(model, ["relu"])) == 1
+    assert pairs_of(model, ["box", "relu"]) == ()
+
+
+def test_somebody_elses_hook_is_respected() -> None:
+    model = lively(Net(usual))
+    model.conv.register_forward_hook(look)  # type: ignore[union-attr, operator]
+    assert pairs_of(model, ["relu"]) == ()
+
+
+def test_what_comes_after_the_last_layer_is_not_asked_for() -> None:
+    model = lively(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    )
+    assert [pair.conv for pair in pairs_of(model, ["2"])] == [model[0]]
+
+
+# -------------------------------------------------------------------------------------------------------- the values
+
+
+def test_the_weights_are_those_of_both() -> None:
+    for bias in (True, False):
+        model = lively(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=bias), nn.BatchNorm2d(8)))
+        pair = fusion.Pair(model[0], model[1])  # type: ignore[arg-type]
+        with torch.no_grad():
+            torch.testing.assert_close(functional.conv2d(BATCH, *pair.fused(), 2, 1), model(BATCH))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("name", "norms"), [("resnet18", 20), ("mobilenet_v3_small", 34), ("densenet121", 59)])
+def test_networks_come_out_as_near_to_fp32_as_under_autocast(name: str, norms: int, packing: bool) -> None:
+    torch.manual_seed(0)
+    model = lively(getattr(torchvision.models, name)(weights=None))
+    batch = torch.randn((2, 3, 64, 64), generator=torch.Generator().manual_seed(3))
+    pairs = pairs_of(model, ["."], (3, 64, 64))
+    assert len(pairs) == norms
+    with torch.no_grad():
+        exact = model(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = distance(model(batch).float(), exact)
+    fused = run_in_bf16(model, pairs, batch, packing)
+    assert 0 < distance(fused, exact) < max(1.5 * plain, 0.005)
+    with torch.no_grad():
+        assert torch.equal(model(batch), exact), "the model is as it was"
+
+
+def out_of_autocast(net: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return net.norm(net.conv(x.float()))  # type: ignore[no-any-return]
+
+
+def with_gradients(net: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        net.norm(net.conv(leaf)).square().sum().backward()
+    assert leaf.grad is not None
+    return leaf.grad / leaf.grad.abs().max()
+
+
+@pytest.mark.parametrize("way", [out_of_autocast, with_gradients])
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_model_that_leaves_autocast_or_asks_for_gradients_gets_them(way: Any, packing: bool) -> None:
+    model = lively(Net(way))
+    pairs = (fusion.Pair(model.conv, model.norm),)  # type: ignore[arg-type]
+    with torch.no_grad():
+        exact = model(BATCH)
+    most = 1e-5 if way is out_of_autocast else 0.02
+    assert distance(run_in_bf16(model, pairs, BATCH, packing), exact) < most
+
+
+# ------------------------------------------------------------------------------------------------------------ in a run
+
+OPTIONS = {
+    "preprocess": "size=32,crop=32,mean=0.5,std=0.5",
+    "precision": "bf16",
+    "layers": ["layer1", "layer4"],
+    "shard_size": "64GB",
+}
+
+
+def residual() -> nn.Module:
+    torch.manual_seed(0)
+    return lively(torchvision.models.resnet18(weights=None))
+
+
+def test_a_run_says_that_it_fused_and_can_be_run_again(tmp_path: Path) -> None:
+    photos, model = make_photos(tmp_path / "photos", 6), residual()
+    extract(photos, tmp_path / "a.h5", model=model, **OPTIONS)
+    with reader.open(tmp_path / "a.h5") as acts:
+        assert acts.config["fused"] is True
+        stored = {name: torch.from_numpy(acts[name][:]) for name in acts.layers}
+        said = {name: acts[name].spec.rel_error for name in acts.layers}
+    extract(photos, tmp_path / "b.h5", model=model, **{**OPTIONS, "precision": "fp32"})
+    with reader.open(tmp_path / "b.h5") as acts:
+        assert acts.config["fused"] is False
+        for name in acts.layers:
+            error = distance(stored[name], torch.from_numpy(acts[name][:]))
+            assert 1e-4 < error < 0.02
+            assert said[name] == pytest.approx(error, rel=0.5)
+    again = verify(tmp_path / "a.h5", rerun=3, model=model, source=photos)
+    assert (again.ok, again.largest_error) == (True, 0.0)
+
+
+def test_a_plan_of_an_earlier_version_is_not_fused(tmp_path: Path) -> None:
+    extract(make_photos(tmp_path / "photos", 4), tmp_path / "acts", model=residual(), **OPTIONS)
+    obj = planning.Plan.from_json(reader.index.read_json(tmp_path / "acts" / "plan.json")).as_json()
+    assert obj.pop("fused") is True
+    assert planning.Plan.from_json(obj).fused is False
