@@ -17,7 +17,7 @@ from fmextract.engine import DEPTH, PAYLOADS, Captured
 from fmextract.errors import NoSpace
 from fmextract.planning import CHUNK_BYTES, Estimate
 from fmextract.records import LayerSpec
-from fmextract.stats import WORKSPACE, RunningStats, bytes_held, covariance_bytes
+from fmextract.stats import TOGETHER, WORKSPACE, RunningStats, bytes_held, covariance_bytes
 from fmextract.text import byte_count
 
 # Bytes a second through digest, write, fsync and the checksum of the shard, on one core (docs/performance.md).
@@ -78,6 +78,7 @@ def describe_sample(
         seconds = 0.0
         for layer, what, rows in zip(layers, captured, sample, strict=True):
             if {"channel", "feature"} & set(what.axes):
+                rows = rows[: max(2, -(-TOGETHER // rows[0].numel()))]  # as few as enter the statistics at once
                 running = RunningStats(what.shape, what.axes, top, rows.device, layer.near_zero_below)
                 running.update(rows, 0)
                 started = time.perf_counter()

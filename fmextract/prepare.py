@@ -484,8 +484,10 @@ def _near_zero_below(sample: torch.Tensor) -> float | None:
     squares, count = 0.0, 0
     for image in sample:
         values = image.cpu().double()
-        values = values[values.isfinite()]
-        squares, count = squares + float(values.square().sum()), count + values.numel()
+        if not math.isfinite(square := float(values.square().sum())):
+            values = values[values.isfinite()]
+            square = float(values.square().sum())
+        squares, count = squares + square, count + values.numel()
     bound = float(np.float32(NEAR_ZERO * math.sqrt(squares / count))) if count and math.isfinite(squares) else math.inf
     return bound if math.isfinite(bound) else None
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fmextract.moments import MOMENTS, MOST_COMPONENTS, NEAR_ZERO, TOP, Array, folding, merge
 
-__all__ = ["MOMENTS", "TOP", "WORKSPACE", "RunningStats", "bytes_held", "covariance_bytes", "merge"]
+__all__ = ["MOMENTS", "TOGETHER", "TOP", "WORKSPACE", "RunningStats", "bytes_held", "covariance_bytes", "merge"]
 
 NAMED_ROWS = 8
 """How many of the rows with non-finite values are remembered: enough to name some images."""
@@ -34,7 +34,7 @@ _CPU_BLOCK = 1 << 17  # values: 1 MiB of float64, where calls and cache misses c
 _DEVICE_BLOCK = 1 << 24  # values: enough to fill an accelerator, small beside its memory
 _NEVER = torch.iinfo(torch.int64).max
 _COVARIANCE_ROWS = 256  # images that enter the covariance together: by then a product of matrices runs at full speed
-_TOGETHER = 1 << 17  # values that enter the statistics together: of fewer, the calls cost more than the arithmetic
+TOGETHER = 1 << 17  # values that enter the statistics together: of fewer, the calls cost more than the arithmetic
 _COLUMNS = 256  # of the covariance that are computed at once
 _SMALL_MAP = 128  # values: below it torch finds the extremes of maps in float64 faster than in float32
 _COUNTED_IN_FLOAT32 = 1 << 24  # values of one map: up to here float32 counts exactly
@@ -117,8 +117,8 @@ class RunningStats:
         if rows.numel() == 0:
             return
         # Copied where it waits: it may be a view of something large.
-        self._waiting.append((rows.detach() if rows.numel() >= _TOGETHER else rows.detach().clone(), numbers))
-        if sum(batch.numel() for batch, _ in self._waiting) >= _TOGETHER:
+        self._waiting.append((rows.detach() if rows.numel() >= TOGETHER else rows.detach().clone(), numbers))
+        if sum(batch.numel() for batch, _ in self._waiting) >= TOGETHER:
             self._enter()
 
     def _enter(self) -> None:

@@ -73,6 +73,7 @@ def plan(made: Plan) -> str:
     head = [
         f"{text.count(made.rows, 'image')} in {text.count(len(made.shards), 'shard')} of up to {made.shard_rows:,}",
         f"{made.precision} on {made.device}, batch size {made.batch_size}, {made.memory_format}"
+        + (", batch norm inside the convolutions" if made.fused else "")
         + (", compiled" if made.config.get("compile") else "")
         + (", JPEGs decoded on the device" if made.config.get("decode") == "device" else ""),
         f"{text.count(made.threads, 'thread')}, {made.store} with {made.codec}, level {made.level}",
