@@ -25,7 +25,7 @@ from fmextract.fusion import Pair
 
 SAMPLE_BYTES = 256 << 20  # of activations in fp32 that the sample may take
 MOST_SAMPLES = 8
-DEFAULT_BATCH = {"cpu": 8}
+DEFAULT_BATCH = {"cpu": 8}  # in fp32; in half precision as many as take the same memory
 ACCELERATOR_BATCH = 64
 LARGEST_BATCH = {"cpu": 64}
 LARGEST_ACCELERATOR_BATCH = 512
@@ -315,7 +315,10 @@ def _batch_size(question: Question, name: str, taken: _Trial, started: float) ->
         return question.batch_size, taken.seconds, ""
     kind = question.device.type
     most = min(_fits(taken), max(1, question.rows), LARGEST_BATCH.get(kind, LARGEST_ACCELERATOR_BATCH))
-    size = min(DEFAULT_BATCH.get(kind, ACCELERATOR_BATCH), 1 << (most.bit_length() - 1))
+    usual = DEFAULT_BATCH.get(kind, ACCELERATOR_BATCH)
+    if kind == "cpu" and name in precision.AUTOCAST:
+        usual *= 2
+    size = min(usual, 1 << (most.bit_length() - 1))
     default = size
     deadline = started + SHARE_OF_RUN * question.rows * taken.seconds
     measured: dict[int, float] = {}

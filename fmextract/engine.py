@@ -437,7 +437,7 @@ class _Pipeline:
         self._decoder = _Decoder(work, self._decode_pool, self._moves, self._in_flight, tally)
         self._encoder = chunks.Encoder(plan)
         self._describing: list[Future[None]] = []
-        self._now = "decode"
+        self._now, self._publishing = "decode", False
         self._gave_back, self._patience = -math.inf, GIVING_BACK[0]
         self._writer: _Writer | None = None
 
@@ -706,7 +706,9 @@ class _Pipeline:
     def _publish(self) -> None:
         publisher = _Publisher(self._work, self._directory, self._tally, self._encode_pool)
         while (shard := self._finished.get()) is not None:
+            self._publishing = True
             publisher.publish(shard)
+            self._publishing = False
 
     # ---- the end
 
@@ -738,7 +740,9 @@ class _Pipeline:
             return f"images to be read and decoded: {', '.join(rows) or 'none is being decoded'}"
         if self._now == "forward" or self._writer is None:
             return "a forward pass of the model"
-        return {"encode": "chunks to be encoded", "write": f"the disk of {self._directory}"}[self._writer.now]
+        if self._publishing or self._writer.now == "write":
+            return f"the disk of {self._directory}"
+        return "chunks to be encoded"
 
     def _close_channels(self) -> None:
         self._moves.close()

@@ -156,6 +156,11 @@ def test_batch_size_is_the_fastest_of_those_measured(monkeypatch: pytest.MonkeyP
     assert "batch size 16 (auto; 8: 100.0/s, 16: 166.7/s, 32: 111.1/s)" in chosen.notes
 
 
+@pytest.mark.parametrize(("name", "images"), [("fp32", 8), ("bf16", 16)])
+def test_a_short_run_takes_as_many_images_as_take_the_same_memory(name: str, images: int) -> None:
+    assert choose.choose(question(network(), precision=name, rows=20)).batch_size == images
+
+
 def test_measuring_stops_at_a_tenth_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     passes_run = []
     real = choose._timed

@@ -405,6 +405,28 @@ def test_a_stall_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.Monk
         assert not acts.status.any()  # time never decides what is stored
 
 
+def test_a_disk_that_stalls_at_the_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All chunks are written by then, and the last shard is being made durable."""
+    monkeypatch.setattr(watch, "PATIENCE", 0.2)
+    told = threading.Event()
+    durable = engine.index.make_durable
+
+    def stalling(path: Path) -> None:
+        assert "shard" not in path.name or told.wait(30)
+        durable(path)
+
+    class Telling(Notes):
+        def note(self, text: str) -> None:
+            super().note(text)
+            if "waiting for" in text:
+                told.set()
+
+    notes = Telling()
+    monkeypatch.setattr(engine.index, "make_durable", stalling)
+    extract(make_photos(tmp_path / "photos", 4), tmp_path / "out", notes=notes)
+    assert f"waiting for the disk of {tmp_path / 'out'}" in notes
+
+
 def test_a_decoder_that_hangs_for_ever_does_not_keep_a_run_from_ending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
