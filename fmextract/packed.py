@@ -31,7 +31,10 @@ def fits(module: nn.Module, memory_format: str) -> bool:
         plain = zeros and memory_format == "channels_last"
     else:
         plain = type(module) is nn.Linear
-    return plain and "forward" not in vars(module) and module.weight.dtype == torch.float32
+    if not plain or "forward" in vars(module):
+        return False
+    weight = module.weight  # no parameter where a hook computes it anew for every pass
+    return isinstance(weight, nn.Parameter) and weight.dtype == torch.float32
 
 
 def available() -> bool:

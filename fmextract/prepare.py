@@ -146,7 +146,7 @@ def _input_shape(source: Source, loaded: models.LoadedModel, config: Config) -> 
 def _probe(
     loaded: models.LoadedModel, selectors: Sequence[str], input_shape: tuple[int, ...], where: torch.device
 ) -> tuple[tuple[taps.Probed, ...], taps.Event | None, int, list[str]]:
-    noise = torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(0)).to(where)
+    noise = _noise(input_shape, where)
     seen = _surveyed(loaded, noise)
     wanted = taps.resolve(selectors or taps.default_selectors(loaded.module, seen), seen)
     with _failing_on(input_shape):
@@ -158,6 +158,10 @@ def _probe(
         notes.append(f"left out {refusal.tap.name!r}: {refusal.why}")
     largest = max(4 * math.prod(info.shape) // len(noise) for infos in seen.tensors.values() for info in infos)
     return tuple(probed), seen.stop_before([p.tap for p in probed]), largest, notes
+
+
+def _noise(input_shape: Sequence[int], where: torch.device) -> torch.Tensor:
+    return torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(0)).to(where)
 
 
 def _fields(
@@ -189,7 +193,7 @@ def _fused(
     asked = config.precision == "bf16" or (config.precision == "auto" and precision.bf16_on_cpu())
     if where.type != "cpu" or not asked or config.compile:
         return ()
-    return fusion.fusible(loaded.module, loaded.forward, probed, stop, torch.zeros((2, *input_shape)))
+    return fusion.fusible(loaded.module, loaded.forward, probed, stop, _noise(input_shape, where))
 
 
 def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[geometry.Reduced | None]:

@@ -94,6 +94,11 @@ def test_what_fits(module: nn.Module, fits: bool) -> None:
     assert packed.fits(module, "contiguous") is isinstance(module, nn.Linear) & fits
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_weight_that_a_hook_computes_is_left_to_it() -> None:
+    assert not packed.fits(nn.utils.weight_norm(nn.Linear(3, 4)), "channels_last")
+
+
 class Asked:
     """Stands for torch.ops.mkldnn; some of its operators are given."""
 
