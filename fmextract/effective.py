@@ -21,7 +21,7 @@ from torch import nn
 from fmextract.errors import CaptureError
 from fmextract.geometry import Reduced
 from fmextract.records import Field
-from fmextract.taps import Capture, Event, Forward, Probed, Reduce, tapped
+from fmextract.taps import Event, Forward, Probed, Reduce, tapped
 
 SHARE = 0.9  # of the squared gradient, inside the square
 
@@ -40,7 +40,7 @@ def effective_sizes(
 
     The square is centred on the cell in the middle of the map; squared gradients are averaged over `inputs` (n,
     channel, y, x), the model's inputs in float32: two are enough. `fields`, `reductions` as in `trace_fields`. Takes
-    one forward pass and one backward pass a tap. None for a tap without axes y and x, and where the
+    one forward pass an image and one backward pass a tap and image. None for a tap without axes y and x, and where the
     model has no gradient (quantised layers, a forward under `no_grad`, values overwritten that the gradient needs). An
     image that the model fails on is passed over. The model is as before on every way out.
     """
@@ -55,8 +55,18 @@ def effective_sizes(
         return sizes
     objectives = [_objective(*kept[i], functools.partial(cells.__setitem__, i)) for i in spatial]
     with _frozen(model), tapped(model, [probed[i] for i in spatial], objectives, stop) as capture:
-        # In evaluation mode no image has a part in what another gives: one pass does for all.
-        for leaf, values in _passes(capture, forward, inputs.detach()):
+        for image in inputs.detach().split(1):
+            leaf = image.clone().requires_grad_()
+            with torch.enable_grad():
+                # The model gets a copy, which it may write to: a leaf may not be.
+                try:
+                    values = capture.forward(forward, leaf.clone())
+                except CaptureError:
+                    raise
+                except (
+                    Exception
+                ):  # an in-place operation that autograd does not allow; an image that the model fails on
+                    continue
             for i, value in zip(spatial, values, strict=True):
                 energy = _energy(value, leaf)
                 if energy is not None:
@@ -64,26 +74,6 @@ def effective_sizes(
     for i, energy in energies.items():
         sizes[i] = _square(energy, _centre(cells[i], fields[i], energy.shape), share)
     return sizes
-
-
-def _passes(
-    capture: Capture, forward: Forward, images: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, Sequence[torch.Tensor]]]:
-    """(`images`, which gradients can be asked of; the objectives of a pass over them), or image by image.
-
-    Nothing for an image that the model fails on, or with an in-place operation that autograd does not allow.
-    """
-    leaf = images.clone().requires_grad_()
-    try:
-        with torch.enable_grad():
-            values = capture.forward(forward, leaf.clone())  # a copy, which the model may write to: a leaf may not be
-    except CaptureError:
-        raise
-    except Exception:
-        for image in images.split(1) if len(images) > 1 else ():
-            yield from _passes(capture, forward, image)
-        return
-    yield leaf, values
 
 
 @contextmanager
@@ -104,7 +94,7 @@ def _whole(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _objective(reduce: Reduce, axes: Sequence[str], tell: Callable[[tuple[int, int]], None]) -> Reduce:
-    """The rows (B, …) of a tap to the sum of the centre cells' values with random factors: a scalar.
+    """The rows (1, …) of a tap to the sum of the centre cell's values with random factors: a scalar.
 
     It is taken in the hook: the tensor may be overwritten a moment later. `tell` gets the (y, x) size of the map.
     """
@@ -116,17 +106,14 @@ def _objective(reduce: Reduce, axes: Sequence[str], tell: Callable[[tuple[int, i
         centre = tuple(length[role] // 2 if role in ("y", "x") else slice(None) for role in axes)
         values = reduced[(slice(None), *centre)]
         generator = torch.Generator().manual_seed(0)
-        factors = torch.randn(values.shape[1:], generator=generator).to(values.device, values.dtype)
+        factors = torch.randn(values.shape, generator=generator).to(values.device, values.dtype)
         return (values * factors).sum()
 
     return take
 
 
 def _energy(objective: torch.Tensor, leaf: torch.Tensor) -> NDArray[np.float64] | None:
-    """The squared gradient (y, x) of `objective`, summed over colours and images; None where there is none.
-
-    Images whose gradient is not finite are left out.
-    """
+    """The squared gradient (y, x) of `objective`, summed over colours; None where there is none."""
     if not objective.requires_grad:
         return None
     try:
@@ -137,9 +124,8 @@ def _energy(objective: torch.Tensor, leaf: torch.Tensor) -> NDArray[np.float64] 
         return None
     if found[0] is None:
         return None
-    energies = found[0].double().square().sum(1).cpu().numpy()
-    energy = energies[np.isfinite(energies).all((1, 2))].sum(0)
-    return energy if energy.any() else None
+    energy = found[0][0].double().square().sum(0).cpu().numpy()
+    return energy if np.isfinite(energy).all() and energy.any() else None
 
 
 def _centre(cells: tuple[int, int], field: Field | None, size: Sequence[int]) -> tuple[float, float]:
