@@ -3,7 +3,8 @@
 Of a network that is not in training, batch norm is a scale and a shift of each channel, and both can be in the weights
 of the convolution before it: a pass over the activations less, and one rounding less in half precision. What is lost is
 what the convolution itself gave. So it is done only where one batch norm alone reads that, which is found out by
-watching every operation of a forward pass, those of the hooks on the wanted layers included.
+watching every operation of a forward pass, those of the hooks on the wanted layers included. What no dispatch mode
+sees (an alias, another thread, a call of `forward` itself) shows in the wanted layers, which whoever fuses compares.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fmextract.packed import has_weight
 from fmextract.taps import Event, Forward, Probed, tapped
 
 
@@ -59,7 +61,7 @@ def fusible(
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and module.weight.dtype == torch.float32
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and has_weight(module)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -31,10 +31,18 @@ def fits(module: nn.Module, memory_format: str) -> bool:
         plain = zeros and memory_format == "channels_last"
     else:
         plain = type(module) is nn.Linear
-    if not plain or "forward" in vars(module):
-        return False
-    weight = module.weight  # no parameter where a hook computes it anew for every pass
-    return isinstance(weight, nn.Parameter) and weight.dtype == torch.float32
+    return plain and "forward" not in vars(module) and has_weight(module)
+
+
+def has_weight(module: nn.Module) -> bool:
+    """Whether the weight is a parameter in float32, not something that a hook or a parent computes for every pass."""
+    weight = getattr(module, "weight", None)
+    return (
+        isinstance(weight, nn.Parameter)
+        and weight.dtype == torch.float32
+        and weight.numel() > 0
+        and not weight.is_inference()
+    )
 
 
 def available() -> bool:
@@ -60,21 +68,42 @@ def _works() -> bool:
 
 
 def forward(module: nn.Module) -> Forward:
-    """The forward of a module that `fits`; its own one runs where the model leaves autocast or asks for gradients."""
+    """The forward of a module that `fits`. Its own one runs where it is not in half precision, or has been changed."""
     if isinstance(module, nn.Conv2d):
         return convolution(module, module.weight.detach(), _cast(module.bias), module.forward)
     assert isinstance(module, nn.Linear)
-    packed, otherwise = _linear(module.weight.detach().to(HALF), _cast(module.bias)), module.forward
-    return lambda x: packed(x.to(HALF)) if in_half() else otherwise(x)
+    return _guarded(module, _linear(module.weight.detach().to(HALF), _cast(module.bias)), module.forward)
 
 
 def convolution(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, otherwise: Forward) -> Forward:
     """The forward of `conv` with `weight` and `bias` in place of its own; the bias may be wider.
 
-    `otherwise` runs where the model leaves autocast, asks for gradients, or gives one image without a batch.
+    `otherwise` runs where the model does not compute in half precision, gives one image without a batch, or has other
+    weights or settings than now, as a model may that shares one convolution between several.
     """
-    packed = _convolution(conv, weight.to(HALF), bias)
-    return lambda x: packed(x.to(HALF)) if in_half() and x.dim() == 4 else otherwise(x)
+    packed = _guarded(conv, _convolution(conv, weight.to(HALF), bias), otherwise)
+    return lambda input: packed(input) if input.dim() == 4 else otherwise(input)
+
+
+def _guarded(module: nn.Module, packed: Forward, otherwise: Forward) -> Forward:
+    given = _state(module)
+
+    def forward(input: Tensor) -> Tensor:
+        if in_half(input) and _state(module) == given:
+            return packed(input.to(HALF))
+        return otherwise(input)
+
+    return forward
+
+
+_SETTINGS = ("stride", "padding", "dilation", "groups")
+
+
+def _state(module: nn.Module) -> tuple[Any, ...]:
+    """What a forward depends on, as far as it can be seen without looking at values."""
+    tensors = module.weight, module.bias
+    seen = [(id(t), t._version, t.data_ptr()) for t in tensors if isinstance(t, Tensor)]
+    return (*seen, *(getattr(module, name, None) for name in _SETTINGS))
 
 
 def _cast(bias: Tensor | None) -> Tensor | None:
@@ -82,9 +111,10 @@ def _cast(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().to(HALF)
 
 
-def in_half() -> bool:
-    """Whether the model computes in half precision here, rather than having left autocast or asked for gradients."""
-    return torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+def in_half(x: Tensor) -> bool:
+    """Whether a layer computes in half precision on `x`, rather than outside of autocast, or for gradients."""
+    wide = x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
+    return (wide or x.dtype == HALF) and not torch.is_grad_enabled()
 
 
 def _convolution(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Forward:

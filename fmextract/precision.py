@@ -132,9 +132,8 @@ def _other_ways(
     Their weights stay as they are.
     """
     ways: dict[nn.Module, Callable[[], Forward]] = {}
-    if half is not None:
-        for pair in fused:
-            ways |= {pair.conv: partial(_as_one, pair, half, pair.conv in fit), pair.norm: lambda: _unchanged}
+    for pair in fused:
+        ways |= {pair.conv: partial(_as_one, pair, half, pair.conv in fit), pair.norm: lambda: _unchanged}
     for module in modules:
         if _is_plain_pool(module):
             ways[module] = partial(_pooling, module.forward)
@@ -143,23 +142,27 @@ def _other_ways(
     return ways
 
 
-def _as_one(pair: Pair, half: torch.dtype, packing: bool) -> Forward:
+def _as_one(pair: Pair, half: torch.dtype | None, packing: bool) -> Forward:
     """The forward of a convolution that does what the batch norm behind it does, too."""
 
-    def exact(x: torch.Tensor) -> torch.Tensor:
-        return functional.conv2d(x, *pair.fused(), *rest)
+    def exact(input: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(input, *pair.fused(), conv.stride, conv.padding, conv.dilation, conv.groups)
 
     conv = pair.conv
     rest: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    if half is None:
+        return exact
     weight, bias = pair.fused()
     if packing:
         return packed.convolution(conv, weight, bias, exact)
     weight, bias = weight.to(half), bias.to(half)
-    return lambda x: functional.conv2d(x, weight, bias, *rest) if packed.in_half() else exact(x)
+    return lambda input: (
+        functional.conv2d(input.to(half), weight, bias, *rest) if packed.in_half(input) else exact(input)
+    )
 
 
-def _unchanged(x: torch.Tensor) -> torch.Tensor:
-    return x
+def _unchanged(input: torch.Tensor) -> torch.Tensor:
+    return input
 
 
 def _is_plain_pool(module: nn.Module) -> bool:
@@ -172,7 +175,8 @@ def _pooling(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch
     that kernel gives another NaN.
     """
 
-    def pool(x: torch.Tensor) -> torch.Tensor:
+    def pool(input: torch.Tensor) -> torch.Tensor:
+        x = input
         if x.ndim != 4 or x.shape[1] < _POOLED or x.dtype != torch.float32 or not x.is_contiguous():
             return forward(x)
         return forward(x.contiguous(memory_format=torch.channels_last)).contiguous()

@@ -46,6 +46,9 @@ EFFECTIVE_SECONDS = 0.3  # that measuring may take of any run, however short
 NEAR_ZERO = 0.01  # of the root mean square of a layer's values: what is not above it counts as near zero
 
 
+SAME = 1e-3  # relative L2 distance up to which fp32 with and without fused norms are the same: rounding makes 1e-5
+
+
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """Everything a run needs to know of its source and model before it can be planned.
@@ -193,7 +196,33 @@ def _fused(
     asked = config.precision == "bf16" or (config.precision == "auto" and precision.bf16_on_cpu())
     if where.type != "cpu" or not asked or config.compile:
         return ()
-    return fusion.fusible(loaded.module, loaded.forward, probed, stop, _noise(input_shape, where))
+    noise = _noise(input_shape, where)
+    pairs = fusion.fusible(loaded.module, loaded.forward, probed, stop, noise)
+    if not pairs:
+        return ()
+    apart, fused = (_captured_of(loaded, probed, stop, noise, some) for some in ((), pairs))
+    return pairs if all(map(_agree, fused, apart)) else ()
+
+
+def _captured_of(
+    loaded: models.LoadedModel,
+    probed: Sequence[taps.Probed],
+    stop: taps.Event | None,
+    batch: torch.Tensor,
+    fused: Sequence[fusion.Pair],
+) -> list[torch.Tensor]:
+    lending = precision.lent(loaded.module, batch.device, fused=fused)
+    with lending as module, taps.tapped(module, probed, stop=stop) as capture:
+        return [rows.clone() for rows in capture.forward(loaded.forward, batch.clone())]
+
+
+def _agree(rows: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether two results in float32 are one but for rounding."""
+    finite = others.isfinite()
+    if not torch.equal(rows.isfinite(), finite):
+        return False
+    exact = others[finite].double()
+    return bool((rows[finite].double() - exact).norm() <= SAME * exact.norm())
 
 
 def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[geometry.Reduced | None]:

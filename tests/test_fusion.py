@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,25 @@ def test_others_are_left_alone(model: nn.Module) -> None:
     assert pairs_of(lively(model), ["relu"]) == ()
 
 
+class Bare(nn.Module):
+    """Whose parent has set a weight that is no parameter, or none."""
+
+    def __init__(self, weight: torch.Tensor | None) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        del self.conv.weight
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is not None:
+            self.conv.weight = self.weight
+        return self.norm(self.conv(x))  # type: ignore[no-any-return]
+
+
+def test_a_weight_that_a_parent_sets_is_left_to_it() -> None:
+    assert pairs_of(lively(Bare(torch.randn(8, 3, 3, 3))), ["."]) == ()
+
+
 @pytest.mark.parametrize("layers", [["conv", "relu"], ["norm", "relu"], ["norm@in", "relu"]])
 def test_what_is_wanted_itself_is_not_fused(layers: list[str]) -> None:
     assert pairs_of(lively(Net(usual)), layers) == ()
@@ -230,6 +250,44 @@ def test_a_model_that_leaves_autocast_or_asks_for_gradients_gets_them(way: Any, 
     assert distance(run_in_bf16(model, pairs, BATCH, packing), exact) < most
 
 
+def by_name(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.norm(net.conv(input=x))  # type: ignore[no-any-return]
+
+
+def with_other_weights(net: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return net.norm(torch.func.functional_call(net.conv, {"weight": 3 * net.conv.weight}, (x,)))
+
+
+def with_other_settings(net: Any, x: torch.Tensor) -> torch.Tensor:
+    made = net.conv(x)
+    net.conv.dilation = net.conv.padding = (2, 2)
+    made = made + net.conv(x)
+    net.conv.dilation = net.conv.padding = (1, 1)
+    return made  # type: ignore[no-any-return]
+
+
+def half_outside_of_autocast(net: Any, x: torch.Tensor) -> torch.Tensor:
+    made = net.conv(x)
+    if made.dtype == torch.bfloat16:
+        with torch.autocast("cpu", enabled=False):
+            return net.box(made)  # type: ignore[no-any-return]
+    return net.box(made)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", [by_name, with_other_weights, with_other_settings, half_outside_of_autocast])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_model_that_uses_its_layers_in_other_ways_is_right(way: Any, fused: bool) -> None:
+    """Without batch norm beside them layers are packed, with it fused too."""
+    model = lively(Net(way, boxed=nn.Conv2d(8, 8, 3)))
+    pairs = (fusion.Pair(model.conv, model.norm),) if fused else ()  # type: ignore[arg-type]
+    if fused and way in (with_other_settings, half_outside_of_autocast):
+        pairs = ()  # no norm is called
+    with torch.no_grad():
+        exact = model(BATCH)
+    assert distance(run_in_bf16(model, pairs, BATCH, packing=True), exact) < 0.02
+
+
 # ------------------------------------------------------------------------------------------------------------ in a run
 
 OPTIONS = {
@@ -261,6 +319,40 @@ def test_a_run_says_that_it_fused_and_can_be_run_again(tmp_path: Path) -> None:
             assert said[name] == pytest.approx(error, rel=0.5)
     again = verify(tmp_path / "a.h5", rerun=3, model=model, source=photos)
     assert (again.ok, again.largest_error) == (True, 0.0)
+
+
+class Secret(torch.Tensor):
+    """A tensor of somebody's own, as metadata ride on."""
+
+
+def by_an_alias(net: Any, x: torch.Tensor) -> torch.Tensor:
+    made = net.conv(x)
+    alias = made.as_subclass(Secret)
+    return net.norm(made) + 3 * alias.as_subclass(torch.Tensor)  # type: ignore[no-any-return]
+
+
+def by_a_thread(net: Any, x: torch.Tensor) -> torch.Tensor:
+    made, found = net.conv(x), []
+    thread = threading.Thread(target=lambda: found.append(3 * made.detach()))
+    thread.start()
+    thread.join()
+    return net.norm(made) + found[0]  # type: ignore[no-any-return]
+
+
+def by_calling_forward(net: Any, x: torch.Tensor) -> torch.Tensor:
+    return net.norm(net.conv(x)) + 5 * net.conv.forward(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", [by_an_alias, by_a_thread, by_calling_forward])
+def test_readers_that_no_mode_sees_are_found_by_what_comes_out(way: Any, tmp_path: Path) -> None:
+    model = lively(Net(way))
+    assert pairs_of(model, ["relu"]), "if it is seen now, another example is needed"
+    photos = make_photos(tmp_path / "photos", 4)
+    for name in ("bf16", "fp32"):
+        extract(photos, tmp_path / f"{name}.h5", model=model, precision=name, layers=["relu"])
+    with reader.open(tmp_path / "bf16.h5") as rough, reader.open(tmp_path / "fp32.h5") as exact:
+        assert rough.config["fused"] is False
+        assert distance(*(torch.from_numpy(acts["relu"][:]) for acts in (rough, exact))) < 0.02
 
 
 def test_a_plan_of_an_earlier_version_is_not_fused(tmp_path: Path) -> None:
