@@ -44,8 +44,6 @@ from fmextract.sources import open_source
 EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
 EFFECTIVE_SECONDS = 0.3  # that measuring may take of any run, however short
 NEAR_ZERO = 0.01  # of the root mean square of a layer's values: what is not above it counts as near zero
-
-
 SAME = 1e-3  # relative L2 distance up to which fp32 with and without fused norms are the same: rounding makes 1e-5
 
 
