@@ -46,7 +46,7 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 
-from fmextract import bench, chunks, engine, reader, run
+from fmextract import bench, chunks, codecs, engine, reader, run
 from fmextract.channel import Channel, Closed
 from fmextract.config import Config
 from fmextract.device import Download
@@ -360,9 +360,7 @@ def _rate(work: Callable[[], Any], seconds: float) -> float:
 
 def _library(codec: str) -> Callable[[bytes], bytes]:
     if codec == "gzip":
-        from isal import isal_zlib
-
-        return partial(isal_zlib.compress, level=1)
+        return partial(codecs.deflate, level=1)
     import lz4.block
 
     return partial(lz4.block.compress, store_size=False)

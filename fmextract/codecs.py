@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from isal import isal_zlib
+from isal import igzip_lib, isal_zlib
 
 from fmextract.errors import ConfigError, DamagedError, MissingExtra
 
@@ -310,10 +310,13 @@ def _gather(planes: Array, words: Array) -> None:
 
 
 _ZLIB_HEADER = b"\x78\x01"
-_WINDOW_BITS = 9
-"""ISA-L looks for repetitions 512 bytes back, not 32 KiB: what repeats far back in activations does so by chance, and a
-long distance costs bits. At the same speed the layers of a trained EfficientNet-Lite0 take 2.1 % less in bfloat16,
-1.2 % in float32, and none over 0.2 % more. The header states the full window, which every reader has."""
+_LOOK_BACK_BITS = 2
+"""ISA-L looks for repetitions 3 bytes back, not 32 KiB: runs of one value. What else repeats in activations does so by
+chance, and a long distance costs bits. The header states the full window, which every reader has."""
+_BLOCKS = igzip_lib.MEM_LEVEL_MEDIUM
+"""Room for the symbols of a block, hence how often the Huffman codes are made anew: so often that the planes of a chunk
+have their own, and not so often that it costs time. docs/performance.md has what both bring."""
+_STRETCH_BITS = 9  # the least that ISA-L's streams allow
 _STORED_MOST = 65535
 _STORED_BLOCK = struct.Struct("<BHH")
 _SAMPLE = 4096
@@ -345,12 +348,18 @@ def _deflate(planes: Array, level: int, zeros: int = 0) -> bytes:
         elif rows[-1] < len(rest) - 1:
             parts += _stretch(part, level)
     if noise and not noise[-1]:  # the last stretch ends the stream; in one call, which needs no room to grow
-        parts.append(isal_zlib.compress(part, level, -_WINDOW_BITS))
+        parts.append(deflate(part, level))
     else:
         parts.append(_stored_header(0, last=True))
     # The checksum of zeros is known: its lower half stays 1, its upper half counts them.
     checksum = isal_zlib.adler32(rest.reshape(-1), length % 65521 << 16 | 1)
     return b"".join((*parts, checksum.to_bytes(4, "big")))
+
+
+def deflate(data: Any, level: int) -> bytes:
+    """All of a raw deflate stream over `data`, a buffer, as ISA-L makes it of activations; `level` 0 to 3."""
+    stream: bytes = igzip_lib.compress(data, level, igzip_lib.COMP_DEFLATE, _BLOCKS, _LOOK_BACK_BITS)
+    return stream
 
 
 def _any(plane: Array) -> bool:
@@ -360,7 +369,7 @@ def _any(plane: Array) -> bool:
 
 def _stretch(data: Any, level: int) -> tuple[bytes, bytes]:
     """A stretch of a raw deflate stream; the sync flush ends it on a byte, where another may follow."""
-    deflater = isal_zlib.compressobj(level, isal_zlib.DEFLATED, -_WINDOW_BITS)
+    deflater = isal_zlib.compressobj(level, isal_zlib.DEFLATED, -_STRETCH_BITS)
     return deflater.compress(data), deflater.flush(isal_zlib.Z_SYNC_FLUSH)
 
 

@@ -99,7 +99,7 @@ def test_maps_after_a_relu_take_less_than_a_full_window_makes_of_them(dtype: str
     wide = np.ascontiguousarray(words << 16 if dtype == "bfloat16" else words)
     planes = wide.reshape(-1).view(np.uint8).reshape(-1, 4).T.tobytes()
     assert zlib.decompress(payload) == planes
-    assert len(payload) < 0.99 * len(isal_zlib.compress(planes, 1))
+    assert len(payload) < 0.97 * len(isal_zlib.compress(planes, 1))
 
 
 @pytest.mark.parametrize("count", [12288, 65535, 65536, 140_000])
