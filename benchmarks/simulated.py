@@ -130,7 +130,7 @@ class Ring:
     def __init__(self, depth: int) -> None:
         self._slots: Channel[dict[int, torch.Tensor]] = Channel(depth, [{} for _ in range(depth)])
         self._reserved: dict[int, torch.Tensor] | None = None
-        self._engine = ThreadPoolExecutor(1, "copy-engine", lambda: torch.set_num_threads(1))
+        self._engine = ThreadPoolExecutor(1, "copy-engine", engine.one_torch_thread)
         self.copying = 0.0
 
     def input_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:

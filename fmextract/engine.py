@@ -662,7 +662,7 @@ class _Pipeline:
             thread.join()
 
     def _cut(self) -> None:
-        torch.set_num_threads(1)  # it copies a few rows at most
+        one_torch_thread()  # it copies a few rows at most
         cutters = [chunks.Cutter(i, spec) for i, spec in enumerate(self._work.plan.layers)]
         while (item := self._captured.get()) is not None:
             if isinstance(item, _ShardEnd):
@@ -784,7 +784,15 @@ class _Countdown:
 def thread_pool(name: str, threads: int) -> Pool:
     """Threads whose torch operations do not start teams of threads of their own: the pool is the parallelism."""
     before = torch.get_num_threads()
-    pool = Pool(name, threads, begin=lambda: torch.set_num_threads(1))
-    # The number is the thread's own for OpenMP but the process's for MKL: say again what holds for this thread.
+    pool = Pool(name, threads, begin=one_torch_thread)
+    # Each thread has its own number, but what is set last is what new threads begin with: say what holds for them.
     torch.set_num_threads(before)
     return pool
+
+
+def one_torch_thread() -> None:
+    """The operations of the thread that calls this start no team of threads."""
+    # Asked first: a thread that torch has not seen yet takes, at its first operation, the number that was set last,
+    # in whatever thread.
+    torch.get_num_threads()
+    torch.set_num_threads(1)

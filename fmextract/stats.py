@@ -82,6 +82,7 @@ class RunningStats:
         self._next_row = 0
         self._seen = 0  # values of one channel, finite or not
         self._unshifted, self._at_zero = True, False  # whether a channel may have no K yet; whether K is 0 everywhere
+        self._signed = False  # whether a value below zero was seen
         channels = shape[self._axis]
         self._nonfinite = torch.zeros(channels, dtype=torch.int64, device=device)
         self._sum, self._squares, self._zeros, self._near = (self._full(0.0, channels) for _ in range(4))
@@ -202,36 +203,45 @@ class RunningStats:
             self._shift_by(*_extremes(first, first.isfinite()))
         kind, few = self._short(x), _planes(x) and x.shape[2] < _SMALL_MAP
         blocks = list(_blocks(x, _CPU_BLOCK))
-        shape = (blocks[-1][0] + 1, *x.shape[:2])  # of each result: parts of the positions, images, channels
-        sums, squares = (self._full(0.0, *shape) for _ in range(2))
-        zeros, near = (torch.zeros(shape, dtype=kind) for _ in range(2))
-        low, high = (torch.empty(shape, dtype=self._wide if few else kind) for _ in range(2))
+        # Of each result: parts of the positions, images, channels. Several in one tensor, since each view costs a call.
+        shape = (blocks[-1][0] + 1, *x.shape[:2])
+        sums = self._full(0.0, 2, *shape)
+        counts = torch.zeros((2, *shape), dtype=kind)
+        extremes = torch.empty((2, *shape), dtype=self._wide if few else kind)
         room: _Room | None = None
         for turn, images, channels, positions in blocks:
-            block, at = x[images, channels, positions], (turn, images, channels)
+            block = x[images, channels, positions]
+            low, high = extremes[:, turn, images, channels].unbind()
+            total, squares = sums[:, turn, images, channels].unbind()
+            zeros, near = counts[:, turn, images, channels].unbind()
             if room is None or room.shape != block.shape:
                 room = _Room(block, kind, self._wide)
             short = block if block.dtype == kind else room.short.copy_(block)
             wide, flags = room.wide.copy_(short), room.flags
-            _of_maps(torch.amin, wide if few else short, low[at])
-            _of_maps(torch.amax, wide if few else short, high[at])
+            _of_maps(torch.amin, wide if few else short, low)
+            _of_maps(torch.amax, wide if few else short, high)
             if not self._at_zero:
                 wide.sub_(self._shift[channels, None])
-            _of_maps(torch.sum, wide, sums[at])
-            _of_maps(torch.sum, wide.mul_(wide), squares[at])
-            _of_maps(torch.sum, torch.eq(short, 0, out=flags), zeros[at])
+            _of_maps(torch.sum, wide, total)
+            _of_maps(torch.sum, wide.mul_(wide), squares)
+            _of_maps(torch.sum, torch.eq(short, 0, out=flags), zeros)
             if self._near_zero is not None:
-                # After a ReLU there is no sign to take away.
-                size = short if low[at].amin() >= 0 else torch.abs(short, out=flags)
-                _of_maps(torch.sum, torch.le(size, self._near_zero, out=flags), near[at])
+                size = torch.abs(short, out=flags) if self._signed else short
+                _of_maps(torch.sum, torch.le(size, self._near_zero, out=flags), near)
+        low, high = extremes.unbind()
         # The extremes of a block with a NaN or an infinity are not finite themselves: no pass of its own to find out.
         if not math.isfinite((low.sum() + high.sum()).item()):
             return None
+        if not self._signed and low.amin() < 0:
+            # Signs were not taken away, as after a ReLU there are none: from now on they are, and here once more.
+            self._signed = True
+            return self._if_finite(x)
+        zeros, near = counts.sum((1, 2), dtype=self._wide).unbind()
         return _Found(
-            sums=sums.sum(0),
-            squares=squares.sum((0, 1)),
-            zeros=zeros.sum((0, 1), dtype=self._wide),
-            near=near.sum((0, 1), dtype=self._wide),
+            sums=sums[0].sum(0),
+            squares=sums[1].sum((0, 1)),
+            zeros=zeros,
+            near=near,
             low=low.amin((0, 1)).to(self._wide),
             peaks=high.amax(0).to(self._wide),
             nonfinite=torch.zeros_like(self._nonfinite),

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -342,6 +343,16 @@ def test_what_an_earlier_version_did_not_keep_is_left_out_of_the_whole() -> None
     kept, attrs = settled(merge([new, new]))
     assert tuple(kept) == (*MOMENTS, NEAR_ZERO, *TOP)
     assert EffectiveDimension.of_attrs(attrs) == effective_dimension(merge([new, new]))
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+def test_what_lies_below_zero_may_come_late_or_in_a_later_block(how: str) -> None:
+    rows = torch.randn(6, 8, 60, 60, generator=torch.Generator().manual_seed(0)).relu_()
+    rows[3, 5, 59] = -5.0  # far from zero, and not above the bound either
+    rows[5, 2, 7] = -BELOW / 2
+    rows = laid_out(rows, how)
+    with mock.patch.object(module, "_CPU_BLOCK", 1 << 12):
+        check(running(rows, ("channel", "y", "x"), cuts=[2, 4]).result(), brute(rows, ("channel", "y", "x"), 3))
 
 
 def test_without_a_threshold_nothing_is_near_zero() -> None:

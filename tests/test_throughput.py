@@ -7,9 +7,10 @@ from pathlib import Path
 
 import h5py
 import pytest
+import torch
 from runs import extract, extract_until, make_photos
 
-from fmextract import cli, reader
+from fmextract import cli, engine, reader
 from fmextract.report import write_report
 
 
@@ -66,3 +67,22 @@ def test_nonsense_is_as_nothing(photos: Path, tmp_path: Path, said: str) -> None
     with reader.open(out) as acts:
         assert acts.throughput is None
         assert acts.info()["throughput"] is None
+
+
+def test_operations_on_a_pool_start_no_teams_of_threads() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    pool = engine.thread_pool("test", 2)
+    try:
+        numbers = [pool.submit(_in_an_operation).result() for _ in range(4)]
+        assert numbers == [1] * 4
+        assert torch.get_num_threads() == 2
+    finally:
+        pool.close(1.0)
+        torch.set_num_threads(before)
+
+
+def _in_an_operation() -> int:
+    """As it is once torch has set the thread up, which its first parallel operation does."""
+    torch.ones(1 << 20).add_(1)
+    return torch.get_num_threads()
