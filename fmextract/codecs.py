@@ -311,7 +311,7 @@ def _gather(planes: Array, words: Array) -> None:
 
 _ZLIB_HEADER = b"\x78\x01"
 _LOOK_BACK_BITS = 2
-"""ISA-L looks for repetitions 3 bytes back, not 32 KiB: runs of one value. What else repeats in activations does so by
+"""ISA-L looks for repetitions 4 bytes back, not 32 KiB: for runs. What else repeats in activations does so by
 chance, and a long distance costs bits. The header states the full window, which every reader has."""
 _BLOCKS = igzip_lib.MEM_LEVEL_MEDIUM
 """Room for the symbols of a block, hence how often the Huffman codes are made anew: so often that the planes of a chunk
