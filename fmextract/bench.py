@@ -28,10 +28,11 @@ from fmextract import chunks, codecs, engine, images, index, precision, run, tap
 from fmextract.config import Config
 from fmextract.errors import ConfigError, MissingExtra
 from fmextract.planning import Plan
-from fmextract.prepare import Prepared, lent, plan_for, prepare, reduce_functions
+from fmextract.prepare import Prepared, cores, lent, plan_for, prepare, reduce_functions
 from fmextract.progress import Quiet
 from fmextract.records import LayerSpec, Preprocess, Progress
 from fmextract.stats import RunningStats
+from fmextract.workers import Workers, hired
 
 STAGE_SECONDS = 1.0  # each stage is repeated for about this long, each time it is measured
 
@@ -88,15 +89,20 @@ def bench(source: Any, model: Any, config: Config, progress: Progress, *, repeat
     with tempfile.TemporaryDirectory(prefix="fmextract-bench-") as scratch:
         folder = Path(scratch)
         source = source if source is not None else make_photos(folder / "photos", config.limit or 128)
-        with prepare(source, model, config, progress) as prepared:
+        with (
+            hired(config.workers or cores(), config.worker_kind, progress.note) as workers,
+            prepare(source, model, config, progress) as prepared,
+        ):
             made = plan_for(prepared, folder / "out.h5", progress)
             measured: dict[str, list[Stage]] = {}
             runs = []
+            if workers is not None:
+                workers.wait()
             for turn in range(repeats):
                 progress.note(f"measuring, turn {turn + 1} of {repeats}")
-                for stage in _stages(prepared, made, folder):
+                for stage in _stages(prepared, made, workers, folder):
                     measured.setdefault(stage.name, []).append(stage)
-                seconds, stored = _end_to_end(prepared, made, folder / f"run{turn}")
+                seconds, stored = _end_to_end(prepared, made, workers, folder / f"run{turn}")
                 runs.append(made.rows / seconds)
     return _report(prepared, made, [_median(turns) for turns in measured.values()], runs, stored)
 
@@ -157,16 +163,17 @@ _WOULD_HELP = {
 # ---------------------------------------------------------------------------------------------- stages
 
 
-def _stages(prepared: Prepared, made: Plan, folder: Path) -> list[Stage]:
+def _stages(prepared: Prepared, made: Plan, workers: Workers | None, folder: Path) -> list[Stage]:
     """Every stage once. The tensors that the later ones work on are what the forward pass captures of real images."""
     batch, tensors, forward = _forward(prepared, made)
-    stages = [_decode(prepared, made), forward, _statistics(prepared, made, tensors)]
+    stages = [_decode(prepared, made, workers), forward, _statistics(prepared, made, tensors)]
     if prepared.device.type != "cpu":
         stages[1:1] = [_upload(prepared, batch)]
         stages.append(_download(tensors, made.batch_size))
+        tensors = [t.contiguous() for t in tensors]  # as they are downloaded
     host = [t.cpu() for t in tensors]
-    payloads, encode = _encode(made, host)
-    return [*stages, encode, _write(made, payloads, folder), *_other_codecs(made, host)]
+    payloads, encode = _encode(made, host, workers)
+    return [*stages, encode, _write(made, payloads, folder), *_other_codecs(made, host, workers)]
 
 
 def _drop(_: Any) -> None:
@@ -200,15 +207,26 @@ def _threads(made: Plan) -> Iterator[Callable[[Sequence[Callable[[], Any]]], lis
         pool.close(1.0)
 
 
-def _decode(prepared: Prepared, made: Plan) -> Stage:
-    rows = range(min(len(prepared.source), 64))
+def _decode(prepared: Prepared, made: Plan, workers: Workers | None) -> Stage:
+    rows = range(min(len(prepared.source), max(64, 8 * made.threads)))
     data = [prepared.source.load(row) for row in rows]
+    jpegs, preprocess, exif = run.jpegs(prepared, workers), prepared.loaded.preprocess, prepared.config.exif
+    step = max(1, min(engine.ROWS_A_TASK, len(rows) // (4 * made.threads)))
+    into = None if prepared.ready else torch.zeros((len(rows), *prepared.input_shape), dtype=torch.uint8)
 
-    def ours(row: int) -> None:
-        images.decode(prepared.source.load(row), prepared.loaded.preprocess, exif=prepared.config.exif)
+    def ours(some: range) -> None:
+        loaded = [prepared.source.load(row) for row in some]
+        if jpegs is None or into is None:
+            sizes: list[Any] = [None] * len(some)
+        else:
+            sizes = jpegs.decode(loaded, preprocess, into[some.start : some.stop])
+        for item, size in zip(loaded, sizes, strict=True):
+            if size is None:
+                images.decode(item, preprocess, exif=exif)
 
+    tasks = [partial(ours, rows[at : at + step]) for at in range(0, len(rows), step)]
     with _threads(made) as run_all:
-        rate = _rate(lambda: _drop(run_all([partial(ours, row) for row in rows])), len(rows))
+        rate = _rate(lambda: _drop(run_all(tasks)), len(rows))
         bare = _rate(lambda: _drop(run_all([partial(_bare_decode, item) for item in data])), len(rows))
     return Stage("decode", rate, bare, "libjpeg-turbo alone, without resizing")
 
@@ -303,29 +321,32 @@ def _download(tensors: Sequence[torch.Tensor], images_a_batch: int) -> Stage:
     return Stage("download", _rate(work, images_a_batch, sources[0].device))
 
 
-def _encode(made: Plan, tensors: Sequence[torch.Tensor]) -> tuple[list[tuple[int, bytes]], Stage]:
+def _encode(
+    made: Plan, tensors: Sequence[torch.Tensor], workers: Workers | None
+) -> tuple[list[tuple[int, codecs.Stored]], Stage]:
     """(the encoded chunks of a batch with their layers, the stage)."""
-    encoder = chunks.Encoder(made)
+    encode = workers.encoder(made) if workers is not None else chunks.Encoder(made).all
     cut = [
         chunk
         for i, (spec, tensor) in enumerate(zip(made.layers, tensors, strict=True))
         for cutter in [chunks.Cutter(i, spec)]
         for chunk in (*cutter.add(tensor, [False] * len(tensor)), *cutter.flush())
     ]
-    tasks = [partial(encoder, chunk) for chunk in cut]
+    tasks = [partial(encode, task) for task in engine.tasks(cut, made.threads)]
     with _threads(made) as run_all:
-        payloads = [(chunk.layer, encoded.payload) for chunk, encoded in zip(cut, run_all(tasks), strict=True)]
+        encoded = [one for some in run_all(tasks) for one in some]
+        payloads = [(chunk.layer, one.payload) for chunk, one in zip(cut, encoded, strict=True)]
         # A chunk at the end of a batch holds fewer images than it could: count the images, not the chunks.
         rate = _rate(lambda: _drop(run_all(tasks)), len(tensors[0]))
     return payloads, Stage("encode", rate, _bare_encode(made, tensors), f"{_library(made.codec)} on shuffled bytes")
 
 
-def _other_codecs(made: Plan, tensors: Sequence[torch.Tensor]) -> Iterator[Stage]:
+def _other_codecs(made: Plan, tensors: Sequence[torch.Tensor], workers: Workers | None) -> Iterator[Stage]:
     """What encoding would be with the other codecs that are installed, at their usual level."""
     for name, codec in codecs.CODECS.items():
         if name != made.codec:
             with suppress(MissingExtra):
-                payloads, stage = _encode(replace(made, codec=name, level=codec.default_level), tensors)
+                payloads, stage = _encode(replace(made, codec=name, level=codec.default_level), tensors, workers)
                 size = text.byte_count(sum(len(payload) for _, payload in payloads) // len(tensors[0]))
                 yield replace(stage, name=f"encode: {name}", bare=0.0, what=f"{size} an image", part=False)
 
@@ -349,7 +370,7 @@ def _shuffled(spec: LayerSpec, row: torch.Tensor) -> bytes:
     return values.view(np.uint8).reshape(-1, values.itemsize).T.tobytes()
 
 
-def _write(made: Plan, payloads: Sequence[tuple[int, bytes]], folder: Path) -> Stage:
+def _write(made: Plan, payloads: Sequence[tuple[int, codecs.Stored]], folder: Path) -> Stage:
     """The encoded chunks of a batch, written, made durable and summed up as a shard is; bare: the same by os.write."""
     path = folder / "write.bin"
     blob = b"".join(payload for _, payload in payloads)
@@ -373,10 +394,10 @@ def _write(made: Plan, payloads: Sequence[tuple[int, bytes]], folder: Path) -> S
     return Stage("write", ours_rate, bare_rate, "os.write and fsync", statistics.median(busy) / made.batch_size)
 
 
-def _end_to_end(prepared: Prepared, made: Plan, folder: Path) -> tuple[float, int]:
+def _end_to_end(prepared: Prepared, made: Plan, workers: Workers | None, folder: Path) -> tuple[float, int]:
     """(seconds from the first image to the published file, its bytes): a run without its start."""
     folder.mkdir()
-    with run.working(prepared, made) as work:
+    with run.working(prepared, made, workers) as work:
         started = time.perf_counter()
         engine.run_shards(work, folder, made.shards, Quiet(), engine.Tally())
         seconds = time.perf_counter() - started

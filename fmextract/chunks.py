@@ -127,6 +127,10 @@ class Encoder:
         )
         return Encoded(payload, store.chunk_digest(payload), overflowed)
 
+    def all(self, task: Sequence[Chunk]) -> list[Encoded]:
+        """The same of several."""
+        return [self(chunk) for chunk in task]
+
     @staticmethod
     def _padded(chunk: Chunk, spec: LayerSpec) -> Iterator[Piece]:
         """The pieces with the edge of a split layer filled up to the full chunk."""

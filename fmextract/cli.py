@@ -22,7 +22,16 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from fmextract import __version__, tables, text
-from fmextract.config import DECODERS, EFFECTIVE_FIELDS, MEMORY_FORMATS, PRECISIONS, STORES, Config, parse_size
+from fmextract.config import (
+    DECODERS,
+    EFFECTIVE_FIELDS,
+    MEMORY_FORMATS,
+    PRECISIONS,
+    STORES,
+    WORKER_KINDS,
+    Config,
+    parse_size,
+)
 from fmextract.errors import FmextractError
 from fmextract.progress import TerminalProgress
 
@@ -180,7 +189,12 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
         "Run the model through torch.compile: a wait at the start, then passes that are as fast or faster.",
     ),
     "shard_size": (str, "SIZE", "Values, before compression, that one shard holds about, as 512MiB. [default: auto]"),
-    "workers": (str, "N|auto", "Threads that decode and compress. [default: auto, from the CPUs]"),
+    "workers": (str, "N|auto", "How many decode and compress at once. [default: auto, from the CPUs]"),
+    "worker_kind": (
+        str,
+        "|".join(WORKER_KINDS),
+        "Threads, or processes, which do not wait for each other; auto: processes from 5 on. [default: auto]",
+    ),
     "limit": (int, "N", "Only the first N images. [default: all]"),
     "seed": (int, "N", "What is random in the model's forward begins from this number. [default: 0]"),
     "top": (int, "K", "Strongest images kept for each channel. [default: 9]"),

@@ -16,6 +16,7 @@ STORES = ("float32", "float16")
 DECODERS = ("cpu", "device")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 EFFECTIVE_FIELDS = ("auto", "always", "never")
+WORKER_KINDS = ("auto", "threads", "processes")
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -97,6 +98,7 @@ class Config:
     compile: bool = False
     shard_size: int | None = None
     workers: int | None = None
+    worker_kind: str = "auto"
     limit: int | None = None
     seed: int = 0
     top: int = 9
@@ -112,6 +114,7 @@ class Config:
         _one_of("--store", self.store, STORES)
         _one_of("--memory-format", self.memory_format, MEMORY_FORMATS)
         _one_of("--effective-fields", self.effective_fields, EFFECTIVE_FIELDS)
+        _one_of("--worker-kind", self.worker_kind, WORKER_KINDS)
         for option, value, least in (
             ("--batch-size", self.batch_size, 1),
             ("--workers", self.workers, 1),

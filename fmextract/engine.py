@@ -38,6 +38,7 @@ from fmextract.records import FileInfo, LayerSpec, Preprocess, Progress, SampleT
 from fmextract.stats import RunningStats
 from fmextract.taps import Capture, Forward
 from fmextract.watch import InFlight, Watch
+from fmextract.workers import Jpegs, Workers
 
 FIRST = 5  # keys that are named where something is wrong with them
 DEPTH = 2  # batches of activations of an accelerator on the host: one being encoded, one arriving
@@ -45,7 +46,6 @@ HANGING = 10.0  # seconds that the end of a run waits for threads in foreign cod
 ROWS_A_TASK = 8
 CHUNKS_A_TASK = 4  # at most; of small maps the hand-over of a chunk costs a tenth of the encoding
 GIVING_BACK = 0.5, 5.0  # seconds between two times that a CPU's freed memory goes back to the system: first, at most
-PAYLOADS = 64  # encoded chunks, of at most about 1 MiB, that wait for the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ class Work:
     source: Source
     preprocess: images.Preprocessing | None
     exif: bool
-    jpegs: images.DeviceJpegs | None  # what decodes plain JPEGs on the device; None: the CPU decodes everything
+    jpegs: images.DeviceJpegs | Jpegs | None  # what decodes plain JPEGs elsewhere; None: the threads here do
+    workers: Workers | None  # processes that encode; None: the threads here do
     input_shape: tuple[int, ...]
     ready: bool  # the images are the model's inputs already: float, not to be normalised
     model: nn.Module
@@ -429,13 +430,13 @@ class _Pipeline:
         tally.threads |= {"decode": plan.threads, "forward": 1, "encode": plan.threads, "write": 1, "publish": 1}
         tally.threads |= {"statistics": plan.threads}
         self._captured: Channel[_Captured | _ShardEnd | None] = Channel(DEPTH + 1)
-        self._pending: Channel[_Pending | _ShardEnd | None] = Channel(PAYLOADS)
+        self._pending: Channel[_Pending | _ShardEnd | None] = Channel(most_pending(plan.threads))
         self._finished: Channel[_Finished | None] = Channel(1)
         self.failure: BaseException | None = None
         self._threads: list[tuple[threading.Thread, threading.Event]] = []
         self._in_flight = InFlight(directory)
         self._decoder = _Decoder(work, self._decode_pool, self._moves, self._in_flight, tally)
-        self._encoder = chunks.Encoder(plan)
+        self._encode_all = work.workers.encoder(plan) if work.workers is not None else chunks.Encoder(plan).all
         self._describing: list[Future[None]] = []
         self._now, self._publishing = "decode", False
         self._gave_back, self._patience = -math.inf, GIVING_BACK[0]
@@ -684,15 +685,15 @@ class _Pipeline:
 
     def _submit(self, cut: Sequence[chunks.Chunk], release: Callable[[], None]) -> None:
         """Encode on the pool; `release` once the last of these chunks no longer needs its tensors."""
-        tasks = _tasks(cut, self._work.plan.threads)
-        done = _Countdown(len(tasks), release)
-        for task in tasks:
+        some = tasks(cut, self._work.plan.threads)
+        done = _Countdown(len(some), release)
+        for task in some:
             self._pending.put(_Pending(task, self._encode_pool.submit(self._encode, task, done)), len(task))
 
     def _encode(self, task: Sequence[chunks.Chunk], done: Callable[[], None]) -> list[chunks.Encoded]:
         started = time.perf_counter()
         try:
-            return [self._encoder(chunk) for chunk in task]
+            return self._encode_all(task)
         finally:
             done()
             self._tally.add("encode", time.perf_counter() - started)
@@ -759,8 +760,13 @@ def _raise_if_no_image_is_to_blame(error: Exception) -> None:
         raise told from error
 
 
-def _tasks(cut: Sequence[chunks.Chunk], threads: int) -> list[Sequence[chunks.Chunk]]:
-    """Few enough to save hand-overs, and enough to keep all threads busy until the last is done."""
+def most_pending(threads: int) -> int:
+    """Chunks, of at most about 1 MiB, that may be in encoding or wait for the disk: none of `threads` runs dry."""
+    return max(64, 12 * threads)
+
+
+def tasks(cut: Sequence[chunks.Chunk], threads: int) -> list[Sequence[chunks.Chunk]]:
+    """Chunks by tasks: few enough to save hand-overs, and enough to keep all threads busy until the last is done."""
     step = max(1, min(CHUNKS_A_TASK, len(cut) // (4 * threads)))
     return [cut[at : at + step] for at in range(0, len(cut), step)]
 

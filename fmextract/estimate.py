@@ -13,7 +13,7 @@ import torch
 
 from fmextract import codecs
 from fmextract.chunks import as_array
-from fmextract.engine import DEPTH, PAYLOADS, Captured
+from fmextract.engine import DEPTH, Captured, most_pending
 from fmextract.errors import NoSpace
 from fmextract.planning import CHUNK_BYTES, Estimate
 from fmextract.records import LayerSpec
@@ -114,7 +114,7 @@ def estimate(
     else:
         seconds = max(costs.forward, costs.decode / threads, costs.encode / threads, write)
     # Three batches of activations, the encoded chunks that wait for the disk, and what the codec threads work on.
-    in_flight = (DEPTH + 1) * batch_size * captured + (PAYLOADS + 3 * threads) * CHUNK_BYTES
+    in_flight = (DEPTH + 1) * batch_size * captured + (most_pending(threads) + 3 * threads) * CHUNK_BYTES
     inside = INSIDE * batch_size * largest if device == "cpu" else 0
     return Estimate(
         bytes_raw=rows * sum(raw),

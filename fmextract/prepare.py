@@ -295,7 +295,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
     sizes, left_out = _effective_sizes(prepared, chosen)
     layers = tuple(_layer_spec(prepared, i, chosen, rows, sizes) for i in range(len(prepared.probed)))
     level = codecs.codec_named(config.codec).checked_level(config.level)
-    threads = config.workers or _cores()
+    threads = config.workers or cores()
     cost = _estimate(prepared, chosen, layers, level, threads)
     needed = planning.rows_of_shard(cost, rows, config.shard_size)
     layers = tuple(planning.within_shard(layer, needed) for layer in layers)
@@ -593,7 +593,8 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 

@@ -24,9 +24,10 @@ from fmextract.device import is_out_of_memory
 from fmextract.errors import TooManyFailures
 from fmextract.output import Output, resumable
 from fmextract.planning import Plan
-from fmextract.prepare import Prepared, describe, identity, lent, plan_for, prepare, reduce_functions
+from fmextract.prepare import Prepared, cores, describe, identity, lent, plan_for, prepare, reduce_functions
 from fmextract.progress import Quiet
 from fmextract.records import FileInfo, LayerResult, Progress, Result
+from fmextract.workers import Jpegs, Workers, hired
 
 __all__ = ["describe", "extract", "make_plan", "run"]
 
@@ -74,6 +75,7 @@ def run(source: Any, model: Any, out: Any, config: Config, progress: Progress) -
     resumed = 0
     with (
         Output(target, progress, overwrite=config.overwrite, break_lock=config.break_lock) as output,
+        hired(config.workers or cores(), config.worker_kind, progress.note) as workers,
         prepare(source, model, config, progress) as prepared,
     ):
         made = output.begin(identity(prepared), lambda: _affordable(prepared, target, progress))
@@ -81,7 +83,7 @@ def run(source: Any, model: Any, out: Any, config: Config, progress: Progress) -
             _tell_crash(prepared, output, progress)
             resumed = sum(len(record.rows) for record in output.records)
             _count_earlier(tally, output.records)
-            _extract(prepared, made, output, resumed, progress, tally)
+            _extract(prepared, made, workers, output, resumed, progress, tally)
             _check_failures(made, output.directory, tally, config)
             output.fold(made)
     result = _result(target, tally, time.perf_counter() - started, resumed if made is not None else None)
@@ -130,14 +132,20 @@ def _first_failure(shard: Path) -> tuple[str, str]:
 
 
 def _extract(
-    prepared: Prepared, made: Plan, output: Output, resumed: int, progress: Progress, tally: engine.Tally
+    prepared: Prepared,
+    made: Plan,
+    workers: Workers | None,
+    output: Output,
+    resumed: int,
+    progress: Progress,
+    tally: engine.Tally,
 ) -> None:
     """The shards that are not there yet."""
     done = {record.start for record in output.records}
     todo = [part for part in made.shards if part.start not in done]
     if not todo:
         return
-    with working(prepared, made) as work:
+    with working(prepared, made, workers) as work:
         if output.records:
             replay.check_resume(work, output.directory, output.records, progress)
         progress.start(made.rows, resumed)
@@ -149,7 +157,7 @@ def _extract(
 
 
 @contextmanager
-def working(prepared: Prepared, made: Plan) -> Iterator[engine.Work]:
+def working(prepared: Prepared, made: Plan, workers: Workers | None = None) -> Iterator[engine.Work]:
     """The model on its device, in the plan's precision, hooked: everything that the engine needs."""
     where = torch.device(made.device)
     with (
@@ -172,7 +180,8 @@ def working(prepared: Prepared, made: Plan) -> Iterator[engine.Work]:
             source=prepared.source,
             preprocess=prepared.loaded.preprocess,
             exif=prepared.config.exif,
-            jpegs=images.DeviceJpegs(where) if prepared.config.decode == "device" else None,
+            jpegs=jpegs(prepared, workers),
+            workers=workers,
             input_shape=prepared.input_shape,
             ready=prepared.ready,
             model=module,
@@ -182,6 +191,13 @@ def working(prepared: Prepared, made: Plan) -> Iterator[engine.Work]:
             device=where,
             budget=prepared.config.max_failures,
         )
+
+
+def jpegs(prepared: Prepared, workers: Workers | None) -> images.DeviceJpegs | Jpegs | None:
+    """What decodes plain JPEGs elsewhere than in the threads of a run; None: nothing does."""
+    if prepared.config.decode == "device":
+        return images.DeviceJpegs(prepared.device)
+    return workers.jpegs(prepared.config.exif) if workers is not None else None
 
 
 def _compile(prepared: Prepared, made: Plan, capture: taps.Capture) -> None:

@@ -25,7 +25,7 @@ ORDER = re.findall(
     codecs
     store index lock watch feeding reader
     device sources images models axes taps geometry effective reducers stats
-    packed fusion planning chunks compiled precision choose engine estimate prepare replay output
+    packed fusion planning chunks workers compiled precision choose engine estimate prepare replay output
     run verify launch
     similarity dissimilarity comparison
     look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where look.depth

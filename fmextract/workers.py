@@ -1,0 +1,396 @@
+"""Processes that decode JPEGs and encode chunks for the threads of a run.
+
+Decoding and compressing release the interpreter's lock, but what lies between two such calls needs it, and threads that
+hand it to each other wait: sixteen do no more together than five (docs/performance.md). Each of these processes has a
+lock of its own. A thread of the run hands one of them a task and sleeps until it is done; activations, pixels and
+payloads lie in memory that both see. What a process does is what the thread would do, by the same code, so that no bit
+depends on it; and the thread does it itself where there is no process: while they start, and after they ended.
+
+One process imports what is needed and forks the others, which share that memory. They end when their sockets do, in
+whatever way this process ends.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import mmap
+import os
+import pickle
+import queue
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import PIL.Image
+import torch
+
+from fmextract import chunks, images
+from fmextract.planning import Plan
+from fmextract.records import Preprocess
+
+ENOUGH = 5
+"""Workers from which `auto` means processes."""
+
+_SERVE = (
+    "import json, sys; path, fds = map(json.loads, sys.argv[1:]); sys.path[:] = path;"
+    "from fmextract import workers; workers.serve(fds)"
+)
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_ALIGNMENT = 64
+_SLACK = 4096  # bytes that a stream may need beyond the values in it; a longer one comes back in the answer
+_LENGTH = struct.Struct("=Q")
+
+T = TypeVar("T")
+
+
+@contextmanager
+def hired(count: int, kind: str, say: Callable[[str], None]) -> Iterator[Workers | None]:
+    """`count` processes while the block lasts; None where threads are to do the work, or the system has no memfd.
+
+    `kind` is threads, processes or auto. `say` takes a note on processes that end too early.
+    """
+    possible = bool(sys.executable) and hasattr(os, "memfd_create")
+    if not possible or kind == "threads" or (kind == "auto" and count < ENOUGH):
+        yield None
+        return
+    workers = Workers(count, say)
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+class Workers:
+    """The processes, for any number of threads; a task has one of them for itself, and waits until one is free."""
+
+    def __init__(self, count: int, say: Callable[[str], None]) -> None:
+        """Returns before they are there: until then threads do the work."""
+        pairs = [socket.socketpair() for _ in range(count)]
+        fds = [theirs.fileno() for _, theirs in pairs]
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", _SERVE, json.dumps(sys.path), json.dumps(fds)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=fds,
+            start_new_session=True,  # Ctrl-C is this process's, which then ends them
+            env={**os.environ, **_ONE_THREAD, "CUDA_VISIBLE_DEVICES": ""},
+        )
+        for _, theirs in pairs:
+            theirs.close()
+        self._all = [_Worker(ours) for ours, _ in pairs]
+        self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._say, self._closed = say, False
+        self._there = threading.Event()
+        threading.Thread(target=self._greet, name="fmextract-workers", daemon=True).start()
+
+    def encoder(self, plan: Plan) -> Callable[[Sequence[chunks.Chunk]], list[chunks.Encoded]]:
+        """What encodes chunks as `chunks.Encoder` does, several at once. Raises what that does."""
+        here = chunks.Encoder(plan)
+        told = plan, pickle.dumps(plan, pickle.HIGHEST_PROTOCOL)
+
+        def encode(task: Sequence[chunks.Chunk]) -> list[chunks.Encoded]:
+            made = self._do(lambda worker: worker.encode(task, *told))
+            return made if made is not None else here.all(task)
+
+        return encode
+
+    def jpegs(self, exif: bool) -> Jpegs:
+        """What decodes JPEGs as `images.decode` does."""
+        return Jpegs(self._do, exif)
+
+    def wait(self) -> bool:
+        """Wait until they are there; False where they could not be started."""
+        self._there.wait()
+        return any(worker.alive for worker in self._all)
+
+    def close(self) -> None:
+        """End them. Nothing is lost: what they make is here before a task is done."""
+        self._closed = True
+        for worker in self._all:
+            worker.close()
+        with suppress(ProcessLookupError):
+            os.killpg(self._server.pid, signal.SIGKILL)
+        self._server.wait()
+
+    def _do(self, task: Callable[[_Worker], T]) -> T | None:
+        """What `task` makes of a free worker; None where there is none. Raises what the worker raised."""
+        if not self._there.is_set():
+            return None
+        worker = self._free.get()
+        try:
+            return task(worker) if worker.alive else None
+        except (EOFError, OSError):
+            worker.alive = False
+            if not self._closed:
+                self._say("a worker process ended before its time; a thread of the run does its work from now on")
+            return None
+        finally:
+            self._free.put(worker)  # one that ended, too: whoever gets it does the work itself
+
+    def _greet(self) -> None:
+        for worker in self._all:
+            worker.greet()
+            self._free.put(worker)
+        if not self._closed and not all(worker.alive for worker in self._all):
+            self._say("worker processes did not start; threads do their work")
+        self._there.set()
+
+
+class Jpegs:
+    """Decodes the JPEGs among some rows, as `images.DeviceJpegs` does, to the pixels that `images.decode` gives."""
+
+    def __init__(self, do: Callable[[Callable[[_Worker], Any]], Any], exif: bool) -> None:
+        self._do, self._exif = do, exif
+
+    def decode(
+        self, data: Sequence[Any], preprocess: images.Preprocessing | None, into: torch.Tensor
+    ) -> list[tuple[int, int] | None]:
+        """Fill the rows of `into`, uint8 (at least len(data), 3, h, w) on the host, that are ordinary JPEGs.
+
+        Gives for each of `data` (height, width) before resizing, or None for whatever else there is, which the caller
+        decodes: other formats, whose plug-ins this process may have, and what is wrong, so that one place says why.
+        """
+        sizes: list[tuple[int, int] | None] = [None] * len(data)
+        plain = [i for i, item in enumerate(data) if isinstance(item, bytes) and item.startswith(b"\xff\xd8\xff")]
+        if plain and isinstance(preprocess, Preprocess):
+            task = _Decode([data[i] for i in plain], preprocess, self._exif, tuple(into.shape[1:]))
+            found = self._do(lambda worker: worker.decode(task, into[plain[0] : plain[-1] + 1], plain))
+            for i, size in zip(plain, found or (), strict=False):
+                sizes[i] = size
+        return sizes
+
+
+@dataclass(frozen=True, slots=True)
+class _Decode:
+    data: list[bytes]
+    preprocess: Preprocess
+    exif: bool
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Lying:
+    """A tensor in the shared memory: where it begins, in bytes, and how it lies there."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def of(self, room: mmap.mmap) -> torch.Tensor:
+        count = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
+        flat = torch.frombuffer(room, dtype=self.dtype, count=count, offset=self.offset)
+        return flat.as_strided(self.shape, self.stride)
+
+
+class _Worker:
+    """One process, as the thread sees it that has it. EOFError or OSError: the process has ended."""
+
+    def __init__(self, channel: socket.socket) -> None:
+        self.alive = True
+        self._channel = channel
+        self._room: mmap.mmap | None = None
+        self._plan: Plan | None = None
+
+    def greet(self) -> None:
+        try:
+            _receive(self._channel)
+        except (EOFError, OSError):
+            self.alive = False
+
+    def encode(self, task: Sequence[chunks.Chunk], plan: Plan, pickled: bytes) -> list[chunks.Encoded]:
+        if self._plan is not plan:
+            self._ask("plan", pickled)
+            self._plan = plan
+        end, described = 0, []
+        copies: list[tuple[torch.Tensor, _Lying]] = []
+        for chunk in task:
+            pieces: list[int | _Lying] = []
+            for piece in chunk.pieces:
+                if isinstance(piece, int):
+                    pieces.append(piece)
+                else:
+                    lying = _Lying(end, piece.dtype, tuple(piece.shape), _dense_strides(piece))
+                    pieces.append(lying)
+                    copies.append((piece, lying))
+                    end = _aligned(end + piece.numel() * piece.element_size())
+            described.append((chunk.layer, pieces))
+        specs = [plan.layers[chunk.layer] for chunk in task]
+        room = self._room_of(end + sum(_SLACK + int(np.prod(s.chunk)) * np.dtype(s.dtype).itemsize for s in specs))
+        for piece, lying in copies:
+            lying.of(room).copy_(piece)
+        answers, stop = self._ask("encode", described, end)
+        # A copy, since the next task writes over it. One for all: each gives the interpreter's lock away, and waits.
+        made = np.array(np.frombuffer(room, np.uint8, stop - end, end)).data
+        return [
+            chunks.Encoded(made[where[0] - end : where[1] - end] if isinstance(where, tuple) else where, digest, over)
+            for where, digest, over in answers
+        ]
+
+    def decode(self, task: _Decode, into: torch.Tensor, plain: Sequence[int]) -> list[tuple[int, int] | None]:
+        one = int(np.prod(task.shape))
+        room = self._room_of(len(task.data) * one)
+        sizes: list[tuple[int, int] | None] = self._ask("decode", task, PIL.Image.MAX_IMAGE_PIXELS)
+        made = np.frombuffer(room, np.uint8, len(task.data) * one).reshape(-1, *task.shape)
+        if len(made) == len(into) and None not in sizes:
+            np.copyto(into.numpy(), made)
+            return sizes
+        for row, size, pixels in zip(plain, sizes, made, strict=True):
+            if size is not None:
+                np.copyto(into[row - plain[0]].numpy(), pixels)
+        return sizes
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)  # wakes a thread that waits for an answer
+        self._channel.close()
+
+    def _room_of(self, nbytes: int) -> mmap.mmap:
+        """Memory that the process sees too. It grows to the largest task and stays."""
+        if self._room is None or len(self._room) < nbytes:
+            fd = os.memfd_create("fmextract")
+            try:
+                os.ftruncate(fd, nbytes)
+                room = mmap.mmap(fd, nbytes)
+                _send(self._channel, ("room", nbytes))
+                socket.send_fds(self._channel, [b"\0"], [fd])
+            finally:
+                os.close(fd)
+            _answer(self._channel)
+            self._room = room
+        return self._room
+
+    def _ask(self, job: str, *what: Any) -> Any:
+        _send(self._channel, (job, *what))
+        return _answer(self._channel)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // _ALIGNMENT) * _ALIGNMENT
+
+
+def _dense_strides(piece: torch.Tensor) -> tuple[int, ...]:
+    """Those of a copy that keeps the order of the axes in memory and leaves no holes."""
+    return piece.stride() if piece.is_contiguous() else torch.empty_like(piece, device="meta").stride()
+
+
+def _send(channel: socket.socket, message: Any) -> None:
+    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+    channel.sendall(b"".join((_LENGTH.pack(len(data)), data)))
+
+
+def _receive(channel: socket.socket) -> Any:
+    """Raises EOFError where the other side is gone."""
+    (length,) = _LENGTH.unpack(_exactly(channel, _LENGTH.size))
+    return pickle.loads(_exactly(channel, length))  # from a process of ours, through a socket that none else has
+
+
+def _exactly(channel: socket.socket, count: int) -> bytes:
+    parts = []
+    while count:
+        part = channel.recv(count, socket.MSG_WAITALL)
+        if not part:
+            raise EOFError
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+def _answer(channel: socket.socket) -> Any:
+    error, made = _receive(channel)
+    if error is not None:
+        raise error
+    return made
+
+
+# --------------------------------------------------------------------------------------------- in the other processes
+
+
+def serve(fds: Sequence[int]) -> None:
+    """The process that forks one worker for each of the sockets `fds`, and waits for their end."""
+    torch.set_num_threads(1)
+    gc.freeze()  # what is there already stays shared: collecting garbage would write to all of it
+    for fd in fds:
+        if os.fork() == 0:
+            try:
+                for other in fds:
+                    if other != fd:
+                        os.close(other)
+                with suppress(EOFError, OSError):
+                    _work(socket.socket(fileno=fd))
+            finally:
+                os._exit(0)
+    for fd in fds:
+        os.close(fd)
+    with suppress(ChildProcessError):
+        while True:
+            os.wait()
+
+
+def _work(channel: socket.socket) -> None:
+    """Tasks, one after the other, until the socket closes."""
+    room: mmap.mmap | None = None
+    encoder: chunks.Encoder | None = None
+    _send(channel, "here")
+    while True:
+        job, *what = _receive(channel)
+        made: Any = None
+        try:
+            if job == "room":
+                _, fds, _, _ = socket.recv_fds(channel, 1, 1)
+                room = mmap.mmap(fds[0], *what)
+                os.close(fds[0])
+            elif job == "plan":
+                encoder = chunks.Encoder(pickle.loads(*what))
+            elif job == "encode":
+                assert room is not None
+                assert encoder is not None
+                made = _encode(encoder, room, *what)
+            else:
+                assert room is not None
+                made = _decode(room, *what)
+        except Exception as error:  # for the thread that asked
+            _send(channel, (error, None))
+        else:
+            _send(channel, (None, made))
+
+
+def _encode(
+    encoder: chunks.Encoder, room: mmap.mmap, described: Sequence[tuple[int, Sequence[int | _Lying]]], end: int
+) -> tuple[list[tuple[tuple[int, int] | bytes, bytes, int]], int]:
+    """(for each chunk where its payload lies, its digest, and how many values overflowed; where the last one ends)."""
+    answers: list[tuple[tuple[int, int] | bytes, bytes, int]] = []
+    for layer, pieces in described:
+        chunk = chunks.Chunk(layer, (), [p if isinstance(p, int) else p.of(room) for p in pieces])
+        encoded = encoder(chunk)
+        start, length = end, len(encoded.payload)
+        if start + length <= len(room):
+            room[start : start + length] = encoded.payload
+            end = start + length
+            answers.append(((start, end), encoded.digest, encoded.overflowed))
+        else:
+            answers.append((bytes(encoded.payload), encoded.digest, encoded.overflowed))
+    return answers, end
+
+
+def _decode(room: mmap.mmap, task: _Decode, most_pixels: int | None) -> list[tuple[int, int] | None]:
+    PIL.Image.MAX_IMAGE_PIXELS = most_pixels
+    made = np.frombuffer(room, np.uint8, len(task.data) * int(np.prod(task.shape))).reshape(-1, *task.shape)
+    sizes: list[tuple[int, int] | None] = []
+    for data, pixels in zip(task.data, made, strict=True):
+        size = None
+        with suppress(Exception):  # the thread that asked decodes it once more, and says why
+            image = images.decode(data, task.preprocess, exif=task.exif)
+            if image.decoder == "simplejpeg" and tuple(image.pixels.shape) == task.shape:
+                np.copyto(pixels, image.pixels.numpy())
+                size = image.height, image.width
+        sizes.append(size)
+    return sizes
