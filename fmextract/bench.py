@@ -31,8 +31,9 @@ from fmextract.planning import Plan
 from fmextract.prepare import Prepared, cores, lent, plan_for, prepare, reduce_functions
 from fmextract.progress import Quiet
 from fmextract.records import LayerSpec, Preprocess, Progress
+from fmextract.sources import on_disk
 from fmextract.stats import RunningStats
-from fmextract.workers import Workers, hired
+from fmextract.workers import Jpegs, Workers, hired
 
 STAGE_SECONDS = 1.0  # each stage is repeated for about this long, each time it is measured
 
@@ -208,21 +209,25 @@ def _threads(made: Plan) -> Iterator[Callable[[Sequence[Callable[[], Any]]], lis
 
 
 def _decode(prepared: Prepared, made: Plan, workers: Workers | None) -> Stage:
-    rows = range(min(len(prepared.source), max(64, 8 * made.threads)))
+    rows = range(min(len(prepared.source), max(64, 16 * made.threads)))
     data = [prepared.source.load(row) for row in rows]
     jpegs, preprocess, exif = run.jpegs(prepared, workers), prepared.loaded.preprocess, prepared.config.exif
-    step = max(1, min(engine.ROWS_A_TASK, len(rows) // (4 * made.threads)))
+    step = max(1, min(engine.ROWS_A_TASK, len(rows) // ((2 if workers is not None else 4) * made.threads)))
     into = None if prepared.ready else torch.zeros((len(rows), *prepared.input_shape), dtype=torch.uint8)
 
+    def load(row: int) -> Any:
+        file = on_disk(prepared.source, row) if isinstance(jpegs, Jpegs) else None
+        return prepared.source.load(row) if file is None else file
+
     def ours(some: range) -> None:
-        loaded = [prepared.source.load(row) for row in some]
+        loaded = [load(row) for row in some]
         if jpegs is None or into is None:
             sizes: list[Any] = [None] * len(some)
         else:
             sizes = jpegs.decode(loaded, preprocess, into[some.start : some.stop])
-        for item, size in zip(loaded, sizes, strict=True):
+        for row, size in zip(some, sizes, strict=True):
             if size is None:
-                images.decode(item, preprocess, exif=exif)
+                images.decode(prepared.source.load(row), preprocess, exif=exif)
 
     tasks = [partial(ours, rows[at : at + step]) for at in range(0, len(rows), step)]
     with _threads(made) as run_all:
@@ -325,6 +330,7 @@ def _encode(
     made: Plan, tensors: Sequence[torch.Tensor], workers: Workers | None
 ) -> tuple[list[tuple[int, codecs.Stored]], Stage]:
     """(the encoded chunks of a batch with their layers, the stage)."""
+    most = engine.CHUNKS_A_TASK if workers is None else engine.CHUNKS_A_PROCESS
     encode = workers.encoder(made) if workers is not None else chunks.Encoder(made).all
     cut = [
         chunk
@@ -332,7 +338,7 @@ def _encode(
         for cutter in [chunks.Cutter(i, spec)]
         for chunk in (*cutter.add(tensor, [False] * len(tensor)), *cutter.flush())
     ]
-    tasks = [partial(encode, task) for task in engine.tasks(cut, made.threads)]
+    tasks = [partial(encode, task) for task in engine.tasks(cut, made.threads, most)]
     with _threads(made) as run_all:
         encoded = [one for some in run_all(tasks) for one in some]
         payloads = [(chunk.layer, one.payload) for chunk, one in zip(cut, encoded, strict=True)]

@@ -8,6 +8,7 @@ tenth of the expected run; only the two images that any judgement needs are run 
 from __future__ import annotations
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,12 @@ LARGEST_BATCH = {"cpu": 64}
 LARGEST_ACCELERATOR_BATCH = 512
 IN_FLIGHT = 3  # batches of activations alive at once: one captured, two on their way to the disk
 IN_FLIGHT_BYTES = 768 << 20
+IN_FLIGHT_ACCELERATOR = (
+    3 << 30
+)  # each batch is a few hundred calls whatever its size, and a device is soon done with it
+MOST_OF_HOST = 1 / 8  # of the memory of the host, for them
 SHARE_OF_RUN = 0.1
+LEAST_MEASURING = {"cpu": 0.0}  # seconds that measuring may take however short the run is; on an accelerator one
 PASSES = 3
 
 
@@ -314,18 +320,26 @@ def _batch_size(question: Question, name: str, taken: _Trial, started: float) ->
     if question.batch_size is not None:
         return question.batch_size, taken.seconds, ""
     kind = question.device.type
-    most = min(_fits(taken), max(1, question.rows), LARGEST_BATCH.get(kind, LARGEST_ACCELERATOR_BATCH))
+    most = min(_fits(taken, kind), max(1, question.rows), LARGEST_BATCH.get(kind, LARGEST_ACCELERATOR_BATCH))
     usual = DEFAULT_BATCH.get(kind, ACCELERATOR_BATCH)
     if kind == "cpu" and name in precision.AUTOCAST:
         usual *= 2
     size = min(usual, 1 << (most.bit_length() - 1))
     default = size
-    deadline = started + SHARE_OF_RUN * question.rows * taken.seconds
+    now = time.perf_counter()
+    deadline = max(started + SHARE_OF_RUN * question.rows * taken.seconds, now + LEAST_MEASURING.get(kind, 1.0))
     measured: dict[int, float] = {}
+    images = question.inputs(size) if now + (PASSES + 1) * size * taken.seconds < deadline else None
     with _running(question, name):
-        while size <= most and time.perf_counter() + (PASSES + 1) * size * taken.seconds < deadline:
+        while (
+            images is not None
+            and size <= most
+            and (time.perf_counter() + (PASSES + 1) * size * taken.seconds < deadline)
+        ):
+            # What is in the images makes no difference: the first ones again, instead of decoding twice as many.
+            some = torch.cat([images] * -(-size // len(images)))[:size]
             try:
-                measured[size] = _timed(question, question.inputs(size), PASSES)[0] / size
+                measured[size] = _timed(question, some, PASSES)[0] / size
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
@@ -336,11 +350,19 @@ def _batch_size(question: Question, name: str, taken: _Trial, started: float) ->
     if not measured:
         return default, taken.seconds, ""
     best = min(measured, key=lambda n: measured[n])
+    if kind != "cpu":  # what comes before and after a pass takes as long for few images as for many
+        best = max(n for n in measured if measured[n] < 1.05 * measured[best])
     rates = ", ".join(f"{n}: {1 / seconds:.1f}/s" for n, seconds in measured.items())
     return best, measured[best], f"batch size {best} (auto; {rates})"
 
 
-def _fits(taken: _Trial) -> int:
-    """Images a batch whose activations, in flight, stay within IN_FLIGHT_BYTES."""
+def _fits(taken: _Trial, kind: str) -> int:
+    """Images a batch whose activations, in flight, stay within what a device of this kind may take on the host."""
     one = sum(t[0].numel() * t.element_size() for t in taken.tensors)
-    return max(1, int(IN_FLIGHT_BYTES / IN_FLIGHT / max(1, one)))
+    room = IN_FLIGHT_BYTES if kind == "cpu" else min(IN_FLIGHT_ACCELERATOR, int(MOST_OF_HOST * host_memory()))
+    return max(1, int(room / IN_FLIGHT / max(1, one)))
+
+
+def host_memory() -> int:
+    """Bytes that the host has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

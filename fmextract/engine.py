@@ -35,6 +35,7 @@ from fmextract.planning import Plan
 from fmextract.pool import Pool
 from fmextract.precision import give_back_freed_memory, numerics, to_memory_format
 from fmextract.records import FileInfo, LayerSpec, Preprocess, Progress, SampleTable, Source, Status
+from fmextract.sources import OnDisk, on_disk
 from fmextract.stats import RunningStats
 from fmextract.taps import Capture, Forward
 from fmextract.watch import InFlight, Watch
@@ -45,6 +46,7 @@ DEPTH = 2  # batches of activations of an accelerator on the host: one being enc
 HANGING = 10.0  # seconds that the end of a run waits for threads in foreign code; then it leaves them behind
 ROWS_A_TASK = 8
 CHUNKS_A_TASK = 4  # at most; of small maps the hand-over of a chunk costs a tenth of the encoding
+CHUNKS_A_PROCESS = 8  # at most, where a task goes to another process
 GIVING_BACK = 0.5, 5.0  # seconds between two times that a CPU's freed memory goes back to the system: first, at most
 
 
@@ -211,7 +213,8 @@ class _Decoder:
         buffer = self._moves.input_buffer(self._shape, torch.float32 if self._work.ready else torch.uint8)
         buffer[len(rows) :].zero_()  # a short batch is padded with black images
         # Several rows a task: of tiny images the hand-over would cost as much as the decoding.
-        step = max(1, min(ROWS_A_TASK, len(rows) // (4 * self._work.plan.threads)))
+        rounds = 4 if self._work.workers is None else 2
+        step = max(1, min(ROWS_A_TASK, len(rows) // (rounds * self._work.plan.threads)))
         tasks = [rows[at : at + step] for at in range(0, len(rows), step)]
         return _Decoding(
             rows, buffer, [self._pool.submit(self._decode_all, t, buffer[t.start - rows.start :]) for t in tasks]
@@ -229,12 +232,14 @@ class _Decoder:
             self._in_flight.end()
             self._tally.add("decode", time.perf_counter() - started)
         return [
-            (*size, None) if size is not None else self._decode(row, into[i], loaded[i])
+            (*size, None) if size is not None else self._decode(row, into[i], _in_memory(loaded[i]))
             for i, (row, size) in enumerate(zip(rows, sizes, strict=True))
         ]
 
     def _loaded(self, row: int) -> Any:
         """None where that fails: `_decode` then loads it again, and says why."""
+        if isinstance(self._work.jpegs, Jpegs) and (file := on_disk(self._work.source, row)) is not None:
+            return file
         with suppress(SampleError):
             return self._work.source.load(row)
         return None
@@ -258,6 +263,10 @@ class _Decoder:
         finally:
             self._in_flight.end()
             self._tally.add("decode", time.perf_counter() - started)
+
+
+def _in_memory(loaded: Any) -> Any:
+    return None if isinstance(loaded, OnDisk) else loaded
 
 
 # ------------------------------------------------------------------------------------------------ write
@@ -685,7 +694,7 @@ class _Pipeline:
 
     def _submit(self, cut: Sequence[chunks.Chunk], release: Callable[[], None]) -> None:
         """Encode on the pool; `release` once the last of these chunks no longer needs its tensors."""
-        some = tasks(cut, self._work.plan.threads)
+        some = tasks(cut, self._work.plan.threads, CHUNKS_A_TASK if self._work.workers is None else CHUNKS_A_PROCESS)
         done = _Countdown(len(some), release)
         for task in some:
             self._pending.put(_Pending(task, self._encode_pool.submit(self._encode, task, done)), len(task))
@@ -765,9 +774,9 @@ def most_pending(threads: int) -> int:
     return max(64, 12 * threads)
 
 
-def tasks(cut: Sequence[chunks.Chunk], threads: int) -> list[Sequence[chunks.Chunk]]:
+def tasks(cut: Sequence[chunks.Chunk], threads: int, most: int) -> list[Sequence[chunks.Chunk]]:
     """Chunks by tasks: few enough to save hand-overs, and enough to keep all threads busy until the last is done."""
-    step = max(1, min(CHUNKS_A_TASK, len(cut) // (4 * threads)))
+    step = max(1, min(most, len(cut) // (4 * threads)))
     return [cut[at : at + step] for at in range(0, len(cut), step)]
 
 

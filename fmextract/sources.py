@@ -177,6 +177,27 @@ def _size(path: bytes) -> int:
         return -1
 
 
+@dataclass(frozen=True, slots=True)
+class OnDisk:
+    """The file of a row, for another process to read."""
+
+    path: bytes
+
+    def read(self) -> bytes:
+        """What `load` gives. Raises as that does."""
+        return _read(self.path)
+
+
+def on_disk(source: Source, row: int) -> OnDisk | None:
+    """The file that `source.load(row)` reads, if it is called a JPEG; None for whatever else a source may load."""
+    if isinstance(source, _First):
+        return on_disk(source.source, row)
+    if not isinstance(source, FileSource):
+        return None
+    path = os.path.join(source.root, source.paths[row])  # noqa: PTH118  as in `load`
+    return OnDisk(path) if path.lower().endswith((b".jpg", b".jpeg")) else None
+
+
 def _read(path: bytes) -> bytes:
     try:
         # O_NONBLOCK: opening a FIFO that nobody writes to would block for ever; for a regular file it means nothing.

@@ -318,8 +318,11 @@ class RunningStats:
         """The first place of the highest finite value of x[image, channel], (…), at least where `wanted`."""
         positions = torch.zeros_like(image)
         if not self._may_ask:
-            for i in range(image.shape[1]):  # one place at a time bounds the copy to one map a channel
-                positions[:, i] = _first_highest(_finite_or_lowest(x[image[:, i], channel[:, i]]))
+            places = max(1, _DEVICE_BLOCK // (x.shape[1] * x.shape[2]))  # so many at a time bound the copy
+            for i in range(0, image.shape[1], places):
+                some = slice(i, i + places)
+                maps = _finite_or_lowest(x[image[:, some], channel[:, some]])
+                positions[:, some] = _first_highest(maps.flatten(0, 1)).view(maps.shape[:2])
             return positions
         for i in image[wanted].unique().tolist():
             here = wanted & (image == i)

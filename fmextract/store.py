@@ -273,6 +273,7 @@ class _SteadyFile:
 
     def __init__(self, path: Path) -> None:
         self._raw = path.open("w+b", buffering=0)
+        self._at = 0  # kept here, since each call to the system gives the interpreter's lock away and waits for it
         self.error: OSError | None = None
         self._dropping = False
 
@@ -281,9 +282,10 @@ class _SteadyFile:
         done = 0
         try:
             while not self._dropping and done < len(view):
-                done += self._raw.write(view[done:]) or 0
+                done += os.pwrite(self._raw.fileno(), view[done:], self._at + done)
         except OSError as error:
             self.error, self._dropping = error, True
+        self._at += len(view)
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
@@ -295,16 +297,22 @@ class _SteadyFile:
         return size or 0
 
     def read(self, size: int = -1) -> bytes:
-        return self._raw.read(size) or b""
+        data = os.pread(self._raw.fileno(), size if size >= 0 else self.seek(0, os.SEEK_END), self._at)
+        self._at += len(data)
+        return data
 
     def readinto(self, buffer: memoryview) -> int:
-        return self._raw.readinto(buffer) or 0
+        count = os.preadv(self._raw.fileno(), [buffer], self._at)
+        self._at += count
+        return count
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        return self._raw.seek(offset, whence)
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at}
+        self._at = offset + (start[whence] if whence in start else os.fstat(self._raw.fileno()).st_size)
+        return self._at
 
     def tell(self) -> int:
-        return self._raw.tell()
+        return self._at
 
     def flush(self) -> None: ...
 

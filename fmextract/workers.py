@@ -12,8 +12,10 @@ whatever way this process ends.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
+import math
 import mmap
 import os
 import pickle
@@ -35,7 +37,8 @@ import torch
 
 from fmextract import chunks, images
 from fmextract.planning import Plan
-from fmextract.records import Preprocess
+from fmextract.records import LayerSpec, Preprocess
+from fmextract.sources import OnDisk
 
 ENOUGH = 5
 """Workers from which `auto` means processes."""
@@ -153,13 +156,14 @@ class Jpegs:
     def decode(
         self, data: Sequence[Any], preprocess: images.Preprocessing | None, into: torch.Tensor
     ) -> list[tuple[int, int] | None]:
-        """Fill the rows of `into`, uint8 (at least len(data), 3, h, w) on the host, that are ordinary JPEGs.
+        """Fill the rows of `into`, uint8 (at least len(data), 3, h, w) on the host, that are ordinary JPEGs, given as
+        bytes or as files.
 
         Gives for each of `data` (height, width) before resizing, or None for whatever else there is, which the caller
         decodes: other formats, whose plug-ins this process may have, and what is wrong, so that one place says why.
         """
         sizes: list[tuple[int, int] | None] = [None] * len(data)
-        plain = [i for i, item in enumerate(data) if isinstance(item, bytes) and item.startswith(b"\xff\xd8\xff")]
+        plain = [i for i, item in enumerate(data) if isinstance(item, OnDisk) or _is_jpeg(item)]
         if plain and isinstance(preprocess, Preprocess):
             task = _Decode([data[i] for i in plain], preprocess, self._exif, tuple(into.shape[1:]))
             found = self._do(lambda worker: worker.decode(task, into[plain[0] : plain[-1] + 1], plain))
@@ -170,7 +174,7 @@ class Jpegs:
 
 @dataclass(frozen=True, slots=True)
 class _Decode:
-    data: list[bytes]
+    data: list[bytes | OnDisk]
     preprocess: Preprocess
     exif: bool
     shape: tuple[int, ...]
@@ -191,6 +195,30 @@ class _Lying:
         return flat.as_strided(self.shape, self.stride)
 
 
+class _Layout:
+    """Where tensors come to lie in the shared memory. Those that follow each other in memory are copied as one."""
+
+    def __init__(self) -> None:
+        self.end = 0
+        self.copies: list[tuple[int, int, int]] = []  # from which address, to which offset, how many bytes
+        self._held: list[torch.Tensor] = []  # copies of our own, until they are there
+
+    def place(self, piece: torch.Tensor) -> _Lying:
+        if not (piece.is_contiguous() or (piece.ndim == 4 and piece.is_contiguous(memory_format=torch.channels_last))):
+            piece = piece.contiguous()
+            self._held.append(piece)
+        address, nbytes = piece.data_ptr(), piece.numel() * piece.element_size()
+        source, offset, before = self.copies[-1] if self.copies else (0, 0, 0)
+        if address == source + before and self.end == offset + before:
+            self.copies[-1] = source, offset, before + nbytes
+        else:
+            self.end = -(-self.end // _ALIGNMENT) * _ALIGNMENT
+            self.copies.append((address, self.end, nbytes))
+        lying = _Lying(self.end, piece.dtype, tuple(piece.shape), piece.stride())
+        self.end += nbytes
+        return lying
+
+
 class _Worker:
     """One process, as the thread sees it that has it. EOFError or OSError: the process has ended."""
 
@@ -198,6 +226,7 @@ class _Worker:
         self.alive = True
         self._channel = channel
         self._room: mmap.mmap | None = None
+        self._address = 0
         self._plan: Plan | None = None
 
     def greet(self) -> None:
@@ -210,23 +239,12 @@ class _Worker:
         if self._plan is not plan:
             self._ask("plan", pickled)
             self._plan = plan
-        end, described = 0, []
-        copies: list[tuple[torch.Tensor, _Lying]] = []
-        for chunk in task:
-            pieces: list[int | _Lying] = []
-            for piece in chunk.pieces:
-                if isinstance(piece, int):
-                    pieces.append(piece)
-                else:
-                    lying = _Lying(end, piece.dtype, tuple(piece.shape), _dense_strides(piece))
-                    pieces.append(lying)
-                    copies.append((piece, lying))
-                    end = _aligned(end + piece.numel() * piece.element_size())
-            described.append((chunk.layer, pieces))
-        specs = [plan.layers[chunk.layer] for chunk in task]
-        room = self._room_of(end + sum(_SLACK + int(np.prod(s.chunk)) * np.dtype(s.dtype).itemsize for s in specs))
-        for piece, lying in copies:
-            lying.of(room).copy_(piece)
+        layout = _Layout()
+        described = [(c.layer, [p if isinstance(p, int) else layout.place(p) for p in c.pieces]) for c in task]
+        end = layout.end
+        room = self._room_of(end + sum(_SLACK + _bytes_on_disk(plan.layers[chunk.layer]) for chunk in task))
+        for source, offset, nbytes in layout.copies:
+            ctypes.memmove(self._address + offset, source, nbytes)
         answers, stop = self._ask("encode", described, end)
         # A copy, since the next task writes over it. One for all: each gives the interpreter's lock away, and waits.
         made = np.array(np.frombuffer(room, np.uint8, stop - end, end)).data
@@ -236,7 +254,7 @@ class _Worker:
         ]
 
     def decode(self, task: _Decode, into: torch.Tensor, plain: Sequence[int]) -> list[tuple[int, int] | None]:
-        one = int(np.prod(task.shape))
+        one = math.prod(task.shape)
         room = self._room_of(len(task.data) * one)
         sizes: list[tuple[int, int] | None] = self._ask("decode", task, PIL.Image.MAX_IMAGE_PIXELS)
         made = np.frombuffer(room, np.uint8, len(task.data) * one).reshape(-1, *task.shape)
@@ -265,7 +283,7 @@ class _Worker:
             finally:
                 os.close(fd)
             _answer(self._channel)
-            self._room = room
+            self._room, self._address = room, ctypes.addressof(ctypes.c_char.from_buffer(room))
         return self._room
 
     def _ask(self, job: str, *what: Any) -> Any:
@@ -273,13 +291,13 @@ class _Worker:
         return _answer(self._channel)
 
 
-def _aligned(offset: int) -> int:
-    return -(-offset // _ALIGNMENT) * _ALIGNMENT
+def _is_jpeg(item: Any) -> bool:
+    return isinstance(item, bytes) and item.startswith(b"\xff\xd8\xff")
 
 
-def _dense_strides(piece: torch.Tensor) -> tuple[int, ...]:
-    """Those of a copy that keeps the order of the axes in memory and leaves no holes."""
-    return piece.stride() if piece.is_contiguous() else torch.empty_like(piece, device="meta").stride()
+def _bytes_on_disk(layer: LayerSpec) -> int:
+    """Of one chunk, before it is compressed."""
+    return math.prod(layer.chunk) * np.dtype(layer.dtype).itemsize
 
 
 def _send(channel: socket.socket, message: Any) -> None:
@@ -383,11 +401,12 @@ def _encode(
 
 def _decode(room: mmap.mmap, task: _Decode, most_pixels: int | None) -> list[tuple[int, int] | None]:
     PIL.Image.MAX_IMAGE_PIXELS = most_pixels
-    made = np.frombuffer(room, np.uint8, len(task.data) * int(np.prod(task.shape))).reshape(-1, *task.shape)
+    made = np.frombuffer(room, np.uint8, len(task.data) * math.prod(task.shape)).reshape(-1, *task.shape)
     sizes: list[tuple[int, int] | None] = []
-    for data, pixels in zip(task.data, made, strict=True):
+    for item, pixels in zip(task.data, made, strict=True):
         size = None
         with suppress(Exception):  # the thread that asked decodes it once more, and says why
+            data = item.read() if isinstance(item, OnDisk) else item
             image = images.decode(data, task.preprocess, exif=task.exif)
             if image.decoder == "simplejpeg" and tuple(image.pixels.shape) == task.shape:
                 np.copyto(pixels, image.pixels.numpy())

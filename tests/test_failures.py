@@ -528,7 +528,7 @@ def test_chunks_share_tasks_where_threads_have_enough_of_them(
     number: int, threads: int, longest: int, tasks: int
 ) -> None:
     cut = [Chunk(0, (i,), []) for i in range(number)]
-    made = engine._tasks(cut, threads)
+    made = engine.tasks(cut, threads, 4)
     assert [chunk for task in made for chunk in task] == cut
     assert max(map(len, made), default=0) == longest
     assert len(made) == tasks
@@ -545,7 +545,7 @@ def test_chunks_that_share_a_task_come_to_their_places(tmp_path: Path, monkeypat
         return encode(self, task, done)
 
     monkeypatch.setattr(engine._Pipeline, "_encode", noting)
-    monkeypatch.setattr(engine, "_tasks", lambda cut, threads: [cut[:2], cut[2:]] if len(cut) > 2 else [cut])
+    monkeypatch.setattr(engine, "tasks", lambda cut, threads, most: [cut[:2], cut[2:]] if len(cut) > 2 else [cut])
     extract(photos, tmp_path / "shared.h5", workers=1)
     assert max(lengths) > 1
     with reader.open(tmp_path / "plain.h5") as plain, reader.open(tmp_path / "shared.h5") as shared:

@@ -1,0 +1,321 @@
+"""Processes that decode and encode: the bits of the threads, and an end of their own only after ours."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import runs
+import torch
+from PIL import Image
+from runs import Notes, extract, make_photos
+
+from fmextract import chunks, images, run, workers
+from fmextract.config import Config
+from fmextract.errors import ConfigError, SampleError
+from fmextract.planning import Plan
+from fmextract.prepare import plan_for, prepare
+from fmextract.sources import OnDisk, on_disk, open_source
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="processes need memfd_create, of Linux")
+PREPROCESS = images.parse_preprocess("size=20,crop=16,mean=0.5,std=0.5")
+SHAPE = (3, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[workers.Workers]:
+    notes: list[str] = []
+    with workers.hired(2, "processes", notes.append) as hired:
+        assert hired is not None
+        assert hired.wait()
+        yield hired
+    assert notes == []
+
+
+def jpeg(number: int = 0, size: tuple[int, int] = (40, 30), mode: str = "RGB") -> bytes:
+    channels = {"RGB": 3, "L": 1, "CMYK": 4}[mode]
+    pixels = np.random.default_rng(number).integers(0, 256, (*size[::-1], channels), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels.squeeze(), mode).resize(size).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------- encoding
+
+
+def plan(tmp_path: Path, **options: Any) -> Plan:
+    """Of layers conv (4, 8, 8), relu and fc (5)."""
+    photos = make_photos(tmp_path / "photos", 6)
+    config = Config.of(**{**runs.OPTIONS, **options})
+    with prepare(photos, runs.Tiny(), config, Notes()) as prepared:
+        return plan_for(prepared, tmp_path / "out.h5", Notes())
+
+
+def cut(made: Plan, laid_out: Any = lambda rows: rows, scale: float = 1.0) -> list[chunks.Chunk]:
+    """Chunks of all layers for ten rows, of which the third and the last failed."""
+    failed = [row in (2, 9) for row in range(10)]
+    found = []
+    for i, spec in enumerate(made.layers):
+        kind = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(spec.compute_dtype, torch.float32)
+        rows = laid_out((torch.randn(10, *spec.shape) * scale).to(kind))
+        cutter = chunks.Cutter(i, spec)
+        found += [*cutter.add(rows, failed), *cutter.flush()]
+    return found
+
+
+def same(made: list[chunks.Encoded], expected: list[chunks.Encoded]) -> None:
+    assert [bytes(m.payload) for m in made] == [bytes(e.payload) for e in expected]
+    assert [(m.digest, m.overflowed) for m in made] == [(e.digest, e.overflowed) for e in expected]
+
+
+def channels_last(rows: torch.Tensor) -> torch.Tensor:
+    return rows.contiguous(memory_format=torch.channels_last) if rows.ndim == 4 else rows
+
+
+@pytest.mark.parametrize(
+    "laid_out", [lambda rows: rows, channels_last, lambda rows: torch.cat([rows, rows], 1)[:, ::2]]
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"precision": "bf16"}, {"codec": "none"}, {"keep_bits": 5}, {"store": "float16", "clip": True}],
+    ids=str,
+)
+def test_chunks_are_encoded_as_by_a_thread(
+    two: workers.Workers, tmp_path: Path, options: dict[str, Any], laid_out: Any
+) -> None:
+    made = plan(tmp_path, **options)
+    some = cut(made, laid_out, scale=1e5 if "store" in options else 1.0)
+    expected = chunks.Encoder(made).all(some)
+    assert any(e.overflowed for e in expected) == ("store" in options)
+    encode = two.encoder(made)
+    same(encode(some), expected)
+    same([one for chunk in some for one in encode([chunk])], expected)
+
+
+def test_a_stream_longer_than_its_values_comes_all_the_same(
+    two: workers.Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = plan(tmp_path, codec="none")
+    some = cut(made)
+    monkeypatch.setattr(workers, "_SLACK", -workers._bytes_on_disk(made.layers[0]))  # no room for any
+    same(two.encoder(made)(some), chunks.Encoder(made).all(some))
+
+
+def test_what_encoding_raises_is_raised_here(two: workers.Workers, tmp_path: Path) -> None:
+    made = plan(tmp_path)
+    encode = two.encoder(replace(made, codec="unheard of"))
+    for _ in range(3):  # as often as there are processes, and once more: they are still there
+        with pytest.raises(ConfigError, match="unknown codec 'unheard of'"):
+            encode(cut(made))
+
+
+# ------------------------------------------------------------------------------------------------- decoding
+
+
+def test_jpegs_are_decoded_as_by_a_thread_and_all_else_is_left_alone(two: workers.Workers, tmp_path: Path) -> None:
+    cmyk, png, broken = jpeg(3, mode="CMYK"), runs.picture(0), jpeg(5)[:300]
+    (tmp_path / "a.jpg").write_bytes(jpeg(6))
+    data = [
+        jpeg(0), cmyk, png, jpeg(1, mode="L"), broken, torch.zeros(3, 16, 16), None, jpeg(2, (200, 100)),
+        OnDisk(os.fsencode(tmp_path / "a.jpg")), OnDisk(os.fsencode(tmp_path / "gone.jpg")),
+    ]  # fmt: skip
+    into = torch.full((len(data), *SHAPE), 7, dtype=torch.uint8)
+    sizes = two.jpegs(False).decode(data, PREPROCESS, into)
+    assert sizes == [(30, 40), None, None, (30, 40), None, None, None, (100, 200), (30, 40), None]
+    for item, size, pixels in zip(data, sizes, into, strict=True):
+        if size is None:
+            assert (pixels == 7).all()
+        else:
+            encoded = item.read() if isinstance(item, OnDisk) else item
+            assert torch.equal(pixels, images.decode(encoded, PREPROCESS).pixels)
+    into = torch.zeros(2, *SHAPE, dtype=torch.uint8)
+    assert two.jpegs(False).decode([jpeg(0), jpeg(1)], PREPROCESS, into) == [(30, 40)] * 2
+    assert torch.equal(into[1], images.decode(jpeg(1), PREPROCESS).pixels)
+
+
+def test_photos_are_turned_where_that_is_asked(two: workers.Workers) -> None:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.open(io.BytesIO(jpeg(0))).save(file, "JPEG", exif=exif)
+    for asked in (False, True):
+        into = torch.zeros(1, *SHAPE, dtype=torch.uint8)
+        sizes = two.jpegs(asked).decode([file.getvalue()], PREPROCESS, into)
+        image = images.decode(file.getvalue(), PREPROCESS, exif=asked)
+        assert sizes == [(image.height, image.width)] == [(40, 30) if asked else (30, 40)]
+        assert torch.equal(into[0], image.pixels)
+
+
+def test_what_counts_as_a_bomb_is_what_counts_here(two: workers.Workers, monkeypatch: pytest.MonkeyPatch) -> None:
+    into = torch.zeros(1, *SHAPE, dtype=torch.uint8)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
+    assert two.jpegs(False).decode([jpeg(0)], PREPROCESS, into) == [None]
+    with pytest.raises(SampleError, match="more than the 1000 allowed"):
+        images.decode(jpeg(0), PREPROCESS)
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", None)
+    assert two.jpegs(False).decode([jpeg(0)], PREPROCESS, into) == [(30, 40)]
+
+
+def test_a_worker_reads_only_files_that_are_called_jpegs(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.JPEG", "c.png"):
+        (tmp_path / name).write_bytes(jpeg())
+    source = open_source(tmp_path, limit=3)
+    found = [on_disk(source, row) for row in range(3)]
+    assert [file and Path(os.fsdecode(file.path)).name for file in found] == ["a.jpg", "b.JPEG", None]
+    assert on_disk(open_source([jpeg()]), 0) is None
+
+
+# --------------------------------------------------------------------------------------------------- whole runs
+
+
+def photos_of(folder: Path, count: int) -> Path:
+    """JPEGs, among them one that is damaged, one that is no JPEG, and a PNG."""
+    folder.mkdir()
+    for number in range(count):
+        (folder / f"{number:04}.jpg").write_bytes(jpeg(number))
+    (folder / "0005.jpg").write_bytes(jpeg(5)[:200])
+    (folder / "0006.jpg").write_bytes(runs.picture(6))
+    (folder / "0007.png").write_bytes(runs.picture(7))
+    return folder
+
+
+@pytest.fixture
+def done_there(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How many tasks processes did of a run, which here waits for them, short as it is."""
+    done = {"encode": 0, "decode": 0}
+
+    @contextmanager
+    def waited_for(*how: Any) -> Iterator[workers.Workers | None]:
+        with workers.hired(*how) as hired:
+            if hired is not None:
+                assert hired.wait()
+            yield hired
+
+    def counted(name: str) -> None:
+        real = getattr(workers._Worker, name)
+
+        def counting(self: Any, *args: Any) -> Any:
+            made = real(self, *args)
+            done[name] += 1
+            return made
+
+        monkeypatch.setattr(workers._Worker, name, counting)
+
+    counted("encode")
+    counted("decode")
+    monkeypatch.setattr(run, "hired", waited_for)
+    return done
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_stores_the_same(tmp_path: Path, precision: str, done_there: dict[str, int]) -> None:
+    photos = photos_of(tmp_path / "photos", 40)
+    options = {"max_failures": 1, "precision": precision, "shard_size": "1KiB"}
+    extract(photos, tmp_path / "threads", worker_kind="threads", **options)
+    notes = Notes()
+    made = extract(photos, tmp_path / "processes", worker_kind="processes", notes=notes, **options)
+    runs.same(tmp_path / "threads", tmp_path / "processes")
+    assert made.failed == 1
+    assert "worker" not in notes
+    assert done_there["encode"] >= 10
+    assert done_there["decode"] >= 10
+
+
+def children(parent: int) -> list[int]:
+    """Processes whose ancestor is `parent`, those that ended left out."""
+    found: list[int] = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == parent and fields[0] != "Z":
+            found += [int(stat.parent.name), *children(int(stat.parent.name))]
+    return found
+
+
+def test_what_processes_leave_undone_is_done_by_threads(tmp_path: Path, done_there: dict[str, int]) -> None:
+    """They are killed in the middle of a run."""
+    photos = photos_of(tmp_path / "photos", 40)
+    extract(photos, tmp_path / "threads", worker_kind="threads", max_failures=1)
+    before, killed = set(children(os.getpid())), []
+
+    def kill(done: int) -> None:
+        if done == 16:
+            for process in set(children(os.getpid())) - before:
+                os.kill(process, signal.SIGKILL)
+                killed.append(process)
+
+    notes = Notes(kill)
+    extract(photos, tmp_path / "processes", worker_kind="processes", max_failures=1, notes=notes)
+    assert len(killed) == 3, "the one that forks, and two workers"
+    assert 0 < done_there["decode"] < 10
+    runs.same(tmp_path / "threads", tmp_path / "processes")
+    assert not set(children(os.getpid())) - before
+
+
+def test_a_worker_that_ended_is_told(tmp_path: Path) -> None:
+    notes: list[str] = []
+    made = plan(tmp_path)
+    with workers.hired(1, "processes", notes.append) as one:
+        assert one is not None
+        assert one.wait()
+        for process in children(one._server.pid):
+            os.kill(process, signal.SIGKILL)
+        same(one.encoder(made)(cut(made)[:0]), [])
+        some = cut(made)
+        same(one.encoder(made)(some), chunks.Encoder(made).all(some))
+    assert notes == ["a worker process ended before its time; a thread of the run does its work from now on"]
+
+
+def test_where_processes_do_not_start_threads_do_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    notes: list[str] = []
+    made = plan(tmp_path)
+    some = cut(made)
+    with workers.hired(2, "processes", notes.append) as none:
+        assert none is not None
+        assert not none.wait()
+        same(none.encoder(made)(some), chunks.Encoder(made).all(some))
+    assert notes == ["worker processes did not start; threads do their work"]
+
+
+def test_they_end_with_the_process_that_is_killed() -> None:
+    code = "from fmextract import workers; w = workers.Workers(2, print); w.wait(); print('up', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == b"up\n"
+        theirs = children(started.pid)
+        assert len(theirs) == 3
+        started.kill()
+    end = time.monotonic() + 30
+    while any(Path(f"/proc/{process}").exists() for process in theirs) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not [process for process in theirs if Path(f"/proc/{process}").exists()]
+
+
+@pytest.mark.parametrize(
+    ("count", "kind", "there"), [(4, "auto", False), (5, "auto", True), (8, "threads", False), (1, "processes", True)]
+)
+def test_auto_takes_them_where_threads_would_wait(
+    count: int, kind: str, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    with workers.hired(count, kind, lambda note: None) as hired:
+        assert (hired is not None) == there
+
+
+def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--worker-kind 'fork': expected one of auto, threads, processes"):
+        Config.of(worker_kind="fork")
