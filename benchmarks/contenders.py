@@ -39,6 +39,8 @@ class Task:
     layers: Sequence[str]
     means: bool = False
     batch: int = 8
+    device: str = "cpu"
+    workers: int = 2
 
 
 class Contender(ABC):
@@ -102,7 +104,7 @@ class Folder:
 def _loader(task: Task) -> Any:
     from torch.utils.data import DataLoader
 
-    return DataLoader(Folder(task.photos), task.batch, num_workers=2)
+    return DataLoader(Folder(task.photos), task.batch, num_workers=task.workers, pin_memory=task.device != "cpu")
 
 
 def _to_hdf5(task: Task, extract: Callable[[Any], dict[str, Any]]) -> dict[str, float]:
@@ -117,7 +119,7 @@ def _to_hdf5(task: Task, extract: Callable[[Any], dict[str, Any]]) -> dict[str, 
         began = time.perf_counter()
         for batch in loader:
             loaded = time.perf_counter()
-            maps = extract(batch)
+            maps = {name: t.cpu() for name, t in extract(batch.to(task.device, non_blocking=True)).items()}
             done = time.perf_counter()
             for name, tensor in maps.items():
                 values = tensor.mean((2, 3)) if task.means else tensor

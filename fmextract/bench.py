@@ -3,8 +3,9 @@
 Each stage is measured alone, through the same code that a run uses, with all the threads it would have; beside it
 stands the bare library call it is made of, so that a slow stage cannot pass for a low limit. On a CPU everything shares
 the cores, so the least time for an image is the sum of the stages' core-seconds over the cores (a stage that waits for
-the disk leaves them to others); on an accelerator stages overlap, and the slowest one is the limit. The end-to-end run
-is given as a share of that limit.
+the disk leaves them to others); on an accelerator stages overlap, and the slowest one is the limit: there the forward
+pass and the statistics are one, in one stream. What the cores of its host allow, which decoding, encoding and writing
+share, is given beside it. The end-to-end run is given as a share of the limit.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What `fmextract bench` found. `share` is the end-to-end rate over the limit, both in images a second."""
+    """What `fmextract bench` found. `share` is the end-to-end rate over the limit, both in images a second.
+
+    `host_limit` is what the cores allow, in images a second; on a CPU that is the limit.
+    """
 
     model: str
     device: str
@@ -66,6 +70,7 @@ class Report:
     layers: tuple[str, ...]
     stages: tuple[Stage, ...]
     limit: float
+    host_limit: float
     limiting_stage: str
     end_to_end: float
     share: float
@@ -121,7 +126,10 @@ def _median(turns: Sequence[Stage]) -> Stage:
 
 def _report(prepared: Prepared, made: Plan, stages: list[Stage], runs: list[float], stored: int) -> Report:
     on_cpu = prepared.device.type == "cpu"
-    seconds = {s.name: _least(s, made.threads) if on_cpu else 1 / s.images_per_second for s in stages if s.part}
+    cores = {s.name: _least(s, made.threads) for s in stages if s.part and (on_cpu or s.name in _OF_THE_HOST)}
+    seconds = cores if on_cpu else {s.name: 1 / s.images_per_second for s in stages if s.part}
+    if not on_cpu:
+        seconds["forward"] += seconds.pop("statistics")
     slowest = max(seconds, key=lambda name: seconds[name])
     least = sum(seconds.values()) if on_cpu else seconds[slowest]
     rate = statistics.median(runs)
@@ -134,6 +142,7 @@ def _report(prepared: Prepared, made: Plan, stages: list[Stage], runs: list[floa
         layers=tuple(layer.name for layer in made.layers),
         stages=tuple(stages),
         limit=1 / least,
+        host_limit=1 / sum(cores.values()),
         limiting_stage=slowest,
         end_to_end=rate,
         share=rate * least,
@@ -150,6 +159,7 @@ def _least(stage: Stage, cores: int) -> float:
     return 1 / stage.images_per_second if stage.core_seconds is None else stage.core_seconds / cores
 
 
+_OF_THE_HOST = ("decode", "encode", "write")
 _WOULD_HELP = {
     "decode": "smaller images on disk, or more cores",
     "upload": "a faster bus",
@@ -212,7 +222,7 @@ def _decode(prepared: Prepared, made: Plan, workers: Workers | None) -> Stage:
     rows = range(min(len(prepared.source), max(64, 16 * made.threads)))
     data = [prepared.source.load(row) for row in rows]
     jpegs, preprocess, exif = run.jpegs(prepared, workers), prepared.loaded.preprocess, prepared.config.exif
-    step = max(1, min(engine.ROWS_A_TASK, len(rows) // ((2 if workers is not None else 4) * made.threads)))
+    step = engine.rows_a_task(len(rows), made.threads, jpegs)
     into = None if prepared.ready else torch.zeros((len(rows), *prepared.input_shape), dtype=torch.uint8)
 
     def load(row: int) -> Any:

@@ -45,6 +45,7 @@ FIRST = 5  # keys that are named where something is wrong with them
 DEPTH = 2  # batches of activations of an accelerator on the host: one being encoded, one arriving
 HANGING = 10.0  # seconds that the end of a run waits for threads in foreign code; then it leaves them behind
 ROWS_A_TASK = 8
+ROWS_A_DEVICE_TASK = 32  # of JPEGs that are decoded on the device, which does several at once
 CHUNKS_A_TASK = 4  # at most; of small maps the hand-over of a chunk costs a tenth of the encoding
 CHUNKS_A_PROCESS = 8  # at most, where a task goes to another process
 GIVING_BACK = 0.5, 5.0  # seconds between two times that a CPU's freed memory goes back to the system: first, at most
@@ -213,8 +214,7 @@ class _Decoder:
         buffer = self._moves.input_buffer(self._shape, torch.float32 if self._work.ready else torch.uint8)
         buffer[len(rows) :].zero_()  # a short batch is padded with black images
         # Several rows a task: of tiny images the hand-over would cost as much as the decoding.
-        rounds = 4 if self._work.workers is None else 2
-        step = max(1, min(ROWS_A_TASK, len(rows) // (rounds * self._work.plan.threads)))
+        step = rows_a_task(len(rows), self._work.plan.threads, self._work.jpegs)
         tasks = [rows[at : at + step] for at in range(0, len(rows), step)]
         return _Decoding(
             rows, buffer, [self._pool.submit(self._decode_all, t, buffer[t.start - rows.start :]) for t in tasks]
@@ -772,6 +772,13 @@ def _raise_if_no_image_is_to_blame(error: Exception) -> None:
 def most_pending(threads: int) -> int:
     """Chunks, of at most about 1 MiB, that may be in encoding or wait for the disk: none of `threads` runs dry."""
     return max(64, 12 * threads)
+
+
+def rows_a_task(rows: int, threads: int, jpegs: images.DeviceJpegs | Jpegs | None) -> int:
+    """How many of the `rows` of a batch one task decodes."""
+    if isinstance(jpegs, images.DeviceJpegs):
+        return ROWS_A_DEVICE_TASK
+    return max(1, min(ROWS_A_TASK, rows // ((4 if jpegs is None else 2) * threads)))
 
 
 def tasks(cut: Sequence[chunks.Chunk], threads: int, most: int) -> list[Sequence[chunks.Chunk]]:

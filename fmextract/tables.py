@@ -225,8 +225,9 @@ def benchmark(found: Measured) -> str:
     shares = (
         "the core-seconds of all stages over the cores"
         if found.device == "cpu"
-        else f"the slowest stage, {found.limiting_stage}"
+        else f"the slowest stage, {_stage_of_device(found.limiting_stage)}"
     )
+    cores = f"{text.rate(found.host_limit)} images/s (what its cores allow to decode, encode and write)"
     return "\n".join(
         [
             f"{found.model}, {found.precision}, batch size {found.batch_size}, on {found.machine['processor']}",
@@ -236,10 +237,15 @@ def benchmark(found: Measured) -> str:
             _table(["other codecs", "images/s", "stored"], others, right=["images/s", "stored"]),
             "",
             f"limit       {text.rate(found.limit)} images/s ({shares})",
+            *([] if found.device == "cpu" else [f"host        {cores}"]),
             f"end to end  {text.rate(found.end_to_end)} images/s, {text.share(found.share)} of the limit",
             f"{found.limiting_stage} takes most; what would help: {found.would_help}",
         ]
     )
+
+
+def _stage_of_device(name: str) -> str:
+    return "forward with statistics" if name == "forward" else name
 
 
 def depth(found: Sequence[LayerDepth]) -> str:

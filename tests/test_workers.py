@@ -260,7 +260,7 @@ def test_what_processes_leave_undone_is_done_by_threads(tmp_path: Path, done_the
     notes = Notes(kill)
     extract(photos, tmp_path / "processes", worker_kind="processes", max_failures=1, notes=notes)
     assert len(killed) == 3, "the one that forks, and two workers"
-    assert 0 < done_there["decode"] < 10
+    assert 0 < done_there["decode"] < 30  # of 39
     runs.same(tmp_path / "threads", tmp_path / "processes")
     assert not set(children(os.getpid())) - before
 
