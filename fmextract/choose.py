@@ -334,7 +334,7 @@ def _batch_size(question: Question, name: str, taken: _Trial, started: float) ->
         while (
             images is not None
             and size <= most
-            and (time.perf_counter() + (PASSES + 1) * size * taken.seconds < deadline)
+            and (time.perf_counter() + (PASSES + 1) * size * measured.get(size // 2, taken.seconds) < deadline)
         ):
             # What is in the images makes no difference: the first ones again, instead of decoding twice as many.
             some = torch.cat([images] * -(-size // len(images)))[:size]

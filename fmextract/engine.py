@@ -301,12 +301,15 @@ class _Pending:
 
 @dataclass(slots=True)
 class _Finished:
-    """A shard that is written and closed under its temporary name."""
+    """A shard that is written and closed under its temporary name.
+
+    `digests` are that of its content and its SHA-256, once it is durable.
+    """
 
     path: Path
     rows: range
     statuses: Sequence[int]
-    content_digest: str
+    digests: Callable[[], tuple[str, str]]
     batch_size: int
     chunk_digests: Mapping[str, str]
 
@@ -314,28 +317,25 @@ class _Finished:
 class _Publisher:
     """Makes shards durable, names and records them, in order, while the next one is written.
 
-    That is waiting for the disk, and one checksum over all of it, which `pool` computes meanwhile: nothing that HDF5
-    or the encoders should wait for.
+    That is waiting for the disk, and one checksum over all of it: nothing that HDF5 or the encoders should wait for.
     """
 
-    def __init__(self, work: Work, directory: Path, tally: Tally, pool: Pool) -> None:
-        self._work, self._directory, self._tally, self._pool = work, directory, tally, pool
+    def __init__(self, work: Work, directory: Path, tally: Tally) -> None:
+        self._work, self._directory, self._tally = work, directory, tally
 
     def publish(self, shard: _Finished) -> None:
         started = time.perf_counter()
         final = self._directory / index.shard_name(shard.rows.start // self._work.plan.shard_rows)
-        sha256 = self._pool.submit(index.file_sha256, shard.path)
-        index.make_durable(shard.path)
-        digest = sha256.result()
+        content_digest, sha256 = shard.digests()
         index.publish(shard.path, final)
         record = index.record_shard(
             final,
             rows=shard.rows,
             statuses=shard.statuses,
-            content_digest=shard.content_digest,
+            content_digest=content_digest,
             batch_size=shard.batch_size,
             extra={"chunks": shard.chunk_digests},
-            sha256=digest,
+            sha256=sha256,
         )
         self._tally.records.append(record)
         self._tally.add("publish", time.perf_counter() - started)
@@ -345,9 +345,15 @@ class _Writer:
     """The one thread that owns HDF5: opens, fills and finishes one shard after the other."""
 
     def __init__(
-        self, work: Work, directory: Path, shards: Iterator[range], tally: Tally, finished: Callable[[_Finished], None]
+        self,
+        work: Work,
+        directory: Path,
+        shards: Iterator[range],
+        tally: Tally,
+        pool: Pool,
+        finished: Callable[[_Finished], None],
     ) -> None:
-        self._work, self._directory, self._shards, self._tally = work, directory, shards, tally
+        self._work, self._directory, self._shards, self._tally, self._pool = work, directory, shards, tally, pool
         self._finished = finished
         self._open: store.ShardWriter | None = None
         self._paths: list[Path] = []
@@ -402,9 +408,33 @@ class _Writer:
         root: dict[str, Any] = {"throughput": self._throughput(len(end.rows))}
         if end.batch_size < self._work.plan.batch_size:
             root["smaller_batches"] = smaller
-        digest = writer.finish(end.samples, end.stats, attrs, root, durable=False)
+        digests = self._closed(writer, end.samples, end.stats, attrs, root)
         self._open, self._overflowed = None, {}
-        return _Finished(writer.path, end.rows, end.samples.status, digest, end.batch_size, writer.chunk_digests())
+        return _Finished(writer.path, end.rows, end.samples.status, digests, end.batch_size, writer.chunk_digests())
+
+    def _closed(
+        self,
+        writer: store.ShardWriter,
+        samples: SampleTable,
+        stats: store.Stats,
+        attrs: Mapping[str, Mapping[str, Any]],
+        root: Mapping[str, Any],
+    ) -> Callable[[], tuple[str, str]]:
+        """Close the shard, with what stands beside its chunks; gives what waits for its digests.
+
+        With processes one of them does that, beside the chunks of the next shard: it is thousands of small steps.
+        """
+        workers = self._work.workers
+        if workers is not None:
+            return self._pool.submit(workers.finish, writer.leave(), samples, stats, attrs, root).result
+        digest = writer.finish(samples, stats, attrs, root, durable=False)
+        sha256 = self._pool.submit(index.file_sha256, writer.path)
+
+        def wait() -> tuple[str, str]:
+            index.make_durable(writer.path)
+            return digest, sha256.result()
+
+        return wait
 
     def _throughput(self, images: int) -> dict[str, Any]:
         """Of this shard: seconds since the one before, and busy seconds of each stage, summed over its threads."""
@@ -647,7 +677,7 @@ class _Pipeline:
     # ---- the other threads
 
     def _start(self, shards: Iterator[range]) -> None:
-        self._writer = _Writer(self._work, self._directory, shards, self._tally, self._finished.put)
+        self._writer = _Writer(self._work, self._directory, shards, self._tally, self._encode_pool, self._finished.put)
         for name, work in (("cut", self._cut), ("write", self._write), ("publish", self._publish)):
             ended = threading.Event()
             thread = threading.Thread(target=self._guarded, args=(work, ended), name=f"fmextract-{name}", daemon=True)
@@ -714,7 +744,7 @@ class _Pipeline:
         self._finished.put(None)
 
     def _publish(self) -> None:
-        publisher = _Publisher(self._work, self._directory, self._tally, self._encode_pool)
+        publisher = _Publisher(self._work, self._directory, self._tally)
         while (shard := self._finished.get()) is not None:
             self._publishing = True
             publisher.publish(shard)

@@ -20,6 +20,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -136,6 +137,15 @@ class ShardWriter:
             self._activations = [_create_layer(group, spec, len(rows), chosen, level).id for spec in layers]
             self._check_disk()
 
+    def _reopen(self, left: Unfinished) -> None:
+        self.path, self.rows, self.layers = left.path, left.rows, left.layers
+        self._grids = [chunk_grid((len(left.rows), *spec.shape), spec.chunk) for spec in left.layers]
+        self._digests, self._activations = list(left.digests), []
+        self._file = self._disk = None
+        with self._whole_or_nothing():
+            self._disk = _SteadyFile(self.path, "r+b")
+            self._file = h5py.File(self._disk, "r+", libver=_LIBVER)
+
     def write_chunk(self, layer: int, chunk_index: tuple[int, ...], payload: Stored, digest: bytes) -> None:
         """Put an encoded chunk in its place. `chunk_index` counts chunks; `digest` is `chunk_digest(payload)`."""
         spec, grid, done = self.layers[layer], self._grids[layer], self._digests[layer]
@@ -212,6 +222,17 @@ class ShardWriter:
         for name, attrs in layer_attrs.items():
             _set_attrs(file["layers"][escape_name(name)], attrs)
 
+    def leave(self) -> Unfinished:
+        """Close the file, with its chunks, for `Unfinished.finish`, perhaps in another process. `abort` removes it."""
+        with self._whole_or_nothing():
+            self._activations.clear()
+            self._open_file().close()
+            self._check_disk()
+            assert self._disk is not None
+            self._disk.close()
+        self._file = None
+        return Unfinished(self.path, self.rows, self.layers, self._digests)
+
     def chunk_digests(self) -> dict[str, str]:
         """By layer: the first 16 hex digits of the digest of every chunk, one after the other in C order."""
         return {
@@ -264,6 +285,28 @@ class ShardWriter:
             raise
 
 
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """A file that holds its chunks and lacks what stands beside them; nothing has it open."""
+
+    path: Path
+    rows: range
+    layers: tuple[LayerSpec, ...]
+    digests: Sequence[dict[tuple[int, ...], bytes]]
+
+    def finish(
+        self,
+        samples: SampleTable,
+        stats: Stats | None = None,
+        layer_attrs: Mapping[str, Mapping[str, Any]] | None = None,
+        root_attrs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """What `ShardWriter.finish` does, but for making it durable. Raises as that does, and leaves no file then."""
+        with ShardWriter.__new__(ShardWriter) as writer:
+            writer._reopen(self)
+            return writer.finish(samples, stats, layer_attrs, root_attrs, durable=False)
+
+
 class _SteadyFile:
     """A file as h5py takes one, in which writing never fails: the first error is kept, and what follows is dropped.
 
@@ -271,8 +314,8 @@ class _SteadyFile:
     disk, it goes on with freed memory and crashes the process (measured, HDF5 2.0). So it is not told.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._raw = path.open("w+b", buffering=0)
+    def __init__(self, path: Path, mode: str = "w+b") -> None:
+        self._raw = path.open(mode, buffering=0)
         self._at = 0  # kept here, since each call to the system gives the interpreter's lock away and waits for it
         self.error: OSError | None = None
         self._dropping = False

@@ -1,4 +1,4 @@
-"""Processes that decode JPEGs and encode chunks for the threads of a run.
+"""Processes that decode JPEGs, encode chunks and finish shards for the threads of a run.
 
 Decoding and compressing release the interpreter's lock, but what lies between two such calls needs it, and threads that
 hand it to each other wait: sixteen do no more together than five (docs/performance.md). Each of these processes has a
@@ -26,7 +26,8 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -35,9 +36,10 @@ import numpy as np
 import PIL.Image
 import torch
 
-from fmextract import chunks, images
+from fmextract import chunks, images, index, store
+from fmextract.errors import OutputLost
 from fmextract.planning import Plan
-from fmextract.records import LayerSpec, Preprocess
+from fmextract.records import LayerSpec, Preprocess, SampleTable
 from fmextract.sources import OnDisk
 
 ENOUGH = 5
@@ -109,6 +111,14 @@ class Workers:
         """What decodes JPEGs as `images.decode` does."""
         return Jpegs(self._do, exif)
 
+    def finish(self, shard: store.Unfinished, *what: Any) -> tuple[str, str]:
+        """(content digest, SHA-256) of a shard that is finished with `what`, as `finish_shard` does it.
+
+        Raises what that raises; OutputLost where the process ended in the middle of it.
+        """
+        made = self._do(lambda worker: worker.finish(shard, what), halfway=_refuse)
+        return made if made is not None else finish_shard(shard, *what)
+
     def wait(self) -> bool:
         """Wait until they are there; False where they could not be started."""
         self._there.wait()
@@ -123,17 +133,22 @@ class Workers:
             os.killpg(self._server.pid, signal.SIGKILL)
         self._server.wait()
 
-    def _do(self, task: Callable[[_Worker], T]) -> T | None:
-        """What `task` makes of a free worker; None where there is none. Raises what the worker raised."""
+    def _do(self, task: Callable[[_Worker], T], halfway: Callable[[], None] = lambda: None) -> T | None:
+        """What `task` makes of a free worker; None where there is none. Raises what the worker raised.
+
+        `halfway` is called where it ended with the task in its hands.
+        """
         if not self._there.is_set():
             return None
         worker = self._free.get()
         try:
             return task(worker) if worker.alive else None
-        except (EOFError, OSError):
+        except _Ended as ended:
             worker.alive = False
             if not self._closed:
                 self._say("a worker process ended before its time; a thread of the run does its work from now on")
+            if ended.had_begun:
+                halfway()
             return None
         finally:
             self._free.put(worker)  # one that ended, too: whoever gets it does the work itself
@@ -145,6 +160,27 @@ class Workers:
         if not self._closed and not all(worker.alive for worker in self._all):
             self._say("worker processes did not start; threads do their work")
         self._there.set()
+
+
+def _refuse() -> None:
+    raise OutputLost(
+        "a worker process ended while it finished a shard. What is done is kept: the same command goes on from there."
+    )
+
+
+def finish_shard(
+    shard: store.Unfinished,
+    samples: SampleTable,
+    stats: store.Stats,
+    layer_attrs: Mapping[str, Mapping[str, Any]],
+    root_attrs: Mapping[str, Any],
+) -> tuple[str, str]:
+    """Write what stands beside the chunks and make the file durable: (its content digest, its SHA-256)."""
+    digest = shard.finish(samples, stats, layer_attrs, root_attrs)
+    with ThreadPoolExecutor(1) as beside:  # reading it does not wait for the disk
+        sha256 = beside.submit(index.file_sha256, shard.path)
+        index.make_durable(shard.path)
+        return digest, sha256.result()
 
 
 class Jpegs:
@@ -219,8 +255,16 @@ class _Layout:
         return lying
 
 
+class _Ended(Exception):
+    """The process is no more; `had_begun`: it may have had the task."""
+
+    def __init__(self, had_begun: bool) -> None:
+        super().__init__(had_begun)
+        self.had_begun = had_begun
+
+
 class _Worker:
-    """One process, as the thread sees it that has it. EOFError or OSError: the process has ended."""
+    """One process, as the thread sees it that has it. Everything that asks it something raises _Ended."""
 
     def __init__(self, channel: socket.socket) -> None:
         self.alive = True
@@ -253,6 +297,10 @@ class _Worker:
             for where, digest, over in answers
         ]
 
+    def finish(self, shard: store.Unfinished, what: tuple[Any, ...]) -> tuple[str, str]:
+        found: tuple[str, str] = self._ask("finish", shard, *what)
+        return found
+
     def decode(self, task: _Decode, into: torch.Tensor, plain: Sequence[int]) -> list[tuple[int, int] | None]:
         one = math.prod(task.shape)
         room = self._room_of(len(task.data) * one)
@@ -278,17 +326,25 @@ class _Worker:
             try:
                 os.ftruncate(fd, nbytes)
                 room = mmap.mmap(fd, nbytes)
-                _send(self._channel, ("room", nbytes))
-                socket.send_fds(self._channel, [b"\0"], [fd])
+                self._ask("room", nbytes, fd=fd)
             finally:
                 os.close(fd)
-            _answer(self._channel)
             self._room, self._address = room, ctypes.addressof(ctypes.c_char.from_buffer(room))
         return self._room
 
-    def _ask(self, job: str, *what: Any) -> Any:
-        _send(self._channel, (job, *what))
-        return _answer(self._channel)
+    def _ask(self, job: str, *what: Any, fd: int | None = None) -> Any:
+        begun = False
+        try:
+            _send(self._channel, (job, *what))
+            if fd is not None:
+                socket.send_fds(self._channel, [b"\0"], [fd])
+            begun = True
+            error, made = _receive(self._channel)
+        except (EOFError, OSError) as gone:
+            raise _Ended(begun) from gone
+        if error is not None:
+            raise error
+        return made
 
 
 def _is_jpeg(item: Any) -> bool:
@@ -320,13 +376,6 @@ def _exactly(channel: socket.socket, count: int) -> bytes:
         parts.append(part)
         count -= len(part)
     return b"".join(parts)
-
-
-def _answer(channel: socket.socket) -> Any:
-    error, made = _receive(channel)
-    if error is not None:
-        raise error
-    return made
 
 
 # --------------------------------------------------------------------------------------------- in the other processes
@@ -372,13 +421,24 @@ def _work(channel: socket.socket) -> None:
                 assert room is not None
                 assert encoder is not None
                 made = _encode(encoder, room, *what)
+            elif job == "finish":
+                made = finish_shard(*what)
             else:
                 assert room is not None
                 made = _decode(room, *what)
         except Exception as error:  # for the thread that asked
-            _send(channel, (error, None))
+            _send(channel, (_portable(error), None))
         else:
             _send(channel, (None, made))
+
+
+def _portable(error: Exception) -> Exception:
+    """The error itself, where it can be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _encode(

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +23,9 @@ import torch
 from PIL import Image
 from runs import Notes, extract, make_photos
 
-from fmextract import chunks, images, run, workers
+from fmextract import chunks, images, run, store, workers
 from fmextract.config import Config
-from fmextract.errors import ConfigError, SampleError
+from fmextract.errors import ConfigError, OutputError, OutputLost, SampleError
 from fmextract.planning import Plan
 from fmextract.prepare import plan_for, prepare
 from fmextract.sources import OnDisk, on_disk, open_source
@@ -248,7 +249,8 @@ def children(parent: int) -> list[int]:
 def test_what_processes_leave_undone_is_done_by_threads(tmp_path: Path, done_there: dict[str, int]) -> None:
     """They are killed in the middle of a run."""
     photos = photos_of(tmp_path / "photos", 40)
-    extract(photos, tmp_path / "threads", worker_kind="threads", max_failures=1)
+    options = {"max_failures": 1, "shard_size": "1MiB"}  # one shard: none is being finished then
+    extract(photos, tmp_path / "threads", worker_kind="threads", **options)
     before, killed = set(children(os.getpid())), []
 
     def kill(done: int) -> None:
@@ -257,8 +259,7 @@ def test_what_processes_leave_undone_is_done_by_threads(tmp_path: Path, done_the
                 os.kill(process, signal.SIGKILL)
                 killed.append(process)
 
-    notes = Notes(kill)
-    extract(photos, tmp_path / "processes", worker_kind="processes", max_failures=1, notes=notes)
+    extract(photos, tmp_path / "processes", worker_kind="processes", notes=Notes(kill), **options)
     assert len(killed) == 3, "the one that forks, and two workers"
     assert 0 < done_there["decode"] < 30  # of 39
     runs.same(tmp_path / "threads", tmp_path / "processes")
@@ -277,6 +278,28 @@ def test_a_worker_that_ended_is_told(tmp_path: Path) -> None:
         some = cut(made)
         same(one.encoder(made)(some), chunks.Encoder(made).all(some))
     assert notes == ["a worker process ended before its time; a thread of the run does its work from now on"]
+
+
+def test_a_shard_that_is_being_finished_when_its_worker_ends_is_lost(tmp_path: Path) -> None:
+    """Whether it had begun to write cannot be known."""
+    with workers.hired(1, "processes", lambda note: None) as one:
+        assert one is not None
+        assert one.wait()
+        (process,) = children(one._server.pid)
+        os.kill(process, signal.SIGSTOP)
+        end = threading.Timer(0.2, os.kill, (process, signal.SIGKILL))
+        end.start()
+        shard = store.Unfinished(tmp_path / "x.h5", range(1), (), ())
+        with pytest.raises(OutputLost, match="ended while it finished a shard"):
+            one.finish(shard, None, {}, {}, {})
+        end.join()
+        with pytest.raises(OutputError, match=r"x\.h5"):  # from now on it is done here
+            one.finish(shard, None, {}, {}, {})
+
+
+def test_what_finishing_raises_is_raised_here(two: workers.Workers, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"x\.h5"):
+        two.finish(store.Unfinished(tmp_path / "x.h5", range(1), (), ()), None, {}, {}, {})
 
 
 def test_where_processes_do_not_start_threads_do_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
