@@ -388,8 +388,9 @@ def _shuffled(spec: LayerSpec, row: torch.Tensor) -> bytes:
 
 
 def _write(made: Plan, payloads: Sequence[tuple[int, codecs.Stored]], folder: Path) -> Stage:
-    """The encoded chunks of a batch, written and made durable as a shard is, while the one before is summed up; bare: the
-    same by os.write.
+    """The encoded chunks of a batch, written and made durable as a shard is, while the one before is summed up.
+
+    Bare: the same by os.write.
     """
     path, before = folder / "write.bin", folder / "written.bin"
     before.touch()

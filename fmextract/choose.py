@@ -37,7 +37,7 @@ IN_FLIGHT_ACCELERATOR = (
 )  # each batch is a few hundred calls whatever its size, and a device is soon done with it
 MOST_OF_HOST = 1 / 8  # of the memory of the host, for them
 SHARE_OF_RUN = 0.1
-LEAST_MEASURING = {"cpu": 0.0}  # seconds that measuring may take however short the run is; on an accelerator one
+LEAST_MEASURING = 4.0  # seconds that an accelerator may take for it in a run of any length: it loads its kernels
 PASSES = 3
 
 
@@ -327,7 +327,9 @@ def _batch_size(question: Question, name: str, taken: _Trial, started: float) ->
     size = min(usual, 1 << (most.bit_length() - 1))
     default = size
     now = time.perf_counter()
-    deadline = max(started + SHARE_OF_RUN * question.rows * taken.seconds, now + LEAST_MEASURING.get(kind, 1.0))
+    deadline = max(
+        started + SHARE_OF_RUN * question.rows * taken.seconds, now + (0.0 if kind == "cpu" else LEAST_MEASURING)
+    )
     measured: dict[int, float] = {}
     images = question.inputs(size) if now + (PASSES + 1) * size * taken.seconds < deadline else None
     with _running(question, name):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -189,6 +192,38 @@ def test_a_batch_fits_into_the_memory_for_activations(monkeypatch: pytest.Monkey
     monkeypatch.setattr(choose, "IN_FLIGHT_BYTES", 3 * 5 * 4 * (16 * 36 * 2 + 16 * 16 * 2 + 10))
     chosen = choose.choose(question(network(), precision="fp32", rows=10))
     assert chosen.batch_size == 4  # five images would fit; a batch begins as a power of two
+
+
+class OnAccelerator:
+    """A stand-in for a device, on which a pass takes `start` seconds and `image` more for each."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, start: float, image: float) -> None:
+        self.seconds, self.sizes = (start, image), []
+        monkeypatch.setattr(choose, "_running", lambda *_: nullcontext())
+        monkeypatch.setattr(choose, "_timed", self.timed)
+
+    def timed(self, asked: choose.Question, batch: torch.Tensor, passes: int = 1) -> Any:
+        self.sizes.append(len(batch))
+        return self.seconds[0] + self.seconds[1] * len(batch), ()
+
+    def chosen(self, rows: int, of_an_image: int) -> int:
+        trial = choose._Trial((torch.zeros(8, of_an_image),), (0.0,), frozenset(), 1e-3, True)
+        asked = replace(question(network(), precision="fp32", rows=rows), device=torch.device("cuda", 0))
+        return choose._batch_size(asked, "fp32", trial, time.perf_counter())[0]
+
+
+def test_an_accelerator_takes_many_images_even_in_a_short_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch costs some hundred calls whatever its size."""
+    device = OnAccelerator(monkeypatch, start=5e-3, image=1e-5)
+    assert device.chosen(rows=2000, of_an_image=10) == 512
+    assert device.sizes == [64, 128, 256, 512]
+    monkeypatch.setattr(choose, "host_memory", lambda: 8 << 30)  # of which an eighth is 1 GiB, for three batches
+    assert device.chosen(rows=2000, of_an_image=(1 << 20) // 4) == 256
+    assert device.chosen(rows=100, of_an_image=10) == 64
+
+
+def test_of_sizes_that_are_as_fast_an_accelerator_takes_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert OnAccelerator(monkeypatch, start=0.0, image=1e-5).chosen(rows=2000, of_an_image=10) == 512
 
 
 class OnlyFull(nn.Module):
