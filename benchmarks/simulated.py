@@ -48,11 +48,12 @@ from torch.nn.functional import max_pool2d
 
 from fmextract import bench, chunks, codecs, engine, reader, run
 from fmextract.channel import Channel, Closed
-from fmextract.config import Config
+from fmextract.config import WORKER_KINDS, Config
 from fmextract.device import Download
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, plan_for, prepare
 from fmextract.progress import Quiet
+from fmextract.workers import hired
 
 IMAGES = 128  # different ones
 TAPS = {
@@ -276,11 +277,17 @@ class Case:
     def _run(self, images: int, folder: Path) -> tuple[float, float, dict[str, float]]:
         """(seconds, share of them in which the accelerator is idle, busy share of each stage); the files are gone."""
         folder.mkdir()
-        with self._prepared(images) as (model, prepared, made), _on_the_device() as rings:
+        with (
+            self._prepared(images) as (model, prepared, made),
+            hired(made.threads, self._options.worker_kind, print) as workers,
+            _on_the_device() as rings,
+        ):
+            if workers is not None:
+                workers.wait()
             tally = engine.Tally()
             os.sync()
             started = time.perf_counter()
-            with run.working(prepared, made) as work:
+            with run.working(prepared, made, workers) as work:
                 model.begin(self._options.rate)
                 engine.run_shards(work, folder, made.shards, Quiet(), tally)
             took = time.perf_counter() - started
@@ -412,6 +419,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6, help="about how long a run lasts")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--workers", type=int, help="threads of the codec; by default as many as cores")
+    parser.add_argument("--worker-kind", choices=WORKER_KINDS, default="auto", help="of the codec, as of a run")
     parser.add_argument("--out", type=Path, help="where to write; a temporary directory if not given")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -155,7 +155,7 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
     "decode": (
         str,
         "|".join(DECODERS),
-        "Where JPEGs become pixels; device: plain ones on CUDA (torchcodec, a few levels off; untried). [default: cpu]",
+        "Where JPEGs become pixels; device: plain ones on CUDA (torchcodec, a few levels off). [default: cpu]",
     ),
     "precision": (
         str,

@@ -373,7 +373,8 @@ def test_the_command_line_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own, while it loads its compiler
+# Torch's own, while it loads its compiler and makes room for graphs.
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:The CUDA Graph is empty:UserWarning")
 def test_replays_of_a_cuda_graph_leave_what_was_captured_alone() -> None:
     device, model = torch.device("cuda"), Small()
     seen = taps.survey(model, model, torch.randn(2, 3, 8, 8))
