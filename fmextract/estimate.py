@@ -29,6 +29,7 @@ WRITE_RATE = 350e6
 SHARE_OF_LIMIT = 0.88
 
 
+PROCESSES = 384 << 20, 40 << 20  # what processes share, and what each has for itself and in common with us, measured
 LIBRARIES = 96 << 20  # HDF5, the decoders and the stacks of the threads, once each
 INSIDE = 6  # tensors as large as the largest that a forward pass holds at a time, the matrix library's scratch included
 
@@ -99,11 +100,12 @@ def estimate(
     device: str,
     largest: int,
     kept: int,
+    processes: bool = False,
 ) -> Estimate:
     """What a run costs, on a machine that is otherwise idle.
 
     `largest`: bytes an image of the largest tensor inside the model. `kept`: bytes held from the beginning to the end,
-    as the weights in another type or layout, and the sample.
+    as the weights in another type or layout, and the sample. `processes`: of the threads, each has one.
     """
     raw = [layer.values * np.dtype(layer.dtype).itemsize for layer in layers]
     per_image = sum(costs.stored.values())
@@ -116,11 +118,12 @@ def estimate(
     # Three batches of activations, the encoded chunks that wait for the disk, and what the codec threads work on.
     in_flight = (DEPTH + 1) * batch_size * captured + (most_pending(threads) + 3 * threads) * CHUNK_BYTES
     inside = INSIDE * batch_size * largest if device == "cpu" else 0
+    forked = PROCESSES[0] + threads * PROCESSES[1] if processes else 0
     return Estimate(
         bytes_raw=rows * sum(raw),
         bytes_stored=int(rows * per_image),
         seconds=rows * seconds,
-        bytes_peak=LIBRARIES + kept + in_flight + _statistics(layers, threads) + inside,
+        bytes_peak=LIBRARIES + forked + kept + in_flight + _statistics(layers, threads) + inside,
         stored_per_image=costs.stored,
     )
 

@@ -33,6 +33,7 @@ from fmextract import (
     precision,
     reducers,
     taps,
+    workers,
 )
 from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
@@ -354,6 +355,7 @@ def _estimate(
         device=prepared.device.type,
         largest=prepared.largest,
         kept=_kept_bytes(prepared, chosen),
+        processes=workers.are_processes(threads, config.worker_kind),
     )
 
 

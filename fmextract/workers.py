@@ -57,14 +57,19 @@ _LENGTH = struct.Struct("=Q")
 T = TypeVar("T")
 
 
+def are_processes(count: int, kind: str) -> bool:
+    """Whether `count` workers of this kind are processes, as far as the system has what they need."""
+    possible = bool(sys.executable) and hasattr(os, "memfd_create")
+    return possible and (kind == "processes" or (kind == "auto" and count >= ENOUGH))
+
+
 @contextmanager
 def hired(count: int, kind: str, say: Callable[[str], None]) -> Iterator[Workers | None]:
     """`count` processes while the block lasts; None where threads are to do the work, or the system has no memfd.
 
     `kind` is threads, processes or auto. `say` takes a note on processes that end too early.
     """
-    possible = bool(sys.executable) and hasattr(os, "memfd_create")
-    if not possible or kind == "threads" or (kind == "auto" and count < ENOUGH):
+    if not are_processes(count, kind):
         yield None
         return
     workers = Workers(count, say)

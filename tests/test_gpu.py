@@ -115,6 +115,13 @@ def test_reducers_and_an_early_stop(device: torch.device, tmp_path: Path) -> Non
         assert off(acts["conv=mean"][:], expected.mean((2, 3))) < TOLERANCE["fp32"]
 
 
+def test_processes_store_what_threads_store(device: torch.device, tmp_path: Path) -> None:
+    photos = runs.make_photos(tmp_path / "photos", ROWS, bad={5: b"no picture"})
+    for kind in ("threads", "processes"):
+        runs.extract(photos, tmp_path / kind, device=str(device), worker_kind=kind, max_failures=1)
+    runs.same(tmp_path / "threads", tmp_path / "processes")
+
+
 def test_a_run_that_was_ended_goes_on_to_the_same_values(device: torch.device, tmp_path: Path) -> None:
     photos = runs.make_photos(tmp_path / "photos", ROWS)
     runs.extract(photos, tmp_path / "whole", device=str(device))

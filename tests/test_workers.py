@@ -339,6 +339,14 @@ def test_auto_takes_them_where_threads_would_wait(
         assert (hired is not None) == there
 
 
+def test_a_plan_counts_their_memory(tmp_path: Path) -> None:
+    made = {}
+    for kind in ("threads", "processes"):
+        (tmp_path / kind).mkdir()
+        made[kind] = plan(tmp_path / kind, workers=3, worker_kind=kind).estimate.bytes_peak
+    assert 400e6 < made["processes"] - made["threads"] < 1e9
+
+
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ConfigError, match="--worker-kind 'fork': expected one of auto, threads, processes"):
         Config.of(worker_kind="fork")
