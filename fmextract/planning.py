@@ -24,6 +24,7 @@ CHUNK_BYTES = 1 << 20
 SPLIT_BYTES = 2 << 20
 MOST_IMAGES = 1024
 SHARD_BYTES = 2 << 30
+ONE_FILE_BYTES = 16 << 30  # where one file is wanted: to make one of several shards, all of it is copied
 SHARD_SECONDS = 300.0
 
 
@@ -161,10 +162,13 @@ def _even(length: int, most: int) -> int:
     return -(-length // -(-length // max(1, min(length, most))))
 
 
-def rows_of_shard(cost: Estimate, rows: int, shard_size: int | None) -> int:
-    """How many rows a shard should have: as many as fill `shard_size` bytes, by default 2 GiB or 5 minutes of work."""
+def rows_of_shard(cost: Estimate, rows: int, shard_size: int | None, one_file: bool) -> int:
+    """How many rows a shard should have: as many as fill `shard_size` bytes, by default 5 minutes of work, or 2 GiB.
+
+    `one_file`: 16 GiB, since the shards are to become one file.
+    """
     per_image = max(1.0, cost.bytes_stored / rows)
-    by_bytes = int((shard_size or SHARD_BYTES) / per_image)
+    by_bytes = int((shard_size or (ONE_FILE_BYTES if one_file else SHARD_BYTES)) / per_image)
     if shard_size is not None or not cost.seconds:
         return max(1, by_bytes)
     return max(1, min(by_bytes, int(SHARD_SECONDS * rows / cost.seconds)))

@@ -298,7 +298,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
     level = codecs.codec_named(config.codec).checked_level(config.level)
     threads = config.workers or cores()
     cost = _estimate(prepared, chosen, layers, level, threads)
-    needed = planning.rows_of_shard(cost, rows, config.shard_size)
+    needed = planning.rows_of_shard(cost, rows, config.shard_size, is_single_file(out))
     layers = tuple(planning.within_shard(layer, needed) for layer in layers)
     shard_rows = planning.shard_length(layers, chosen.batch_size, rows, needed)
     free = estimate.free_space(out)

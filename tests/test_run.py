@@ -278,13 +278,16 @@ def test_shards_end_where_every_chunk_and_batch_does() -> None:
 
 
 def test_a_shard_is_two_gibibytes_or_five_minutes() -> None:
-    def rows(seconds: float, size: int | None = None) -> int:
+    def rows(seconds: float, size: int | None = None, one_file: bool = False) -> int:
         cost = planning.Estimate(bytes_stored=1000 << 20, seconds=seconds)
-        return planning.rows_of_shard(cost, 1000, size)
+        return planning.rows_of_shard(cost, 1000, size, one_file)
 
     assert rows(1.0) == 2048  # 1 MiB an image
     assert rows(10_000.0) == 30  # 10 s an image
     assert rows(10_000.0, 64 << 20) == 64
+    assert rows(1.0, one_file=True) == 8 * 2048  # else all of it would be copied into the one file
+    assert rows(10_000.0, one_file=True) == 30
+    assert rows(1.0, 64 << 20, one_file=True) == 64
 
 
 def test_python_and_command_line_share_words(photos: Path, tmp_path: Path) -> None:
