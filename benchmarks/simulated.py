@@ -279,7 +279,7 @@ class Case:
         folder.mkdir()
         with (
             self._prepared(images) as (model, prepared, made),
-            hired(made.threads, self._options.worker_kind, print) as workers,
+            hired(made.threads, self._options.worker_kind, made.estimate.seconds, print) as workers,
             _on_the_device() as rings,
         ):
             if workers is not None:

@@ -10,6 +10,7 @@ share, is given beside it. The end-to-end run is given as a share of the limit.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -97,14 +98,13 @@ def bench(source: Any, model: Any, config: Config, progress: Progress, *, repeat
         folder = Path(scratch)
         source = source if source is not None else make_photos(folder / "photos", config.limit or 128)
         with (
-            hired(config.workers or cores(), config.worker_kind, progress.note) as workers,
+            hired(config.workers or cores(), config.worker_kind, math.inf, progress.note) as workers,
+            _once_there(workers),
             prepare(source, model, config, progress) as prepared,
         ):
             made = plan_for(prepared, folder / "out.h5", progress)
             measured: dict[str, list[Stage]] = {}
             runs = []
-            if workers is not None:
-                workers.wait()
             for turn in range(repeats):
                 progress.note(f"measuring, turn {turn + 1} of {repeats}")
                 for stage in _stages(prepared, made, workers, folder):
@@ -112,6 +112,14 @@ def bench(source: Any, model: Any, config: Config, progress: Progress, *, repeat
                 seconds, stored = _end_to_end(prepared, made, workers, folder / f"run{turn}")
                 runs.append(made.rows / seconds)
     return _report(prepared, made, [_median(turns) for turns in measured.values()], runs, stored)
+
+
+@contextmanager
+def _once_there(workers: Workers | None) -> Iterator[None]:
+    """Processes that start would take part in what is measured."""
+    if workers is not None:
+        workers.wait()
+    yield
 
 
 def _median(turns: Sequence[Stage]) -> Stage:

@@ -97,7 +97,7 @@ def choose(question: Question) -> Chosen:
     name, notes = _fastest_faithful(question, trials)
     notes = [*failed, *notes]
     taken = trials[name]
-    size, per_image, measured = _batch_size(question, name, taken, started)
+    size, per_image, measured = _batch_size(question, name, taken, inputs, started)
     if measured:
         notes.append(measured)
     if question.compile:
@@ -315,7 +315,9 @@ def _compiled(
 # ----------------------------------------------------------------------------------------- batch size
 
 
-def _batch_size(question: Question, name: str, taken: _Trial, started: float) -> tuple[int, float, str]:
+def _batch_size(
+    question: Question, name: str, taken: _Trial, inputs: torch.Tensor, started: float
+) -> tuple[int, float, str]:
     """(images a batch, seconds an image, one line that says what was measured)."""
     if question.batch_size is not None:
         return question.batch_size, taken.seconds, ""
@@ -331,16 +333,13 @@ def _batch_size(question: Question, name: str, taken: _Trial, started: float) ->
         started + SHARE_OF_RUN * question.rows * taken.seconds, now + (0.0 if kind == "cpu" else LEAST_MEASURING)
     )
     measured: dict[int, float] = {}
-    images = question.inputs(size) if now + (PASSES + 1) * size * taken.seconds < deadline else None
     with _running(question, name):
-        while (
-            images is not None
-            and size <= most
-            and (time.perf_counter() + (PASSES + 1) * size * measured.get(size // 2, taken.seconds) < deadline)
+        while size <= most and (
+            time.perf_counter() + (PASSES + 1) * size * measured.get(size // 2, taken.seconds) < deadline
         ):
-            # What is in the images makes no difference: the first ones again, instead of decoding twice as many.
-            some = torch.cat([images] * -(-size // len(images)))[:size]
             try:
+                # What is in the images makes no difference: those of the sample over and over.
+                some = torch.cat([inputs] * -(-size // len(inputs)))[:size]
                 measured[size] = _timed(question, some, PASSES)[0] / size
             except Exception as error:
                 if not is_out_of_memory(error):

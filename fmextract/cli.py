@@ -193,7 +193,7 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
     "worker_kind": (
         str,
         "|".join(WORKER_KINDS),
-        "Threads, or processes, which do not wait for each other; auto: processes from 5 on. [default: auto]",
+        "Threads, or processes, which do not wait for each other; auto: from 5 on in long runs. [default: auto]",
     ),
     "limit": (int, "N", "Only the first N images. [default: all]"),
     "seed": (int, "N", "What is random in the model's forward begins from this number. [default: 0]"),

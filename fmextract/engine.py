@@ -45,7 +45,7 @@ FIRST = 5  # keys that are named where something is wrong with them
 DEPTH = 2  # batches of activations of an accelerator on the host: one being encoded, one arriving
 HANGING = 10.0  # seconds that the end of a run waits for threads in foreign code; then it leaves them behind
 ROWS_A_TASK = 8
-ROWS_A_DEVICE_TASK = 32  # of JPEGs that are decoded on the device, which does several at once
+ROWS_A_DEVICE_TASK = 8, 32  # of JPEGs that are decoded on the device, which does several at once: at least, at most
 CHUNKS_A_TASK = 4  # at most; of small maps the hand-over of a chunk costs a tenth of the encoding
 CHUNKS_A_PROCESS = 8  # at most, where a task goes to another process
 GIVING_BACK = 0.5, 5.0  # seconds between two times that a CPU's freed memory goes back to the system: first, at most
@@ -223,32 +223,40 @@ class _Decoder:
     def _decode_all(self, rows: range, into: torch.Tensor) -> list[tuple[int, int, SampleError | None]]:
         if self._work.jpegs is None or self._work.ready:
             return [self._decode(row, into[i]) for i, row in enumerate(rows)]
+        loaded = [self._loaded(row) for row in rows]
         started = time.perf_counter()
-        self._in_flight.begin(rows.start)
+        self._in_flight.begin(*rows)
         try:
-            loaded = [self._loaded(row) for row in rows]
             sizes = self._work.jpegs.decode(loaded, self._work.preprocess, into)
         finally:
             self._in_flight.end()
             self._tally.add("decode", time.perf_counter() - started)
         return [
-            (*size, None) if size is not None else self._decode(row, into[i], _in_memory(loaded[i]))
+            (*size, None) if size is not None else self._decode(row, into[i], loaded[i])
             for i, (row, size) in enumerate(zip(rows, sizes, strict=True))
         ]
 
     def _loaded(self, row: int) -> Any:
-        """None where that fails: `_decode` then loads it again, and says why."""
+        """The file, for a process that reads it; else what is in it, or the SampleError that loading it raised."""
         if isinstance(self._work.jpegs, Jpegs) and (file := on_disk(self._work.source, row)) is not None:
             return file
-        with suppress(SampleError):
+        started = time.perf_counter()
+        self._in_flight.begin(row)
+        try:
             return self._work.source.load(row)
-        return None
+        except SampleError as error:
+            return error
+        finally:
+            self._in_flight.end()
+            self._tally.add("decode", time.perf_counter() - started)
 
     def _decode(self, row: int, into: torch.Tensor, loaded: Any = None) -> tuple[int, int, SampleError | None]:
         started = time.perf_counter()
         self._in_flight.begin(row)
         try:
-            data = self._work.source.load(row) if loaded is None else loaded
+            if isinstance(loaded, SampleError):
+                raise loaded
+            data = self._work.source.load(row) if loaded is None or isinstance(loaded, OnDisk) else loaded
             image = images.decode(data, self._work.preprocess, exif=self._work.exif)
             if image.ready != self._work.ready or image.pixels.shape != into.shape:
                 raise SampleError(
@@ -263,10 +271,6 @@ class _Decoder:
         finally:
             self._in_flight.end()
             self._tally.add("decode", time.perf_counter() - started)
-
-
-def _in_memory(loaded: Any) -> Any:
-    return None if isinstance(loaded, OnDisk) else loaded
 
 
 # ------------------------------------------------------------------------------------------------ write
@@ -807,7 +811,8 @@ def most_pending(threads: int) -> int:
 def rows_a_task(rows: int, threads: int, jpegs: images.DeviceJpegs | Jpegs | None) -> int:
     """How many of the `rows` of a batch one task decodes."""
     if isinstance(jpegs, images.DeviceJpegs):
-        return ROWS_A_DEVICE_TASK
+        least, most = ROWS_A_DEVICE_TASK
+        return min(most, max(least, rows // threads))
     return max(1, min(ROWS_A_TASK, rows // ((4 if jpegs is None else 2) * threads)))
 
 

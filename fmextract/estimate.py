@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,12 +100,13 @@ def estimate(
     device: str,
     largest: int,
     kept: int,
-    processes: bool = False,
+    processes: Callable[[float], bool] = lambda seconds: False,
 ) -> Estimate:
     """What a run costs, on a machine that is otherwise idle.
 
     `largest`: bytes an image of the largest tensor inside the model. `kept`: bytes held from the beginning to the end,
-    as the weights in another type or layout, and the sample. `processes`: of the threads, each has one.
+    as the weights in another type or layout, and the sample. `processes`: whether each thread has one in a run of so
+    many seconds.
     """
     raw = [layer.values * np.dtype(layer.dtype).itemsize for layer in layers]
     per_image = sum(costs.stored.values())
@@ -118,7 +119,7 @@ def estimate(
     # Three batches of activations, the encoded chunks that wait for the disk, and what the codec threads work on.
     in_flight = (DEPTH + 1) * batch_size * captured + (most_pending(threads) + 3 * threads) * CHUNK_BYTES
     inside = INSIDE * batch_size * largest if device == "cpu" else 0
-    forked = PROCESSES[0] + threads * PROCESSES[1] if processes else 0
+    forked = PROCESSES[0] + threads * PROCESSES[1] if processes(rows * seconds) else 0
     return Estimate(
         bytes_raw=rows * sum(raw),
         bytes_stored=int(rows * per_image),

@@ -23,7 +23,7 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -383,7 +383,7 @@ def _padded(part: Pixels, size: tuple[int, int], above: int, before: int) -> Pix
 DeviceDecode = Callable[[list[bytes]], list[Tensor]]
 """Encoded JPEGs to uint8 (3, height, width) tensors on a device, turned as EXIF says. Raises RuntimeError."""
 
-# A larger photo is left to the CPU: a task of several of them would take gigabytes of the device, on every thread.
+# A larger photo is left to the CPU, and of smaller ones no more are decoded at once than have so many pixels.
 _LARGE = 1 << 25
 
 
@@ -439,12 +439,11 @@ class DeviceJpegs:
         plain = [i for i, size in enumerate(sizes) if size is not None]
         try:
             with self._stream():
-                pictures = dict(zip(plain, self._pictures([data[i] for i in plain]), strict=True))
-                fitted = {
-                    i: _fit_there(picture, preprocess, tuple(into.shape[2:]))
-                    for i, picture in pictures.items()
-                    if picture is not None and tuple(picture.shape[1:]) == sizes[i]
-                }
+                fitted: dict[int, Tensor] = {}
+                for some in _by_pixels(plain, sizes):
+                    for i, picture in zip(some, self._pictures([data[i] for i in some]), strict=True):
+                        if picture is not None and tuple(picture.shape[1:]) == sizes[i]:
+                            fitted[i] = _fit_there(picture, preprocess, tuple(into.shape[2:]))
                 # One copy for all of them; it waits for this thread's stream alone.
                 there = torch.stack(list(fitted.values())).cpu() if fitted else into[:0]
         except Exception as error:
@@ -477,6 +476,21 @@ class DeviceJpegs:
             self._own.stream = torch.Stream(self._device)
         stream: AbstractContextManager[Any] = self._own.stream
         return stream
+
+
+def _by_pixels(rows: Sequence[int], sizes: Sequence[tuple[int, int] | None]) -> Iterator[list[int]]:
+    """`rows` in groups of at most _LARGE pixels: so much lies on the device at once, for each thread."""
+    some: list[int] = []
+    pixels = 0
+    for row in rows:
+        one = math.prod(sizes[row] or ())
+        if some and pixels + one > _LARGE:
+            yield some
+            some, pixels = [], 0
+        some.append(row)
+        pixels += one
+    if some:
+        yield some
 
 
 def _plain_jpeg(data: Any, preprocess: Preprocess, size: tuple[int, ...]) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -355,7 +356,7 @@ def _estimate(
         device=prepared.device.type,
         largest=prepared.largest,
         kept=_kept_bytes(prepared, chosen),
-        processes=workers.are_processes(threads, config.worker_kind),
+        processes=partial(workers.are_processes, threads, config.worker_kind),
     )
 
 

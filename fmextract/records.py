@@ -264,7 +264,7 @@ class Result:
 
 class Progress(Protocol):
     """What a run tells a person while it goes. Every call comes from the thread that called the run, but for notes on
-    what a run that does not move is waiting for."""
+    what a run that does not move is waiting for, and on processes that ended."""
 
     def note(self, text: str) -> None:
         """One line worth reading: what was chosen and why, a warning."""

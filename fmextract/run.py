@@ -24,7 +24,7 @@ from fmextract.device import is_out_of_memory
 from fmextract.errors import TooManyFailures
 from fmextract.output import Output, resumable
 from fmextract.planning import Plan
-from fmextract.prepare import Prepared, cores, describe, identity, lent, plan_for, prepare, reduce_functions
+from fmextract.prepare import Prepared, describe, identity, lent, plan_for, prepare, reduce_functions
 from fmextract.progress import Quiet
 from fmextract.records import FileInfo, LayerResult, Progress, Result
 from fmextract.workers import Jpegs, Workers, hired
@@ -75,7 +75,6 @@ def run(source: Any, model: Any, out: Any, config: Config, progress: Progress) -
     resumed = 0
     with (
         Output(target, progress, overwrite=config.overwrite, break_lock=config.break_lock) as output,
-        hired(config.workers or cores(), config.worker_kind, progress.note) as workers,
         prepare(source, model, config, progress) as prepared,
     ):
         made = output.begin(identity(prepared), lambda: _affordable(prepared, target, progress))
@@ -83,7 +82,7 @@ def run(source: Any, model: Any, out: Any, config: Config, progress: Progress) -
             _tell_crash(prepared, output, progress)
             resumed = sum(len(record.rows) for record in output.records)
             _count_earlier(tally, output.records)
-            _extract(prepared, made, workers, output, resumed, progress, tally)
+            _extract(prepared, made, output, resumed, progress, tally)
             _check_failures(made, output.directory, tally, config)
             output.fold(made)
     result = _result(target, tally, time.perf_counter() - started, resumed if made is not None else None)
@@ -134,7 +133,6 @@ def _first_failure(shard: Path) -> tuple[str, str]:
 def _extract(
     prepared: Prepared,
     made: Plan,
-    workers: Workers | None,
     output: Output,
     resumed: int,
     progress: Progress,
@@ -145,7 +143,10 @@ def _extract(
     todo = [part for part in made.shards if part.start not in done]
     if not todo:
         return
-    with working(prepared, made, workers) as work:
+    with (
+        hired(made.threads, prepared.config.worker_kind, made.estimate.seconds, progress.note) as workers,
+        working(prepared, made, workers) as work,
+    ):
         if output.records:
             replay.check_resume(work, output.directory, output.records, progress)
         progress.start(made.rows, resumed)

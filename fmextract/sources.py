@@ -573,7 +573,7 @@ def _split(item: Any) -> tuple[Any, Any]:
 def _plain_label(label: Any) -> int | str | None:
     """Integers (those of numpy and torch too) and text; anything else, a mask or boxes, is no label of an image."""
     if isinstance(label, str):
-        return label
+        return str.__str__(label)  # a kind of text of the user's own is unknown to another process
     try:
         return int(label.__index__())
     except (AttributeError, TypeError, ValueError, RuntimeError):

@@ -334,13 +334,14 @@ class _SteadyFile:
     def truncate(self, size: int | None = None) -> int:
         if not self._dropping:
             try:
-                return self._raw.truncate(size)
+                return self._raw.truncate(self._at if size is None else size)
             except OSError as error:
                 self.error, self._dropping = error, True
         return size or 0
 
     def read(self, size: int = -1) -> bytes:
-        data = os.pread(self._raw.fileno(), size if size >= 0 else self.seek(0, os.SEEK_END), self._at)
+        rest = max(0, os.fstat(self._raw.fileno()).st_size - self._at)
+        data = os.pread(self._raw.fileno(), size if size >= 0 else rest, self._at)
         self._at += len(data)
         return data
 

@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fmextract import index
@@ -19,6 +19,7 @@ _NAME = "in-flight"
 _ROW = struct.Struct("=q")
 _NONE = -1
 _SLOTS = 512  # threads: more than any machine decodes with
+_ROWS = 32  # that a thread may have in flight at once
 
 
 class Watch:
@@ -51,7 +52,7 @@ class InFlight:
 
     def __init__(self, directory: Path) -> None:
         self._path = index.temporary_name(directory / _NAME)
-        self._rows: dict[int, tuple[int, float]] = {}
+        self._rows: dict[int, tuple[Sequence[int], float]] = {}
         self._slots: dict[int, int] = {}
         self._noted: mmap.mmap | None = None
         # A full disk is told by those who have to write. Room is taken now: memory without a place on the disk is no
@@ -59,20 +60,21 @@ class InFlight:
         with contextlib.suppress(OSError):
             self._noted = _mapped(self._path)
 
-    def begin(self, row: int) -> None:
-        """This thread decodes `row` from now on."""
-        self._rows[threading.get_ident()] = row, time.monotonic()
-        self._note(row)
+    def begin(self, *rows: int) -> None:
+        """This thread decodes `rows` from now on, in one go."""
+        self._rows[threading.get_ident()] = rows, time.monotonic()
+        self._note(rows)
 
     def end(self) -> None:
-        """This thread is done with its row."""
-        del self._rows[threading.get_ident()]
-        self._note(_NONE)
+        """This thread is done with its rows."""
+        rows, _ = self._rows.pop(threading.get_ident())
+        self._note([_NONE] * len(rows))
 
     def rows(self) -> list[tuple[int, float]]:
         """(row, seconds so far), the longest first."""
         now = time.monotonic()
-        return sorted(((row, now - since) for row, since in self._rows.copy().values()), key=lambda item: -item[1])
+        held = [(row, now - since) for rows, since in self._rows.copy().values() for row in rows]
+        return sorted(held, key=lambda item: -item[1])
 
     def close(self) -> None:
         """The file goes: this run has come to an end of its own."""
@@ -82,18 +84,19 @@ class InFlight:
         with contextlib.suppress(OSError):
             self._path.unlink(missing_ok=True)
 
-    def _note(self, row: int) -> None:
+    def _note(self, rows: Sequence[int]) -> None:
         slot = self._slots.setdefault(threading.get_ident(), len(self._slots))
         if self._noted is not None and slot < _SLOTS:
+            noted, at = array("q", rows[:_ROWS]).tobytes(), slot * _ROWS * _ROW.size
             with contextlib.suppress(ValueError):  # the run has ended, and this thread was left behind
-                _ROW.pack_into(self._noted, slot * _ROW.size, row)
+                self._noted[at : at + len(noted)] = noted
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    """A file of _SLOTS rows, none of them in flight, as memory that outlives the process: a system call for every row
-    would cost as much as decoding a tiny image.
+    """A file of _SLOTS times _ROWS rows, none of them in flight, as memory that outlives the process: a system call for
+    every row would cost as much as decoding a tiny image.
     """
-    path.write_bytes(_ROW.pack(_NONE) * _SLOTS)
+    path.write_bytes(_ROW.pack(_NONE) * _ROWS * _SLOTS)
     with path.open("r+b") as file:
         return mmap.mmap(file.fileno(), 0)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import json
 import math
 import mmap
 import os
@@ -30,6 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,12 +44,15 @@ from fmextract.sources import OnDisk
 
 ENOUGH = 5
 """Workers from which `auto` means processes."""
+WORTH = 20.0
+"""Seconds of a run from which it does: they take some seconds to start, of a core that the run could have."""
 
 _SERVE = (
-    "import json, sys; path, fds = map(json.loads, sys.argv[1:]); sys.path[:] = path;"
+    "import sys; n = int(sys.argv[1]); fds = [int(fd) for fd in sys.argv[2 : 2 + n]]; sys.path[:] = sys.argv[2 + n :];"
     "from fmextract import workers; workers.serve(fds)"
 )
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_PATIENCE = 60.0, 2.0  # seconds for them to start, and to end by themselves
 _ALIGNMENT = 64
 _SLACK = 4096  # bytes that a stream may need beyond the values in it; a longer one comes back in the answer
 _LENGTH = struct.Struct("=Q")
@@ -57,26 +60,37 @@ _LENGTH = struct.Struct("=Q")
 T = TypeVar("T")
 
 
-def are_processes(count: int, kind: str) -> bool:
-    """Whether `count` workers of this kind are processes, as far as the system has what they need."""
-    possible = bool(sys.executable) and hasattr(os, "memfd_create")
-    return possible and (kind == "processes" or (kind == "auto" and count >= ENOUGH))
+def are_processes(count: int, kind: str, seconds: float) -> bool:
+    """Whether the `count` workers of a run that takes `seconds` are processes. `kind`: threads, processes or auto."""
+    if kind == "auto":
+        return count >= ENOUGH and seconds >= WORTH and _possible()
+    return kind == "processes" and _possible()
+
+
+def _possible() -> bool:
+    """Whether this is a Python that can be started again, on a system with memory that needs no name."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False) and hasattr(os, "memfd_create")
 
 
 @contextmanager
-def hired(count: int, kind: str, say: Callable[[str], None]) -> Iterator[Workers | None]:
-    """`count` processes while the block lasts; None where threads are to do the work, or the system has no memfd.
+def hired(count: int, kind: str, seconds: float, say: Callable[[str], None]) -> Iterator[Workers | None]:
+    """`count` processes while the block lasts; None where threads are to do the work, or have to.
 
-    `kind` is threads, processes or auto. `say` takes a note on processes that end too early.
+    As `are_processes`. `say` takes a note on processes that cannot be had, or end too early, from any thread.
     """
-    if not are_processes(count, kind):
-        yield None
-        return
-    workers = Workers(count, say)
+    workers = None
+    if are_processes(count, kind, seconds):
+        try:
+            workers = Workers(count, say)
+        except OSError as error:
+            say(f"worker processes cannot be started ({error}); threads do their work")
+    elif kind == "processes":
+        say("this system cannot start worker processes; threads do their work")
     try:
         yield workers
     finally:
-        workers.close()
+        if workers is not None:
+            workers.close()
 
 
 class Workers:
@@ -84,17 +98,28 @@ class Workers:
 
     def __init__(self, count: int, say: Callable[[str], None]) -> None:
         """Returns before they are there: until then threads do the work."""
-        pairs = [socket.socketpair() for _ in range(count)]
-        fds = [theirs.fileno() for _, theirs in pairs]
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, json.dumps(sys.path), json.dumps(fds)],
-            stdin=subprocess.DEVNULL,
-            pass_fds=fds,
-            start_new_session=True,  # Ctrl-C is this process's, which then ends them
-            env={**os.environ, **_ONE_THREAD, "CUDA_VISIBLE_DEVICES": ""},
-        )
-        for _, theirs in pairs:
-            theirs.close()
+        pairs = list[tuple[socket.socket, socket.socket]]()
+        try:
+            for _ in range(count):
+                pairs.append(socket.socketpair())
+            for end in chain(*pairs):
+                end.settimeout(None)  # whatever the caller's default
+            fds = [theirs.fileno() for _, theirs in pairs]
+            path = [entry for entry in map(str, sys.path) if "\0" not in entry]  # notebooks put a Path there
+            self._server = subprocess.Popen(
+                [sys.executable, "-c", _SERVE, str(count), *map(str, fds), *path],
+                stdin=subprocess.DEVNULL,
+                pass_fds=fds,
+                start_new_session=True,  # Ctrl-C is this process's, which then ends them
+                env={**os.environ, **_ONE_THREAD, "CUDA_VISIBLE_DEVICES": ""},
+            )
+        except BaseException:
+            for ours, _ in pairs:
+                ours.close()
+            raise
+        finally:
+            for _, theirs in pairs:
+                theirs.close()
         self._all = [_Worker(ours) for ours, _ in pairs]
         self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._say, self._closed = say, False
@@ -104,10 +129,9 @@ class Workers:
     def encoder(self, plan: Plan) -> Callable[[Sequence[chunks.Chunk]], list[chunks.Encoded]]:
         """What encodes chunks as `chunks.Encoder` does, several at once. Raises what that does."""
         here = chunks.Encoder(plan)
-        told = plan, pickle.dumps(plan, pickle.HIGHEST_PROTOCOL)
 
         def encode(task: Sequence[chunks.Chunk]) -> list[chunks.Encoded]:
-            made = self._do(lambda worker: worker.encode(task, *told))
+            made = self._do(lambda worker: worker.encode(task, plan))
             return made if made is not None else here.all(task)
 
         return encode
@@ -125,21 +149,25 @@ class Workers:
         return made if made is not None else finish_shard(shard, *what)
 
     def wait(self) -> bool:
-        """Wait until they are there; False where they could not be started."""
-        self._there.wait()
-        return any(worker.alive for worker in self._all)
+        """Wait until they are there, a minute at most; False where they could not be started."""
+        return self._there.wait(_PATIENCE[0]) and any(worker.alive for worker in self._all)
 
     def close(self) -> None:
         """End them. Nothing is lost: what they make is here before a task is done."""
         self._closed = True
         for worker in self._all:
             worker.close()
+        if self._there.is_set():  # else none of them is there
+            with suppress(subprocess.TimeoutExpired):  # by themselves: the one that forked them waits for their end
+                self._server.wait(_PATIENCE[1])
         with suppress(ProcessLookupError):
             os.killpg(self._server.pid, signal.SIGKILL)
         self._server.wait()
 
     def _do(self, task: Callable[[_Worker], T], halfway: Callable[[], None] = lambda: None) -> T | None:
-        """What `task` makes of a free worker; None where there is none. Raises what the worker raised.
+        """What `task` makes of a free worker. Raises what the worker raised.
+
+        None where there is none, or what is asked means nothing to it.
 
         `halfway` is called where it ended with the task in its hands.
         """
@@ -148,6 +176,8 @@ class Workers:
         worker = self._free.get()
         try:
             return task(worker) if worker.alive else None
+        except _Unknown:
+            return None
         except _Ended as ended:
             worker.alive = False
             if not self._closed:
@@ -162,9 +192,9 @@ class Workers:
         for worker in self._all:
             worker.greet()
             self._free.put(worker)
+        self._there.set()
         if not self._closed and not all(worker.alive for worker in self._all):
             self._say("worker processes did not start; threads do their work")
-        self._there.set()
 
 
 def _refuse() -> None:
@@ -268,6 +298,10 @@ class _Ended(Exception):
         self.had_begun = had_begun
 
 
+class _Unknown(Exception):
+    """A process does not understand what it is asked: a class of the user's, which lives in this process alone."""
+
+
 class _Worker:
     """One process, as the thread sees it that has it. Everything that asks it something raises _Ended."""
 
@@ -284,9 +318,9 @@ class _Worker:
         except (EOFError, OSError):
             self.alive = False
 
-    def encode(self, task: Sequence[chunks.Chunk], plan: Plan, pickled: bytes) -> list[chunks.Encoded]:
+    def encode(self, task: Sequence[chunks.Chunk], plan: Plan) -> list[chunks.Encoded]:
         if self._plan is not plan:
-            self._ask("plan", pickled)
+            self._ask("plan", plan)
             self._plan = plan
         layout = _Layout()
         described = [(c.layer, [p if isinstance(p, int) else layout.place(p) for p in c.pieces]) for c in task]
@@ -327,28 +361,35 @@ class _Worker:
     def _room_of(self, nbytes: int) -> mmap.mmap:
         """Memory that the process sees too. It grows to the largest task and stays."""
         if self._room is None or len(self._room) < nbytes:
-            fd = os.memfd_create("fmextract")
             try:
-                os.ftruncate(fd, nbytes)
-                room = mmap.mmap(fd, nbytes)
-                self._ask("room", nbytes, fd=fd)
-            finally:
-                os.close(fd)
+                fd = os.memfd_create("fmextract")
+                try:
+                    os.ftruncate(fd, nbytes)
+                    room = mmap.mmap(fd, nbytes)
+                    self._ask("room", nbytes, fd=fd)
+                finally:
+                    os.close(fd)
+            except OSError as error:  # there is no memory, here or there: it is of no use
+                raise _Ended(False) from error
             self._room, self._address = room, ctypes.addressof(ctypes.c_char.from_buffer(room))
         return self._room
 
     def _ask(self, job: str, *what: Any, fd: int | None = None) -> Any:
         begun = False
         try:
-            _send(self._channel, (job, *what))
+            message = _packed((job, *what))
+        except Exception as error:  # a class that is defined in a function, and whatever else cannot be sent
+            raise _Unknown(f"{type(error).__name__}: {error}") from error
+        try:
+            _send(self._channel, message)
             if fd is not None:
-                socket.send_fds(self._channel, [b"\0"], [fd])
+                socket.send_fds(self._channel, [b"\0"], [fd], socket.MSG_NOSIGNAL)
             begun = True
-            error, made = _receive(self._channel)
+            raised, made = pickle.loads(_receive(self._channel))  # from a process of ours, which none else can reach
         except (EOFError, OSError) as gone:
             raise _Ended(begun) from gone
-        if error is not None:
-            raise error
+        if raised is not None:
+            raise raised
         return made
 
 
@@ -361,15 +402,19 @@ def _bytes_on_disk(layer: LayerSpec) -> int:
     return math.prod(layer.chunk) * np.dtype(layer.dtype).itemsize
 
 
-def _send(channel: socket.socket, message: Any) -> None:
+def _packed(message: Any) -> bytes:
     data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    channel.sendall(b"".join((_LENGTH.pack(len(data)), data)))
+    return b"".join((_LENGTH.pack(len(data)), data))
 
 
-def _receive(channel: socket.socket) -> Any:
-    """Raises EOFError where the other side is gone."""
+def _send(channel: socket.socket, message: bytes) -> None:
+    channel.sendall(message, socket.MSG_NOSIGNAL)  # a worker that ended is no reason for a signal to the caller
+
+
+def _receive(channel: socket.socket) -> bytes:
+    """A pickled message. Raises EOFError where the other side is gone."""
     (length,) = _LENGTH.unpack(_exactly(channel, _LENGTH.size))
-    return pickle.loads(_exactly(channel, length))  # from a process of ours, through a socket that none else has
+    return _exactly(channel, length)
 
 
 def _exactly(channel: socket.socket, count: int) -> bytes:
@@ -411,17 +456,22 @@ def _work(channel: socket.socket) -> None:
     """Tasks, one after the other, until the socket closes."""
     room: mmap.mmap | None = None
     encoder: chunks.Encoder | None = None
-    _send(channel, "here")
+    _send(channel, _packed("here"))
     while True:
-        job, *what = _receive(channel)
+        message = _receive(channel)
         made: Any = None
+        try:
+            job, *what = pickle.loads(message)
+        except Exception as error:
+            _send(channel, _packed((_Unknown(f"{type(error).__name__}: {error}"), None)))
+            continue
         try:
             if job == "room":
                 _, fds, _, _ = socket.recv_fds(channel, 1, 1)
                 room = mmap.mmap(fds[0], *what)
                 os.close(fds[0])
             elif job == "plan":
-                encoder = chunks.Encoder(pickle.loads(*what))
+                encoder = chunks.Encoder(*what)
             elif job == "encode":
                 assert room is not None
                 assert encoder is not None
@@ -432,9 +482,9 @@ def _work(channel: socket.socket) -> None:
                 assert room is not None
                 made = _decode(room, *what)
         except Exception as error:  # for the thread that asked
-            _send(channel, (_portable(error), None))
+            _send(channel, _packed((_portable(error), None)))
         else:
-            _send(channel, (None, made))
+            _send(channel, _packed((None, made)))
 
 
 def _portable(error: Exception) -> Exception:

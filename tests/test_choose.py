@@ -209,7 +209,7 @@ class OnAccelerator:
     def chosen(self, rows: int, of_an_image: int) -> int:
         trial = choose._Trial((torch.zeros(8, of_an_image),), (0.0,), frozenset(), 1e-3, True)
         asked = replace(question(network(), precision="fp32", rows=rows), device=torch.device("cuda", 0))
-        return choose._batch_size(asked, "fp32", trial, time.perf_counter())[0]
+        return choose._batch_size(asked, "fp32", trial, inputs(8), time.perf_counter())[0]
 
 
 def test_an_accelerator_takes_many_images_even_in_a_short_run(monkeypatch: pytest.MonkeyPatch) -> None:

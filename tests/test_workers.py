@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import torch
 from PIL import Image
 from runs import Notes, extract, make_photos
 
-from fmextract import chunks, images, run, store, workers
+from fmextract import chunks, images, reader, run, store, workers
 from fmextract.config import Config
 from fmextract.errors import ConfigError, OutputError, OutputLost, SampleError
 from fmextract.planning import Plan
@@ -38,7 +41,7 @@ SHAPE = (3, 16, 16)
 @pytest.fixture(scope="module")
 def two() -> Iterator[workers.Workers]:
     notes: list[str] = []
-    with workers.hired(2, "processes", notes.append) as hired:
+    with workers.hired(2, "processes", 0, notes.append) as hired:
         assert hired is not None
         assert hired.wait()
         yield hired
@@ -269,7 +272,7 @@ def test_what_processes_leave_undone_is_done_by_threads(tmp_path: Path, done_the
 def test_a_worker_that_ended_is_told(tmp_path: Path) -> None:
     notes: list[str] = []
     made = plan(tmp_path)
-    with workers.hired(1, "processes", notes.append) as one:
+    with workers.hired(1, "processes", 0, notes.append) as one:
         assert one is not None
         assert one.wait()
         for process in children(one._server.pid):
@@ -282,7 +285,7 @@ def test_a_worker_that_ended_is_told(tmp_path: Path) -> None:
 
 def test_a_shard_that_is_being_finished_when_its_worker_ends_is_lost(tmp_path: Path) -> None:
     """Whether it had begun to write cannot be known."""
-    with workers.hired(1, "processes", lambda note: None) as one:
+    with workers.hired(1, "processes", 0, lambda note: None) as one:
         assert one is not None
         assert one.wait()
         (process,) = children(one._server.pid)
@@ -307,7 +310,7 @@ def test_where_processes_do_not_start_threads_do_the_work(tmp_path: Path, monkey
     notes: list[str] = []
     made = plan(tmp_path)
     some = cut(made)
-    with workers.hired(2, "processes", notes.append) as none:
+    with workers.hired(2, "processes", 0, notes.append) as none:
         assert none is not None
         assert not none.wait()
         same(none.encoder(made)(some), chunks.Encoder(made).all(some))
@@ -329,14 +332,125 @@ def test_they_end_with_the_process_that_is_killed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "kind", "there"), [(4, "auto", False), (5, "auto", True), (8, "threads", False), (1, "processes", True)]
+    ("count", "kind", "seconds", "there"),
+    [
+        (4, "auto", 1e6, False),
+        (5, "auto", 30, True),
+        (5, "auto", 10, False),  # they would take half of that to start
+        (8, "threads", 1e6, False),
+        (1, "processes", 0, True),
+    ],
 )
 def test_auto_takes_them_where_threads_would_wait(
-    count: int, kind: str, there: bool, monkeypatch: pytest.MonkeyPatch
+    count: int, kind: str, seconds: float, there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with workers.hired(count, kind, lambda note: None) as hired:
+    with workers.hired(count, kind, seconds, lambda note: None) as hired:
         assert (hired is not None) == there
+    assert workers.are_processes(count, kind, seconds) == there
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "value", "said"),
+    [
+        (sys, "executable", "/no/such/python", r"worker processes cannot be started \(.*No such file.*; threads do"),
+        (sys, "executable", "", "this system cannot start worker processes; threads do their work"),
+        (sys, "frozen", True, "this system cannot start worker processes; threads do their work"),
+    ],
+)
+def test_where_they_cannot_be_started_threads_do_the_work(
+    where: Any, name: str, value: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(where, name, value, raising=False)
+    notes: list[str] = []
+    with workers.hired(2, "processes", 0, notes.append) as none:
+        assert none is None
+    assert re.match(said, *notes)
+
+
+def test_what_a_worker_does_not_understand_is_done_here(
+    two: workers.Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mine(str):
+        """Cannot even be sent."""
+
+    class Script(str):
+        """Of the caller's script, which a worker does not have."""
+
+    Script.__module__, Script.__qualname__ = "__main__", "Script"
+    monkeypatch.setattr(sys.modules["__main__"], "Script", Script, raising=False)
+    made = plan(tmp_path)
+    some = cut(made)
+    for foreign in (Mine("x"), Script("x")):
+        for _ in range(3):
+            same(two.encoder(replace(made, run_id=foreign))(some), chunks.Encoder(made).all(some))
+    same(two.encoder(made)(some), chunks.Encoder(made).all(some))
+
+
+def test_labels_of_a_kind_of_their_own_are_plain_text(tmp_path: Path) -> None:
+    class Kind(str, Enum):
+        CAT = "cat"
+
+    class Labelled:
+        def __len__(self) -> int:
+            return 5
+
+        def __getitem__(self, row: int) -> tuple[bytes, str]:
+            return jpeg(row), Kind.CAT
+
+    extract(Labelled(), tmp_path / "out.h5", worker_kind="processes")
+    with reader.open(tmp_path / "out.h5") as acts:
+        assert acts.labels.tolist() == ["cat"] * 5
+
+
+def test_memory_that_cannot_be_had_is_done_without(
+    two: workers.Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(name: str) -> int:
+        raise OSError(38, "Function not implemented")
+
+    made, notes = plan(tmp_path), list[str]()
+    some = cut(made)
+    with workers.hired(1, "processes", 0, notes.append) as one:
+        assert one is not None
+        assert one.wait()
+        monkeypatch.setattr(os, "memfd_create", refused)
+        same(one.encoder(made)(some), chunks.Encoder(made).all(some))
+    assert notes == ["a worker process ended before its time; a thread of the run does its work from now on"]
+
+
+def test_the_caller_s_sockets_and_modules_are_none_of_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("json.py", "socket.py", "fmextract.py"):
+        (tmp_path / name).write_text("raise SystemExit('of the folder that the run was started in')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry] + [Path("/no/text")])
+    socket.setdefaulttimeout(0.01)
+    try:
+        with workers.hired(1, "processes", 0, pytest.fail) as one:
+            assert one is not None
+            assert one.wait()
+            time.sleep(0.1)
+            made = plan(tmp_path)
+            same(one.encoder(made)(cut(made)[:0]), [])
+    finally:
+        socket.setdefaulttimeout(None)
+
+
+def test_none_of_them_is_left_behind(tmp_path: Path) -> None:
+    """Nor as a process that nobody has waited for: in a container there may be nobody to do so."""
+    code = """if True:
+        import ctypes, os
+        assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # whatever is orphaned comes to us
+        from fmextract import workers
+        with workers.hired(2, "processes", 0, print) as two:
+            assert two.wait()
+        try:
+            print(os.waitpid(-1, os.WNOHANG))
+        except ChildProcessError:
+            print("none")
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "none\n"
 
 
 def test_a_plan_counts_their_memory(tmp_path: Path) -> None:
