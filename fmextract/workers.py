@@ -361,6 +361,7 @@ class _Worker:
     def _room_of(self, nbytes: int) -> mmap.mmap:
         """Memory that the process sees too. It grows to the largest task and stays."""
         if self._room is None or len(self._room) < nbytes:
+            nbytes = max(nbytes, 1)  # a map of nothing is an error
             try:
                 fd = os.memfd_create("fmextract")
                 try:

@@ -431,7 +431,9 @@ def test_the_caller_s_sockets_and_modules_are_none_of_theirs(tmp_path: Path, mon
             assert one.wait()
             time.sleep(0.1)
             made = plan(tmp_path)
-            same(one.encoder(made)(cut(made)[:0]), [])
+            some = cut(made)
+            same(one.encoder(made)(some[:0]), [])
+            same(one.encoder(made)(some), chunks.Encoder(made).all(some))
     finally:
         socket.setdefaulttimeout(None)
 
