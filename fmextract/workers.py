@@ -157,19 +157,19 @@ class Workers:
         self._closed = True
         for worker in self._all:
             worker.close()
-        if self._there.is_set():  # else none of them is there
-            with suppress(subprocess.TimeoutExpired):  # by themselves: the one that forked them waits for their end
-                self._server.wait(_PATIENCE[1])
-        with suppress(ProcessLookupError):
-            os.killpg(self._server.pid, signal.SIGKILL)
-        self._server.wait()
+        try:
+            # By themselves: the one that forked them waits for their end. One that still starts has nothing to end.
+            self._server.wait(_PATIENCE[1] if self._there.is_set() else 0)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.wait()
 
     def _do(self, task: Callable[[_Worker], T], halfway: Callable[[], None] = lambda: None) -> T | None:
         """What `task` makes of a free worker. Raises what the worker raised.
 
-        None where there is none, or what is asked means nothing to it.
-
-        `halfway` is called where it ended with the task in its hands.
+        None where there is none, or what is asked means nothing to it. `halfway` is called where it ended with the
+        task in its hands.
         """
         if not self._there.is_set():
             return None
