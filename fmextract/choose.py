@@ -12,8 +12,9 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -35,6 +36,7 @@ IN_FLIGHT_BYTES = 768 << 20
 IN_FLIGHT_ACCELERATOR = (
     3 << 30
 )  # each batch is a few hundred calls whatever its size, and a device is soon done with it
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 MOST_OF_HOST = 1 / 8  # of the memory of the host, for them
 SHARE_OF_RUN = 0.1
 LEAST_MEASURING = 4.0  # seconds that an accelerator may take for it in a run of any length: it loads its kernels
@@ -365,5 +367,8 @@ def _fits(taken: _Trial, kind: str) -> int:
 
 
 def host_memory() -> int:
-    """Bytes that the host has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that the host has, or the container on it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # no control groups; or "max", no limit
+        memory = min(memory, int(CONTAINER_LIMIT.read_text()))
+    return memory

@@ -137,7 +137,10 @@ class ShardWriter:
             self._activations = [_create_layer(group, spec, len(rows), chosen, level).id for spec in layers]
             self._check_disk()
 
-    def _reopen(self, left: Unfinished) -> None:
+    @classmethod
+    def reopened(cls, left: Unfinished) -> ShardWriter:
+        """Goes on where another left, with all chunks written. Raises NoSpace, OutputError."""
+        self = cls.__new__(cls)
         self.path, self.rows, self.layers = left.path, left.rows, left.layers
         self._grids = [chunk_grid((len(left.rows), *spec.shape), spec.chunk) for spec in left.layers]
         self._digests, self._activations = list(left.digests), []
@@ -145,6 +148,7 @@ class ShardWriter:
         with self._whole_or_nothing():
             self._disk = _SteadyFile(self.path, "r+b")
             self._file = h5py.File(self._disk, "r+", libver=_LIBVER)
+        return self
 
     def write_chunk(self, layer: int, chunk_index: tuple[int, ...], payload: Stored, digest: bytes) -> None:
         """Put an encoded chunk in its place. `chunk_index` counts chunks; `digest` is `chunk_digest(payload)`."""
@@ -302,8 +306,7 @@ class Unfinished:
         root_attrs: Mapping[str, Any] | None = None,
     ) -> str:
         """What `ShardWriter.finish` does, but for making it durable. Raises as that does, and leaves no file then."""
-        with ShardWriter.__new__(ShardWriter) as writer:
-            writer._reopen(self)
+        with ShardWriter.reopened(self) as writer:
             return writer.finish(samples, stats, layer_attrs, root_attrs, durable=False)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -220,6 +222,15 @@ def test_an_accelerator_takes_many_images_even_in_a_short_run(monkeypatch: pytes
     monkeypatch.setattr(choose, "host_memory", lambda: 8 << 30)  # of which an eighth is 1 GiB, for three batches
     assert device.chosen(rows=2000, of_an_image=(1 << 20) // 4) == 256
     assert device.chosen(rows=100, of_an_image=10) == 64
+
+
+def test_a_container_s_memory_is_the_host_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    whole = choose.host_memory()
+    assert whole == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for written, memory in (("max\n", whole), (f"{1 << 30}\n", 1 << 30), (f"{1 << 60}\n", whole)):
+        (tmp_path / "memory.max").write_text(written)
+        assert choose.host_memory() == memory
 
 
 def test_of_sizes_that_are_as_fast_an_accelerator_takes_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
