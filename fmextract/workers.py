@@ -123,6 +123,7 @@ class Workers:
         self._all = [_Worker(ours) for ours, _ in pairs]
         self._free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._say, self._closed = say, False
+        self._misunderstood = False  # said once: it is the same every time
         self._there = threading.Event()
         threading.Thread(target=self._greet, name="fmextract-workers", daemon=True).start()
 
@@ -176,7 +177,10 @@ class Workers:
         worker = self._free.get()
         try:
             return task(worker) if worker.alive else None
-        except _Unknown:
+        except _Unknown as unknown:
+            if not self._misunderstood:
+                self._misunderstood = True
+                self._say(f"worker processes do not understand what they are asked ({unknown}); threads do that work")
             return None
         except _Ended as ended:
             worker.alive = False

@@ -368,9 +368,7 @@ def test_where_they_cannot_be_started_threads_do_the_work(
     assert re.match(said, *notes)
 
 
-def test_what_a_worker_does_not_understand_is_done_here(
-    two: workers.Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_worker_does_not_understand_is_done_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Mine(str):
         """Cannot even be sent."""
 
@@ -381,10 +379,18 @@ def test_what_a_worker_does_not_understand_is_done_here(
     monkeypatch.setattr(sys.modules["__main__"], "Script", Script, raising=False)
     made = plan(tmp_path)
     some = cut(made)
-    for foreign in (Mine("x"), Script("x")):
-        for _ in range(3):
-            same(two.encoder(replace(made, run_id=foreign))(some), chunks.Encoder(made).all(some))
-    same(two.encoder(made)(some), chunks.Encoder(made).all(some))
+    for foreign, said in ((Mine("x"), "Mine"), (Script("x"), "Script")):
+        notes: list[str] = []
+        with workers.hired(1, "processes", 0, notes.append) as one:
+            assert one is not None
+            assert one.wait()
+            for _ in range(3):
+                same(one.encoder(replace(made, run_id=foreign))(some), chunks.Encoder(made).all(some))
+            same(one.encoder(made)(some), chunks.Encoder(made).all(some))
+        (note,) = notes
+        assert re.match(
+            rf"worker processes do not understand what they are asked \(.*{said}.*threads do that work", note
+        )
 
 
 def test_labels_of_a_kind_of_their_own_are_plain_text(tmp_path: Path) -> None:
