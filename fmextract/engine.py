@@ -82,6 +82,7 @@ class Work:
     captured: Sequence[Captured]  # one a layer
     device: torch.device
     budget: FailureBudget
+    checksums: bool  # whether a shard is recorded with the SHA-256 of its file
 
 
 @dataclass(slots=True)
@@ -307,7 +308,7 @@ class _Pending:
 class _Finished:
     """A shard that is written and closed under its temporary name.
 
-    `digests` are that of its content and its SHA-256, once it is durable.
+    `digests` are that of its content and its SHA-256 or "", once it is durable.
     """
 
     path: Path
@@ -321,7 +322,7 @@ class _Finished:
 class _Publisher:
     """Makes shards durable, names and records them, in order, while the next one is written.
 
-    That is waiting for the disk, and one checksum over all of it: nothing that HDF5 or the encoders should wait for.
+    That is waiting for the disk, and for a checksum over all of it: nothing that HDF5 or the encoders should wait for.
     """
 
     def __init__(self, work: Work, directory: Path, tally: Tally) -> None:
@@ -430,13 +431,14 @@ class _Writer:
         """
         workers = self._work.workers
         if workers is not None:
-            return self._pool.submit(workers.finish, writer.leave(), samples, stats, attrs, root).result
+            left, summed = writer.leave(), self._work.checksums
+            return self._pool.submit(workers.finish, left, samples, stats, attrs, root, summed).result
         digest = writer.finish(samples, stats, attrs, root, durable=False)
-        sha256 = self._pool.submit(index.file_sha256, writer.path)
+        sha256 = self._pool.submit(index.file_sha256, writer.path) if self._work.checksums else None
 
         def wait() -> tuple[str, str]:
             index.make_durable(writer.path)
-            return digest, sha256.result()
+            return digest, sha256.result() if sha256 is not None else ""
 
         return wait
 

@@ -110,6 +110,7 @@ def read_json(path: Path) -> Any:
 class ShardRecord:
     """One finished shard: the rows `start` .. `stop`-1, its size in bytes and its digests (hex).
 
+    `sha256` is empty of a shard that is about to become the output by its new name, where nobody would read it.
     `statuses` counts its rows by status code, as text ("0": ok, see `records.Status`). `batch_size` is the smallest
     that was used: less than the plan's where memory forced that. `extra` is JSON-able; its `chunks` holds, by layer,
     the first 16 hex digits of the digest of every chunk, one after the other in C order.
@@ -132,7 +133,8 @@ class ShardRecord:
             raise FormatError(f"{self.name!r}: expected counts of at least 0 and start < stop, got {numbers}")
         if not _NAME.fullmatch(self.name):
             raise FormatError(f"expected a shard's name as {shard_name(0)!r}, without a folder, got {self.name!r}")
-        if not all(_SHA256.fullmatch(digest) for digest in (self.sha256, self.content_digest)):
+        digests = (self.content_digest, *([self.sha256] if self.sha256 != "" else []))
+        if not all(_SHA256.fullmatch(digest) for digest in digests):
             raise FormatError(f"{self.name}: expected digests of 64 hex digits")
         if sum(self.statuses.values()) != self.stop - self.start:
             raise FormatError(f"{self.name}: the statuses {dict(self.statuses)} do not add up to its rows")
@@ -175,14 +177,14 @@ def record_shard(
     """Record a published shard: writes `shard-NNNNN.json` beside it, which is what makes it count as done.
 
     `statuses` is the status code of each row. The SHA-256 is of the file as it can be read back: `file_sha256`, where
-    that is not known yet.
+    that is None.
     """
     record = ShardRecord(
         name=path.name,
         start=rows.start,
         stop=rows.stop,
         bytes=path.stat().st_size,
-        sha256=sha256 or file_sha256(path),
+        sha256=file_sha256(path) if sha256 is None else sha256,
         statuses={str(code): count for code, count in sorted(Counter(map(int, statuses)).items())},
         content_digest=content_digest,
         batch_size=batch_size,

@@ -87,6 +87,10 @@ class Output:
             index.write_json(self.directory / PLAN, made.as_json())
         return made
 
+    def is_one_shard(self, made: Plan) -> bool:
+        """Whether the only shard becomes the output by its new name."""
+        return self._single and len(made.shards) == 1
+
     def fold(self, made: Plan) -> None:
         """All shards are there: write the index, or make the one file of them. Raises OutputLost, NoSpace."""
         with resumable():
@@ -94,7 +98,7 @@ class Output:
                 index.fold_index(self.directory, made.as_json())
                 return
             shards = [self.directory / index.shard_name(i) for i in range(len(made.shards))]
-            if len(shards) == 1:
+            if self.is_one_shard(made):
                 index.publish(shards[0], self._target)
             else:
                 _pack(shards, self._target, self.directory)
@@ -168,9 +172,9 @@ class Output:
         planned = {index.shard_name(i): rows for i, rows in enumerate(earlier.shards)}
         there = [record for record in index.load_records(self.directory) if planned.get(record.name) == record.rows]
         with ThreadPoolExecutor(CHECKS) as pool:
-            digests = pool.map(lambda record: index.file_sha256(self.directory / record.name), there)
-            for record, digest in zip(there, digests, strict=True):
-                if digest == record.sha256:
+            unchanged = pool.map(lambda record: _is_unchanged(self.directory / record.name, record), there)
+            for record, same in zip(there, unchanged, strict=True):
+                if same:
                     self.records.append(record)
                 else:
                     self._progress.note(f"{record.name} has changed since it was written; its rows are extracted again")
@@ -213,6 +217,15 @@ def _check_ours(target: Path) -> None:
             pass
     except FormatError as error:
         raise OutputError(f"{target} exists and is no output of fmextract, or a broken one: {error}") from error
+
+
+def _is_unchanged(shard: Path, record: ShardRecord) -> bool:
+    if record.sha256:
+        return index.file_sha256(shard) == record.sha256
+    try:
+        return store.content_digest(shard) == record.content_digest
+    except (FormatError, OutputError):
+        return False
 
 
 def _check_directory(directory: Path) -> None:

@@ -145,7 +145,7 @@ def _extract(
         return
     with (
         hired(made.threads, prepared.config.worker_kind, made.estimate.seconds, progress.note) as workers,
-        working(prepared, made, workers) as work,
+        working(prepared, made, workers, checksums=not output.is_one_shard(made)) as work,
     ):
         if output.records:
             replay.check_resume(work, output.directory, output.records, progress)
@@ -158,7 +158,9 @@ def _extract(
 
 
 @contextmanager
-def working(prepared: Prepared, made: Plan, workers: Workers | None = None) -> Iterator[engine.Work]:
+def working(
+    prepared: Prepared, made: Plan, workers: Workers | None = None, checksums: bool = True
+) -> Iterator[engine.Work]:
     """The model on its device, in the plan's precision, hooked: everything that the engine needs."""
     where = torch.device(made.device)
     with (
@@ -191,6 +193,7 @@ def working(prepared: Prepared, made: Plan, workers: Workers | None = None) -> I
             captured=prepared.captured,
             device=where,
             budget=prepared.config.max_failures,
+            checksums=checksums,
         )
 
 

@@ -142,7 +142,7 @@ class Workers:
         return Jpegs(self._do, exif)
 
     def finish(self, shard: store.Unfinished, *what: Any) -> tuple[str, str]:
-        """(content digest, SHA-256) of a shard that is finished with `what`, as `finish_shard` does it.
+        """(content digest, SHA-256 or "") of a shard that is finished with `what`, as `finish_shard` does it.
 
         Raises what that raises; OutputLost where the process ended in the middle of it.
         """
@@ -213,9 +213,13 @@ def finish_shard(
     stats: store.Stats,
     layer_attrs: Mapping[str, Mapping[str, Any]],
     root_attrs: Mapping[str, Any],
+    checksum: bool,
 ) -> tuple[str, str]:
-    """Write what stands beside the chunks and make the file durable: (its content digest, its SHA-256)."""
+    """Write what stands beside the chunks and make the file durable: (its content digest, its SHA-256 or "")."""
     digest = shard.finish(samples, stats, layer_attrs, root_attrs)
+    if not checksum:
+        index.make_durable(shard.path)
+        return digest, ""
     with ThreadPoolExecutor(1) as beside:  # reading it does not wait for the disk
         sha256 = beside.submit(index.file_sha256, shard.path)
         index.make_durable(shard.path)

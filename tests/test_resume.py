@@ -280,6 +280,41 @@ class Hungry(Tiny):
         return super().forward(x)
 
 
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_the_one_shard_of_a_file_needs_no_checksum(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """It is renamed as soon as it is there; one that a crash left before that is known by its content."""
+    out = tmp_path / "out.h5"
+    options = {"shard_size": "1GiB", "worker_kind": kind}
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "file_sha256", lambda path: pytest.fail("nobody would read it"))
+        patch.setattr(output.Output, "fold", lambda self, made: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            extract(photos, out, **options)
+    directory = out.with_name("out.h5.partial")
+    (record,) = index.load_records(directory)
+    assert record.sha256 == ""
+    shard = directory / record.name
+    content = shard.read_bytes()
+
+    shard.write_bytes(content[:-1000] + bytes(1000))
+    notes = Notes()
+    with monkeypatch.context() as patch:
+        patch.setattr(output.Output, "fold", lambda self, made: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            extract(photos, out, notes=notes, **options)
+    assert f"{record.name} has changed since it was written" in notes
+
+    content, notes = shard.read_bytes(), Notes()
+    extract(photos, out, notes=notes, **options)
+    assert "1 of 1 shards are there" in notes
+    assert out.read_bytes() == content
+    extract(photos, tmp_path / "undisturbed.h5", **options)
+    same(out, tmp_path / "undisturbed.h5")
+    assert verify.verify(out).ok
+
+
 def test_smaller_batches_are_recorded_and_equal_within_rounding(photos: Path, tmp_path: Path) -> None:
     model = Hungry()
     extract(photos, tmp_path / "roomy", model=model)

@@ -294,15 +294,15 @@ def test_a_shard_that_is_being_finished_when_its_worker_ends_is_lost(tmp_path: P
         end.start()
         shard = store.Unfinished(tmp_path / "x.h5", range(1), (), ())
         with pytest.raises(OutputLost, match="ended while it finished a shard"):
-            one.finish(shard, None, {}, {}, {})
+            one.finish(shard, None, {}, {}, {}, True)
         end.join()
         with pytest.raises(OutputError, match=r"x\.h5"):  # from now on it is done here
-            one.finish(shard, None, {}, {}, {})
+            one.finish(shard, None, {}, {}, {}, True)
 
 
 def test_what_finishing_raises_is_raised_here(two: workers.Workers, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"x\.h5"):
-        two.finish(store.Unfinished(tmp_path / "x.h5", range(1), (), ()), None, {}, {}, {})
+        two.finish(store.Unfinished(tmp_path / "x.h5", range(1), (), ()), None, {}, {}, {}, True)
 
 
 def test_where_processes_do_not_start_threads_do_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
