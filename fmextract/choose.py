@@ -11,7 +11,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +47,7 @@ PASSES = 3
 class Question:
     """What is to be decided, and on what. `inputs(n)` gives n real images, spread over the source, as model inputs.
 
-    `fused` are the pairs that run as one in half precision.
+    `fused` are, by precision, the pairs that run as one in it.
     """
 
     module: nn.Module
@@ -57,7 +57,7 @@ class Question:
     probed: Sequence[taps.Probed]
     reducers: Sequence[taps.Reduce | None]
     stop: taps.Event | None
-    fused: Sequence[Pair]
+    fused: Mapping[str, Sequence[Pair]]
     inputs: Callable[[int], torch.Tensor]
     precision: str
     max_error: float
@@ -88,6 +88,8 @@ def choose(question: Question) -> Chosen:
     started = time.perf_counter()
     inputs, reference = _first_trial(question)
     trials, failed = {"fp32": reference}, []
+    if "fp32" in question.fused:
+        trials["fp32"] = _Trial.of(question, "fp32", inputs, reference)
     for name in _candidates(question):
         try:
             trials[name] = _Trial.of(question, name, inputs, reference)
@@ -169,20 +171,22 @@ class _Trial:
 
     @classmethod
     def of(cls, question: Question, name: str, inputs: torch.Tensor, reference: _Trial | None) -> _Trial:
-        with _running(question, name):
+        """`reference`: what the model gives in fp32 as it is written; None: this is to be it."""
+        with _running(question, name, exact=reference is None):
             # The probe ran in fp32; what autocast copies, or does not, shows only in the precision itself.
             if name == "fp32":
                 hazards = {i for i, p in enumerate(question.probed) if p.overwritten}
             else:
                 every = [p.tap for p in question.probed]
                 hazards = taps.overwritten(question.module, question.forward, every, inputs[:2].clone())
-            seconds, tensors = _timed(question, inputs, _passes(question, name, len(inputs)))
+            passes = 1 if reference is None and name in question.fused else _passes(question, name, len(inputs))
+            seconds, tensors = _timed(question, inputs, passes)
         if reference is None:
             errors = tuple(0.0 if t.is_floating_point() else None for t in tensors)
             return cls(tensors, errors, frozenset(hazards), seconds / len(inputs), True)
         return cls(
             tensors=tensors,
-            errors=tuple(map(_relative_error, tensors, reference.tensors)),
+            errors=tuple(map(relative_error, tensors, reference.tensors)),
             overwritten=frozenset(hazards),
             seconds=seconds / len(inputs),
             finite=all(
@@ -219,8 +223,9 @@ def _is_fast(name: str, device: torch.device) -> bool:
 
 
 @contextmanager
-def _running(question: Question, name: str) -> Iterator[None]:
-    fused, packing = question.fused if name in precision.AUTOCAST else (), not question.compile
+def _running(question: Question, name: str, exact: bool = False) -> Iterator[None]:
+    """`exact`: without what is fused."""
+    fused, packing = () if exact else question.fused.get(name, ()), not question.compile
     with (
         precision.lent(question.module, question.device, name, question.memory_format, fused, packing),
         precision.numerics(name, question.device),
@@ -247,8 +252,8 @@ def _timed_passes(
     return min(times), tuple(t.clone() for t in tensors)
 
 
-def _relative_error(tensor: torch.Tensor, reference: torch.Tensor) -> float | None:
-    """|a - b| / |b| over the whole sample, in float64; None for integers."""
+def relative_error(tensor: torch.Tensor, reference: torch.Tensor) -> float | None:
+    """|a - b| / |b| over all values, in float64; None for integers."""
     if not reference.is_floating_point():
         return None
     exact = reference.double()
@@ -308,7 +313,7 @@ def _compiled(
             raise
         return eager, f"compiled (--compile): {size} images a batch need too much memory; judged without compiling"
     kept = tuple(t[: len(some)] for t in tensors)
-    errors = tuple(_relative_error(t, r[: len(some)]) for t, r in zip(kept, reference.tensors, strict=True))
+    errors = tuple(relative_error(t, r[: len(some)]) for t, r in zip(kept, reference.tensors, strict=True))
     ratio = eager.seconds * size / seconds
     told = f"compiled (--compile) in {compiling:.1f} s: {ratio:.2f} times as fast as the same passes without"
     return replace(eager, tensors=kept, errors=errors, seconds=seconds / size), told

@@ -10,6 +10,8 @@ channels, and none cancels another.
 from __future__ import annotations
 
 import functools
+import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -35,12 +37,14 @@ def effective_sizes(
     share: float = SHARE,
     reductions: Sequence[Reduced | None] | None = None,
     stop: Event | None = None,
+    seconds: float = math.inf,
 ) -> list[float | None]:
     """For each tap, the side in pixels of the centred square that holds `share` of a cell's squared gradient.
 
     The square is centred on the cell in the middle of the map; squared gradients are averaged over `inputs` (n,
     channel, y, x), the model's inputs in float32: two are enough. `fields`, `reductions` as in `trace_fields`. Takes
-    one forward pass an image and one backward pass a tap and image. None for a tap without axes y and x, and where the
+    one forward pass an image and one backward pass a tap and image; no image after the first is begun that would
+    go on for longer than `seconds` from the call. None for a tap without axes y and x, and where the
     model has no gradient (quantised layers, a forward under `no_grad`, values overwritten that the gradient needs). An
     image that the model fails on is passed over. The model is as before on every way out.
     """
@@ -55,7 +59,10 @@ def effective_sizes(
         return sizes
     objectives = [_objective(*kept[i], functools.partial(cells.__setitem__, i)) for i in spatial]
     with _frozen(model), tapped(model, [probed[i] for i in spatial], objectives, stop) as capture:
-        for image in inputs.detach().split(1):
+        started = time.perf_counter()
+        for done, image in enumerate(inputs.detach().split(1)):
+            if done and (time.perf_counter() - started) * (done + 1) / done > seconds:
+                break
             leaf = image.clone().requires_grad_()
             with torch.enable_grad():
                 # The model gets a copy, which it may write to: a leaf may not be.

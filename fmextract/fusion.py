@@ -43,8 +43,9 @@ class Pair(NamedTuple):
 
 def fusible(
     model: nn.Module, forward: Forward, probed: Sequence[Probed], stop: Event | None, batch: Tensor
-) -> tuple[Pair, ...]:
-    """The pairs of `model` that can be fused while `probed` is captured, as a pass over `batch` (B, …) shows.
+) -> tuple[tuple[Pair, ...], Sequence[Tensor]]:
+    """(the pairs of `model` that can be fused while `probed` is captured, as a pass over `batch` (B, …) shows, and what
+    that captured); nothing at all where there is none.
 
     The model is in evaluation mode, and runs as a run does: to `stop`. Raises whatever the forward raises.
     """
@@ -53,11 +54,11 @@ def fusible(
     convolutions = [m for m in modules if _is_convolution(m)]
     norms = [m for m in modules if _is_norm(m)]
     if not (convolutions and norms):
-        return ()
+        return (), ()
     readers = _Readers()
     with readers, readers.on(convolutions, norms), tapped(model, probed, stop=stop) as capture:
-        capture.forward(forward, batch)
-    return readers.pairs()
+        captured = capture.forward(forward, batch.clone())
+    return readers.pairs(), captured
 
 
 def _is_convolution(module: nn.Module) -> bool:

@@ -72,36 +72,41 @@ def forward(module: nn.Module) -> Forward:
     if isinstance(module, nn.Conv2d):
         return convolution(module, module.weight.detach(), _cast(module.bias), module.forward)
     assert isinstance(module, nn.Linear)
-    return _guarded(module, _linear(module.weight.detach().to(HALF), _cast(module.bias)), module.forward)
+    return _guarded(watching(module), _linear(module.weight.detach().to(HALF), _cast(module.bias)), module.forward)
 
 
-def convolution(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, otherwise: Forward) -> Forward:
-    """The forward of `conv` with `weight` and `bias` in place of its own; the bias may be wider.
+def convolution(
+    conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, otherwise: Forward, *others: nn.Module
+) -> Forward:
+    """The forward of `conv` with `weight` and `bias`, made of its own and those of `others`; the bias may be wider.
 
     `otherwise` runs where the model does not compute in half precision, gives one image without a batch, or has other
     weights or settings than now, as a model may that shares one convolution between several.
     """
-    packed = _guarded(conv, _convolution(conv, weight.to(HALF), bias), otherwise)
+    packed = _guarded(watching(conv, *others), _convolution(conv, weight.to(HALF), bias), otherwise)
     return lambda input: packed(input) if input.dim() == 4 else otherwise(input)
 
 
-def _guarded(module: nn.Module, packed: Forward, otherwise: Forward) -> Forward:
-    given = _state(module)
-
+def _guarded(unchanged: Callable[[], bool], packed: Forward, otherwise: Forward) -> Forward:
     def forward(input: Tensor) -> Tensor:
-        if in_half(input) and _state(module) == given:
-            return packed(input.to(HALF))
-        return otherwise(input)
+        return packed(input.to(HALF)) if in_half(input) and unchanged() else otherwise(input)
 
     return forward
 
 
-_SETTINGS = ("stride", "padding", "dilation", "groups")
+def watching(*modules: nn.Module) -> Callable[[], bool]:
+    """Tells whether what the forwards of `modules` depend on is what it is now."""
+    given = list(map(_state, modules))
+    return lambda: list(map(_state, modules)) == given
+
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
+_SETTINGS = ("stride", "padding", "dilation", "groups", "eps")
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:
-    """What a forward depends on, as far as it can be seen without looking at values."""
-    tensors = module.weight, module.bias
+    """As far as it can be seen without looking at values."""
+    tensors = (getattr(module, name, None) for name in _TENSORS)
     seen = [(id(t), t._version, t.data_ptr()) for t in tensors if isinstance(t, Tensor)]
     return (*seen, *(getattr(module, name, None) for name in _SETTINGS))
 

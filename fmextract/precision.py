@@ -93,7 +93,7 @@ def lent(
     layout = torch.channels_last if memory_format == "channels_last" else torch.preserve_format
     packs = packing and half == packed.HALF and packed.available()
     fit = {m for m in training if packs and packed.fits(m, memory_format)}
-    others = _other_ways(training, half, fused, fit) if device.type == "cpu" else {}
+    others = _other_ways(training, half, layout, fused, fit) if device.type == "cpu" else {}
     kinds = ("conv", "linear") if half else ()
     cast = {id(p) for m in training if m not in others and module_kind(m) in kinds for p in _own(m)}
     left = {id(p) for m in others for p in _own(m)} - cast
@@ -125,7 +125,11 @@ def lent(
 
 
 def _other_ways(
-    modules: Iterable[nn.Module], half: torch.dtype | None, fused: Sequence[Pair], fit: Collection[nn.Module]
+    modules: Iterable[nn.Module],
+    half: torch.dtype | None,
+    layout: torch.memory_format,
+    fused: Sequence[Pair],
+    fit: Collection[nn.Module],
 ) -> dict[nn.Module, Callable[[], Forward]]:
     """What makes the forwards that some modules have on a CPU while they are lent, those that `fit` packed.
 
@@ -133,7 +137,7 @@ def _other_ways(
     """
     ways: dict[nn.Module, Callable[[], Forward]] = {}
     for pair in fused:
-        ways |= {pair.conv: partial(_as_one, pair, half, pair.conv in fit), pair.norm: lambda: _unchanged}
+        ways |= {pair.conv: partial(_as_one, pair, half, layout, pair.conv in fit), pair.norm: lambda: _unchanged}
     for module in modules:
         if _is_plain_pool(module):
             ways[module] = partial(_pooling, module.forward)
@@ -142,23 +146,26 @@ def _other_ways(
     return ways
 
 
-def _as_one(pair: Pair, half: torch.dtype | None, packing: bool) -> Forward:
+def _as_one(pair: Pair, half: torch.dtype | None, layout: torch.memory_format, packing: bool) -> Forward:
     """The forward of a convolution that does what the batch norm behind it does, too."""
 
     def exact(input: torch.Tensor) -> torch.Tensor:
         return functional.conv2d(input, *pair.fused(), conv.stride, conv.padding, conv.dilation, conv.groups)
 
     conv = pair.conv
-    rest: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    if half is None:
-        return exact
     weight, bias = pair.fused()
     if packing:
-        return packed.convolution(conv, weight, bias, exact)
-    weight, bias = weight.to(half), bias.to(half)
-    return lambda input: (
-        functional.conv2d(input.to(half), weight, bias, *rest) if packed.in_half(input) else exact(input)
-    )
+        return packed.convolution(conv, weight, bias, exact, pair.norm)
+    dtype = half or weight.dtype
+    weight, bias = weight.to(dtype, memory_format=layout), bias.to(dtype)
+    rest: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    unchanged = packed.watching(conv, pair.norm)
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        fits = packed.in_half(input) if half else input.dtype == dtype
+        return functional.conv2d(input.to(dtype), weight, bias, *rest) if fits and unchanged() else exact(input)
+
+    return forward
 
 
 def _unchanged(input: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -44,9 +44,12 @@ from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress,
 from fmextract.sources import open_source
 
 EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
-EFFECTIVE_SECONDS = 0.3  # that measuring may take of any run, however short
+EFFECTIVE_SHARE = 0.04  # of a run that measuring may take
+EFFECTIVE_SECONDS = 0.3  # that it may take of any run, however short
 NEAR_ZERO = 0.01  # of the root mean square of a layer's values: what is not above it counts as near zero
-SAME = 1e-3  # relative L2 distance up to which fp32 with and without fused norms are the same: rounding makes 1e-5
+SAME = {"bf16": 1e-3, "fp32": 1e-5}
+"""Relative L2 distance, in fp32, of layers with and without fused norms, up to which they run so in a precision."""
+FUSING_PAYS = 200  # images of a run in fp32: to find out what can be fused takes as long as it spares a hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,7 @@ class Prepared:
     fields: tuple[Field | None, ...]
     largest: int  # bytes of the largest tensor that a module gives for one image in fp32
     stop: taps.Event | None
-    fused: tuple[fusion.Pair, ...]  # in half precision
+    fused: Mapping[str, tuple[fusion.Pair, ...]]  # by the precisions in which they run as one
     notes: tuple[str, ...]
 
     def forward(self, batch: torch.Tensor) -> Any:
@@ -107,7 +110,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         probed, stop, largest, notes = _probe(loaded, config.layers, input_shape, where)
         reductions = tuple(_reduction(p) for p in probed)
         fields = _fields(loaded, probed, reductions, stop, input_shape, where)
-        fused = _fused(loaded, config, probed, stop, input_shape, where)
+        fused = _fused(loaded, probed, stop, input_shape, where, _fusing(config, where, memory_format, len(opened)))
     for note in notes:
         progress.note(note)
     yield Prepared(
@@ -182,47 +185,48 @@ def _fields(
     return tuple(geometry.trace_fields(loaded.module, loaded.forward, probed, batch, _kept(reductions), stop))
 
 
+def _fusing(config: Config, where: torch.device, memory_format: str, rows: int) -> list[str]:
+    """The precisions of this run in which batch norms may run in the convolutions before them: on a CPU, where it pays.
+
+    In fp32 channels-last alone, which differs by rounding anyway: contiguous stays what torch gives, bit for bit. A
+    compiler is left to its own devices.
+    """
+    if where.type != "cpu" or config.compile:
+        return []
+    half = config.precision == "bf16" or (config.precision == "auto" and precision.bf16_on_cpu())
+    full = config.precision in ("fp32", "auto") and memory_format == "channels_last" and rows >= FUSING_PAYS
+    return [name for name, may in (("bf16", half), ("fp32", full)) if may]
+
+
 def _fused(
     loaded: models.LoadedModel,
-    config: Config,
     probed: Sequence[taps.Probed],
     stop: taps.Event | None,
     input_shape: tuple[int, ...],
     where: torch.device,
-) -> tuple[fusion.Pair, ...]:
-    """Batch norms that run in the convolutions before them: on a CPU in bfloat16, where it pays. A compiler is left to
-    its own devices.
-    """
-    asked = config.precision == "bf16" or (config.precision == "auto" and precision.bf16_on_cpu())
-    if where.type != "cpu" or not asked or config.compile:
-        return ()
+    precisions: Sequence[str],
+) -> Mapping[str, tuple[fusion.Pair, ...]]:
+    """Of `precisions` those in which convolutions run as one with the norms behind them, with these pairs."""
+    if not precisions:
+        return {}
     noise = _noise(input_shape, where)
-    pairs = fusion.fusible(loaded.module, loaded.forward, probed, stop, noise)
+    pairs, apart = fusion.fusible(loaded.module, loaded.forward, probed, stop, noise)
     if not pairs:
-        return ()
-    apart, fused = (_captured_of(loaded, probed, stop, noise, some) for some in ((), pairs))
-    return pairs if all(map(_agree, fused, apart)) else ()
+        return {}
+    with (
+        precision.lent(loaded.module, where, fused=pairs) as module,
+        taps.tapped(module, probed, stop=stop) as capture,
+    ):
+        distance = max(map(_distance, capture.forward(loaded.forward, noise.clone()), apart))
+    return {name: pairs for name in precisions if distance <= SAME[name]}
 
 
-def _captured_of(
-    loaded: models.LoadedModel,
-    probed: Sequence[taps.Probed],
-    stop: taps.Event | None,
-    batch: torch.Tensor,
-    fused: Sequence[fusion.Pair],
-) -> list[torch.Tensor]:
-    lending = precision.lent(loaded.module, batch.device, fused=fused)
-    with lending as module, taps.tapped(module, probed, stop=stop) as capture:
-        return [rows.clone() for rows in capture.forward(loaded.forward, batch.clone())]
-
-
-def _agree(rows: torch.Tensor, others: torch.Tensor) -> bool:
-    """Whether two results in float32 are one but for rounding."""
+def _distance(rows: torch.Tensor, others: torch.Tensor) -> float:
+    """The relative L2 distance of the finite values; infinite where not the same ones are."""
     finite = others.isfinite()
     if not torch.equal(rows.isfinite(), finite):
-        return False
-    exact = others[finite].double()
-    return bool((rows[finite].double() - exact).norm() <= SAME * exact.norm())
+        return math.inf
+    return choose.relative_error(rows[finite].double(), others[finite].double()) or 0.0
 
 
 def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[geometry.Reduced | None]:
@@ -265,7 +269,7 @@ def lent(prepared: Prepared, made: Plan) -> AbstractContextManager[torch.nn.Modu
         torch.device(made.device),
         made.precision,
         made.memory_format,
-        fused=prepared.fused if made.fused else (),
+        fused=prepared.fused.get(made.precision, ()) if made.fused else (),
         packing=not prepared.config.compile,
     )
 
@@ -329,7 +333,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
         config=config.as_json(),
         info=_describe_run(prepared),
         versions=versions(),
-        fused=bool(prepared.fused) and chosen.precision in precision.AUTOCAST,
+        fused=chosen.precision in prepared.fused,
         estimate=cost,
         notes=(*prepared.notes, *notes),
     )
@@ -454,15 +458,15 @@ def _effective_sizes(prepared: Prepared, chosen: choose.Chosen) -> tuple[Sequenc
     none: list[float | None] = [None] * len(prepared.probed)
     if not spatial or len(prepared.input_shape) != 3 or prepared.config.effective_fields == "never":
         return none, []
-    count, cost = EFFECTIVE_IMAGES, 3 * spatial * chosen.seconds_per_image
+    seconds = math.inf
     if prepared.config.effective_fields == "auto":
-        run = len(prepared.source) * chosen.seconds_per_image
-        count = min(count, int(max(choose.SHARE_OF_RUN * run, EFFECTIVE_SECONDS) / cost))
-        if not count:
+        run, cost = len(prepared.source) * chosen.seconds_per_image, 3 * spatial * chosen.seconds_per_image
+        seconds = max(EFFECTIVE_SHARE * run, EFFECTIVE_SECONDS)
+        if cost > seconds:
             why = f"they would take {cost:.0f} s or more" if cost >= 1 else "the run is short"
             return none, [f"effective receptive fields are not measured, as {why}; --effective-fields always does it"]
     with precision.lent(prepared.loaded.module, prepared.device), precision.numerics("fp32", prepared.device):
-        inputs, _ = _sample_inputs(prepared, count)
+        inputs, _ = _sample_inputs(prepared, EFFECTIVE_IMAGES)
         sizes = effective.effective_sizes(
             prepared.loaded.module,
             prepared.forward,
@@ -471,6 +475,7 @@ def _effective_sizes(prepared: Prepared, chosen: choose.Chosen) -> tuple[Sequenc
             inputs,
             reductions=_kept(prepared.reductions),
             stop=prepared.stop,
+            seconds=seconds,
         )
     return sizes, []
 

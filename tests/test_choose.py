@@ -37,7 +37,7 @@ def question(model: nn.Module, **changes: Any) -> choose.Question:
         "probed": probed,
         "reducers": [None] * len(probed),
         "stop": None,
-        "fused": (),
+        "fused": {},
         "inputs": inputs,
         "precision": "auto",
         "max_error": 0.02,
@@ -63,9 +63,9 @@ def times(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float]], None]
     running = choose._running
     now: list[str] = []
 
-    def remember(asked: choose.Question, name: str) -> Any:
+    def remember(asked: choose.Question, name: str, exact: bool = False) -> Any:
         now.append(name)
-        return running(asked, name)
+        return running(asked, name, exact)
 
     def pretend(seconds: dict[str, float]) -> None:
         real = choose._timed

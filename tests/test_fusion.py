@@ -14,7 +14,7 @@ from runs import extract, make_photos
 from torch import nn
 from torch.nn import functional
 
-from fmextract import fusion, planning, precision, reader, taps
+from fmextract import fusion, planning, precision, prepare, reader, taps
 from fmextract.verify import verify
 
 CPU = torch.device("cpu")
@@ -61,7 +61,8 @@ def pairs_of(model: nn.Module, layers: list[str], shape: tuple[int, ...] = SHAPE
         seen = taps.survey(model, model, batch)
         probed, refused = taps.probe(model, model, taps.resolve(layers, seen), shape, CPU)
         assert not refused
-        found = fusion.fusible(model, model, probed, seen.stop_before([p.tap for p in probed]), batch)
+        found, captured = fusion.fusible(model, model, probed, seen.stop_before([p.tap for p in probed]), batch)
+        assert len(captured) in (0, len(probed))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if not hooked_by_us(m))
     return found
 
@@ -74,8 +75,10 @@ def look(module: nn.Module, args: Any, output: Any) -> None:
     """Somebody's own hook."""
 
 
-def run_in_bf16(model: nn.Module, pairs: tuple[fusion.Pair, ...], batch: torch.Tensor, packing: bool) -> torch.Tensor:
-    with precision.lent(model, CPU, "bf16", "channels_last", pairs, packing), precision.numerics("bf16", CPU):
+def run_in(
+    name: str, model: nn.Module, pairs: tuple[fusion.Pair, ...], batch: torch.Tensor, packing: bool = True
+) -> torch.Tensor:
+    with precision.lent(model, CPU, name, "channels_last", pairs, packing), precision.numerics(name, CPU):
         return model(precision.to_memory_format(batch, "channels_last")).float()  # type: ignore[no-any-return]
 
 
@@ -220,8 +223,9 @@ def test_networks_come_out_as_near_to_fp32_as_under_autocast(name: str, norms: i
         exact = model(batch)
         with torch.autocast("cpu", torch.bfloat16):
             plain = distance(model(batch).float(), exact)
-    fused = run_in_bf16(model, pairs, batch, packing)
+    fused = run_in("bf16", model, pairs, batch, packing)
     assert 0 < distance(fused, exact) < max(1.5 * plain, 0.005)
+    assert 0 < distance(run_in("fp32", model, pairs, batch), exact) < 5e-6
     with torch.no_grad():
         assert torch.equal(model(batch), exact), "the model is as it was"
 
@@ -247,7 +251,8 @@ def test_a_model_that_leaves_autocast_or_asks_for_gradients_gets_them(way: Any, 
     with torch.no_grad():
         exact = model(BATCH)
     most = 1e-5 if way is out_of_autocast else 0.02
-    assert distance(run_in_bf16(model, pairs, BATCH, packing), exact) < most
+    assert distance(run_in("bf16", model, pairs, BATCH, packing), exact) < most
+    assert distance(run_in("fp32", model, pairs, BATCH), exact) < 1e-5
 
 
 def by_name(net: Any, x: torch.Tensor) -> torch.Tensor:
@@ -285,7 +290,25 @@ def test_a_model_that_uses_its_layers_in_other_ways_is_right(way: Any, fused: bo
         pairs = ()  # no norm is called
     with torch.no_grad():
         exact = model(BATCH)
-    assert distance(run_in_bf16(model, pairs, BATCH, packing=True), exact) < 0.02
+    assert distance(run_in("bf16", model, pairs, BATCH), exact) < 0.02
+    assert distance(run_in("fp32", model, pairs, BATCH), exact) < 1e-5
+
+
+def with_other_statistics(net: Any, x: torch.Tensor) -> torch.Tensor:
+    net.norm.running_mean.add_(1.0)
+    made = net.norm(net.conv(x))
+    net.norm.running_mean.sub_(1.0)
+    return made  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_norm_that_has_changed_is_computed_anew(name: str, packing: bool) -> None:
+    model = lively(Net(with_other_statistics))
+    with torch.no_grad():
+        exact = model(BATCH)
+    pairs = (fusion.Pair(model.conv, model.norm),)  # type: ignore[arg-type]
+    assert distance(run_in(name, model, pairs, BATCH, packing), exact) < (0.02 if name == "bf16" else 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ in a run
@@ -319,6 +342,43 @@ def test_a_run_says_that_it_fused_and_can_be_run_again(tmp_path: Path) -> None:
             assert said[name] == pytest.approx(error, rel=0.5)
     again = verify(tmp_path / "a.h5", rerun=3, model=model, source=photos)
     assert (again.ok, again.largest_error) == (True, 0.0)
+
+
+def test_long_runs_in_fp32_fuse_where_bits_differ_anyway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos, model = make_photos(tmp_path / "photos", 6), residual()
+    options = {**OPTIONS, "precision": "fp32"}
+    extract(photos, tmp_path / "contiguous.h5", model=model, memory_format="contiguous", **options)
+    extract(photos, tmp_path / "short.h5", model=model, **options)
+    monkeypatch.setattr(prepare, "FUSING_PAYS", 6)
+    extract(photos, tmp_path / "long.h5", model=model, **options)
+    extract(photos, tmp_path / "again.h5", model=model, memory_format="contiguous", **options)
+    stored, said, fused = {}, {}, {}
+    for name in ("contiguous", "short", "long", "again"):
+        with reader.open(tmp_path / f"{name}.h5") as acts:
+            fused[name] = acts.config["fused"]
+            stored[name] = torch.from_numpy(acts["layer4"][:])
+            said[name] = acts["layer4"].spec.rel_error
+    assert fused == {"contiguous": False, "short": False, "long": True, "again": False}
+    assert torch.equal(stored["again"], stored["contiguous"])
+    assert 0 < distance(stored["long"], stored["short"]) < 1e-5
+    assert (said["short"], said["again"]) == (0.0, 0.0)
+    assert 0 < said["long"] < 1e-5
+    again = verify(tmp_path / "long.h5", rerun=3, model=model, source=photos)
+    assert (again.ok, again.largest_error) == (True, 0.0)
+
+
+def test_what_rounding_would_move_too_far_is_not_fused_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mean far from zero beside the deviation: the two subtract it after rounding, the one before."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    assert model[0].bias is not None
+    nn.init.constant_(model[0].bias, 1e4)
+    nn.init.constant_(model[1].running_mean, 1e4)
+    nn.init.constant_(model[1].running_var, 1e-4)
+    monkeypatch.setattr(prepare, "FUSING_PAYS", 6)
+    options = {**OPTIONS, "layers": ["2"], "precision": "fp32", "memory_format": "channels_last"}
+    extract(make_photos(tmp_path / "photos", 6), tmp_path / "out.h5", model=model, **options)
+    with reader.open(tmp_path / "out.h5") as acts:
+        assert acts.config["fused"] is False
 
 
 class Secret(torch.Tensor):

@@ -568,6 +568,19 @@ def test_effective_size_of_an_average_is_the_square_of_nine_tenths_of_its_area()
     assert effective(model, ["0", "1"], side=80) == [39, 39]
 
 
+def test_images_that_would_take_too_long_are_left_out() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    probed = probed_taps(model, ["1"], 16)
+    batch = torch.rand(4, 3, 16, 16)
+    fields = trace_fields(model, model, probed, batch)
+    passes: list[Any] = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    for seconds, images in ((0.0, 1), (60.0, 4)):
+        passes.clear()
+        assert effective_sizes(model, model, probed, fields, batch, seconds=seconds) == [3]
+        assert len(passes) == images
+
+
 def test_effective_size_of_what_a_reducer_keeps() -> None:
     model = positive(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1))).float()
     probed = probed_taps(model, ["0", "1"], 64)
