@@ -49,7 +49,7 @@ EFFECTIVE_SECONDS = 0.3  # that it may take of any run, however short
 NEAR_ZERO = 0.01  # of the root mean square of a layer's values: what is not above it counts as near zero
 SAME = {"bf16": 1e-3, "fp32": 1e-5}
 """Relative L2 distance, in fp32, of layers with and without fused norms, up to which they run so in a precision."""
-FUSING_PAYS = 200  # images of a run in fp32: to find out what can be fused takes as long as it spares a hundred
+FUSING_PAYS = 400  # images of a run in fp32: to find out what can be fused takes as long as it spares two hundred
 
 
 @dataclass(frozen=True, slots=True)
