@@ -58,7 +58,7 @@ def fusible(
     readers = _Readers()
     with readers, readers.on(convolutions, norms), tapped(model, probed, stop=stop) as capture:
         captured = capture.forward(forward, batch.clone())
-    return readers.pairs(), captured
+    return readers.pairs(), [rows.clone() for rows in captured]
 
 
 def _is_convolution(module: nn.Module) -> bool:
