@@ -86,10 +86,8 @@ class Chosen:
 def choose(question: Question) -> Chosen:
     """Measure and decide. Raises ConfigError for a precision that the device, or this model, cannot run in."""
     started = time.perf_counter()
-    inputs, reference = _first_trial(question)
-    trials, failed = {"fp32": reference}, []
-    if "fp32" in question.fused:
-        trials["fp32"] = _Trial.of(question, "fp32", inputs, reference)
+    inputs, reference, full = _first_trials(question)
+    trials, failed = {"fp32": full}, []
     for name in _candidates(question):
         try:
             trials[name] = _Trial.of(question, name, inputs, reference)
@@ -121,12 +119,15 @@ def choose(question: Question) -> Chosen:
     )
 
 
-def _first_trial(question: Question) -> tuple[torch.Tensor, _Trial]:
-    """(the sample, what fp32 makes of it). Raises DeviceLost where there is not enough memory for one image."""
+def _first_trials(question: Question) -> tuple[torch.Tensor, _Trial, _Trial]:
+    """(the sample, what fp32 makes of it as the model is written, and as a run in fp32 would).
+
+    Raises DeviceLost where there is not enough memory for one image, LayerError where the model fails.
+    """
     for n in dict.fromkeys((_sample_size(question), 1)):
         inputs = question.inputs(n)
         try:
-            return inputs, _Trial.of(question, "fp32", inputs, None)
+            return inputs, *_in_fp32(question, inputs)
         except Exception as error:
             if is_out_of_memory(error):
                 if n == 1:
@@ -139,10 +140,16 @@ def _first_trial(question: Question) -> tuple[torch.Tensor, _Trial]:
         # An image that the model fails on is a matter of its row: what it fails on every time is not.
         inputs = torch.zeros_like(inputs)
         try:
-            return inputs, _Trial.of(question, "fp32", inputs, None)
+            return inputs, *_in_fp32(question, inputs)
         except Exception as error:
             raise LayerError(f"the model fails on a batch of {n} images: {why}") from error
     raise AssertionError("unreachable: one image was tried")
+
+
+def _in_fp32(question: Question, inputs: torch.Tensor) -> tuple[_Trial, _Trial]:
+    reference = _Trial.of(question, "fp32", inputs, None)
+    fused = "fp32" in question.fused
+    return reference, _Trial.of(question, "fp32", inputs, reference) if fused else reference
 
 
 def _sample_size(question: Question) -> int:

@@ -70,9 +70,7 @@ def effective_sizes(
                     values = capture.forward(forward, leaf.clone())
                 except CaptureError:
                     raise
-                except (
-                    Exception
-                ):  # an in-place operation that autograd does not allow; an image that the model fails on
+                except Exception:  # autograd refuses an operation in place, or the model this image: as said above
                     continue
             for i, value in zip(spatial, values, strict=True):
                 energy = _energy(value, leaf)

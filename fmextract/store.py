@@ -90,7 +90,7 @@ def chunk_digest(payload: Stored) -> bytes:
     """XXH3 (128 bits) of one stored chunk.
 
     It tells damage, not forgery, and takes no time: BLAKE2b of the same bytes would be a fifth of the work of the
-    encoder (docs/performance.md). The SHA-256 of a whole shard stands in its record.
+    encoder (docs/performance.md). The SHA-256 of a shard of a directory stands in its record.
     """
     import xxhash  # here, so that reading a file needs nothing but numpy and h5py
 
@@ -479,6 +479,15 @@ def _text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def _creation() -> h5py.h5p.PropDCID:
+    """What all datasets have in common."""
+    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist.set_obj_track_times(False)
+    # More than 64 kB of scale references need attributes in a tree of their own, which tracking their order brings.
+    plist.set_attr_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
+    return plist
+
+
 def _create_dataset(
     group: h5py.Group,
     name: str,
@@ -488,11 +497,8 @@ def _create_dataset(
     filters: Sequence[tuple[int, tuple[int, ...]]],
 ) -> h5py.Dataset:
     """A chunked dataset with an unlimited first axis. Low level, since a filter need not be installed to be named."""
-    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    plist = _creation()
     plist.set_chunk(chunk)
-    plist.set_obj_track_times(False)
-    # More than 64 kB of scale references need attributes in a tree of their own, which tracking their order brings.
-    plist.set_attr_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
     if h5py.check_string_dtype(np.dtype(dtype)) is None:
         plist.set_fill_value(np.asarray(fill_value(dtype)))
     for number, options in filters:
@@ -523,11 +529,8 @@ def _create_sample_scale(file: h5py.File, rows: range) -> None:
 
 def _create_values(group: h5py.Group, name: str, values: Array) -> h5py.Dataset:
     """A dataset of fixed shape that holds `values`: what `create_dataset` gives, in a third of the time."""
-    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plist.set_obj_track_times(False)
-    plist.set_attr_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
     kind, space = h5py.h5t.py_create(values.dtype, logical=True), h5py.h5s.create_simple(values.shape)
-    made = h5py.h5d.create(group.id, name.encode(), kind, space, plist)
+    made = h5py.h5d.create(group.id, name.encode(), kind, space, _creation())
     made.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(values))
     return h5py.Dataset(made)
 
@@ -633,16 +636,16 @@ def _write_stats(layer: h5py.Group, spec: LayerSpec, arrays: Mapping[str, Any]) 
     for name, values in arrays.items():
         array = np.asarray(values)
         array = array.astype(np.uint8) if array.dtype == bool else array
-        first = scale("component" if name in COVARIANCE else "", len(array))
-        if array.ndim not in (1, 2) or len(array) != first[1] or array.dtype.kind not in "iuf" or "/" in name:
-            raise ValueError(f"{spec.name}: expected {name} of {first[1]} channels, got {array.dtype} {array.shape}")
+        first, length = scale("component" if name in COVARIANCE else "", len(array))
+        if array.ndim not in (1, 2) or len(array) != length or array.dtype.kind not in "iuf" or "/" in name:
+            raise ValueError(f"{spec.name}: expected {name} of {length} channels, got {array.dtype} {array.shape}")
         data = _create_values(group, name, array)
-        h5py.h5ds.attach_scale(data.id, first[0].id, 0)
+        h5py.h5ds.attach_scale(data.id, first.id, 0)
         if array.ndim == 2:
-            second = scale("k" if name.startswith("top_") else f"{name}_bin", array.shape[1])
-            if second[1] != array.shape[1]:
-                raise ValueError(f"{spec.name}: expected {second[1]} entries in {name}, got {array.shape[1]}")
-            h5py.h5ds.attach_scale(data.id, second[0].id, 1)
+            second, length = scale("k" if name.startswith("top_") else f"{name}_bin", array.shape[1])
+            if length != array.shape[1]:
+                raise ValueError(f"{spec.name}: expected {length} entries in {name}, got {array.shape[1]}")
+            h5py.h5ds.attach_scale(data.id, second.id, 1)
 
 
 def _fsync(path: Path) -> None:

@@ -280,6 +280,31 @@ def test_a_model_that_always_fails_is_refused_in_its_own_words() -> None:
         choose.choose(question(Small().eval(), precision="fp32"))
 
 
+class Tight(nn.Module):
+    """Has no memory for the second pass over eight images: that of what is fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Conv2d(3, 4, 1)
+        self.passes: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes.append(len(x))
+        if len(x) == 8 and self.passes.count(8) == 2:
+            raise torch.OutOfMemoryError("too much")
+        return self.scale(x)  # type: ignore[no-any-return]
+
+
+def test_what_is_fused_in_fp32_is_tried_on_fewer_images_where_memory_is_short() -> None:
+    model = Tight().eval()
+    asked = question(model, precision="fp32", batch_size=1, fused={"fp32": ()})
+    model.passes.clear()
+    chosen = choose.choose(asked)
+    assert chosen.precision == "fp32"
+    assert model.passes[:4] == [8, 8, 1, 1]
+    assert [len(tensor) for tensor in chosen.sample] == [1]
+
+
 class Dark(nn.Module):
     """Fails on a large batch that is not black, and notes whether what that pass made is in memory at the next."""
 
