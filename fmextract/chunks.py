@@ -98,6 +98,7 @@ class Encoder:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
+        self._channels_last = codecs.takes_channels_last(plan.codec)
 
     def __call__(self, chunk: Chunk) -> Encoded:
         """Round, widen or narrow, shuffle, compress; count what overflows float16, and clip it if the plan says so."""
@@ -115,7 +116,7 @@ class Encoder:
                 arrays.append(array)
                 overflowed += over
             else:
-                arrays.append(as_array(piece))
+                arrays.append(as_array(piece, self._channels_last))
         payload = codecs.encode(
             arrays,
             codec=plan.codec,
@@ -145,29 +146,26 @@ class Encoder:
                 yield full
 
 
-def as_array(piece: torch.Tensor) -> np.ndarray[Any, Any]:
-    """A C-contiguous array over the values of `piece`; bfloat16 as its uint16 bit patterns."""
-    if piece.dtype == torch.bfloat16:
-        return _contiguous(piece.view(torch.int16)).numpy().view(np.uint16)
-    return _contiguous(piece).numpy()
+def as_array(piece: torch.Tensor, channels_last: bool = False) -> np.ndarray[Any, Any]:
+    """An array over the values of `piece` (n, …), C-contiguous; bfloat16 as its uint16 bit patterns.
 
-
-def _contiguous(piece: torch.Tensor) -> torch.Tensor:
-    """`piece` (n, …) in the order of its axes.
-
-    Channels that lie side by side are moved one image at a time, as the transpose of a matrix: torch does that in
-    blocks, two to five times as fast as `contiguous` (docs/performance.md), where the rows of the matrix follow each
-    other. Those of some of the channels are brought together first, which costs next to nothing.
+    With `channels_last`, channels that lie side by side are left so: (n, channels, positions).
     """
+    if piece.dtype == torch.bfloat16:
+        return as_array(piece.view(torch.int16), channels_last).view(np.uint16)
     if piece.is_contiguous() or piece.ndim < 3:
-        return piece.contiguous()
-    channels_last = piece.movedim(1, -1)
-    if channels_last.stride(-1) != 1:
-        return piece.contiguous()
+        return piece.contiguous().numpy()
+    pixels = piece.movedim(1, -1)
+    if pixels.stride(-1) != 1:
+        return piece.contiguous().numpy()
+    if channels_last:  # those of some of the channels are brought together, which costs next to nothing
+        return pixels.contiguous().flatten(1, -2).numpy().transpose(0, 2, 1)
+    # One image at a time, as the transpose of a matrix: torch does that in blocks, two to five times as fast as
+    # `contiguous` (docs/performance.md), where the rows of the matrix follow each other.
     made = torch.empty(piece.shape, dtype=piece.dtype)
-    for planes, pixels in zip(made.flatten(2), channels_last, strict=True):
-        planes.copy_(pixels.contiguous().flatten(0, -2).t())
-    return made
+    for planes, image in zip(made.flatten(2), pixels, strict=True):
+        planes.copy_(image.contiguous().flatten(0, -2).t())
+    return made.numpy()
 
 
 def _fill(rows: int, spec: LayerSpec, bfloat16: bool) -> np.ndarray[Any, Any]:

@@ -1,9 +1,10 @@
 """One chunk of values to bytes and back. Each codec is equal to an HDF5 filter pipeline, so that libhdf5 can undo it.
 
 The way of a chunk: pieces of arrays → the words of the type on disk (widened, narrowed, rounded) → byte planes (what
-HDF5 calls shuffle: first byte of every value, then second byte of every value, …) → one compressed stream. Nothing
-here calls HDF5; `store.py` writes the stream as it is. All heavy steps release the GIL: numpy on whole planes, and
-the compressors.
+HDF5 calls shuffle: first byte of every value, then second byte of every value, …) → one compressed stream. Where the
+channels of a piece lie side by side in memory, they are put in their order on the way to the planes. Nothing here calls
+HDF5; `store.py` writes the stream as it is. All heavy steps release the GIL: numpy on whole planes, `kernels`, and the
+compressors.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from isal import igzip_lib, isal_zlib
 
+from fmextract import kernels
 from fmextract.errors import ConfigError, DamagedError, MissingExtra
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -113,10 +115,11 @@ def encode(
 ) -> Stored:
     """The stored bytes of one chunk of `values` values of type `dtype`.
 
-    The C-contiguous `pieces`, one after the other, are the start of the chunk; the rest is the fill value (NaN, or 0
-    for integers). They have the type of the disk, or are float16 to widen to float32, float32 to narrow to float16
-    (what overflows becomes infinite: count it before), or with `bfloat16` the uint16 bit patterns of bfloat16.
-    `keep_bits` rounds floats to that many mantissa bits. The pieces are not modified.
+    The `pieces`, one after the other, are the start of the chunk; the rest is the fill value (NaN, or 0 for integers).
+    They are C-contiguous, or, if `takes_channels_last`, (images, channels, positions) in which channels lie side by
+    side: C-contiguous once the last two axes are exchanged. They have the type of the disk, or are float16 to widen to
+    float32, float32 to narrow to float16 (what overflows becomes infinite: count it before), or with `bfloat16` the
+    uint16 bit patterns of bfloat16. `keep_bits` rounds floats to that many mantissa bits. The pieces are not modified.
 
     Raises ValueError for pieces that do not fit, ConfigError for an unknown codec or level, MissingExtra.
     """
@@ -132,11 +135,15 @@ def encode(
         start, end = end, end + piece.size
         if end > values:
             raise ValueError(f"expected at most {values} values in a chunk, got {end} or more")
-        part = _words(piece, kind, keep_bits, bfloat16)
+        by_pixels = piece.ndim == 3 and not piece.flags.c_contiguous and takes_channels_last(codec)
+        lying = piece.transpose(0, 2, 1) if by_pixels else piece
+        part = _words(lying, kind, keep_bits, bfloat16)
         if planes is None:
             _join(part, words[start:end])
-        else:
+        elif not by_pixels:
             _scatter(part, planes[zeros:, start:end])
+        else:
+            kernels.byte_planes(part.reshape(lying.shape), planes[zeros:, start:end])
     if end < values:
         fill = fill_value(kind).view(words.dtype)
         if planes is None:
@@ -146,6 +153,11 @@ def encode(
     if planes is None:
         return words.view(np.uint8).data  # the memory itself: a copy would take as long as all else without a codec
     return chosen.compress(planes, level, zeros)
+
+
+def takes_channels_last(codec: str) -> bool:
+    """Whether `encode` brings channels that lie side by side in their order."""
+    return codec_named(codec).shuffled and kernels.are_there()
 
 
 def fill_value(dtype: npt.DTypeLike) -> Any:

@@ -1,8 +1,9 @@
 """Running statistics per channel, and the images and places where each channel is strongest.
 
 Counted are the finite values of the rows that are given, as the forward produced them. Everything is accumulated in
-float64 (float32 on MPS, which has nothing wider): a block small enough for the cache is widened once and then read
-there by every statistic, so that main memory is read once and no pass costs more than the cache can deliver.
+float64 (float32 on MPS, which has nothing wider). On a CPU that is one pass of `kernels`. Where these are not there, on
+an accelerator, and where values are not finite, torch does it: a block small enough for the cache is widened once and
+then read there by every statistic, so that main memory is read once.
 
 The variance is that of shifted data: sums of x - K and (x - K)^2, with K the middle of the first values seen in the
 channel, or 0 where that lies between them: then nothing has to be taken away. K lies among the data, hence
@@ -15,14 +16,14 @@ several shards.
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fmextract import kernels
 from fmextract.moments import MOMENTS, MOST_COMPONENTS, NEAR_ZERO, TOP, Array, folding, merge
 
 __all__ = ["MOMENTS", "TOGETHER", "TOP", "WORKSPACE", "RunningStats", "bytes_held", "covariance_bytes", "merge"]
@@ -36,8 +37,6 @@ _NEVER = torch.iinfo(torch.int64).max
 _COVARIANCE_ROWS = 256  # images that enter the covariance together: by then a product of matrices runs at full speed
 TOGETHER = 1 << 17  # values that enter the statistics together: of fewer, the calls cost more than the arithmetic
 _COLUMNS = 256  # of the covariance that are computed at once
-_SMALL_MAP = 128  # values: below it torch finds the extremes of maps in float64 faster than in float32
-_COUNTED_IN_FLOAT32 = 1 << 24  # values of one map: up to here float32 counts exactly
 
 
 WORKSPACE = 16 * _CPU_BLOCK
@@ -82,7 +81,6 @@ class RunningStats:
         self._next_row = 0
         self._seen = 0  # values of one channel, finite or not
         self._unshifted, self._at_zero = True, False  # whether a channel may have no K yet; whether K is 0 everywhere
-        self._signed = False  # whether a value below zero was seen
         channels = shape[self._axis]
         self._nonfinite = torch.zeros(channels, dtype=torch.int64, device=device)
         self._sum, self._squares, self._zeros, self._near = (self._full(0.0, channels) for _ in range(4))
@@ -175,10 +173,10 @@ class RunningStats:
 
         Returns the highest finite value of each image and channel, (B, C), and whether there may be others than finite.
         """
-        found = self._if_finite(x) if self._may_ask else None
+        found = self._in_one_pass(x) if self._may_ask else None
         masked = found is None
         if found is None:
-            found = self._masked(x)
+            found = self._in_blocks(x)
         self._sum.add_(found.sums.sum(0))
         for held, new in ((self._squares, found.squares), (self._zeros, found.zeros), (self._near, found.near)):
             held.add_(new)
@@ -191,66 +189,35 @@ class RunningStats:
         self._bad_rows = torch.cat([self._bad_rows, first_bad]).sort().values[:NAMED_ROWS]
         return found.peaks, masked
 
-    def _if_finite(self, x: Tensor) -> _Found | None:
-        """What is found of x (B, C, P) where all of it is finite; else None, and nothing has changed but K.
-
-        On a CPU, where fresh memory and calls cost more than the arithmetic: everything on the way is done in place in
-        one block, and every reduction writes to its place in the results. What float32 does exactly is done in it, on
-        half the bytes; sums go over one axis after the other, which torch does faster than over both at once.
+    def _in_one_pass(self, x: Tensor) -> _Found | None:
+        """What is found of x (B, C, P) in memory of the host where all of it is finite, and there is a kernel for it;
+        else None, and nothing has changed but K.
         """
+        if not kernels.are_there() or x.dtype not in (torch.float32, torch.bfloat16):
+            return None
         if self._unshifted:
             first = x[:1].to(self._wide)
             self._shift_by(*_extremes(first, first.isfinite()))
-        kind, few = self._short(x), _planes(x) and x.shape[2] < _SMALL_MAP
-        blocks = list(_blocks(x, _CPU_BLOCK))
-        # Of each result: parts of the positions, images, channels. Several in one tensor, since each view costs a call.
-        shape = (blocks[-1][0] + 1, *x.shape[:2])
-        sums = self._full(0.0, 2, *shape)
-        counts = torch.zeros((2, *shape), dtype=kind)
-        extremes = torch.empty((2, *shape), dtype=self._wide if few else kind)
-        room: _Room | None = None
-        for turn, images, channels, positions in blocks:
-            block = x[images, channels, positions]
-            low, high = extremes[:, turn, images, channels].unbind()
-            total, squares = sums[:, turn, images, channels].unbind()
-            zeros, near = counts[:, turn, images, channels].unbind()
-            if room is None or room.shape != block.shape:
-                room = _Room(block, kind, self._wide)
-            short = block if block.dtype == kind else room.short.copy_(block)
-            wide, flags = room.wide.copy_(short), room.flags
-            _of_maps(torch.amin, wide if few else short, low)
-            _of_maps(torch.amax, wide if few else short, high)
-            if not self._at_zero:
-                wide.sub_(self._shift[channels, None])
-            _of_maps(torch.sum, wide, total)
-            _of_maps(torch.sum, wide.mul_(wide), squares)
-            _of_maps(torch.sum, torch.eq(short, 0, out=flags), zeros)
-            if self._near_zero is not None:
-                size = torch.abs(short, out=flags) if self._signed else short
-                _of_maps(torch.sum, torch.le(size, self._near_zero, out=flags), near)
-        low, high = extremes.unbind()
-        # The extremes of a block with a NaN or an infinity are not finite themselves: no pass of its own to find out.
-        if not math.isfinite((low.sum() + high.sum()).item()):
+        values = x.numpy() if x.dtype == torch.float32 else x.view(torch.int16).numpy().view(np.uint16)
+        found = kernels.moments(values, None if self._at_zero else self._shift.numpy(), self._near_zero)
+        if found is None:
             return None
-        if not self._signed and low.amin() < 0:
-            # Signs were not taken away, as after a ReLU there are none: from now on they are, and here once more.
-            self._signed = True
-            return self._if_finite(x)
-        zeros, near = counts.sum((1, 2), dtype=self._wide).unbind()
         return _Found(
-            sums=sums[0].sum(0),
-            squares=sums[1].sum((0, 1)),
-            zeros=zeros,
-            near=near,
-            low=low.amin((0, 1)).to(self._wide),
-            peaks=high.amax(0).to(self._wide),
+            sums=torch.from_numpy(found.sums),
+            squares=torch.from_numpy(found.squares),
+            zeros=torch.from_numpy(found.zeros),
+            near=torch.from_numpy(found.near),
+            low=torch.from_numpy(found.low),
+            peaks=torch.from_numpy(found.peaks),
             nonfinite=torch.zeros_like(self._nonfinite),
             bad=torch.zeros(len(x), dtype=torch.bool),
         )
 
-    def _masked(self, x: Tensor) -> _Found:
+    def _in_blocks(self, x: Tensor) -> _Found:
         """What is found of the finite values of x (B, C, P). No wait for a device."""
-        channels, kind = x.shape[1], self._short(x)
+        channels = x.shape[1]
+        # Not in bfloat16, which would round the bound of what is near zero.
+        kind = torch.float32 if x.is_floating_point() and x.dtype.itemsize <= 4 else self._wide
         found = _Found(
             sums=self._full(0.0, *x.shape[:2]),
             squares=self._full(0.0, channels),
@@ -264,19 +231,28 @@ class RunningStats:
         for _, images, part, positions in _blocks(x, _CPU_BLOCK if self._may_ask else _DEVICE_BLOCK):
             block = x[images, part, positions]
             wide = block.to(self._wide, copy=True)
-            finite = wide.isfinite()
-            low, high = _extremes(wide, finite)
+            whole = False
+            if self._may_ask:  # the extremes of a block with a NaN or an infinity are not finite themselves
+                low, high = wide.amin((0, 2)), wide.amax(2)
+                whole = math.isfinite((low.sum() + high.sum()).item())
+            if not whole:
+                finite = wide.isfinite()
+                low, high = _extremes(wide, finite)
+                found.nonfinite[part].add_((~finite).sum((0, 2)))
+                found.bad[images].logical_or_(~finite.flatten(1).all(1))
             self._shift_by(low, high, part)
             peaks = found.peaks[images, part]
             torch.maximum(peaks, high, out=peaks)
             found.low[part].copy_(torch.minimum(found.low[part], low))
-            found.nonfinite[part].add_((~finite).sum((0, 2)))
-            found.bad[images].logical_or_(~finite.flatten(1).all(1))
-            found.zeros[part].add_((wide == 0).sum((0, 2)))
+            # As numbers, which torch adds up much faster than truth values. Nothing is true of NaN.
+            short = block.to(kind)
+            flags = torch.empty_like(short)
+            found.zeros[part].add_(torch.eq(short, 0, out=flags).sum((0, 2)))
             if self._near_zero is not None:
-                # Not in bfloat16, which would round the threshold. NaN is under none.
-                found.near[part].add_((block.to(kind).abs() <= self._near_zero).sum((0, 2)))
-            wide.sub_(self._shift[part, None]).masked_fill_(~finite, 0.0)
+                found.near[part].add_(torch.le(short.abs(), self._near_zero, out=flags).sum((0, 2)))
+            wide.sub_(self._shift[part, None])
+            if not whole:
+                wide.masked_fill_(~finite, 0.0)
             found.sums[images, part].add_(wide.sum(2))
             found.squares[part].add_(wide.square_().sum((0, 2)))
         return found
@@ -291,11 +267,6 @@ class RunningStats:
         shift.copy_(torch.where(shift.isnan(), middle, shift))
         self._unshifted = not self._may_ask or bool(self._shift.isnan().any())
         self._at_zero = self._may_ask and not bool(self._shift.any())
-
-    def _short(self, x: Tensor) -> torch.dtype:
-        """float32 where it holds the values of x, and their number in a map, without rounding."""
-        exact = x.is_floating_point() and x.dtype.itemsize <= 4 and x.shape[2] <= _COUNTED_IN_FLOAT32
-        return torch.float32 if exact else self._wide
 
     # ------------------------------------------------------------------------------------ strongest images
 
@@ -451,44 +422,6 @@ class _Found:
     peaks: Tensor
     nonfinite: Tensor
     bad: Tensor
-
-
-class _Room:
-    """Memory of this thread, as blocks in the shape and the order in memory of a block x (b, c, p).
-
-    `short` has the type `kind`, `wide` its own; `flags`, of the type `kind`, shares its memory with `wide`.
-    """
-
-    def __init__(self, x: Tensor, kind: torch.dtype, wide: torch.dtype) -> None:
-        self.shape = x.shape
-        space: Tensor | None = getattr(_of_thread, "space", None)
-        if space is None or space.shape[1] < x.numel():
-            space = torch.empty(2, max(x.numel(), _CPU_BLOCK), dtype=torch.float64)
-            if space.shape[1] == _CPU_BLOCK:  # larger ones are rare, and are not kept
-                _of_thread.space = space
-        self.short, self.wide, self.flags = (
-            _like(x, part, dtype) for part, dtype in ((space[0], kind), (space[1], wide), (space[1], kind))
-        )
-
-
-_of_thread = threading.local()
-
-
-def _like(x: Tensor, space: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room of the shape and the order in memory of the block x (b, c, p), at the beginning of `space`."""
-    b, c, p = x.shape
-    flat = space.view(dtype)[: x.numel()]
-    return flat.view(b, c, p) if _planes(x) else flat.view(b, p, c).transpose(1, 2)
-
-
-def _of_maps(reduce: Callable[..., Tensor], x: Tensor, out: Tensor) -> None:
-    """Reduce the maps of x (b, c, p) to (b, c). Single values are copied: torch takes several times as long to reduce
-    them.
-    """
-    if x.shape[2] > 1:
-        reduce(x, 2, out=out)
-    else:
-        out.copy_(x[:, :, 0])
 
 
 def _extremes(x: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:

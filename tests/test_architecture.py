@@ -21,7 +21,7 @@ ORDER = re.findall(
     r"\S+",
     """
     errors records
-    text config progress channel pool selection heaps moments boxes
+    text config progress channel pool selection heaps moments boxes kernels
     codecs
     store index lock watch feeding reader
     device sources images models axes taps geometry effective reducers stats

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fmextract import moments
+from fmextract import kernels, moments
 from fmextract import stats as module
 from fmextract.moments import COVARIANCE, NEAR_ZERO, EffectiveDimension, effective_dimension, settled
 from fmextract.stats import MOMENTS, TOP, RunningStats, merge
@@ -140,6 +140,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
         "valid": draw(st.none() | st.lists(st.booleans(), min_size=n, max_size=n)),
         "first": draw(st.sampled_from([0, 10**9])),
         "ask": draw(st.booleans()),
+        "kernels": draw(st.booleans()),
     }
 
 
@@ -151,8 +152,8 @@ def test_equal_to_numpy_whatever_the_batches(case: dict[str, Any], size: int, at
         patch.setattr(module, "_DEVICE_BLOCK", size)
         patch.setattr(module, "_COVARIANCE_ROWS", at_once)
         patch.setattr(module, "_COLUMNS", at_once)
-        patch.setattr(module, "_SMALL_MAP", at_once)
-        patch.setattr(module, "_COUNTED_IN_FLOAT32", size)
+        if not case["kernels"]:
+            patch.setattr(kernels, "_library", None)
         got = running(**case).result()
     check(got, brute(case["rows"], case["axes"], case["top"], case["first"], case["valid"]))
 
@@ -345,8 +346,13 @@ def test_what_an_earlier_version_did_not_keep_is_left_out_of_the_whole() -> None
     assert EffectiveDimension.of_attrs(attrs) == effective_dimension(merge([new, new]))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("how", ["contiguous", "channels_last"])
-def test_what_lies_below_zero_may_come_late_or_in_a_later_block(how: str) -> None:
+def test_what_lies_below_zero_may_come_late_or_in_a_later_block(
+    how: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr(kernels, "_library", None)
     rows = torch.randn(6, 8, 60, 60, generator=torch.Generator().manual_seed(0)).relu_()
     rows[3, 5, 59] = -5.0  # far from zero, and not above the bound either
     rows[5, 2, 7] = -BELOW / 2

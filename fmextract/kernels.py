@@ -1,0 +1,101 @@
+"""Loops over the values of activations that neither numpy nor torch does in one pass: `_kernels.c`, compiled.
+
+It is compiled when fmextract is installed, where there is a C compiler. Where it is not there these functions return
+None or False, and the caller does the same with numpy or torch, several times as slowly. They release the GIL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+def _load() -> ctypes.CDLL | None:
+    found = importlib.util.find_spec("fmextract._kernels")
+    if found is None or found.origin is None:
+        return None
+    library = ctypes.CDLL(found.origin)
+    library.fmextract_moments.argtypes = (_POINTER, ctypes.c_int, *[_INT] * 6, _POINTER, _FLOAT, *[_POINTER] * 6)
+    library.fmextract_planes.argtypes = (_POINTER, *[_INT] * 6, _POINTER, _INT)
+    library.fmextract_moments.restype = library.fmextract_planes.restype = None
+    return library
+
+
+_library = _load()
+
+
+def are_there() -> bool:
+    """Whether they were compiled."""
+    return _library is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Of values x (images, channels, positions), in float64: sums of x - shift and highest values (images, channels);
+    sums of (x - shift)^2, lowest values, and how many are 0 and near 0 (channels,).
+    """
+
+    sums: Array
+    peaks: Array
+    squares: Array
+    low: Array
+    zeros: Array
+    near: Array
+
+
+def moments(x: Array, shift: Array | None, near_zero: float | None) -> Moments | None:
+    """Of x (images, channels, positions), float32, or uint16 for the bit patterns of bfloat16.
+
+    `shift` is float64 (channels,), None for zeros; values of at most `near_zero` either side of zero are near it. None
+    where x holds anything else than finite numbers, is of another type, or has neither the positions nor the channels
+    side by side in memory.
+    """
+    if _library is None or x.dtype not in (np.float32, np.uint16) or not all(x.shape):
+        return None
+    images, channels, positions = x.shape
+    steps = [step // x.itemsize for step in x.strides]
+    if positions == 1:
+        steps[2] = 1
+    if 1 not in steps[1:]:
+        return None
+    room = np.zeros((2, images + 2, channels))
+    sums, peaks = room[:, 2:]
+    (squares, low), (zeros, near) = room[:, :2]
+    peaks[:], low[:] = -np.inf, np.inf
+    found = Moments(sums, peaks, squares, low, zeros, near)
+    _library.fmextract_moments(
+        x.ctypes.data,
+        x.dtype == np.uint16,
+        *x.shape,
+        *steps,
+        None if shift is None else np.ascontiguousarray(shift, np.float64).ctypes.data,
+        -1.0 if near_zero is None else near_zero,
+        *(part.ctypes.data for part in (sums, peaks, squares, low, zeros, near)),
+    )
+    return found if np.isfinite(sums).all() else None
+
+
+def byte_planes(x: Array, planes: Array) -> bool:
+    """Write the bytes of x (images, positions, channels), C-contiguous, to `planes`, uint8 (itemsize, values): first
+    bytes first, in the order images, channels, positions. Whether it was done.
+    """
+    if _library is None:
+        return False
+    images, positions, channels = x.shape
+    fit = planes.dtype == np.uint8 and planes.shape == (x.itemsize, x.size) and planes.strides[1] == 1
+    if not (fit and x.flags.c_contiguous):
+        raise ValueError(f"expected C-contiguous values and planes of them, got {x.shape} and {planes.shape}")
+    _library.fmextract_planes(
+        *(x.ctypes.data, images, channels, positions, x.itemsize, *x.strides[:2], planes.ctypes.data),
+        planes.strides[0],
+    )
+    return True
