@@ -8,7 +8,7 @@ setup(
             "fmextract._kernels",
             ["fmextract/_kernels.c"],
             # Sums stay in the order that is written: no fused multiply-add, which not every processor has.
-            extra_compile_args=["-O3", "-ffp-contract=off", "-fvisibility=hidden"],
+            extra_compile_args=["-O3", "-ffp-contract=off"],
             py_limited_api=True,
             optional=True,  # without a compiler the same is done by torch and numpy, in more time
         )

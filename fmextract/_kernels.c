@@ -1,11 +1,10 @@
 /* What a CPU does to every value of an activation, in one pass over memory each. `kernels.py` calls it, and says what
-   goes in and out.
+   goes in and out. A library without anything of Python: a compiler is enough.
 
    Plain loops that compilers vectorise. Sums are in the order that is written here, so that they are the same bits on
-   every processor. Callers see to it that the memory is there: nothing is checked. */
+   every processor. Callers see to it that the memory is there: nothing is checked. A function whose arguments change
+   gets another name, as an old build may lie beside a new kernels.py. */
 
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -19,7 +18,6 @@
 #ifndef FOR_EVERY_PROCESSOR
 #define FOR_EVERY_PROCESSOR
 #endif
-#define PUBLIC __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define LEAST(a, b) ((a) < (b) ? (a) : (b))
 
@@ -121,7 +119,7 @@ INLINE void of_maps(const void *x, int bfloat16, int64_t images, int64_t channel
         }
 }
 
-PUBLIC FOR_EVERY_PROCESSOR void fmextract_moments(
+FOR_EVERY_PROCESSOR void fmextract_moments(
     const void *x, int bfloat16, int64_t images, int64_t channels, int64_t positions, int64_t image_step,
     int64_t channel_step, int64_t position_step, const double *shift, float near_zero, double *sums, double *peaks,
     double *squares, double *low, double *zeros, double *near) {
@@ -151,9 +149,9 @@ INLINE void copy(uint8_t *to, const uint8_t *from, int64_t n) {
         memcpy(to, from, n);
 }
 
-PUBLIC FOR_EVERY_PROCESSOR void fmextract_planes(const uint8_t *x, int64_t images, int64_t channels, int64_t positions,
-                                                 int64_t itemsize, int64_t image_step, int64_t position_step,
-                                                 uint8_t *planes, int64_t plane_step) {
+FOR_EVERY_PROCESSOR void fmextract_planes(
+    const uint8_t *x, int64_t images, int64_t channels, int64_t positions, int64_t itemsize, int64_t image_step,
+    int64_t position_step, uint8_t *planes, int64_t plane_step) {
     uint8_t tiles[2][SIDE * SIDE];
     int64_t width = channels * itemsize;
     for (int64_t image = 0; image < images; image++)
@@ -179,9 +177,3 @@ PUBLIC FOR_EVERY_PROCESSOR void fmextract_planes(const uint8_t *x, int64_t image
                         copy(to + plane * plane_step, tiles[0] + (i + plane) * SIDE, rows);
             }
 }
-
-/* ------------------------------------------------------------------------------------------------------- a module */
-
-static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "fmextract._kernels", 0, -1, 0};
-
-PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&module); }

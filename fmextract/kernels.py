@@ -23,10 +23,14 @@ def _load() -> ctypes.CDLL | None:
     found = importlib.util.find_spec("fmextract._kernels")
     if found is None or found.origin is None:
         return None
-    library = ctypes.CDLL(found.origin)
-    library.fmextract_moments.argtypes = (_POINTER, ctypes.c_int, *[_INT] * 6, _POINTER, _FLOAT, *[_POINTER] * 6)
-    library.fmextract_planes.argtypes = (_POINTER, *[_INT] * 6, _POINTER, _INT)
-    library.fmextract_moments.restype = library.fmextract_planes.restype = None
+    try:
+        library = ctypes.CDLL(found.origin)
+        moments, planes = library.fmextract_moments, library.fmextract_planes
+    except (OSError, AttributeError):  # built on another kind of machine, or of another version
+        return None
+    moments.argtypes = (_POINTER, ctypes.c_int, *[_INT] * 6, _POINTER, _FLOAT, *[_POINTER] * 6)
+    planes.argtypes = (_POINTER, *[_INT] * 6, _POINTER, _INT)
+    moments.restype = planes.restype = None
     return library
 
 
@@ -34,7 +38,7 @@ _library = _load()
 
 
 def are_there() -> bool:
-    """Whether they were compiled."""
+    """Whether they were compiled, here and of this version."""
     return _library is not None
 
 

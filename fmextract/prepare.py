@@ -29,6 +29,7 @@ from fmextract import (
     fusion,
     geometry,
     images,
+    kernels,
     models,
     planning,
     precision,
@@ -309,7 +310,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
     free = estimate.free_space(out)
     stored, needed = _on_disk(cost, layers, -(-rows // shard_rows), out)
     cost = replace(cost, bytes_stored=stored, bytes_needed=needed, bytes_free=free)
-    notes = [*chosen.notes, *left_out, *estimate.advice(layers, cost, rows, free)]
+    notes = [*chosen.notes, *left_out, *_not_compiled(prepared.device), *estimate.advice(layers, cost, rows, free)]
     for note in notes:
         progress.note(note)
     return Plan(
@@ -337,6 +338,13 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
         estimate=cost,
         notes=(*prepared.notes, *notes),
     )
+
+
+def _not_compiled(where: torch.device) -> list[str]:
+    if where.type != "cpu" or kernels.are_there():
+        return []
+    why = "statistics and encoding take longer than they need, as fmextract was installed without a C compiler"
+    return [f"{why}; with gcc or clang on the path, install it again"]
 
 
 def _estimate(

@@ -23,6 +23,9 @@ SIZES = [
 ]
 
 
+compiled = pytest.mark.skipif(not kernels.are_there(), reason="fmextract was installed without a C compiler")
+
+
 def test_they_are_compiled_where_there_is_a_compiler() -> None:
     assert kernels.are_there() or not any(map(shutil.which, ("cc", "gcc", "clang")))
 
@@ -52,6 +55,7 @@ def in_bfloat16(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rounded.view(torch.int16).numpy().view(np.uint16), rounded.float().numpy()
 
 
+@compiled
 @pytest.mark.parametrize("how", ["contiguous", "channels_last", "some of more channels, last", "every second image"])
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("shifted", [False, True])
@@ -75,6 +79,7 @@ def test_moments(how: str, bfloat16: bool, shifted: bool) -> None:
         np.testing.assert_array_equal(found.near, (np.abs(values) <= np.float32(NEAR)).sum((0, 2)))
 
 
+@compiled
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("how", ["contiguous", "channels_last"])
 def test_moments_are_of_finite_values_alone(bad: float, how: str) -> None:
@@ -85,6 +90,7 @@ def test_moments_are_of_finite_values_alone(bad: float, how: str) -> None:
         assert kernels.moments(lying(in_bfloat16(values)[0], how), None, None) is None
 
 
+@compiled
 def test_moments_of_the_largest_values() -> None:
     values = np.full((1, 1, 100), np.finfo(np.float32).max, np.float32)
     found = kernels.moments(values, None, None)
@@ -107,6 +113,7 @@ def test_moments_of_anything_else_are_left_to_others(other: np.ndarray) -> None:
     assert kernels.moments(other, None, None) is None
 
 
+@compiled
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
 def test_byte_planes(dtype: Any) -> None:
     generator = np.random.default_rng(0)
@@ -120,6 +127,7 @@ def test_byte_planes(dtype: Any) -> None:
         assert (room[:, -4:] == 7).all()
 
 
+@compiled
 def test_byte_planes_refuse_what_does_not_fit() -> None:
     values = np.ones((1, 4, 6), np.float32)
     for given, planes in (
@@ -133,6 +141,7 @@ def test_byte_planes_refuse_what_does_not_fit() -> None:
             kernels.byte_planes(given, planes)
 
 
+@compiled
 @pytest.mark.parametrize("codec", ["gzip", "zstd", "lz4"])
 @pytest.mark.parametrize(
     ("dtype", "stored", "options"),

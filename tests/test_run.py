@@ -14,7 +14,7 @@ from runs import OPTIONS, Notes, Tiny, extract, make_photos
 from torch import nn
 
 import fmextract as fm
-from fmextract import estimate, planning
+from fmextract import estimate, kernels, planning
 from fmextract.config import Config
 from fmextract.errors import ConfigError, DeviceLost, NoSpace
 from fmextract.progress import Quiet
@@ -212,6 +212,28 @@ def test_a_plan_foretells_the_bytes(photos: Path, tmp_path: Path) -> None:
     assert plan.estimate.bytes_stored == pytest.approx(plan.estimate.bytes_raw, rel=0.2)  # noise does not compress
     assert plan.estimate.seconds > 0
     assert planning.Plan.from_json(plan.as_json()) == plan
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_compiled_loops_a_run_stores_the_same_and_says_so(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    options: dict[str, Any] = {"precision": precision, "memory_format": "channels_last", "top": 3}
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    said = extract(photos, tmp_path / "with" / "out.h5", **options).notes
+    assert any("C compiler" in note for note in said) is not kernels.are_there()
+    monkeypatch.setattr(kernels, "_library", None)
+    said = extract(photos, tmp_path / "without" / "out.h5", **options).notes
+    assert any("C compiler" in note for note in said)
+    with h5py.File(tmp_path / "with" / "out.h5") as one, h5py.File(tmp_path / "without" / "out.h5") as other:
+        for name in one["layers"]:
+            a, b = (file["layers"][name] for file in (one, other))
+            for i in range(a["activation"].id.get_num_chunks()):
+                at = a["activation"].id.get_chunk_info(i).chunk_offset
+                assert a["activation"].id.read_direct_chunk(at) == b["activation"].id.read_direct_chunk(at)
+            for statistic in a["stats"]:
+                np.testing.assert_allclose(a["stats"][statistic], b["stats"][statistic], rtol=1e-12, atol=1e-14)
 
 
 def test_several_shards_in_one_file_need_twice_the_room(photos: Path, tmp_path: Path) -> None:
