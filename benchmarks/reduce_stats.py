@@ -5,21 +5,20 @@ images in all, after a ReLU. Reported is CPU time, so that other work on the mac
 beside it what it costs on the same machine to copy the bytes once and to sum them once.
 
 Measured with torch 2.14 on two shared cores of an x86-64 server (Sapphire Rapids, 2 MiB of L2 a core), one thread, the
-least of several runs beside other work; ms an image, and what it was before reductions wrote to their places and masks
-were left out:
+least of several runs; ms an image, and what it is where the loops of `kernels` are not compiled (`--without-kernels`):
 
-| | moments | before | with the top 9 | before |
+| | moments | without | with the top 9 | without |
 |---|--:|--:|--:|--:|
-| float32 contiguous | 4.2 | 5.8 | 5.6 | 7.0 |
-| float32 channels_last | 4.4 | 5.8 | 7.1 | 8.5 |
-| bfloat16 contiguous | 4.2 | 6.1 | 5.5 | 7.5 |
-| bfloat16 channels_last | 4.3 | 6.3 | 6.3 | 8.4 |
+| float32 contiguous | 2.5 | 12 | 3.7 | 19 |
+| float32 channels_last | 2.8 | 11 | 6.2 | 19 |
+| bfloat16 contiguous | 2.0 | 13 | 3.5 | 19 |
+| bfloat16 channels_last | 2.4 | 12 | 4.5 | 17 |
 
-The block: against 2^17 values, 2^16 and 2^18 cost up to 1.2 times (calls of torch, and misses of L2), 2^15 twice.
-What was tried: torch's own sum to float64 1.1 GB/s, count_nonzero 1.0, aminmax 1.8, vector_norm of order 0 1.0, against
-15 to 40 GB/s for each in-place step on a block that was widened before; fresh memory for `x - K` nearly doubled it all.
-On busy cores two threads for one operation wait for each other: 108 ms of wall time an image, where a pool of two
-threads, each with one torch thread and a layer at a time, took 18 ms.
+Without kernels: against blocks of 2^17 values, 2^16 and 2^18 cost up to 1.2 times (calls of torch, and misses of L2),
+2^15 twice. What was tried: torch's own sum to float64 1.1 GB/s, count_nonzero 1.0, aminmax 1.8, vector_norm of order 0
+1.0, against 15 to 40 GB/s for each in-place step on a block that was widened before. On busy cores two threads for one
+operation wait for each other: 108 ms of wall time an image, where a pool of two threads, each with one torch thread and
+a layer at a time, took 18 ms.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from collections.abc import Callable
 
 import torch
 
-from fmextract import stats
+from fmextract import kernels, precision, stats
 from fmextract.stats import RunningStats
 
 RESNET50 = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
@@ -63,8 +62,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--top", type=int, default=9)
     parser.add_argument("--block", type=int, default=stats._CPU_BLOCK, help="values in a block")
+    parser.add_argument("--without-kernels", action="store_true", help="as where there was no C compiler")
     options = parser.parse_args()
+    if options.without_kernels:
+        kernels._library = None
     torch.set_num_threads(options.threads)
+    precision.keep_freed_memory()  # as in a run
     stats._CPU_BLOCK = options.block
     print(f"threads {options.threads}, block {options.block}; CPU ms an image")
     print(f"{'type':9} {'layout':14} {'moments':>8} {f'+ top {options.top}':>8} {'copy':>6} {'sum':>6} {'GB/s':>6}")

@@ -138,6 +138,22 @@ FOR_EVERY_PROCESSOR void fmextract_moments(
     }
 }
 
+/* -------------------------------------------------------------------------------------------------------- places */
+
+/* Where a map first holds a value. */
+INLINE int64_t place_of(double value, const void *x, int bfloat16, int64_t at, int64_t positions, int64_t step) {
+    for (int64_t position = 0; position < positions; position++)
+        if (value_at(x, at + position * step, bfloat16) == value) return position;
+    return 0;
+}
+
+void fmextract_places(const void *x, int bfloat16, int64_t positions, int64_t step, int64_t n, const int64_t *starts,
+                      const double *values, int64_t *places) {
+    for (int64_t i = 0; i < n; i++)
+        places[i] = bfloat16 ? place_of(values[i], x, 1, starts[i], positions, step)
+                             : place_of(values[i], x, 0, starts[i], positions, step);
+}
+
 /* --------------------------------------------------------------------------------------------------- byte planes */
 
 enum { SIDE = 64 };

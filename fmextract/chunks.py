@@ -153,17 +153,16 @@ def as_array(piece: torch.Tensor, channels_last: bool = False) -> np.ndarray[Any
     """
     if piece.dtype == torch.bfloat16:
         return as_array(piece.view(torch.int16), channels_last).view(np.uint16)
-    if piece.is_contiguous() or piece.ndim < 3:
+    if piece.is_contiguous() or piece.ndim < 3 or piece.stride(1) != 1:
         return piece.contiguous().numpy()
-    pixels = piece.movedim(1, -1)
-    if pixels.stride(-1) != 1:
-        return piece.contiguous().numpy()
-    if channels_last:  # those of some of the channels are brought together, which costs next to nothing
-        return pixels.contiguous().flatten(1, -2).numpy().transpose(0, 2, 1)
+    if channels_last:  # by numpy, which does not give the GIL away for each of these, as torch does
+        pixels = np.moveaxis(piece.numpy(), 1, -1)
+        return pixels.reshape(len(piece), math.prod(piece.shape[2:]), piece.shape[1]).transpose(0, 2, 1)
     # One image at a time, as the transpose of a matrix: torch does that in blocks, two to five times as fast as
-    # `contiguous` (docs/performance.md), where the rows of the matrix follow each other.
+    # `contiguous` (docs/performance.md), where the rows of the matrix follow each other. Those of some of the channels
+    # are brought together first.
     made = torch.empty(piece.shape, dtype=piece.dtype)
-    for planes, image in zip(made.flatten(2), pixels, strict=True):
+    for planes, image in zip(made.flatten(2), piece.movedim(1, -1), strict=True):
         planes.copy_(image.contiguous().flatten(0, -2).t())
     return made.numpy()
 

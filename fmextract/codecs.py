@@ -117,7 +117,7 @@ def encode(
 
     The `pieces`, one after the other, are the start of the chunk; the rest is the fill value (NaN, or 0 for integers).
     They are C-contiguous, or, if `takes_channels_last`, (images, channels, positions) in which channels lie side by
-    side: C-contiguous once the last two axes are exchanged. They have the type of the disk, or are float16 to widen to
+    side. They have the type of the disk, or are float16 to widen to
     float32, float32 to narrow to float16 (what overflows becomes infinite: count it before), or with `bfloat16` the
     uint16 bit patterns of bfloat16. `keep_bits` rounds floats to that many mantissa bits. The pieces are not modified.
 
@@ -136,14 +136,15 @@ def encode(
         if end > values:
             raise ValueError(f"expected at most {values} values in a chunk, got {end} or more")
         by_pixels = piece.ndim == 3 and not piece.flags.c_contiguous and takes_channels_last(codec)
-        lying = piece.transpose(0, 2, 1) if by_pixels else piece
-        part = _words(lying, kind, keep_bits, bfloat16)
+        if not (by_pixels or piece.flags.c_contiguous):
+            raise ValueError("expected C-contiguous pieces")
+        part = _words(piece.transpose(0, 2, 1) if by_pixels else piece.reshape(-1), kind, keep_bits, bfloat16)
         if planes is None:
             _join(part, words[start:end])
-        elif not by_pixels:
-            _scatter(part, planes[zeros:, start:end])
+        elif by_pixels:
+            kernels.byte_planes(part, planes[zeros:, start:end])
         else:
-            kernels.byte_planes(part.reshape(lying.shape), planes[zeros:, start:end])
+            _scatter(part, planes[zeros:, start:end])
     if end < values:
         fill = fill_value(kind).view(words.dtype)
         if planes is None:
@@ -166,35 +167,34 @@ def fill_value(dtype: npt.DTypeLike) -> Any:
     return np.full((), np.nan if kind.kind == "f" else 0, kind)[()]
 
 
-def _words(piece: Array, kind: np.dtype[Any], keep_bits: int | None, bfloat16: bool) -> Array:
-    """The bit patterns of a piece as `kind`, flat unsigned; narrower words are the upper parts of the values."""
-    if not piece.flags.c_contiguous:
-        raise ValueError("expected C-contiguous pieces")
-    flat = piece.reshape(-1)
+def _words(values: Array, kind: np.dtype[Any], keep_bits: int | None, bfloat16: bool) -> Array:
+    """The bit patterns of `values` as `kind`, unsigned, in the same shape; narrower words are the upper parts of the
+    values.
+    """
     if bfloat16:
-        if flat.dtype != np.uint16 or kind.name not in ("float32", "float16"):
-            raise ValueError(f"expected bfloat16 as uint16 for float32 or float16, got {flat.dtype} for {kind}")
+        if values.dtype != np.uint16 or kind.name not in ("float32", "float16"):
+            raise ValueError(f"expected bfloat16 as uint16 for float32 or float16, got {values.dtype} for {kind}")
         if keep_bits is not None and keep_bits < BFLOAT16_MANTISSA:
-            flat = _round_words(flat, BFLOAT16_MANTISSA, keep_bits)
+            values = _round_words(values, BFLOAT16_MANTISSA, keep_bits)
         if kind.name == "float32":
-            return flat
-        wide = np.empty(flat.size, np.uint32)
-        _join(flat, wide)
-        flat = wide.view(np.float32)
-    elif flat.dtype == kind or (flat.dtype == bool and kind == np.uint8):
+            return values
+        wide = np.empty(values.shape, np.uint32)
+        _join(values, wide)
+        values = wide.view(np.float32)
+    elif values.dtype == kind or (values.dtype == bool and kind == np.uint8):
         pass
-    elif {flat.dtype.name, kind.name} != {"float16", "float32"}:
-        raise ValueError(f"expected a piece of {kind}, got {flat.dtype}")
+    elif {values.dtype.name, kind.name} != {"float16", "float32"}:
+        raise ValueError(f"expected a piece of {kind}, got {values.dtype}")
     # Round where the type is wider: before narrowing (one rounding, not two), after widening.
-    if flat.dtype.itemsize > kind.itemsize and keep_bits is not None:
-        flat = round_mantissa(flat, keep_bits)
-    given = MANTISSA.get(flat.dtype.name, 0)
-    if flat.dtype.kind == "f" and flat.dtype != kind:
+    if values.dtype.itemsize > kind.itemsize and keep_bits is not None:
+        values = round_mantissa(values, keep_bits)
+    given = MANTISSA.get(values.dtype.name, 0)
+    if values.dtype.kind == "f" and values.dtype != kind:
         with np.errstate(over="ignore", under="ignore"):
-            flat = flat.astype(kind)
-    if keep_bits is not None and keep_bits < given and flat.dtype.kind == "f":
-        flat = round_mantissa(flat, keep_bits)
-    return flat.view(_WORDS[kind.itemsize])
+            values = values.astype(kind)
+    if keep_bits is not None and keep_bits < given and values.dtype.kind == "f":
+        values = round_mantissa(values, keep_bits)
+    return values.view(_WORDS[kind.itemsize])
 
 
 def _scatter(words: Array, planes: Array) -> None:
@@ -219,7 +219,7 @@ def _scatter(words: Array, planes: Array) -> None:
 
 
 def _join(words: Array, out: Array) -> None:
-    """Copy `words` to `out`, unsigned (n,), as the upper part of each value."""
+    """Copy `words` to `out`, unsigned and of the same shape, as the upper part of each value."""
     np.copyto(out, words)
     if words.itemsize < out.itemsize:
         out <<= out.dtype.type(8 * (out.itemsize - words.itemsize))
@@ -396,10 +396,10 @@ def _is_noise(plane: Array) -> bool:
     step = plane.size // _SAMPLE | 1  # odd: not in step with rows of 2^k values
     if step < 3:  # too small to gain from asking
         return False
-    sample = plane[::step]
-    counts = np.bincount(sample, minlength=256)
-    if counts[0] > (1 - _NOISE_NONZERO) * len(sample):
+    sample = plane[::step].copy()
+    if len(sample) - np.count_nonzero(sample) > (1 - _NOISE_NONZERO) * len(sample):
         return False  # as after a ReLU: known without the entropy
+    counts = np.bincount(sample, minlength=256)
     entropy = math.log2(len(sample)) - _weights().take(counts).sum() / len(sample)
     return bool(entropy > _NOISE_ENTROPY)
 

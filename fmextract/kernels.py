@@ -25,12 +25,13 @@ def _load() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(found.origin)
-        moments, planes = library.fmextract_moments, library.fmextract_planes
+        moments, places, planes = library.fmextract_moments, library.fmextract_places, library.fmextract_planes
     except (OSError, AttributeError):  # built on another kind of machine, or of another version
         return None
     moments.argtypes = (_POINTER, ctypes.c_int, *[_INT] * 6, _POINTER, _FLOAT, *[_POINTER] * 6)
+    places.argtypes = (_POINTER, ctypes.c_int, *[_INT] * 3, *[_POINTER] * 3)
     planes.argtypes = (_POINTER, *[_INT] * 6, _POINTER, _INT)
-    moments.restype = planes.restype = None
+    moments.restype = places.restype = planes.restype = None
     return library
 
 
@@ -88,16 +89,33 @@ def moments(x: Array, shift: Array | None, near_zero: float | None) -> Moments |
     return found if np.isfinite(sums).all() else None
 
 
+def places(x: Array, images: Array, channels: Array, values: Array) -> Array | None:
+    """The first position, int64 (n,), at which x[images[i], channels[i]] is values[i], float64 (n,); 0 if it never is.
+
+    x as for `moments`, in any layout.
+    """
+    if _library is None or x.dtype not in (np.float32, np.uint16):
+        return None
+    steps = [step // x.itemsize for step in x.strides]
+    starts = np.ascontiguousarray(images * steps[0] + channels * steps[1], np.int64)
+    wanted, found = np.ascontiguousarray(values, np.float64), np.empty(len(starts), np.int64)
+    _library.fmextract_places(
+        *(x.ctypes.data, x.dtype == np.uint16, x.shape[2], steps[2], len(starts), starts.ctypes.data),
+        *(wanted.ctypes.data, found.ctypes.data),
+    )
+    return found
+
+
 def byte_planes(x: Array, planes: Array) -> bool:
-    """Write the bytes of x (images, positions, channels), C-contiguous, to `planes`, uint8 (itemsize, values): first
-    bytes first, in the order images, channels, positions. Whether it was done.
+    """Write the bytes of x (images, positions, channels), channels side by side in memory, to `planes`, uint8
+    (itemsize, values): first bytes first, in the order images, channels, positions. Whether it was done.
     """
     if _library is None:
         return False
     images, positions, channels = x.shape
     fit = planes.dtype == np.uint8 and planes.shape == (x.itemsize, x.size) and planes.strides[1] == 1
-    if not (fit and x.flags.c_contiguous):
-        raise ValueError(f"expected C-contiguous values and planes of them, got {x.shape} and {planes.shape}")
+    if not fit or (channels > 1 and x.strides[2] != x.itemsize):
+        raise ValueError(f"expected channels side by side, and planes of them, got {x.shape} and {planes.shape}")
     _library.fmextract_planes(
         *(x.ctypes.data, images, channels, positions, x.itemsize, *x.strides[:2], planes.ctypes.data),
         planes.strides[0],

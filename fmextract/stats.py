@@ -198,8 +198,7 @@ class RunningStats:
         if self._unshifted:
             first = x[:1].to(self._wide)
             self._shift_by(*_extremes(first, first.isfinite()))
-        values = x.numpy() if x.dtype == torch.float32 else x.view(torch.int16).numpy().view(np.uint16)
-        found = kernels.moments(values, None if self._at_zero else self._shift.numpy(), self._near_zero)
+        found = kernels.moments(_numbers(x), None if self._at_zero else self._shift.numpy(), self._near_zero)
         if found is None:
             return None
         return _Found(
@@ -280,13 +279,17 @@ class RunningStats:
         values, order = (t[:, : self._k] for t in values.sort(dim=1, descending=True, stable=True))
         entered = (order >= self._k) & (values > -torch.inf)
         held, image = order.clamp(max=self._k - 1), (order - self._k).clamp(min=0)
-        positions = self._positions(x, image, channels[:, None].expand_as(image), entered, masked)
+        positions = self._positions(x, peaks, image, channels[:, None].expand_as(image), entered, masked)
         self._top_value[channels] = values
         self._top_row[channels] = torch.where(entered, numbers[image], self._top_row[channels].gather(1, held))
         self._top_position[channels] = torch.where(entered, positions, self._top_position[channels].gather(1, held))
 
-    def _positions(self, x: Tensor, image: Tensor, channel: Tensor, wanted: Tensor, masked: bool) -> Tensor:
-        """The first place of the highest finite value of x[image, channel], (…), at least where `wanted`."""
+    def _positions(
+        self, x: Tensor, peaks: Tensor, image: Tensor, channel: Tensor, wanted: Tensor, masked: bool
+    ) -> Tensor:
+        """The first place of the highest finite value, peaks[image, channel], of x[image, channel], (…), at least where
+        `wanted`.
+        """
         positions = torch.zeros_like(image)
         if not self._may_ask:
             places = max(1, _DEVICE_BLOCK // (x.shape[1] * x.shape[2]))  # so many at a time bound the copy
@@ -295,10 +298,17 @@ class RunningStats:
                 maps = _finite_or_lowest(x[image[:, some], channel[:, some]])
                 positions[:, some] = _first_highest(maps.flatten(0, 1)).view(maps.shape[:2])
             return positions
+        if not masked:
+            images, channels = image[wanted], channel[wanted]
+            found = kernels.places(
+                _numbers(x), images.numpy(), channels.numpy(), peaks[images, channels].double().numpy()
+            )
+            assert found is not None  # of what is not masked `kernels` gave the peaks
+            positions[wanted] = torch.from_numpy(found)
+            return positions
         for i in image[wanted].unique().tolist():
             here = wanted & (image == i)
-            maps = x[i].index_select(0, channel[here])
-            positions[here] = _first_highest(_finite_or_lowest(maps) if masked else maps)
+            positions[here] = _first_highest(_finite_or_lowest(x[i].index_select(0, channel[here])))
         return positions
 
     def _top(self) -> dict[str, Array]:
@@ -422,6 +432,11 @@ class _Found:
     peaks: Tensor
     nonfinite: Tensor
     bad: Tensor
+
+
+def _numbers(x: Tensor) -> Array:
+    """The values of x, float32 or bfloat16, as `kernels` takes them."""
+    return x.numpy() if x.dtype == torch.float32 else x.view(torch.int16).numpy().view(np.uint16)
 
 
 def _extremes(x: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:

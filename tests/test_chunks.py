@@ -29,5 +29,5 @@ def test_any_order_in_memory(dtype: torch.dtype, shape: tuple[int, ...]) -> None
         assert array.flags.c_contiguous, name
         np.testing.assert_array_equal(array, expected, err_msg=name)
         lying = chunks.as_array(laid_out, channels_last=True)
-        assert lying.flags.c_contiguous or lying.transpose(0, 2, 1).flags.c_contiguous, name
+        assert lying.flags.c_contiguous or lying.shape[1] == 1 or lying.strides[1] == lying.itemsize, name
         np.testing.assert_array_equal(lying.reshape(shape), expected, err_msg=name)

@@ -34,6 +34,7 @@ def test_without_them_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_library", None)
     assert not kernels.are_there()
     assert kernels.moments(np.ones((1, 2, 3), np.float32), None, None) is None
+    assert kernels.places(np.ones((1, 2, 3), np.float32), np.zeros(1, int), np.zeros(1, int), np.ones(1)) is None
     assert not kernels.byte_planes(np.ones((1, 2, 3), np.float32), np.empty((4, 6), np.uint8))
     assert not codecs.takes_channels_last("gzip")
 
@@ -114,6 +115,20 @@ def test_moments_of_anything_else_are_left_to_others(other: np.ndarray) -> None:
 
 
 @compiled
+@pytest.mark.parametrize("how", ["contiguous", "channels_last", "every second image"])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_places(how: str, bfloat16: bool) -> None:
+    generator = np.random.default_rng(0)
+    for shape in SIZES:
+        values = generator.integers(-3, 4, shape).astype(np.float32)  # exact in bfloat16, and seldom once in a map
+        images, channels = (generator.integers(0, size, 20) for size in shape[:2])
+        peaks = values.max(2)[images, channels].astype(np.float64)
+        found = kernels.places(lying(in_bfloat16(values)[0] if bfloat16 else values, how), images, channels, peaks)
+        np.testing.assert_array_equal(found, values[images, channels].argmax(1))
+    assert kernels.places(np.ones((1, 2, 3)), np.zeros(1, int), np.zeros(1, int), np.ones(1)) is None
+
+
+@compiled
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.uint64])
 def test_byte_planes(dtype: Any) -> None:
     generator = np.random.default_rng(0)
@@ -123,6 +138,11 @@ def test_byte_planes(dtype: Any) -> None:
         assert kernels.byte_planes(values.view(dtype)[..., 0], room[:, 2:-4])
         expected = values.transpose(3, 0, 2, 1).reshape(values.shape[-1], -1)
         np.testing.assert_array_equal(room[:, 2:-4], expected)
+        part = values.view(dtype)[..., 0][::-1, ::-1, channels // 2 :]
+        apart = np.empty((values.shape[-1], part.size), np.uint8)
+        assert kernels.byte_planes(part, apart)
+        expected = values[::-1, ::-1, channels // 2 :].transpose(3, 0, 2, 1).reshape(values.shape[-1], -1)
+        np.testing.assert_array_equal(apart, expected)
         assert (room[:, :2] == 7).all()
         assert (room[:, -4:] == 7).all()
 
@@ -131,7 +151,7 @@ def test_byte_planes(dtype: Any) -> None:
 def test_byte_planes_refuse_what_does_not_fit() -> None:
     values = np.ones((1, 4, 6), np.float32)
     for given, planes in (
-        (values[:, ::2], np.empty((4, 12), np.uint8)),
+        (values[:, :, ::2], np.empty((4, 12), np.uint8)),
         (values, np.empty((4, 23), np.uint8)),
         (values, np.empty((2, 24), np.uint8)),
         (values, np.empty((4, 48), np.uint8)[:, ::2]),
@@ -166,3 +186,5 @@ def test_a_chunk_is_the_same_in_any_layout(codec: str, dtype: str, stored: str, 
     assert not last.flags.c_contiguous
     assert codecs.encode([last[:1], values[1:]], **settings) == expected
     assert codecs.encode([last], **settings) == expected
+    some = lying(values, "some of more channels, last")
+    assert codecs.encode([some], **settings) == expected
