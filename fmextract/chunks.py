@@ -151,6 +151,7 @@ def as_array(piece: torch.Tensor, channels_last: bool = False) -> np.ndarray[Any
 
     With `channels_last`, channels that lie side by side are left so: (n, channels, positions).
     """
+    piece = piece.resolve_neg()
     if piece.dtype == torch.bfloat16:
         return as_array(piece.view(torch.int16), channels_last).view(np.uint16)
     if piece.is_contiguous() or piece.ndim < 3 or piece.stride(1) != 1:

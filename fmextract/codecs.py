@@ -191,7 +191,7 @@ def _words(values: Array, kind: np.dtype[Any], keep_bits: int | None, bfloat16: 
     given = MANTISSA.get(values.dtype.name, 0)
     if values.dtype.kind == "f" and values.dtype != kind:
         with np.errstate(over="ignore", under="ignore"):
-            values = values.astype(kind)
+            values = values.astype(kind, order="C")
     if keep_bits is not None and keep_bits < given and values.dtype.kind == "f":
         values = round_mantissa(values, keep_bits)
     return values.view(_WORDS[kind.itemsize])

@@ -56,7 +56,7 @@ def encode_sample(
         piece = tensor[:rows].float() if layer.dtype == "float16" else tensor[:rows]
         half = piece.dtype == torch.bfloat16
         payload = codecs.encode(
-            [as_array(piece.cpu())],
+            [as_array(piece.cpu(), codecs.takes_channels_last(codec))],
             codec=codec,
             level=level,
             dtype=layer.dtype,

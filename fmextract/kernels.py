@@ -77,12 +77,13 @@ def moments(x: Array, shift: Array | None, near_zero: float | None) -> Moments |
     (squares, low), (zeros, near) = room[:, :2]
     peaks[:], low[:] = -np.inf, np.inf
     found = Moments(sums, peaks, squares, low, zeros, near)
+    shifts = None if shift is None else np.ascontiguousarray(shift, np.float64)
     _library.fmextract_moments(
         x.ctypes.data,
         x.dtype == np.uint16,
         *x.shape,
         *steps,
-        None if shift is None else np.ascontiguousarray(shift, np.float64).ctypes.data,
+        None if shifts is None else shifts.ctypes.data,
         -1.0 if near_zero is None else near_zero,
         *(part.ctypes.data for part in (sums, peaks, squares, low, zeros, near)),
     )

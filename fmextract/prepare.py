@@ -35,6 +35,7 @@ from fmextract import (
     precision,
     reducers,
     taps,
+    text,
     workers,
 )
 from fmextract.compiled import CompiledCapture
@@ -344,7 +345,7 @@ def _not_compiled(where: torch.device) -> list[str]:
     if where.type != "cpu" or kernels.are_there():
         return []
     why = "statistics and encoding take longer than they need, as fmextract was installed without a C compiler"
-    return [f"{why}; with gcc or clang on the path, install it again"]
+    return [f"{why}; with gcc or clang on the path, install it again (by pip with --no-cache-dir)"]
 
 
 def _estimate(
@@ -485,7 +486,10 @@ def _effective_sizes(prepared: Prepared, chosen: choose.Chosen) -> tuple[Sequenc
             stop=prepared.stop,
             seconds=seconds,
         )
-    return sizes, []
+    captured = zip(prepared.probed, prepared.captured, sizes, strict=True)
+    without = [p.tap.name for p, c, size in captured if size is None and {"y", "x"} <= set(c.axes)]
+    why = "the model has no gradient there, or fails when it is asked for one"
+    return sizes, [f"no effective receptive field of {text.some(without)}: {why}"] if without else []
 
 
 def _layer_spec(

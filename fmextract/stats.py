@@ -36,6 +36,7 @@ _DEVICE_BLOCK = 1 << 24  # values: enough to fill an accelerator, small beside i
 _NEVER = torch.iinfo(torch.int64).max
 _COVARIANCE_ROWS = 256  # images that enter the covariance together: by then a product of matrices runs at full speed
 TOGETHER = 1 << 17  # values that enter the statistics together: of fewer, the calls cost more than the arithmetic
+_COUNTED_IN_FLOAT32 = 1 << 24  # values of one map: up to here float32 counts exactly
 _COLUMNS = 256  # of the covariance that are computed at once
 
 
@@ -115,8 +116,9 @@ class RunningStats:
             rows, numbers = (torch.cat([t[one] for one in keep]) for t in (rows, numbers))
         if rows.numel() == 0:
             return
+        rows = rows.detach().resolve_neg()
         # Copied where it waits: it may be a view of something large.
-        self._waiting.append((rows.detach() if rows.numel() >= TOGETHER else rows.detach().clone(), numbers))
+        self._waiting.append((rows if rows.numel() >= TOGETHER else rows.clone(), numbers))
         if sum(batch.numel() for batch, _ in self._waiting) >= TOGETHER:
             self._enter()
 
@@ -216,7 +218,8 @@ class RunningStats:
         """What is found of the finite values of x (B, C, P). No wait for a device."""
         channels = x.shape[1]
         # Not in bfloat16, which would round the bound of what is near zero.
-        kind = torch.float32 if x.is_floating_point() and x.dtype.itemsize <= 4 else self._wide
+        exact = x.is_floating_point() and x.dtype.itemsize <= 4 and x.shape[2] <= _COUNTED_IN_FLOAT32
+        kind = torch.float32 if exact else self._wide
         found = _Found(
             sums=self._full(0.0, *x.shape[:2]),
             squares=self._full(0.0, channels),

@@ -25,6 +25,7 @@ from torch import nn
 
 from fmextract.axes import AxisTracer, image_axes, name_axes, without_batch
 from fmextract.errors import CaptureError, LayerError
+from fmextract.text import some
 
 ROOT = "(model)"  # how the model itself is called as a layer; as a selector it is "."
 
@@ -350,7 +351,7 @@ def _matching_modules(selector: Selector, seen: Survey) -> list[str]:
     called = {seen.aliases.get(path, path) for path in matches} & set(order)
     if not called:
         raise LayerError(
-            f"{selector.text!r} matches {_some(matches)}, which the forward pass never calls"
+            f"{selector.text!r} matches {some(matches)}, which the forward pass never calls"
             " (its parent may use the weights directly, or it is a part of another mode)."
             f"{_closest(base, list(order))}"
         )
@@ -367,14 +368,10 @@ def _numbered_module(selector: Selector, kind: str, number: int, seen: Survey) -
     return paths[number]
 
 
-def _some(names: Sequence[str], most: int = 4) -> str:
-    return ", ".join(repr(n) for n in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _closest(wanted: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(wanted, known, n=4, cutoff=0.5)
     close += [name for name in known if wanted.strip("*?") and wanted.strip("*?") in name and name not in close][:4]
-    return f" Closest: {_some(close)}." if close else ""
+    return f" Closest: {some(close)}." if close else ""
 
 
 def _taps_of(selector: Selector, module: str, seen: Survey) -> list[Tap]:
@@ -392,7 +389,7 @@ def _taps_of(selector: Selector, module: str, seen: Survey) -> list[Tap]:
         depth = len(selector.member)
         chosen = [info for info in infos if selector.member in (info.path[:depth], info.names[:depth])]
         if not chosen:
-            there = _some([_bracketed(info.names) or "one tensor" for info in infos]) if infos else "no tensor at all"
+            there = some([_bracketed(info.names) or "one tensor" for info in infos]) if infos else "no tensor at all"
             side = "input" if selector.tap == "in" else "output"
             raise LayerError(f"{selector.text!r}: no such tensor in the {side} of {module!r}; it has {there}")
         for info in chosen:

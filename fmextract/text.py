@@ -58,6 +58,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def some(names: Sequence[str], most: int = 4) -> str:
+    """The first of `names`, quoted, and how many more there are."""
+    return ", ".join(repr(n) for n in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def table(
     head: Sequence[str], rows: Sequence[Sequence[object]], *, right: Collection[str] = (), width: int | None = None
 ) -> str:

@@ -23,6 +23,8 @@ def test_any_order_in_memory(dtype: torch.dtype, shape: tuple[int, ...]) -> None
         "reversed": values.permute(*reversed(range(values.ndim))).contiguous().permute(*reversed(range(values.ndim))),
         "every second": torch.repeat_interleave(values, 2, 1)[:, ::2],
     }
+    if dtype.is_floating_point:
+        orders["negated when it is read"] = torch._neg_view((-values).movedim(1, -1).contiguous().movedim(-1, 1))
     expected = values.view(torch.int16).numpy().view(np.uint16) if dtype == torch.bfloat16 else values.numpy()
     for name, laid_out in orders.items():
         array = chunks.as_array(laid_out)

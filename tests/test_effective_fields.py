@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import Notes, extract, make_photos
+import torch
+from runs import Notes, Tiny, extract, make_photos
 
 from fmextract import prepare, reader
 from fmextract.errors import ConfigError
@@ -40,6 +41,20 @@ def test_auto_leaves_out_what_would_be_much_of_the_run(
     found, notes = measured(photos, tmp_path / "always.h5", effective_fields="always")
     assert found["conv"] == 3.0
     assert "--effective-fields" not in notes
+
+
+class NoGradient(Tiny):
+    """Its ReLU and what follows have no gradient."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.fc(self.relu(self.conv(x).detach()).mean((2, 3)))
+        return made
+
+
+def test_what_has_no_gradient_is_named(photos: Path, tmp_path: Path) -> None:
+    found, notes = measured(photos, tmp_path / "acts.h5", model=NoGradient())
+    assert found == {"conv": 3.0, "relu": None, "fc": None}
+    assert "no effective receptive field of 'relu'" in notes
 
 
 def test_never(photos: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_moments(how: str, bfloat16: bool, shifted: bool) -> None:
         values[generator.random(shape) < 0.3] = 0.0
         values = lying(values, how)
         values, given = in_bfloat16(values)[::-1] if bfloat16 else (values, values)
-        shift = generator.normal(size=shape[1]) if shifted else None
+        shift = generator.normal(size=(shape[1], 2))[:, 0] if shifted else None
         found = kernels.moments(lying(given, how), shift, NEAR)
         assert found is not None
         wide = values.astype(np.float64)
@@ -188,3 +188,5 @@ def test_a_chunk_is_the_same_in_any_layout(codec: str, dtype: str, stored: str, 
     assert codecs.encode([last], **settings) == expected
     some = lying(values, "some of more channels, last")
     assert codecs.encode([some], **settings) == expected
+    spread = np.broadcast_to(values[:, :, :1].copy(), values.shape)  # as of a vector that was expanded
+    assert codecs.encode([spread], **settings) == codecs.encode([spread.copy()], **settings)

@@ -361,6 +361,16 @@ def test_what_lies_below_zero_may_come_late_or_in_a_later_block(
         check(running(rows, ("channel", "y", "x"), cuts=[2, 4]).result(), brute(rows, ("channel", "y", "x"), 3))
 
 
+def test_more_values_of_a_map_than_float32_counts() -> None:
+    rows = torch.zeros(1, 1, (1 << 24) + 3, dtype=torch.float16)
+    assert running(rows, ("channel", "x"), top=0).result()["zero_fraction"] == 1.0
+
+
+def test_a_view_that_is_negated_when_it_is_read() -> None:
+    rows = torch._neg_view(torch.randn(4, 8, 64, 64))
+    check(running(rows, ("channel", "y", "x")).result(), brute(rows.resolve_neg(), ("channel", "y", "x"), 3))
+
+
 def test_without_a_threshold_nothing_is_near_zero() -> None:
     assert NEAR_ZERO not in running(torch.ones(3, 2), ("feature",), near_zero=None).result()
 
