@@ -119,9 +119,9 @@ def test_a_stream_longer_than_its_values_comes_all_the_same(
 
 def test_what_encoding_raises_is_raised_here(two: workers.Workers, tmp_path: Path) -> None:
     made = plan(tmp_path)
-    encode = two.encoder(replace(made, codec="unheard of"))
+    encode = two.encoder(replace(made, level=99))
     for _ in range(3):  # as often as there are processes, and once more: they are still there
-        with pytest.raises(ConfigError, match="unknown codec 'unheard of'"):
+        with pytest.raises(ConfigError, match="levels 0 to 3, got 99"):
             encode(cut(made))
 
 
