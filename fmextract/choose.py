@@ -349,6 +349,7 @@ def _batch_size(
         started + SHARE_OF_RUN * question.rows * taken.seconds, now + (0.0 if kind == "cpu" else LEAST_MEASURING)
     )
     measured: dict[int, float] = {}
+    too_much = ""
     with _running(question, name):
         while size <= most and (
             time.perf_counter() + (PASSES + 1) * size * measured.get(size // 2, taken.seconds) < deadline
@@ -360,17 +361,18 @@ def _batch_size(
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
+                too_much = f"{size}: not enough memory"
                 break
             if measured[size] > 1.1 * min(measured.values()):
                 break
             size *= 2
     if not measured:
-        return default, taken.seconds, ""
+        return default, taken.seconds, f"batch size {default} (auto; {too_much})" if too_much else ""
     best = min(measured, key=lambda n: measured[n])
     if kind != "cpu":  # what comes before and after a pass takes as long for few images as for many
         best = max(n for n in measured if measured[n] < 1.05 * measured[best])
-    rates = ", ".join(f"{n}: {1 / seconds:.1f}/s" for n, seconds in measured.items())
-    return best, measured[best], f"batch size {best} (auto; {rates})"
+    told = [f"{n}: {1 / seconds:.1f}/s" for n, seconds in measured.items()] + ([too_much] if too_much else [])
+    return best, measured[best], f"batch size {best} (auto; {', '.join(told)})"
 
 
 def _fits(taken: _Trial, kind: str) -> int:

@@ -38,6 +38,7 @@ def effective_sizes(
     reductions: Sequence[Reduced | None] | None = None,
     stop: Event | None = None,
     seconds: float = math.inf,
+    tell: Callable[[str], None] = lambda why: None,
 ) -> list[float | None]:
     """For each tap, the side in pixels of the centred square that holds `share` of a cell's squared gradient.
 
@@ -46,7 +47,7 @@ def effective_sizes(
     one forward pass an image and one backward pass a tap and image; no image after the first is begun that would
     go on for longer than `seconds` from the call. None for a tap without axes y and x, and where the
     model has no gradient (quantised layers, a forward under `no_grad`, values overwritten that the gradient needs). An
-    image that the model fails on is passed over. The model is as before on every way out.
+    image that the model fails on is passed over, and `tell` gets to know why. The model is as before on every way out.
     """
     kept = [
         reduced or (_whole, tap.axes) for tap, reduced in zip(probed, reductions or [None] * len(probed), strict=True)
@@ -70,7 +71,8 @@ def effective_sizes(
                     values = capture.forward(forward, leaf.clone())
                 except CaptureError:
                     raise
-                except Exception:  # autograd refuses an operation in place, or the model this image: as said above
+                except Exception as error:  # autograd refuses an operation in place, or the model this image
+                    tell(f"{type(error).__name__}: {error}")
                     continue
             for i, value in zip(spatial, values, strict=True):
                 energy = _energy(value, leaf)

@@ -474,6 +474,7 @@ def _effective_sizes(prepared: Prepared, chosen: choose.Chosen) -> tuple[Sequenc
         if cost > seconds:
             why = f"they would take {cost:.0f} s or more" if cost >= 1 else "the run is short"
             return none, [f"effective receptive fields are not measured, as {why}; --effective-fields always does it"]
+    failures: list[str] = []
     with precision.lent(prepared.loaded.module, prepared.device), precision.numerics("fp32", prepared.device):
         inputs, _ = _sample_inputs(prepared, EFFECTIVE_IMAGES)
         sizes = effective.effective_sizes(
@@ -485,10 +486,11 @@ def _effective_sizes(prepared: Prepared, chosen: choose.Chosen) -> tuple[Sequenc
             reductions=_kept(prepared.reductions),
             stop=prepared.stop,
             seconds=seconds,
+            tell=failures.append,
         )
     captured = zip(prepared.probed, prepared.captured, sizes, strict=True)
     without = [p.tap.name for p, c, size in captured if size is None and {"y", "x"} <= set(c.axes)]
-    why = "the model has no gradient there, or fails when it is asked for one"
+    why = failures[0] if failures else "the model has no gradient there"
     return sizes, [f"no effective receptive field of {text.some(without)}: {why}"] if without else []
 
 

@@ -40,8 +40,8 @@ _COUNTED_IN_FLOAT32 = 1 << 24  # values of one map: up to here float32 counts ex
 _COLUMNS = 256  # of the covariance that are computed at once
 
 
-WORKSPACE = 16 * _CPU_BLOCK
-"""Bytes that a thread works in."""
+WORKSPACE = 32 * _CPU_BLOCK
+"""Bytes that a thread works in, at most: where `kernels` are not there, or values are not finite."""
 
 
 def covariance_bytes(channels: int) -> int:

@@ -187,7 +187,22 @@ def test_running_out_of_memory_ends_the_search(monkeypatch: pytest.MonkeyPatch) 
         return 0.01 * len(batch) / (1 + len(batch)), tuple(torch.zeros(len(batch), 4) for _ in asked.probed)
 
     monkeypatch.setattr(choose, "_timed", timed)
-    assert choose.choose(question(network(), precision="fp32", rows=100_000)).batch_size == 16
+    chosen = choose.choose(question(network(), precision="fp32", rows=100_000))
+    assert chosen.batch_size == 16
+    assert any(note.startswith("batch size 16 (auto; 8: ") and "32: not enough memory" in note for note in chosen.notes)
+
+
+def test_where_not_even_the_usual_batch_fits_this_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(asked: choose.Question, batch: torch.Tensor, passes: int = 1) -> Any:
+        if passes == choose.PASSES and len(batch) == 8:
+            raise torch.OutOfMemoryError
+        return 0.01 * len(batch), tuple(torch.zeros(len(batch), 4) for _ in asked.probed)
+
+    trial = choose._Trial((torch.zeros(8, 4),), (0.0,), frozenset(), 1e-3, True)
+    monkeypatch.setattr(choose, "_timed", timed)
+    asked = question(network(), precision="fp32", rows=100_000)
+    size, _, note = choose._batch_size(asked, "fp32", trial, inputs(8), time.perf_counter())
+    assert (size, note) == (8, "batch size 8 (auto; 8: not enough memory)")
 
 
 def test_a_batch_fits_into_the_memory_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,22 @@ class NoGradient(Tiny):
 def test_what_has_no_gradient_is_named(photos: Path, tmp_path: Path) -> None:
     found, notes = measured(photos, tmp_path / "acts.h5", model=NoGradient())
     assert found == {"conv": 3.0, "relu": None, "fc": None}
-    assert "no effective receptive field of 'relu'" in notes
+    assert "no effective receptive field of 'relu': the model has no gradient there" in notes
+
+
+class WithoutGradients(Tiny):
+    """Fails where a gradient is asked for."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("for inference alone")
+        return super().forward(x)
+
+
+def test_why_a_model_fails_for_a_gradient_is_said(photos: Path, tmp_path: Path) -> None:
+    found, notes = measured(photos, tmp_path / "acts.h5", model=WithoutGradients())
+    assert set(found.values()) == {None}
+    assert "no effective receptive field of 'conv', 'relu': RuntimeError: for inference alone" in notes
 
 
 def test_never(photos: Path, tmp_path: Path) -> None:
