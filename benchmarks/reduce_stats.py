@@ -9,10 +9,10 @@ least of several runs; ms an image, and what it is where the loops of `kernels` 
 
 | | moments | without | with the top 9 | without |
 |---|--:|--:|--:|--:|
-| float32 contiguous | 2.5 | 12 | 3.7 | 19 |
-| float32 channels_last | 2.8 | 11 | 6.2 | 19 |
-| bfloat16 contiguous | 2.0 | 13 | 3.5 | 19 |
-| bfloat16 channels_last | 2.4 | 12 | 4.5 | 17 |
+| float32 contiguous | 1.8 | 7.4 | 2.5 | 11 |
+| float32 channels_last | 2.2 | 8.1 | 3.7 | 13 |
+| bfloat16 contiguous | 1.5 | 7.7 | 2.4 | 11 |
+| bfloat16 channels_last | 1.7 | 8.2 | 3.3 | 12 |
 
 Without kernels: against blocks of 2^17 values, 2^16 and 2^18 cost up to 1.2 times (calls of torch, and misses of L2),
 2^15 twice. What was tried: torch's own sum to float64 1.1 GB/s, count_nonzero 1.0, aminmax 1.8, vector_norm of order 0
