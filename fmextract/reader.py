@@ -52,6 +52,8 @@ RECENT_BYTES = 16 * 2**20
 """Chunks kept, so that a loop over single rows decodes a chunk of many images once."""
 DATASET_BYTES = 256 * 2**20
 """The same for a torch Dataset, which is read in any order, again and again; and how much of it is held as a whole."""
+ALONE_BYTES = 2**20
+"""What is copied from the page cache before a thread of the pool has begun."""
 SEEK_BYTES = 32 * 2**10
 """What one more read of a stretch of a chunk costs, in bytes read (3 µs at 10 GB/s, from the page cache)."""
 FEW = 4
@@ -380,7 +382,9 @@ class Layer:
         self.chunks = first.spec.chunk
         self.dtype = np.dtype(first.spec.dtype)
         self.codec = first.codec
+        self._alike = first.alike
         self._chunk_bytes = math.prod(self.chunks) * self.dtype.itemsize
+        self._as_it_is = first.codec == "none" and self.chunks[1:] == self.shape[1:]
         self._last = -2  # the chunk along the rows that was read last
         for start in acts._files.starts:
             if start % self.chunks[0]:
@@ -433,7 +437,10 @@ class Layer:
         return values if dtype is None else values.astype(dtype, copy=False)
 
     def __getitem__(self, key: Any) -> Any:
-        axes, place = per_axis(self._as_stretch(key), self.shape)
+        key = self._as_stretch(key)
+        if self._as_it_is and isinstance(key, slice) and key.step in (None, 1):
+            return self._stretch(range(*key.indices(len(self))))
+        axes, place = per_axis(key, self.shape)
         arrays = [axis for axis, one in enumerate(axes) if isinstance(one, np.ndarray)]
         if len(arrays) > 1:
             return self._paired(axes, place)
@@ -448,6 +455,8 @@ class Layer:
 
     def _as_stretch(self, key: Any) -> Any:
         """Rows that follow each other, as most batches are, as a slice: of pooled features the index costs the most."""
+        if key is Ellipsis:
+            return slice(None)
         if not (isinstance(key, np.ndarray) and key.ndim == 1 and key.dtype.kind == "i" and len(key)):
             return key
         first, last = int(key[0]), int(key[-1])
@@ -460,7 +469,8 @@ class Layer:
         Rows with a status other than 0 are left out unless asked for. Memory is one batch and a few chunks.
         """
         for rows in _batched(self._acts.rows(include_failed), size):
-            yield rows, self[rows]
+            first, last = int(rows[0]), int(rows[-1])
+            yield rows, self[first : last + 1] if last - first == len(rows) - 1 else self[rows]
 
     @functools.cached_property
     def stats(self) -> Stats:
@@ -534,6 +544,22 @@ class Layer:
         box = _seen(self.field, (y, x), self._acts.input_size) if self.field else None
         return Top(row, key, value, y, x, box)
 
+    def _stretch(self, rows: range) -> Array:
+        """Rows that follow each other of a layer that is stored as it is: read straight to where they belong."""
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+        images = self.chunks[0]
+        chunks = range(rows.start // images, -(-rows.stop // images)) if rows else range(0)
+
+        def read(chunk: int) -> None:
+            first = chunk * images
+            begin, end = max(rows.start, first), min(rows.stop, first + images)
+            room = out[begin - rows.start : end - rows.start]
+            with self._chunk_at((chunk, *(0,) * (self.ndim - 1))) as (file, stored, place):
+                file.read_rows(stored, place, [range(begin - first, end - first)], room)
+
+        _in_parallel(read, chunks, len(chunks), min(self._acts._threads, 1 + out.nbytes // ALONE_BYTES))
+        return out
+
     def _block(self, selections: Sequence[Selection]) -> Array:
         """The values at the crossing of one selection an axis, in their order: a new array."""
         out = np.empty(tuple(len(one) for one in selections), self.dtype)
@@ -568,25 +594,13 @@ class Layer:
         coords, theres, heres = zip(*parts, strict=True)
         there = crossing(theres, out.shape)
         kept = self._acts._recent.get((self.name, coords))
-        if kept is None and all(isinstance(one, slice) for one in there):
+        if kept is None and all(map(_is_whole, heres, self.chunks)) and all(isinstance(one, slice) for one in there):
             room = out[there]
-            if room.flags.c_contiguous and self._read_in_place(coords, heres, room):
+            if room.flags.c_contiguous:
+                with self._chunk_at(coords) as (file, stored, place):
+                    file.read(stored, place, room)
                 return
         out[there] = self._part(coords, heres, kept)
-
-    def _read_in_place(self, coords: tuple[int, ...], heres: tuple[slice | Rows, ...], room: Array) -> bool:
-        """Read into `room`, C-contiguous, where what is wanted of a chunk can be had alone; else return False."""
-        rows = stretches(heres[0], self.chunks[0])
-        if len(rows) != 1 or not all(_is_whole(here, n) for here, n in zip(heres[1:], self.chunks[1:], strict=True)):
-            return False
-        with self._chunk_at(coords) as (file, stored, place):
-            if len(room) == self.chunks[0]:
-                file.read(stored, place, room)
-            elif stored.codec == "none":
-                file.read_rows(stored, place, rows, room)
-            else:
-                return False
-        return True
 
     def _part(self, coords: tuple[int, ...], heres: tuple[slice | Rows, ...], kept: Array | bytes | None) -> Array:
         """What is wanted of a chunk, from what is `kept` of it: never write to it.
@@ -622,8 +636,10 @@ class Layer:
         row = coords[0] * self.chunks[0]
         file = self._acts._files.holding(row)
         stored = file.stored(self.name)
-        if (stored.spec.shape, stored.spec.dtype, stored.spec.chunk) != (self.spec.shape, self.spec.dtype, self.chunks):
-            raise FormatError(f"{file.path}: layer {self.name} has other shapes or types here than in the first shard")
+        if stored.alike != self._alike:
+            raise FormatError(
+                f"{file.path}: layer {self.name} has another shape, type or codec here than in the first shard"
+            )
         try:
             yield file, stored, (coords[0] - file.rows.start // self.chunks[0], *coords[1:])
         except DamagedError as error:
@@ -685,7 +701,7 @@ def _seen(field: Field, cell: tuple[int, int], size: tuple[int, int] | None) -> 
 # ----------------------------------------------------------------------------------------------------------- the files
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Stored:
     """One layer in one file: where its chunks lie. `codec` None leaves a chunk to libhdf5."""
 
@@ -701,10 +717,15 @@ class _Stored:
     def nbytes(self) -> int:
         return int(self.sizes.sum())
 
-    @property
+    @functools.cached_property
     def chunk_bytes(self) -> int:
         """Of a chunk's values."""
         return math.prod(self.spec.chunk) * np.dtype(self.spec.dtype).itemsize
+
+    @functools.cached_property
+    def alike(self) -> tuple[Any, ...]:
+        """What all shards of an output have in common."""
+        return self.spec.shape, self.spec.dtype, self.spec.chunk, self.codec
 
 
 class _File:

@@ -256,6 +256,7 @@ def test_however_a_part_of_a_chunk_is_read(
 ) -> None:
     monkeypatch.setattr(reader, "FEW", few)
     monkeypatch.setattr(reader, "SEEK_BYTES", 1)  # stretches of rows alone, though these chunks are small
+    monkeypatch.setattr(reader, "ALONE_BYTES", 64)  # and several threads
     rng = np.random.default_rng(few)
     for name, array in ARRAYS.items():
         with reader.open(outputs["one", codec].path, cache=1) as acts:
@@ -273,7 +274,7 @@ def test_stored_as_it_is_no_more_is_read_than_wanted(tmp_path: Path, monkeypatch
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, room, at: (read.append(room[0].nbytes), preadv(fd, room, at))[1])
     with reader.open(tmp_path / "a.h5") as acts:
-        for key, rows in ((33, [1]), (slice(5, 25), [20]), ([7, 9, 10], [1, 2]), ([12, 11], [1, 1])):
+        for key, rows in ((33, [1]), (slice(5, 25), [20]), (..., [64]), ([7, 9, 10], [1, 2]), ([12, 11], [1, 1])):
             read.clear()
             np.testing.assert_array_equal(acts["fc"][key], array[key])
             assert read == [4000 * n for n in rows]
@@ -536,6 +537,17 @@ def test_swapped_shards_are_refused(tmp_path: Path) -> None:
     paths[1].write_bytes(small[:record].ljust(record, b"\0"))
     with pytest.raises(FormatError), reader.open(tmp_path / "acts") as acts:
         acts["fc"][...]
+
+
+def test_a_shard_of_another_codec_is_refused(tmp_path: Path) -> None:
+    array = np.repeat(ARRAYS["fc"][:24], 40, axis=1)  # compresses well
+    paths = make_shards(tmp_path / "acts", {"fc": array}, (8, 16), codec="none")
+    other = make_shards(tmp_path / "other", {"fc": array}, (8, 16), codec="gzip")[1].read_bytes()
+    paths[1].write_bytes(other.ljust(paths[1].stat().st_size, b"\0"))
+    with reader.open(tmp_path / "acts") as acts:
+        for key in (slice(6, 10), [3, 12], 9, ...):
+            with pytest.raises(FormatError, match=r"shard-00001.h5: layer fc has another shape, type or codec here"):
+                acts["fc"][key]
 
 
 def test_replaced_file_is_noticed(failing: Path, tmp_path: Path) -> None:
