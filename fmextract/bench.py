@@ -6,6 +6,8 @@ the cores, so the least time for an image is the sum of the stages' core-seconds
 the disk leaves them to others); on an accelerator stages overlap, and the slowest one is the limit: there the forward
 pass and the statistics are one, in one stream. What the cores of its host allow, which decoding, encoding and writing
 share, is given beside it. The end-to-end run is given as a share of the limit.
+
+Below the forward pass lies what no library can better: its multiplications at the speed of large products of matrices.
 """
 
 from __future__ import annotations
@@ -61,7 +63,9 @@ class Stage:
 class Report:
     """What `fmextract bench` found. `share` is the end-to-end rate over the limit, both in images a second.
 
-    `host_limit` is what the cores allow, in images a second; on a CPU that is the limit.
+    `host_limit` is what the cores allow, in images a second; on a CPU that is the limit. `flop` are the operations of
+    a forward pass an image (a multiplication and its addition are two), `flop_per_second` those of a large product of
+    matrices in the run's precision.
     """
 
     model: str
@@ -77,6 +81,8 @@ class Report:
     end_to_end: float
     share: float
     would_help: str
+    flop: int
+    flop_per_second: float
     bytes_raw_per_image: int
     bytes_stored_per_image: int
     runs: tuple[float, ...]
@@ -103,15 +109,18 @@ def bench(source: Any, model: Any, config: Config, progress: Progress, *, repeat
             prepare(source, model, config, progress) as prepared,
         ):
             made = plan_for(prepared, folder / "out.h5", progress)
+            flop = _flop(prepared)
             measured: dict[str, list[Stage]] = {}
-            runs = []
+            runs, speeds = [], []
             for turn in range(repeats):
                 progress.note(f"measuring, turn {turn + 1} of {repeats}")
                 for stage in _stages(prepared, made, workers, folder):
                     measured.setdefault(stage.name, []).append(stage)
+                speeds.append(_flop_per_second(prepared, made))
                 seconds, stored = _end_to_end(prepared, made, workers, folder / f"run{turn}")
                 runs.append(made.rows / seconds)
-    return _report(prepared, made, [_median(turns) for turns in measured.values()], runs, stored)
+    stages = [_median(turns) for turns in measured.values()]
+    return _report(prepared, made, stages, runs, stored, flop, statistics.median(speeds))
 
 
 @contextmanager
@@ -133,7 +142,9 @@ def _median(turns: Sequence[Stage]) -> Stage:
     )
 
 
-def _report(prepared: Prepared, made: Plan, stages: list[Stage], runs: list[float], stored: int) -> Report:
+def _report(
+    prepared: Prepared, made: Plan, stages: list[Stage], runs: list[float], stored: int, flop: int, speed: float
+) -> Report:
     on_cpu = prepared.device.type == "cpu"
     cores = {s.name: _least(s, made.threads) for s in stages if s.part and (on_cpu or s.name in _OF_THE_HOST)}
     seconds = cores if on_cpu else {s.name: 1 / s.images_per_second for s in stages if s.part}
@@ -156,6 +167,8 @@ def _report(prepared: Prepared, made: Plan, stages: list[Stage], runs: list[floa
         end_to_end=rate,
         share=rate * least,
         would_help=_WOULD_HELP[slowest],
+        flop=flop,
+        flop_per_second=speed,
         bytes_raw_per_image=made.estimate.bytes_raw // made.rows,
         bytes_stored_per_image=stored // made.rows,
         runs=tuple(runs),
@@ -264,10 +277,7 @@ def _bare_decode(data: Any) -> None:
 
 def _forward(prepared: Prepared, made: Plan) -> tuple[torch.Tensor, list[torch.Tensor], Stage]:
     """(a batch of uint8 images on the host, what was captured of it, the stage with the bare model beside it)."""
-    preprocess = prepared.loaded.preprocess
-    rows = [row % len(prepared.source) for row in range(made.batch_size)]
-    pixels = torch.stack([images.decode(prepared.source.load(r), preprocess).pixels for r in rows])
-    where = prepared.device
+    pixels, where = _pixels(prepared, made.batch_size), prepared.device
     there = pixels.to(where)
     with (
         lent(prepared, made) as module,
@@ -275,15 +285,14 @@ def _forward(prepared: Prepared, made: Plan) -> tuple[torch.Tensor, list[torch.T
     ):
 
         def inputs() -> torch.Tensor:
-            batch = there.clone() if prepared.ready else images.normalise(there, _plain(preprocess))
-            return precision.to_memory_format(batch, made.memory_format)
+            return precision.to_memory_format(_normalised(prepared, there), made.memory_format)
 
         ready = inputs()
         with _bare(prepared, module) as capture:
-            bare = _rate(lambda: _drop(capture.forward(prepared.forward, ready.clone())), len(rows), where)
+            bare = _rate(lambda: _drop(capture.forward(prepared.forward, ready.clone())), len(pixels), where)
         functions, kind = reduce_functions(prepared), prepared.capture_kind
         with taps.tapped(module, prepared.probed, functions, prepared.stop, kind) as capture:
-            rate = _rate(lambda: _drop(capture.forward(prepared.forward, inputs())), len(rows), where)
+            rate = _rate(lambda: _drop(capture.forward(prepared.forward, inputs())), len(pixels), where)
             tensors = [t.clone() for t in capture.forward(prepared.forward, inputs())]
     return pixels, tensors, Stage("forward", rate, bare, "the model alone")
 
@@ -297,9 +306,55 @@ def _bare(prepared: Prepared, module: torch.nn.Module) -> Iterator[taps.Capture]
         yield capture
 
 
-def _plain(preprocess: images.Preprocessing | None) -> Preprocess:
+def _flop(prepared: Prepared) -> int:
+    """Floating point operations of a forward pass, an image: those of convolutions, products and attention.
+
+    Counted in float32, on operators that torch's counter knows.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    one = _normalised(prepared, _pixels(prepared, 1).to(prepared.device))
+    last = [replace(p, overwritten=False) for p in prepared.probed[-1:]]
+    fast, counter = torch.backends.mha.get_fastpath_enabled(), FlopCounterMode(display=False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with (
+            precision.lent(prepared.loaded.module, prepared.device) as module,
+            precision.numerics("fp32", prepared.device),
+            taps.tapped(module, last, [lambda rows: rows.new_empty(0)], prepared.stop) as capture,
+            sdpa_kernel(SDPBackend.MATH),
+            counter,
+        ):
+            capture.forward(prepared.forward, one)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return int(counter.get_total_flops())
+
+
+def _flop_per_second(prepared: Prepared, made: Plan) -> float:
+    """What the device does in a large product of matrices, all cores on it, in the precision of the run."""
+    size = 2048 if prepared.device.type == "cpu" else 8192
+    kind = precision.AUTOCAST.get(made.precision, torch.float32)
+    random = torch.Generator().manual_seed(0)
+    left, right = (torch.randn((size, size), generator=random).to(prepared.device, kind) for _ in range(2))
+    with precision.numerics(made.precision, prepared.device):
+        return 2 * size**3 * _rate(lambda: _drop(left @ right), 1, prepared.device)
+
+
+def _pixels(prepared: Prepared, count: int) -> torch.Tensor:
+    """The first `count` images of the source, over again where it has fewer, on the host."""
+    rows = [row % len(prepared.source) for row in range(count)]
+    return torch.stack([images.decode(prepared.source.load(r), prepared.loaded.preprocess).pixels for r in rows])
+
+
+def _normalised(prepared: Prepared, pixels: torch.Tensor) -> torch.Tensor:
+    """What the model takes: a new tensor."""
+    preprocess = prepared.loaded.preprocess
+    if prepared.ready:
+        return pixels.clone()
     assert isinstance(preprocess, Preprocess)
-    return preprocess
+    return images.normalise(pixels, preprocess)
 
 
 def _statistics(prepared: Prepared, made: Plan, tensors: Sequence[torch.Tensor]) -> Stage:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torchvision
 from runs import OPTIONS, Tiny, make_photos
 
 from fmextract import bench, cli, tables
 from fmextract.config import Config
 from fmextract.errors import OutputError
 from fmextract.look.stages import draw_stages
+from fmextract.prepare import prepare
 from fmextract.progress import Quiet
 
 
@@ -36,6 +38,8 @@ def test_the_limit_is_that_of_the_stages(measured: bench.Report) -> None:
     assert measured.limiting_stage == max(seconds, key=lambda name: seconds[name])
     others = [stage.name for stage in measured.stages if not stage.part]
     assert others == ["encode: zstd", "encode: lz4", "encode: none"]
+    assert measured.flop > 2 * 8 * 8 * 27
+    assert measured.flop_per_second > 1e8
     assert len(measured.runs) == 1
     assert measured.machine["torch"]
     assert json.loads(json.dumps(measured.as_json()))["layers"] == ["conv", "relu", "fc"]
@@ -55,3 +59,19 @@ def test_the_picture(measured: bench.Report, tmp_path: Path) -> None:
 def test_repeats_are_at_least_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "-m", "resnet18", "--repeats", "0"]) == 2
     assert "--repeats 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("network", "last", "weights"),
+    [
+        ("resnet18", "fc", "ResNet18_Weights"),
+        ("vit_b_16", "heads.head", "ViT_B_16_Weights"),
+        ("mobilenet_v3_large", "classifier.3", "MobileNet_V3_Large_Weights"),
+    ],
+)
+def test_the_operations_of_a_forward_pass(network: str, last: str, weights: str, tmp_path: Path) -> None:
+    """Against torchvision's own table, in which a multiplication and its addition are one."""
+    known = getattr(torchvision.models, weights).IMAGENET1K_V1.meta["_ops"]
+    photos = make_photos(tmp_path / "photos", 1)
+    with prepare(photos, network, Config.of(weights="random:0", layers=[last]), Quiet()) as prepared:
+        assert bench._flop(prepared) / 2e9 == pytest.approx(known, rel=0.01)
