@@ -21,21 +21,23 @@ def _peak() -> float:
 
 def one(precision: str, memory_format: str, images: int) -> str:
     """In a process of its own: a row of the table, in MiB."""
-    from benchmarks.peers import _PREPROCESS, LAYERS, network
+    from benchmarks.contenders import Ours
+    from benchmarks.peers import CASES as NETWORKS
     from fmextract import index, run
     from fmextract.bench import make_photos
     from fmextract.config import Config
-    from fmextract.output import PLAN
     from fmextract.planning import Plan
     from fmextract.progress import Quiet
 
-    model = network()
+    case = NETWORKS["maps"]
+    model = case.network()
     with tempfile.TemporaryDirectory() as scratch:
         photos, out = make_photos(Path(scratch) / "photos", images), Path(scratch) / "out"
-        config = Config.of(layers=LAYERS, precision=precision, memory_format=memory_format, preprocess=_PREPROCESS)
+        formats = {"precision": precision, "memory_format": memory_format}
+        config = Config.of(layers=list(case.layers), preprocess=Ours.preprocess, **formats)
         before = _peak()
         run.run(photos, model, out, config, Quiet())
-        plan = Plan.from_json(index.read_json(out / PLAN))
+        plan = Plan.from_json(index.read_json(out / index.PLAN))
     return f"| {precision}, {memory_format} | {plan.estimate.bytes_peak / 2**20:.0f} | {_peak() - before:.0f} |"
 
 
@@ -45,9 +47,10 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(one(*options.one, options.images))
+        precision, memory_format = options.one
+        print(one(precision, memory_format, options.images))
         return
-    print("| ResNet-50, layer1 to layer4 | announced, MiB | taken, MiB |\n|---|--:|--:|")
+    print("| ResNet-50, layer1 to layer4, avgpool | announced, MiB | taken, MiB |\n|---|--:|--:|")
     for case in CASES:
         command = [sys.executable, "-m", "benchmarks.announced_memory", "--images", str(options.images), "--one", *case]
         subprocess.run(command, check=True)

@@ -104,7 +104,8 @@ class Folder:
 def _loader(task: Task) -> Any:
     from torch.utils.data import DataLoader
 
-    return DataLoader(Folder(task.photos), task.batch, num_workers=task.workers, pin_memory=task.device != "cpu")
+    folder: Any = Folder(task.photos)  # as everybody writes it: no class of torch
+    return DataLoader(folder, task.batch, num_workers=task.workers, pin_memory=task.device != "cpu")
 
 
 def _to_hdf5(task: Task, extract: Callable[[Any], dict[str, Any]]) -> dict[str, float]:
@@ -224,7 +225,7 @@ def _without_tensorflow() -> None:
     import torch
 
     if not hasattr(np, "AxisError"):
-        np.AxisError = np.exceptions.AxisError
+        vars(np)["AxisError"] = np.exceptions.AxisError
 
     def stub(name: str, **content: Any) -> types.ModuleType:
         module = types.ModuleType(name)

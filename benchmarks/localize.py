@@ -24,6 +24,7 @@ from PIL import Image
 import fmextract
 from fmextract import demo, look
 from fmextract.boxes import Box, photo_box
+from fmextract.look.photos import input_size
 from fmextract.progress import Quiet
 from fmextract.reader import Activations
 
@@ -86,7 +87,9 @@ def chances(acts: Activations, targets: Mapping[str, Box]) -> tuple[float, float
     for key, target in targets.items():
         row = acts.row(key)
         size = int(acts.heights[row]), int(acts.widths[row])
-        seen = photo_box((0, 0, *look.places.input_size(acts)), acts.preprocess, size)
+        whole = input_size(acts)
+        assert whole is not None
+        seen = photo_box((0, 0, *whole), acts.preprocess, size)
         assert seen is not None
         sides = [max(0.0, min(seen[i + 2], target[i + 2]) - max(seen[i], target[i])) for i in (0, 1)]
         covered.append(sides[0] * sides[1] / ((seen[2] - seen[0]) * (seen[3] - seen[1])))

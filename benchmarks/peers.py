@@ -626,8 +626,8 @@ def _inside(task: str, case: str, *rest: str) -> Any:
     """What a process of its own does for the one that measures."""
     if task == "decoding":
         return decoding(CASES[case], *map(Path, rest))
-    do = {"one": one, "check": check}[task]
-    return do((CASES | HAZARDS)[case], rest[0], *map(Path, rest[1:]))
+    does: dict[str, Callable[..., Any]] = {"one": one, "check": check}
+    return does[task]((CASES | HAZARDS)[case], rest[0], *map(Path, rest[1:]))
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ class Clock:
 def case(name: str, photos: Path, folder: Path) -> dict[str, Any]:
     """Plan and run one network; the foretold and the real figures, and their ratios."""
     from fmextract.config import Config
-    from fmextract.output import PLAN
+    from fmextract.index import PLAN
     from fmextract.run import make_plan, run
 
     weights, layers, precision = CASES[name]

@@ -23,10 +23,11 @@ def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     from fmextract import images as decoding
     from fmextract import models, precision, taps
     from fmextract.bench import make_photos
+    from fmextract.records import Preprocess
     from fmextract.sources import open_source
 
     loaded = models.load_model("fmextract.demo:model")
-    assert isinstance(loaded.preprocess, decoding.Preprocess)
+    assert isinstance(loaded.preprocess, Preprocess)
     with tempfile.TemporaryDirectory() as scratch:
         source = open_source(make_photos(Path(scratch), images))
         pixels = torch.stack([decoding.decode(source.load(row), loaded.preprocess).pixels for row in range(images)])

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ class H5pyRows(Dataset[torch.Tensor]):
         return torch.from_numpy(self.opened()[row])
 
 
-def by_h5py(path: Path, layer: str, way: Way) -> Iterator[int]:
+def by_h5py(path: Path, layer: str, way: Way) -> Generator[int, None, None]:
     """Bytes of batch after batch, pass after pass."""
     dataset, size = H5pyRows(path, layer, way.cache), BATCH[layer]
     if not way.loader:
@@ -159,7 +159,7 @@ def by_h5py(path: Path, layer: str, way: Way) -> Iterator[int]:
             yield batch.nbytes
 
 
-def by_fmextract(path: Path, layer: str, way: Way, whole: bool) -> Iterator[int]:
+def by_fmextract(path: Path, layer: str, way: Way, whole: bool) -> Generator[int, None, None]:
     """The same; `whole` batches, or rows that the DataLoader copies together."""
     size = BATCH[layer]
     with fm.open(path) as acts:

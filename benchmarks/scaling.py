@@ -127,7 +127,7 @@ class Run:
         from fmextract.bench import _end_to_end
 
         with tempfile.TemporaryDirectory() as scratch:
-            return _end_to_end(self.prepared, self.plan, Path(scratch) / "run")[0]
+            return _end_to_end(self.prepared, self.plan, None, Path(scratch) / "run")[0]
 
     @property
     def raw_bytes(self) -> int:

@@ -320,7 +320,7 @@ class _References:
         payloads = [self._encoder(chunk).payload for chunk in self._cut]
         self.ratio = sum(map(len, payloads)) / values
         self._block = b"".join(payloads[:64])
-        self._planes = [_shuffled(plain(chunk).payload) for chunk in self._cut] if made.codec != "none" else []
+        self._planes = [_shuffled(bytes(plain(chunk).payload)) for chunk in self._cut] if made.codec != "none" else []
 
     def encode(self) -> tuple[float, float]:
         """Bytes of values a second: (the encoder, the library), each with all threads of a run."""
