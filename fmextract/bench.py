@@ -7,7 +7,8 @@ the disk leaves them to others); on an accelerator stages overlap, and the slowe
 pass and the statistics are one, in one stream. What the cores of its host allow, which decoding, encoding and writing
 share, is given beside it. The end-to-end run is given as a share of the limit.
 
-Below the forward pass lies what no library can better: its multiplications at the speed of large products of matrices.
+Beside the forward pass stands what its multiplications would take at the speed of large products of matrices: how near
+it is to what the device can do at all.
 """
 
 from __future__ import annotations
