@@ -248,7 +248,10 @@ def benchmark(found: Measured) -> str:
 def _arithmetic(found: Measured) -> list[str]:
     (forward,) = (stage for stage in found.stages if stage.name == "forward")
     most = found.flop_per_second / found.flop
-    needed, speed = f"{found.flop / 1e9:.3g} GFLOP an image", f"{found.flop_per_second / 1e9:.3g} GFLOP/s"
+    needed, speed = (
+        f"{found.flop / 1e9:.3g} GFLOP an image in convolutions, products and attention",
+        f"{found.flop_per_second / 1e9:.3g} GFLOP/s",
+    )
     reached = text.share(forward.images_per_second / most)
     most_is = f"{text.rate(most)} images/s ({needed} at the {speed} of large matrix products)"
     return [f"arithmetic  {most_is}; forward reaches {reached} of it"]

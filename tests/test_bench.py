@@ -7,8 +7,10 @@ from pathlib import Path
 
 import PIL.Image
 import pytest
+import torch
 import torchvision
 from runs import OPTIONS, Tiny, make_photos
+from torch import nn
 
 from fmextract import bench, cli, tables
 from fmextract.config import Config
@@ -74,4 +76,31 @@ def test_the_operations_of_a_forward_pass(network: str, last: str, weights: str,
     known = getattr(torchvision.models, weights).IMAGENET1K_V1.meta["_ops"]
     photos = make_photos(tmp_path / "photos", 1)
     with prepare(photos, network, Config.of(weights="random:0", layers=[last]), Quiet()) as prepared:
-        assert bench._flop(prepared) / 2e9 == pytest.approx(known, rel=0.01)
+        assert bench._flop(prepared, Quiet()) / 2e9 == pytest.approx(known, rel=0.01)
+
+
+class Squeezing(nn.Module):
+    """No batch of one image goes through it; `gradients`: nor does torch's counter of operations."""
+
+    def __init__(self, gradients: bool = False) -> None:
+        super().__init__()
+        self.conv, self.fc, self.gradients = nn.Conv2d(3, 4, 3), nn.Linear(4, 5), gradients
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gradients:
+            with torch.enable_grad():
+                z = x.detach().requires_grad_()
+                x = x * torch.autograd.grad(self.conv(z).pow(2).sum(), z)[0].detach()
+        return self.fc(self.conv(x).mean((2, 3), keepdim=True).squeeze())
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_whatever_a_run_can_do_is_counted_or_left_out(gradients: bool, tmp_path: Path) -> None:
+    notes: list[str] = []
+    progress = Quiet()
+    progress.note = notes.append  # type: ignore[method-assign]
+    config = Config.of(**OPTIONS | {"layers": ("fc",)})
+    with prepare(make_photos(tmp_path / "photos", 2), Squeezing(gradients), config, Quiet()) as prepared:
+        found = bench._flop(prepared, progress)
+    assert found == (0 if gradients else 2 * (6 * 6 * 27 * 4 + 4 * 5))
+    assert [("not counted" in note) for note in notes] == [True] * gradients
