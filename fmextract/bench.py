@@ -66,8 +66,7 @@ class Report:
 
     `host_limit` is what the cores allow, in images a second; on a CPU that is the limit. `flop` are the operations of
     a forward pass an image in convolutions, products and attention (a multiplication and its addition are two; 0: not
-    known), `flop_per_second` those of a large product of
-    matrices in the run's precision.
+    known), `flop_per_second` those of a large product of matrices in the run's precision.
     """
 
     model: str
@@ -330,7 +329,7 @@ def _flop(prepared: Prepared, progress: Progress) -> int:
         ):
             capture.forward(prepared.forward, two)
     except Exception as error:  # whatever a model does that the counter's hooks cannot bear: runs do without it
-        progress.note(f"the operations of a forward pass are not counted: {error}")
+        progress.note(f"the operations of a forward pass are not counted: {type(error).__name__}: {error}")
         return 0
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

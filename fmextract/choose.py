@@ -86,7 +86,7 @@ class Chosen:
 def choose(question: Question) -> Chosen:
     """Measure and decide. Raises ConfigError for a precision that the device, or this model, cannot run in."""
     started = time.perf_counter()
-    inputs, reference, full = _first_trials(question)
+    inputs, reference, full, said = _first_trials(question)
     trials, failed = {"fp32": full}, []
     for name in _candidates(question):
         try:
@@ -97,7 +97,7 @@ def choose(question: Question) -> Chosen:
                 raise ConfigError(f"{why}. Use --precision fp32.") from error
             failed.append(why)
     name, notes = _fastest_faithful(question, trials)
-    notes = [*failed, *notes]
+    notes = [*said, *failed, *notes]
     taken = trials[name]
     size, per_image, measured = _batch_size(question, name, taken, inputs, started)
     if measured:
@@ -119,19 +119,21 @@ def choose(question: Question) -> Chosen:
     )
 
 
-def _first_trials(question: Question) -> tuple[torch.Tensor, _Trial, _Trial]:
-    """(the sample, what fp32 makes of it as the model is written, and as a run in fp32 would).
+def _first_trials(question: Question) -> tuple[torch.Tensor, _Trial, _Trial, list[str]]:
+    """(the sample, what fp32 makes of it as the model is written, and as a run in fp32 would; what is odd about it).
 
     Raises DeviceLost where there is not enough memory for one image, LayerError where the model fails.
     """
+    said: list[str] = []
     for n in dict.fromkeys((_sample_size(question), 1)):
         inputs = question.inputs(n)
         try:
-            return inputs, *_in_fp32(question, inputs)
+            return inputs, *_in_fp32(question, inputs), said
         except Exception as error:
             if is_out_of_memory(error):
                 if n == 1:
                     raise DeviceLost(TOO_SMALL.format(error)) from error
+                said = [f"what is measured is measured on one image: there is not enough memory for {n}"]
                 continue
             if isinstance(error, FmextractError):
                 raise
@@ -139,8 +141,9 @@ def _first_trials(question: Question) -> tuple[torch.Tensor, _Trial, _Trial]:
         # Only here: the error holds on to the frames of the pass, and they to its activations.
         # An image that the model fails on is a matter of its row: what it fails on every time is not.
         inputs = torch.zeros_like(inputs)
+        said.append(f"what is measured is measured on black images, as the model fails on the first ones: {why}")
         try:
-            return inputs, *_in_fp32(question, inputs)
+            return inputs, *_in_fp32(question, inputs), said
         except Exception as error:
             raise LayerError(f"the model fails on a batch of {n} images: {why}") from error
     raise AssertionError("unreachable: one image was tried")

@@ -440,6 +440,8 @@ class Layer:
         key = self._as_stretch(key)
         if self._as_it_is and isinstance(key, slice) and key.step in (None, 1):
             return self._stretch(range(*key.indices(len(self))))
+        if self._as_it_is and type(key) is int and 0 <= key < len(self):
+            return self._stretch(range(key, key + 1))[0]
         axes, place = per_axis(key, self.shape)
         arrays = [axis for axis, one in enumerate(axes) if isinstance(one, np.ndarray)]
         if len(arrays) > 1:

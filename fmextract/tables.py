@@ -236,7 +236,7 @@ def benchmark(found: Measured) -> str:
             "",
             _table(["other codecs", "images/s", "stored"], others, right=["images/s", "stored"]),
             "",
-            *(_arithmetic(found) if found.flop else []),
+            *([_arithmetic(found)] if found.flop else []),
             f"limit       {text.rate(found.limit)} images/s ({shares})",
             *([] if found.device == "cpu" else [f"host        {cores}"]),
             f"end to end  {text.rate(found.end_to_end)} images/s, {text.share(found.share)} of the limit",
@@ -245,16 +245,15 @@ def benchmark(found: Measured) -> str:
     )
 
 
-def _arithmetic(found: Measured) -> list[str]:
+def _arithmetic(found: Measured) -> str:
+    """What the forward pass would be at the speed of large matrix products."""
     (forward,) = (stage for stage in found.stages if stage.name == "forward")
     most = found.flop_per_second / found.flop
-    needed, speed = (
-        f"{found.flop / 1e9:.3g} GFLOP an image in convolutions, products and attention",
-        f"{found.flop_per_second / 1e9:.3g} GFLOP/s",
+    return (
+        f"arithmetic  {text.rate(most)} images/s (convolutions, products and attention, {found.flop / 1e9:.3g} GFLOP"
+        f" an image, at the {found.flop_per_second / 1e9:.3g} GFLOP/s of large matrix products);"
+        f" forward reaches {text.share(forward.images_per_second / most)} of it"
     )
-    reached = text.share(forward.images_per_second / most)
-    most_is = f"{text.rate(most)} images/s ({needed} at the {speed} of large matrix products)"
-    return [f"arithmetic  {most_is}; forward reaches {reached} of it"]
 
 
 def _stage_of_device(name: str) -> str:

@@ -318,6 +318,7 @@ def test_what_is_fused_in_fp32_is_tried_on_fewer_images_where_memory_is_short() 
     assert chosen.precision == "fp32"
     assert model.passes[:4] == [8, 8, 1, 1]
     assert [len(tensor) for tensor in chosen.sample] == [1]
+    assert any("measured on one image: there is not enough memory for 8" in note for note in chosen.notes)
 
 
 class Dark(nn.Module):
@@ -341,6 +342,7 @@ class Dark(nn.Module):
 
 def test_a_failed_pass_gives_its_memory_back_before_the_next_one() -> None:
     model = Dark().eval()
-    choose.choose(question(model, precision="fp32", batch_size=8))
+    chosen = choose.choose(question(model, precision="fp32", batch_size=8))
+    assert any("measured on black images" in note and "too bright" in note for note in chosen.notes)
     assert model.kept
     assert not any(model.kept)
