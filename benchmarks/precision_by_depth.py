@@ -23,8 +23,8 @@ def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     from fmextract import images as decoding
     from fmextract import models, precision, taps
     from fmextract.bench import make_photos
+    from fmextract.inputs.sources import open_source
     from fmextract.records import Preprocess
-    from fmextract.sources import open_source
 
     loaded = models.load_model("fmextract.demo:model")
     assert isinstance(loaded.preprocess, Preprocess)

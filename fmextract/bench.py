@@ -33,11 +33,11 @@ import torch
 from fmextract import chunks, codecs, engine, images, index, precision, run, taps, text
 from fmextract.config import Config
 from fmextract.errors import ConfigError, MissingExtra
+from fmextract.inputs.sources import on_disk
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, cores, lent, plan_for, prepare, reduce_functions
 from fmextract.progress import Quiet
 from fmextract.records import LayerSpec, Preprocess, Progress
-from fmextract.sources import on_disk
 from fmextract.stats import RunningStats
 from fmextract.workers import Jpegs, Workers, hired
 

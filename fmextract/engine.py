@@ -30,12 +30,13 @@ from fmextract.channel import Channel, Closed
 from fmextract.config import FailureBudget
 from fmextract.device import TOO_SMALL, Download, Transfers, is_out_of_memory, lost, transfers
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
+from fmextract.inputs.files import OnDisk
+from fmextract.inputs.sources import on_disk
 from fmextract.moments import settled
 from fmextract.planning import Plan
 from fmextract.pool import Pool
 from fmextract.precision import give_back_freed_memory, numerics, to_memory_format
 from fmextract.records import FileInfo, LayerSpec, Preprocess, Progress, SampleTable, Source, Status
-from fmextract.sources import OnDisk, on_disk
 from fmextract.stats import RunningStats
 from fmextract.taps import Capture, Forward
 from fmextract.watch import InFlight, Watch

@@ -40,8 +40,8 @@ from torchvision.transforms.v2 import functional as transforms
 from fmextract.boxes import Span, crop_span, resized_size
 from fmextract.device import is_out_of_memory
 from fmextract.errors import ConfigError, DeviceLost, MissingExtra, SampleError
+from fmextract.inputs.files import NOT_DECODED
 from fmextract.records import Preprocess, Status
-from fmextract.sources import NOT_DECODED
 
 __all__ = [
     "CustomPreprocess",

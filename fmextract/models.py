@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import InterpolationMode
 
+from fmextract.common.imports import import_object
 from fmextract.errors import ConfigError, MissingExtra, ModelError
 from fmextract.images import PREPROCESS_HELP, CustomPreprocess, Preprocessing, apply_size, parse_preprocess
 from fmextract.records import Preprocess
-from fmextract.sources import import_object
 
 __all__ = ["LoadedModel", "describe_preprocess", "load_model", "weights_digest"]
 

@@ -41,9 +41,9 @@ from fmextract import (
 from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
 from fmextract.errors import FmextractError, LayerError, SampleError, SourceError
+from fmextract.inputs.sources import open_source
 from fmextract.planning import Plan
 from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress, Source
-from fmextract.sources import open_source
 
 EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
 EFFECTIVE_SHARE = 0.04  # of a run that measuring may take

@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from fmextract.common.imports import import_object
 from fmextract.errors import LayerError
 from fmextract.records import SPATIAL
-from fmextract.sources import import_object
 
 Shape = tuple[int, ...]
 Axes = tuple[str, ...]

@@ -38,9 +38,9 @@ import torch
 
 from fmextract import chunks, images, index, store
 from fmextract.errors import OutputLost
+from fmextract.inputs.files import OnDisk
 from fmextract.planning import Plan
 from fmextract.records import LayerSpec, Preprocess, SampleTable
-from fmextract.sources import OnDisk
 
 ENOUGH = 5
 """Workers from which `auto` means processes."""

@@ -24,7 +24,9 @@ ORDER = re.findall(
     text config progress channel pool selection heaps moments boxes kernels
     codecs
     store index lock watch feeding reader
-    device sources images models axes taps geometry effective reducers stats
+    device
+    common.imports common inputs.files inputs.manifests inputs.datasets inputs.sources inputs
+    images models axes taps geometry effective reducers stats
     packed fusion planning chunks workers compiled precision choose engine estimate prepare replay output
     run verify launch
     similarity dissimilarity comparison

@@ -14,13 +14,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
+import simulated_device
 import torch
+from simulated_device import Event, Simulator, Stream, installed
 
 from fmextract import device as device_module
 from fmextract.channel import Closed
 from fmextract.device import DeviceTransfers, HostTransfers, is_out_of_memory, transfers
-from tests import simulated_device
-from tests.simulated_device import Event, Simulator, Stream, installed
 
 DELAYS = {
     "slow copies": {"copy": 0.004},

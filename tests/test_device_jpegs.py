@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import runs
 import torch
 from odd_images import jpeg, odd_images, photo, with_orientation
 from PIL import ImageOps
@@ -22,7 +23,6 @@ from fmextract import engine, images, reader
 from fmextract.errors import ConfigError, DeviceLost, MissingExtra, OutputError
 from fmextract.records import Preprocess
 from fmextract.verify import verify
-from tests import runs
 
 try:
     from torchcodec.decoders import decode_jpeg

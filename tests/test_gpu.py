@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import runs
+import simulated_device
 import torch
+from simulated_device import installed
 
 from fmextract import engine, images, reader
 from fmextract.device import DeviceTransfers, _DeviceDownload
 from fmextract.errors import DeviceLost
-from tests import runs, simulated_device
-from tests.simulated_device import installed
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}  # relative L2 against a plain pass of the same precision or fp32
 ROWS = 11

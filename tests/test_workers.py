@@ -29,9 +29,10 @@ from runs import Notes, extract, make_photos
 from fmextract import chunks, images, reader, run, store, workers
 from fmextract.config import Config
 from fmextract.errors import ConfigError, OutputError, OutputLost, SampleError
+from fmextract.inputs.files import OnDisk
+from fmextract.inputs.sources import on_disk, open_source
 from fmextract.planning import Plan
 from fmextract.prepare import plan_for, prepare
-from fmextract.sources import OnDisk, on_disk, open_source
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="processes need memfd_create, of Linux")
 PREPROCESS = images.parse_preprocess("size=20,crop=16,mean=0.5,std=0.5")

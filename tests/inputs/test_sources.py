@@ -21,10 +21,12 @@ import torch
 from privilege import without_privilege
 from torchvision.datasets import FakeData, ImageFolder
 
-from fmextract import sources
+from fmextract.common.imports import import_object
 from fmextract.errors import ConfigError, SampleError, SourceError
+from fmextract.inputs import files
+from fmextract.inputs.files import image_extensions
+from fmextract.inputs.sources import open_source
 from fmextract.records import Source, Status
-from fmextract.sources import image_extensions, import_object, open_source
 
 
 def put(folder: Path, *names: str) -> Path:
@@ -119,7 +121,7 @@ def test_a_file_that_vanishes_or_is_too_large_fails_alone(tmp_path, monkeypatch)
     before = source.fingerprint()
     (tmp_path / "a.jpg").unlink()
     (tmp_path / "b.jpg").write_bytes(b"x" * 100)
-    monkeypatch.setattr(sources, "MAX_FILE_BYTES", 99)
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 99)
     for row, message in ((0, "No such file"), (1, "100 bytes, more than the 99 allowed")):
         with pytest.raises(SampleError, match=message):
             source.load(row)
@@ -204,18 +206,18 @@ def test_threads_load_what_one_thread_loads(tmp_path):
 
 
 def test_many_names_are_held_compactly():
-    names = sources.Names(f"folder/{row:08}.jpg".encode() for row in range(50_000))
+    names = files.Names(f"folder/{row:08}.jpg".encode() for row in range(50_000))
     assert len(names) == 50_000
     assert names[49_999] == b"folder/00049999.jpg"
     held = sys.getsizeof(names._blob) + sys.getsizeof(names._ends)
     assert held < 50_000 * (19 + 8) * 1.2
     with pytest.raises(IndexError, match="expected a row from 0 to 49999, got -1"):
         names[-1]
-    assert sources.Names([b"ab", b"c"]).digest() != sources.Names([b"a", b"bc"]).digest()
+    assert files.Names([b"ab", b"c"]).digest() != files.Names([b"a", b"bc"]).digest()
 
 
 def test_no_torch_is_imported():
-    code = "import sys, fmextract.sources as s; s.image_extensions(); assert 'torch' not in sys.modules"
+    code = "import sys, fmextract.inputs.files as s; s.image_extensions(); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
