@@ -30,13 +30,13 @@ from fmextract.channel import Channel, Closed
 from fmextract.config import FailureBudget
 from fmextract.device import TOO_SMALL, Download, Transfers, is_out_of_memory, lost, transfers
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
-from fmextract.inputs.files import OnDisk
+from fmextract.inputs.files import OnDisk, stamp_of
 from fmextract.inputs.sources import on_disk
 from fmextract.moments import settled
 from fmextract.planning import Plan
 from fmextract.pool import Pool
 from fmextract.precision import give_back_freed_memory, numerics, to_memory_format
-from fmextract.records import FileInfo, LayerSpec, Preprocess, Progress, SampleTable, Source, Status
+from fmextract.records import FileInfo, FileStamp, LayerSpec, Preprocess, Progress, SampleTable, Source, Status
 from fmextract.stats import RunningStats
 from fmextract.taps import Capture, Forward
 from fmextract.watch import InFlight, Watch
@@ -177,13 +177,23 @@ class Nonfinite:
 # ---------------------------------------------------------------------------------------------- decode
 
 
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of a row: the size of its image, the file that was read, and why it failed, if it did."""
+
+    height: int
+    width: int
+    file: FileStamp
+    error: SampleError | None = None
+
+
 @dataclass(slots=True)
 class _Decoding:
-    """A batch on its way: `outcomes` give (height, width, None or the SampleError) of `rows`, a few in each."""
+    """A batch on its way: `outcomes` are those of `rows`, a few in each."""
 
     rows: range
     buffer: torch.Tensor
-    outcomes: list[Future[list[tuple[int, int, SampleError | None]]]]
+    outcomes: list[Future[list[_Outcome]]]
 
 
 class _Decoder:
@@ -222,20 +232,20 @@ class _Decoder:
             rows, buffer, [self._pool.submit(self._decode_all, t, buffer[t.start - rows.start :]) for t in tasks]
         )
 
-    def _decode_all(self, rows: range, into: torch.Tensor) -> list[tuple[int, int, SampleError | None]]:
+    def _decode_all(self, rows: range, into: torch.Tensor) -> list[_Outcome]:
         if self._work.jpegs is None or self._work.ready:
             return [self._decode(row, into[i]) for i, row in enumerate(rows)]
         loaded = [self._loaded(row) for row in rows]
         started = time.perf_counter()
         self._in_flight.begin(*rows)
         try:
-            sizes = self._work.jpegs.decode(loaded, self._work.preprocess, into)
+            decoded = self._work.jpegs.decode(loaded, self._work.preprocess, into)
         finally:
             self._in_flight.end()
             self._tally.add("decode", time.perf_counter() - started)
         return [
-            (*size, None) if size is not None else self._decode(row, into[i], loaded[i])
-            for i, (row, size) in enumerate(zip(rows, sizes, strict=True))
+            _Outcome(*made) if made is not None else self._decode(row, into[i], loaded[i])
+            for i, (row, made) in enumerate(zip(rows, decoded, strict=True))
         ]
 
     def _loaded(self, row: int) -> Any:
@@ -252,13 +262,14 @@ class _Decoder:
             self._in_flight.end()
             self._tally.add("decode", time.perf_counter() - started)
 
-    def _decode(self, row: int, into: torch.Tensor, loaded: Any = None) -> tuple[int, int, SampleError | None]:
-        started = time.perf_counter()
+    def _decode(self, row: int, into: torch.Tensor, loaded: Any = None) -> _Outcome:
+        started, file = time.perf_counter(), FileStamp()
         self._in_flight.begin(row)
         try:
             if isinstance(loaded, SampleError):
                 raise loaded
             data = self._work.source.load(row) if loaded is None or isinstance(loaded, OnDisk) else loaded
+            file = stamp_of(data)
             image = images.decode(data, self._work.preprocess, exif=self._work.exif)
             if image.ready != self._work.ready or image.pixels.shape != into.shape:
                 raise SampleError(
@@ -266,10 +277,10 @@ class _Decoder:
                     f"gives an input of {tuple(image.pixels.shape)}, expected {tuple(into.shape)} as the first image",
                 )
             np.copyto(into.numpy(), image.pixels.numpy())  # of tiny images torch's copy costs more than decoding
-            return image.height, image.width, None
+            return _Outcome(image.height, image.width, file)
         except SampleError as error:
             into.zero_()  # a failed row keeps its place as a black image
-            return 0, 0, error
+            return _Outcome(0, 0, file, error)
         finally:
             self._in_flight.end()
             self._tally.add("decode", time.perf_counter() - started)
@@ -540,13 +551,13 @@ class _Pipeline:
         return Nonfinite()
 
     def _collect(self, batch: _Decoding, samples: SampleTable) -> None:
-        """Wait for the images of a batch; note size and failure of each."""
+        """Wait for the images of a batch; note size, file and failure of each."""
         outcomes = [outcome for task in batch.outcomes for outcome in task.result()]
         for row, outcome in zip(batch.rows, outcomes, strict=True):
             i = row - samples.start
-            samples.height[i], samples.width[i], error = outcome
-            if error is not None:
-                self._fail(samples, row, error)
+            samples.height[i], samples.width[i], samples.files[i] = outcome.height, outcome.width, outcome.file
+            if outcome.error is not None:
+                self._fail(samples, row, outcome.error)
         self._tally.seen += len(batch.rows)
 
     def _fail(self, samples: SampleTable, row: int, error: SampleError) -> None:

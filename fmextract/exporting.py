@@ -36,7 +36,7 @@ from fmextract.errors import ConfigError, MissingExtra, NoSpace, OutputError
 from fmextract.look.select import select_layers
 from fmextract.progress import Quiet
 from fmextract.reader import Activations, Layer
-from fmextract.records import LayerSpec, Progress, SampleTable
+from fmextract.records import FileStamp, LayerSpec, Progress, SampleTable
 from fmextract.text import byte_count, count
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -412,7 +412,8 @@ def _write_netcdf(job: _Job, path: Path) -> list[ExportedLayer]:
     rows = range(int(acts.samples[0]), int(acts.samples[-1]) + 1)
     columns = [acts.status, acts.messages, acts.heights, acts.widths]
     status, message, height, width = (column.tolist() for column in columns)
-    table = SampleTable(rows.start, acts.keys.tolist(), job.labels, status, message, height, width)
+    files = list(map(FileStamp, acts.file_sizes.tolist(), acts.file_digests))
+    table = SampleTable(rows.start, acts.keys.tolist(), job.labels, status, message, height, width, files)
     with (
         store.ShardWriter(path, rows, specs, replace(info, extra=extra), "gzip", None) as writer,
         ThreadPoolExecutor(acts._threads) as pool,

@@ -26,7 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
@@ -40,11 +40,12 @@ from torchvision.transforms.v2 import functional as transforms
 from fmextract.boxes import Span, crop_span, resized_size
 from fmextract.device import is_out_of_memory
 from fmextract.errors import ConfigError, DeviceLost, MissingExtra, SampleError
-from fmextract.inputs.files import NOT_DECODED
-from fmextract.records import Preprocess, Status
+from fmextract.inputs.files import NOT_DECODED, stamp_of
+from fmextract.records import FileStamp, Preprocess, Status
 
 __all__ = [
     "CustomPreprocess",
+    "Decoded",
     "DeviceJpegs",
     "Image",
     "Preprocessing",
@@ -80,6 +81,14 @@ class Image:
     width: int
     decoder: str
     ready: bool = False
+
+
+class Decoded(NamedTuple):
+    """What was decoded elsewhere: the size of an image before it was resized, and the file that it was read from."""
+
+    height: int
+    width: int
+    file: FileStamp
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +156,7 @@ def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
 def _picture(data: Any, exif: bool) -> tuple[Pixels, str]:
     """Pixels (h, w, 3) of whatever a source may load, and who decoded them."""
     if isinstance(data, (bytes, bytearray, memoryview)):
-        encoded = bytes(data)
+        encoded = data if isinstance(data, bytes) else bytes(data)
         pixels = _fast_jpeg(encoded)
         if pixels is not None:
             return _upright(pixels, _orientation(encoded) if exif else 1), "simplejpeg"
@@ -424,12 +433,10 @@ class DeviceJpegs:
         self._device, self._decode = device, device_decoder(device)
         self._own = threading.local()
 
-    def decode(
-        self, data: Sequence[Any], preprocess: Preprocessing | None, into: Tensor
-    ) -> list[tuple[int, int] | None]:
+    def decode(self, data: Sequence[Any], preprocess: Preprocessing | None, into: Tensor) -> list[Decoded | None]:
         """Fill the rows of `into`, uint8 (at least len(data), 3, h, w) on the host, that are plain JPEGs.
 
-        Gives for each of `data` (height, width) before resizing, or None where the CPU is to decode it: anything else,
+        Gives for each of `data` what was decoded, or None where the CPU is to decode it: anything else,
         what EXIF would turn, and what the device refuses; such rows of `into` are not touched. Raises DeviceLost where
         the memory of the device does not suffice: falling back would make values depend on what else runs there.
         """
@@ -455,7 +462,10 @@ class DeviceJpegs:
             ) from error
         for i, pixels in zip(fitted, there, strict=True):
             into[i].copy_(pixels)
-        return [size if i in fitted else None for i, size in enumerate(sizes)]
+        return [
+            Decoded(*size, stamp_of(data[i])) if size is not None and i in fitted else None
+            for i, size in enumerate(sizes)
+        ]
 
     def _pictures(self, encoded: list[bytes]) -> list[Tensor | None]:
         """All at once; where that is refused, one by one, to know which."""

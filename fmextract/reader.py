@@ -161,6 +161,19 @@ class Activations:
         return self._column("width")
 
     @functools.cached_property
+    def file_sizes(self) -> npt.NDArray[np.int64]:
+        """Bytes of the file that each row was made of, int64 (N); -1 where it was no file, or the output does not say.
+
+        Outputs of before there were digests do not say.
+        """
+        return np.concatenate([_column_or(file, "file_size", np.int64(-1)) for file in self._files])
+
+    @functools.cached_property
+    def file_digests(self) -> Array:
+        """XXH3 (128 bits, in hex) of that file, str (N) as objects; empty where `file_sizes` is -1."""
+        return np.concatenate([_column_or(file, "file_digest", "") for file in self._files])
+
+    @functools.cached_property
     def labels(self) -> Array | None:
         """The source's labels (N), None where it has none."""
         return self._column("label") if "label" in self._files[0].columns else None
@@ -302,6 +315,13 @@ class Activations:
         if not isinstance(value, dict):
             raise DamagedError(f"{self.path}: attribute {name} is not a JSON object")
         return value
+
+
+def _column_or(file: _File, name: str, missing: Any) -> Array:
+    """A column, or `missing` for each row of a file that does not have it."""
+    if name in file.columns:
+        return file.column(name)
+    return np.full(len(file.rows), missing, object if isinstance(missing, str) else None)
 
 
 def total_throughput(files: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -178,9 +178,23 @@ class FileInfo:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What tells one content of a file from another: its size in bytes, and its XXH3 (128 bits) in hex.
+
+    -1 and "" where there is no file, or nobody knows.
+    """
+
+    size: int = -1
+    digest: str = ""
+
+
 @dataclass(slots=True)
 class SampleTable:
-    """The columns that stand beside the activations, one entry a row of a shard. Filled while it runs."""
+    """The columns that stand beside the activations, one entry a row of a shard. Filled while it runs.
+
+    `files` says of each row which content of a file it was made of.
+    """
 
     start: int
     keys: list[str]
@@ -189,12 +203,13 @@ class SampleTable:
     message: list[str]
     height: list[int]
     width: list[int]
+    files: list[FileStamp]
 
     @classmethod
     def empty(cls, start: int, keys: list[str], labels: Sequence[int | str | None] | None) -> SampleTable:
-        """A table of `len(keys)` rows that all stand at status 0, size 0 x 0."""
+        """A table of `len(keys)` rows that all stand at status 0, size 0 x 0, of no file."""
         n = len(keys)
-        return cls(start, keys, labels, [0] * n, [""] * n, [0] * n, [0] * n)
+        return cls(start, keys, labels, [0] * n, [""] * n, [0] * n, [0] * n, [FileStamp()] * n)
 
     def __len__(self) -> int:
         return len(self.keys)

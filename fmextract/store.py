@@ -37,6 +37,7 @@ from fmextract.records import (
     STATUS_MEANINGS,
     Field,
     FileInfo,
+    FileStamp,
     LayerSpec,
     SampleTable,
     Status,
@@ -585,6 +586,8 @@ def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], la
             ("message", _STRING),
             ("height", np.int32),
             ("width", np.int32),
+            ("file_size", np.int64),
+            ("file_digest", _STRING),
         )
     }
     _set_attrs(columns["key"], {"long_name": "path or name of the image in its source"})
@@ -592,6 +595,8 @@ def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], la
     _set_attrs(columns["status"], {"flag_values": flags, "flag_meanings": " ".join(STATUS_MEANINGS)})
     for name in ("height", "width"):
         _set_attrs(columns[name], {"long_name": f"{name} of the original image", "units": "pixel"})
+    _set_attrs(columns["file_size"], {"long_name": "size of the file that the row was made of", "units": "byte"})
+    _set_attrs(columns["file_digest"], {"long_name": "XXH3 (128 bits) of the file that the row was made of"})
     if labels is not None:
         columns["label"] = _create_column(file, "label", rows, labels)
     at = 0
@@ -602,6 +607,8 @@ def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], la
         columns["message"][part] = [_text(message) for message in table.message]
         columns["height"][part] = table.height
         columns["width"][part] = table.width
+        columns["file_size"][part] = [stamp.size for stamp in table.files]
+        columns["file_digest"][part] = [stamp.digest for stamp in table.files]
         if labels is not None:
             columns["label"][part] = _label_values(table, labels)
         at = part.stop
@@ -840,8 +847,7 @@ def _validate_layout(file: h5py.File) -> None:
     sample = file.get("sample")
     rows = sample.shape[0] if isinstance(sample, h5py.Dataset) and sample.ndim == 1 else None
     columns: dict[str, Any] = {f"/{column}": file.get(column) for column in ("sample", *_COLUMNS)}
-    if "label" in file:
-        columns["/label"] = file["label"]
+    columns |= {f"/{column}": file[column] for column in _OPTIONAL_COLUMNS if column in file}
     for path, column in columns.items():
         if not isinstance(column, h5py.Dataset) or column.shape != (rows,):
             raise FormatError(f"{name}: expected {path} with one value a row")
@@ -855,6 +861,8 @@ def _validate_layout(file: h5py.File) -> None:
 
 
 _COLUMNS = ("key", "status", "message", "height", "width")
+_OPTIONAL_COLUMNS = ("label", "file_size", "file_digest")
+"""No source has to have labels, and files made before there were digests have none."""
 
 
 def _plain(value: Any) -> Any:
@@ -944,7 +952,14 @@ def read_samples(file: h5py.File, part: slice = slice(None)) -> SampleTable:
             message=_texts(file["message"], part),
             height=file["height"][part].tolist(),
             width=file["width"][part].tolist(),
+            files=_read_stamps(file, part),
         )
+
+
+def _read_stamps(file: h5py.File, part: slice) -> list[FileStamp]:
+    if "file_size" not in file or "file_digest" not in file:
+        return [FileStamp()] * len(file["status"][part])
+    return list(map(FileStamp, file["file_size"][part].tolist(), _texts(file["file_digest"], part)))
 
 
 def _texts(column: h5py.Dataset, part: slice) -> list[str]:

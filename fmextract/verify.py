@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,10 @@ BLOCK_BYTES = 32 << 20
 """Values looked at at once, at least one chunk."""
 ROUNDING = 1e-5
 """Share of the largest value by which a mean differs when it is summed in another order, or in float32."""
+
+
+_DIGEST = re.compile("[0-9a-f]{32}")
+"""Of a file: XXH3 (128 bits) in hex."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +234,9 @@ class _Check:
         for name, column in (("height", acts.heights), ("width", acts.widths)):
             if (column < 0).any():
                 self._wrong(path, f"/{name} is negative", rows=rows)
+        sizes = zip(acts.file_sizes.tolist(), acts.file_digests, strict=True)
+        if not all((size == -1 and not digest) or (size >= 0 and _DIGEST.fullmatch(digest)) for size, digest in sizes):
+            self._wrong(path, "/file_size and /file_digest are not those of files", rows=rows)
 
     def _layer(self, path: Path, layer: reader.Layer, start: int, digests: str | None) -> None:
         self._coordinates(path, layer)

@@ -38,7 +38,7 @@ import torch
 
 from fmextract import chunks, images, index, store
 from fmextract.errors import OutputLost
-from fmextract.inputs.files import OnDisk
+from fmextract.inputs.files import OnDisk, stamp_of
 from fmextract.planning import Plan
 from fmextract.records import LayerSpec, Preprocess, SampleTable
 
@@ -234,21 +234,21 @@ class Jpegs:
 
     def decode(
         self, data: Sequence[Any], preprocess: images.Preprocessing | None, into: torch.Tensor
-    ) -> list[tuple[int, int] | None]:
+    ) -> list[images.Decoded | None]:
         """Fill the rows of `into`, uint8 (at least len(data), 3, h, w) on the host, that are ordinary JPEGs, given as
         bytes or as files.
 
-        Gives for each of `data` (height, width) before resizing, or None for whatever else there is, which the caller
+        Gives for each of `data` what was decoded, or None for whatever else there is, which the caller
         decodes: other formats, whose plug-ins this process may have, and what is wrong, so that one place says why.
         """
-        sizes: list[tuple[int, int] | None] = [None] * len(data)
+        decoded: list[images.Decoded | None] = [None] * len(data)
         plain = [i for i, item in enumerate(data) if isinstance(item, OnDisk) or _is_jpeg(item)]
         if plain and isinstance(preprocess, Preprocess):
             task = _Decode([data[i] for i in plain], preprocess, self._exif, tuple(into.shape[1:]))
             found = self._do(lambda worker: worker.decode(task, into[plain[0] : plain[-1] + 1], plain))
-            for i, size in zip(plain, found or (), strict=False):
-                sizes[i] = size
-        return sizes
+            for i, one in zip(plain, found or (), strict=False):
+                decoded[i] = one
+        return decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,18 +348,18 @@ class _Worker:
         found: tuple[str, str] = self._ask("finish", shard, *what)
         return found
 
-    def decode(self, task: _Decode, into: torch.Tensor, plain: Sequence[int]) -> list[tuple[int, int] | None]:
+    def decode(self, task: _Decode, into: torch.Tensor, plain: Sequence[int]) -> list[images.Decoded | None]:
         one = math.prod(task.shape)
         room = self._room_of(len(task.data) * one)
-        sizes: list[tuple[int, int] | None] = self._ask("decode", task, PIL.Image.MAX_IMAGE_PIXELS)
+        decoded: list[images.Decoded | None] = self._ask("decode", task, PIL.Image.MAX_IMAGE_PIXELS)
         made = np.frombuffer(room, np.uint8, len(task.data) * one).reshape(-1, *task.shape)
-        if len(made) == len(into) and None not in sizes:
+        if len(made) == len(into) and None not in decoded:
             np.copyto(into.numpy(), made)
-            return sizes
-        for row, size, pixels in zip(plain, sizes, made, strict=True):
-            if size is not None:
+            return decoded
+        for row, found, pixels in zip(plain, decoded, made, strict=True):
+            if found is not None:
                 np.copyto(into[row - plain[0]].numpy(), pixels)
-        return sizes
+        return decoded
 
     def close(self) -> None:
         with suppress(OSError):
@@ -523,17 +523,17 @@ def _encode(
     return answers, end
 
 
-def _decode(room: mmap.mmap, task: _Decode, most_pixels: int | None) -> list[tuple[int, int] | None]:
+def _decode(room: mmap.mmap, task: _Decode, most_pixels: int | None) -> list[images.Decoded | None]:
     PIL.Image.MAX_IMAGE_PIXELS = most_pixels
     made = np.frombuffer(room, np.uint8, len(task.data) * math.prod(task.shape)).reshape(-1, *task.shape)
-    sizes: list[tuple[int, int] | None] = []
+    decoded: list[images.Decoded | None] = []
     for item, pixels in zip(task.data, made, strict=True):
-        size = None
+        one = None
         with suppress(Exception):  # the thread that asked decodes it once more, and says why
             data = item.read() if isinstance(item, OnDisk) else item
             image = images.decode(data, task.preprocess, exif=task.exif)
             if image.decoder == "simplejpeg" and tuple(image.pixels.shape) == task.shape:
                 np.copyto(pixels, image.pixels.numpy())
-                size = image.height, image.width
-        sizes.append(size)
-    return sizes
+                one = images.Decoded(image.height, image.width, stamp_of(data))
+        decoded.append(one)
+    return decoded

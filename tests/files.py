@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fmextract import codecs, index
-from fmextract.records import FileInfo, LayerSpec, SampleTable
+from fmextract.records import FileInfo, FileStamp, LayerSpec, SampleTable
 from fmextract.store import ShardWriter, chunk_digest, chunk_grid
 
 AXES = {
@@ -20,7 +20,8 @@ AXES = {
     4: ("channel", "y", "x"),
     5: ("channel", "time", "y", "x"),
 }
-PER_ROW = ("keys", "status", "message", "labels")
+COLUMNS = ("sample", "key", "status", "message", "height", "width", "file_size", "file_digest")
+PER_ROW = ("keys", "status", "message", "labels", "files")
 INFO = FileInfo(
     title="a test",
     source="nowhere",
@@ -79,6 +80,7 @@ def make_file(
     status: Sequence[int] | None = None,
     message: Sequence[str] | None = None,
     labels: Sequence[Any] | None = None,
+    files: Sequence[FileStamp] | None = None,
     stats: Mapping[str, Mapping[str, Any]] | None = None,
     spec: Mapping[str, Mapping[str, Any]] | None = None,
     info: FileInfo = INFO,
@@ -105,6 +107,7 @@ def make_file(
         message=["broken" if s else "" for s in status] if message is None else list(message),
         height=[480] * count,
         width=[640] * count,
+        files=[FileStamp()] * count if files is None else list(files),
     )
     with ShardWriter(path, rows, specs, info, codec, level) as writer:
         write_layers(writer, list(arrays.values()), codec, level)

@@ -15,7 +15,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from files import make_file, make_shards
+from files import COLUMNS, make_file, make_shards
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -600,7 +600,7 @@ def test_chunk_that_was_never_written_is_no_fill_value(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     make_file(path, {"fc": ARRAYS["fc"], "maps": ARRAYS["maps"]})
     with h5py.File(path, "r+") as file:
-        for name in ("sample", "key", "status", "message", "height", "width", "layers/fc/activation"):
+        for name in (*COLUMNS, "layers/fc/activation"):
             file[name].resize(30, 0)
         file["layers/maps/activation"].resize(30, 0)
     with reader.open(path) as acts, pytest.raises(DamagedError, match="6 of 8 chunks"):

@@ -16,7 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from files import make_file, make_shards
+from files import COLUMNS, make_file, make_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -177,7 +177,7 @@ def external_storage(file: h5py.File) -> None:
 
 
 def huge_rows(file: h5py.File) -> None:
-    for name in ("sample", "key", "status", "message", "height", "width", "layers/maps/activation"):
+    for name in (*COLUMNS, "layers/maps/activation"):
         file[name].resize(2**40, 0)
 
 

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 import pytest
 import shardfiles
+from files import COLUMNS
 from shardfiles import INFO, layer, table, values
 
 from fmextract import store
@@ -425,7 +426,7 @@ def external_storage(file: h5py.File) -> None:
 
 
 def huge_claim(file: h5py.File) -> None:
-    for name in ("sample", "key", "status", "message", "height", "width", "label"):
+    for name in (*COLUMNS, "label"):
         file[name].resize(1 << 40, axis=0)
     for group in file["layers"].values():
         group["activation"].resize(1 << 40, axis=0)
@@ -507,7 +508,7 @@ def test_other_files_are_refused_with_the_reason(path: Path) -> None:
 def test_a_file_without_rows_can_be_read(path: Path) -> None:
     full_file(path)
     with h5py.File(path, "r+") as file:
-        for name in ("sample", "key", "status", "message", "height", "width", "label"):
+        for name in (*COLUMNS, "label"):
             file[name].resize(0, axis=0)
         for group in file["layers"].values():
             group["activation"].resize(0, axis=0)

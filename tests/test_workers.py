@@ -23,6 +23,7 @@ import PIL.Image
 import pytest
 import runs
 import torch
+import xxhash
 from PIL import Image
 from runs import Notes, extract, make_photos
 
@@ -33,6 +34,7 @@ from fmextract.inputs.files import OnDisk
 from fmextract.inputs.sources import on_disk, open_source
 from fmextract.planning import Plan
 from fmextract.prepare import plan_for, prepare
+from fmextract.records import FileStamp
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="processes need memfd_create, of Linux")
 PREPROCESS = images.parse_preprocess("size=20,crop=16,mean=0.5,std=0.5")
@@ -137,7 +139,8 @@ def test_jpegs_are_decoded_as_by_a_thread_and_all_else_is_left_alone(two: worker
         OnDisk(os.fsencode(tmp_path / "a.jpg")), OnDisk(os.fsencode(tmp_path / "gone.jpg")),
     ]  # fmt: skip
     into = torch.full((len(data), *SHAPE), 7, dtype=torch.uint8)
-    sizes = two.jpegs(False).decode(data, PREPROCESS, into)
+    decoded = two.jpegs(False).decode(data, PREPROCESS, into)
+    sizes = [one and one[:2] for one in decoded]
     assert sizes == [(30, 40), None, None, (30, 40), None, None, None, (100, 200), (30, 40), None]
     for item, size, pixels in zip(data, sizes, into, strict=True):
         if size is None:
@@ -145,8 +148,12 @@ def test_jpegs_are_decoded_as_by_a_thread_and_all_else_is_left_alone(two: worker
         else:
             encoded = item.read() if isinstance(item, OnDisk) else item
             assert torch.equal(pixels, images.decode(encoded, PREPROCESS).pixels)
+    stamps = [one and one.file for one in decoded]
+    assert stamps == [None if size is None else FileStamp() for size in sizes[:8]] + [
+        FileStamp(len(jpeg(6)), xxhash.xxh3_128_hexdigest(jpeg(6))), None
+    ]  # fmt: skip
     into = torch.zeros(2, *SHAPE, dtype=torch.uint8)
-    assert two.jpegs(False).decode([jpeg(0), jpeg(1)], PREPROCESS, into) == [(30, 40)] * 2
+    assert two.jpegs(False).decode([jpeg(0), jpeg(1)], PREPROCESS, into) == [(30, 40, FileStamp())] * 2
     assert torch.equal(into[1], images.decode(jpeg(1), PREPROCESS).pixels)
 
 
@@ -158,7 +165,7 @@ def test_photos_are_turned_where_that_is_asked(two: workers.Workers) -> None:
         into = torch.zeros(1, *SHAPE, dtype=torch.uint8)
         sizes = two.jpegs(asked).decode([file.getvalue()], PREPROCESS, into)
         image = images.decode(file.getvalue(), PREPROCESS, exif=asked)
-        assert sizes == [(image.height, image.width)] == [(40, 30) if asked else (30, 40)]
+        assert [one and one[:2] for one in sizes] == [(image.height, image.width)] == [(40, 30) if asked else (30, 40)]
         assert torch.equal(into[0], image.pixels)
 
 
@@ -169,7 +176,7 @@ def test_what_counts_as_a_bomb_is_what_counts_here(two: workers.Workers, monkeyp
     with pytest.raises(SampleError, match="more than the 1000 allowed"):
         images.decode(jpeg(0), PREPROCESS)
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", None)
-    assert two.jpegs(False).decode([jpeg(0)], PREPROCESS, into) == [(30, 40)]
+    assert two.jpegs(False).decode([jpeg(0)], PREPROCESS, into) == [(30, 40, FileStamp())]
 
 
 def test_a_worker_reads_only_files_that_are_called_jpegs(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fmextract.errors import SampleError, SourceError
-from fmextract.records import Status
+from fmextract.records import FileStamp, Status
 
 # Formats that Pillow registers but decodes only with a handler of the user's or a foreign program (Ghostscript for
 # EPS: no program is started on a stranger's file), or writes only.
@@ -95,7 +95,7 @@ class FileSource:
     def label(self, row: int) -> int | str | None:
         return None if self.labels is None else self.labels[row]
 
-    def load(self, row: int) -> bytes:
+    def load(self, row: int) -> FileBytes:
         """The whole file. Raises SampleError(Status.UNREADABLE) for anything that is not a readable regular file."""
         return read_file(os.path.join(self.root, self.paths[row]))  # noqa: PTH118  bytes: pathlib knows only str
 
@@ -128,12 +128,26 @@ class OnDisk:
 
     path: bytes
 
-    def read(self) -> bytes:
+    def read(self) -> FileBytes:
         """What `load` gives. Raises as that does."""
         return read_file(self.path)
 
 
-def read_file(path: bytes) -> bytes:
+class FileBytes(bytes):
+    """All that is in a file: so is known, wherever it comes from, that a row was made of one."""
+
+    def stamp(self) -> FileStamp:
+        import xxhash  # here, so that opening a source needs no more than it did
+
+        return FileStamp(len(self), xxhash.xxh3_128_hexdigest(self))
+
+
+def stamp_of(loaded: Any) -> FileStamp:
+    """Of what a source loaded: the size and digest of a file; of anything else, that it is none."""
+    return loaded.stamp() if isinstance(loaded, FileBytes) else FileStamp()
+
+
+def read_file(path: bytes) -> FileBytes:
     try:
         # O_NONBLOCK: opening a FIFO that nobody writes to would block for ever; for a regular file it means nothing.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -143,7 +157,7 @@ def read_file(path: bytes) -> bytes:
                 raise SampleError(Status.UNREADABLE, "not a regular file")
             if status.st_size > MAX_FILE_BYTES:
                 raise SampleError(Status.UNREADABLE, f"{status.st_size} bytes, more than the {MAX_FILE_BYTES} allowed")
-            return file.readall()
+            return FileBytes(file.readall())
     except OSError as error:
         raise SampleError(Status.UNREADABLE, error.strerror or type(error).__name__) from error
 
