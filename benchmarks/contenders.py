@@ -359,6 +359,9 @@ class _Clock:
     def note(self, text: str) -> None:
         """Nothing to say."""
 
+    def step(self, what: str, done: int, total: int) -> None:
+        """Nothing to say."""
+
     def start(self, total: int, done: int) -> None:
         self.began = time.perf_counter()
 

@@ -32,6 +32,9 @@ class Clock:
     def note(self, text: str) -> None:
         print(f"  {text}", file=sys.stderr)
 
+    def step(self, what: str, done: int, total: int) -> None:
+        """Nothing to show."""
+
     def start(self, total: int, done: int) -> None:
         self.started = time.perf_counter()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from fmextract.capture.reducer_help import REDUCER_HELP
 from fmextract.cli import app
 
 TARGET = Path(__file__).with_name("cli.md")
@@ -47,6 +48,14 @@ Quote them: the shell has its own ideas about `*`, `?`, `[` and `#`.
 | `'layer4=mean'` | what a reducer makes of it |
 
 The suffixes come in this order: `:2`, `@in`, `[0]`, `=mean`. `fmextract layers MODEL -l SELECTOR` shows what one takes.
+
+## Reducers
+
+Behind `=`, what is kept of a layer; shapes are those of one image. Averages of half-precision and integer maps are
+computed and kept in float32.
+
+| reducer | keeps | shape | needs |
+|---|---|---|---|
 """
 
 
@@ -54,7 +63,15 @@ def reference() -> str:
     """The text of docs/cli.md."""
     first, *others = commands().items()
     known = {_names(option): _text(option) for option in first[1].params}
-    return "\n".join([HEAD, _section(*first, {}), *(_section(*other, known) for other in others)])
+    return "\n".join([HEAD + _reducers(), _section(*first, {}), *(_section(*other, known) for other in others)])
+
+
+def _reducers() -> str:
+    rows = [(f"`={help.usage}`".replace(" or ", "` or `="), *help[1:]) for help in REDUCER_HELP.values()]
+    rows.append(
+        ("`=module:callable`", "what your function makes of a tensor (B, …), as (B, …)", "as it gives", "nothing")
+    )
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def commands() -> dict[str, Any]:

@@ -10,18 +10,19 @@ import gc
 import inspect
 import json
 import math
-import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar, cast
 
 import typer
 
 from fmextract import __version__, tables, text
+from fmextract.capture.reducer_help import REDUCER_HELP
+from fmextract.common import streams
 from fmextract.config import (
     DECODERS,
     EFFECTIVE_FIELDS,
@@ -65,7 +66,22 @@ app = typer.Typer(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. No traceback, unless --debug is given."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [_at_home(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    streams.ensure_open()
+    try:
+        return _run(arguments)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            streams.settle(stream)
+
+
+def _at_home(argument: str) -> str:
+    """`~/x.h5` as a shell would have given it, had it not been quoted, or behind `--out=`."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{Path(value).expanduser()}" if value.startswith("~/") else argument
+
+
+def _run(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # a stream that a test or an embedding program put there
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -139,7 +155,8 @@ Layers = Annotated[
         metavar="SELECTOR",
         help="What to take; repeatable. A path layer4.2.conv3, a glob 'layer?.*.conv1' (** crosses dots), "
         "type:Conv2d, 'conv#0' (the first in order of execution; 'conv#-1' the last). Suffixes: :2 second call, @in "
-        "the input, [1] a member, =mean a reducer. [default: the model's main parts]",
+        "the input, [1] a member, =mean a reducer (`fmextract layers --help` has the list). "
+        "[default: the model's main parts]",
     ),
 ]
 
@@ -307,7 +324,7 @@ def extract(
     if dry_run:
         return plan(source, model, out, as_json=as_json, debug=debug, **options)
     config = _config(options)
-    with _working(hint="what is done is kept: the same command goes on from there"):
+    with _working(hint=lambda: _what_is_kept(out)):
         with _importing():
             from fmextract.run import run
 
@@ -335,7 +352,7 @@ def plan(
 ) -> int:
     """Say what `extract` would do, and what it would cost.
 
-    Takes the same options, measures on the first images, and writes nothing.
+    Takes the same options, measures on the first images, and writes nothing. Exits with 4 where the disk is too small.
 
     fmextract plan photos/ -m resnet50 -l 'layer*'
     """
@@ -346,10 +363,17 @@ def plan(
 
         made = make_plan(source, model, out, config, TerminalProgress())
     _show(made.as_json(), lambda: tables.plan(made), as_json)
+    from fmextract.estimate import check_space
+
+    check_space(made.estimate.bytes_needed, made.estimate.bytes_free, out)
     return 0
 
 
-@app.command()
+@app.command(
+    epilog="Reducers: "
+    + "; ".join(f"={help.usage} keeps {help.keeps}, {help.shapes}" for help in REDUCER_HELP.values())
+    + "; =module:callable, a function of yours from (B, …) to (B, …)."
+)
 def layers(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="As in `extract --model`; built with random weights, no download.")
@@ -361,6 +385,8 @@ def layers(
     debug: Debug = False,
 ) -> int:
     """List a model's layers in the order of execution.
+
+    With a reducer in the selector (-l 'layer4=mean') it shows the shape that would be stored.
 
     fmextract layers resnet50 -l 'type:Conv2d'
     """
@@ -848,7 +874,7 @@ def _importing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _working(hint: str = "") -> Iterator[None]:
+def _working(hint: Callable[[], str] = str) -> Iterator[None]:
     """Around the one public function of a command: what libraries and models' own code print goes to stderr.
 
     SIGTERM ends it as Ctrl-C does, in order; a crash in native code shows where it was.
@@ -856,11 +882,21 @@ def _working(hint: str = "") -> Iterator[None]:
     if not faulthandler.is_enabled():
         with contextlib.suppress(OSError, ValueError, AttributeError, RuntimeError):  # a stderr that is no file
             faulthandler.enable()
+    heard = cast("TextIO", streams.Tolerant(sys.stderr))
     try:
-        with contextlib.redirect_stdout(sys.stderr), _terminated_as_interrupted():
+        with contextlib.redirect_stderr(heard), contextlib.redirect_stdout(heard), _terminated_as_interrupted():
             yield
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted{'; ' if hint else ''}{hint}") from None
+        raise Interrupted("; ".join(["interrupted", *filter(None, [hint()])])) from None
+
+
+def _what_is_kept(out: Path) -> str:
+    from fmextract.output import finished_shards
+
+    kept = finished_shards(out)
+    if not kept:
+        return "no shard was finished yet: the same command starts over"
+    return f"{text.count(kept, 'shard')} finished and kept: the same command goes on from there"
 
 
 @contextlib.contextmanager
@@ -884,12 +920,15 @@ def _show(data: Any, render: Callable[[], str], as_json: bool) -> None:
 
 
 def _print(lines: str) -> None:
-    """To stdout. A reader that has seen enough (`| head`) closes it: the work is done all the same."""
+    """To stdout. A reader that has seen enough (`| head`) closes it, a disk is full: the work is done all the same."""
     try:
         print(lines, flush=True)
     except BrokenPipeError:
-        # Python flushes stdout once more when it ends, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            print(f"the result could not be printed: {error.strerror}", file=sys.stderr)
+    streams.settle(sys.stdout)
 
 
 def _valid(data: Any) -> Any:

@@ -191,6 +191,49 @@ def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{option} {value!r}: expected one of {', '.join(allowed)}")
 
 
+_OTHER_FORMATS = frozenset(
+    [
+        ".bin",
+        ".csv",
+        ".gz",
+        ".h5ad",
+        ".hdf",
+        ".hf",
+        ".jpg",
+        ".json",
+        ".jsonl",
+        ".mat",
+        ".npy",
+        ".npz",
+        ".onnx",
+        ".parquet",
+        ".pdf",
+        ".pickle",
+        ".pkl",
+        ".png",
+        ".pt",
+        ".pth",
+        ".safetensors",
+        ".svg",
+        ".tar",
+        ".txt",
+        ".xlsx",
+        ".yaml",
+        ".zarr",
+        ".zip",
+    ]
+)
+
+
+def check_out(out: Path) -> None:
+    """Raises ConfigError for an output that is named like a file of another format, and is not there yet."""
+    if out.suffix.lower() in _OTHER_FORMATS and not out.exists():
+        raise ConfigError(
+            f"-o {out}: an output is one HDF5 file (name.h5, name.hdf5 or name.nc) or a directory of shards, which is"
+            f" not named like a {out.suffix} file. For other formats: fmextract export"
+        )
+
+
 def is_single_file(out: Path) -> bool:
     """Whether `-o` names one file (`.h5`, `.hdf5`, `.nc`) rather than a directory of shards."""
     return out.suffix.lower() in (".h5", ".hdf5", ".nc")

@@ -39,6 +39,7 @@ def effective_sizes(
     stop: Event | None = None,
     seconds: float = math.inf,
     tell: Callable[[str], None] = lambda why: None,
+    step: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[float | None]:
     """For each tap, the side in pixels of the centred square that holds `share` of a cell's squared gradient.
 
@@ -47,7 +48,8 @@ def effective_sizes(
     one forward pass an image and one backward pass a tap and image; no image after the first is begun that would
     go on for longer than `seconds` from the call. None for a tap without axes y and x, and where the
     model has no gradient (quantised layers, a forward under `no_grad`, values overwritten that the gradient needs). An
-    image that the model fails on is passed over, and `tell` gets to know why. The model is as before on every way out.
+    image that the model fails on is passed over, and `tell` gets to know why; `step` gets to know how many of the
+    backward passes are done. The model is as before on every way out.
     """
     kept = [
         reduced or (_whole, tap.axes) for tap, reduced in zip(probed, reductions or [None] * len(probed), strict=True)
@@ -74,7 +76,8 @@ def effective_sizes(
                 except Exception as error:  # autograd refuses an operation in place, or the model this image
                     tell(f"{type(error).__name__}: {error}")
                     continue
-            for i, value in zip(spatial, values, strict=True):
+            for position, (i, value) in enumerate(zip(spatial, values, strict=True)):
+                step(done * len(spatial) + position, len(inputs) * len(spatial))
                 energy = _energy(value, leaf)
                 if energy is not None:
                     energies[i] = energies.get(i, 0) + energy

@@ -101,7 +101,7 @@ class Provider:
 
 
 def load_model(
-    model: str | nn.Module,
+    model: Any,
     weights: str = "default",
     preprocess: str | Preprocessing | Callable[..., Tensor] | None = "model",
     size: str | int | None = None,
@@ -123,6 +123,9 @@ def load_model(
         built = Built(model, None, "as given")
         if wanted.kind != "default":
             raise ModelError(f"weights={weights!r} needs a model's name; a module given is never changed")
+    elif not isinstance(model, str):
+        made = " Call it first, and give what it returns" if callable(model) else ""
+        raise ModelError(f"expected a model's name or a torch module, got {type(model).__name__} {model!r:.80}.{made}")
     else:
         provider, name = _find_provider(model)
         built = PROVIDERS[provider].build(name, wanted)
@@ -137,6 +140,15 @@ def load_model(
         weights_sha256=weights_digest(built.module),
         origin={"provider": provider, "model": name, **built.origin},
     )
+
+
+def guessed_input(module: nn.Module) -> Preprocess:
+    """The inputs that a module of the caller's most likely takes: by timm's configuration, else photos of 224 x 224."""
+    config = getattr(module, "pretrained_cfg", None)
+    said = config.get("input_size") if isinstance(config, Mapping) else None
+    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    channels, *size = said if said and len(said) == 3 else (first.in_channels if first is not None else 3, 224, 224)
+    return Preprocess(None, (size[0], size[1]), (0.0,) * channels, (1.0,) * channels)
 
 
 def weights_digest(module: nn.Module) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fmextract import index, planning, reader, store
-from fmextract.config import is_single_file
+from fmextract.config import check_out, is_single_file
 from fmextract.errors import ConfigError, FormatError, OutputError, OutputLost
 from fmextract.index import INDEX, PLAN, ShardRecord
 from fmextract.lock import NAME as LOCK
@@ -45,7 +45,7 @@ class Output:
         self.records: list[ShardRecord] = []
         self.crashed_at: list[int] = []
         self._lock = Lock(self.directory)
-        self._made_directory = False
+        self._made: list[Path] = []  # directories that were not there before, the deepest first
 
     def __enter__(self) -> Output:
         """Raises OutputError where the place holds something else, or another run is at work there."""
@@ -61,9 +61,9 @@ class Output:
 
     def __exit__(self, *exc_info: object) -> None:
         self._lock.release()
-        if self._made_directory or self._single:
-            with contextlib.suppress(OSError):  # it holds something, or was never made
-                self.directory.rmdir()
+        with contextlib.suppress(OSError):  # one of them holds something, or was never made
+            for path in self._made or [self.directory] * self._single:
+                path.rmdir()
 
     def begin(self, identity: Mapping[str, Any], make_plan: Callable[[], Plan]) -> Plan | None:
         """The plan to follow: that of a run begun earlier, else a new one, published. None: the output is complete.
@@ -108,6 +108,7 @@ class Output:
 
     def _check_place(self) -> None:
         target = self._target
+        check_out(target)
         if self._single:
             if target.is_dir():
                 raise OutputError(f"{target} is a directory; -o name.h5 must be a file")
@@ -186,7 +187,7 @@ class Output:
     def _make_directory(self) -> None:
         with _writing(self.directory):
             missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
-            self._made_directory = bool(missing)
+            self._made = self._made or missing
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in missing:
                 index.fsync(path.parent)
@@ -208,6 +209,12 @@ class Output:
             self._remove_temporaries()
             (self.directory / PLAN).unlink(missing_ok=True)
             index.fsync(self.directory)
+
+
+def finished_shards(target: Path) -> int:
+    """How many shards of a run into `target` are recorded as whole."""
+    directory = target.with_name(target.name + ".partial") if is_single_file(target) else target
+    return sum(1 for _ in directory.glob("shard-*.json"))
 
 
 def _check_ours(target: Path) -> None:

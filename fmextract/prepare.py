@@ -300,7 +300,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
             rows=rows,
         )
     )
-    sizes, left_out = _effective_sizes(prepared, chosen)
+    sizes, left_out = _effective_sizes(prepared, chosen, progress)
     layers = tuple(_layer_spec(prepared, i, chosen, rows, sizes) for i in range(len(prepared.probed)))
     level = codecs.codec_named(config.codec).checked_level(config.level)
     threads = config.workers or cores()
@@ -458,7 +458,9 @@ _ON_DISK = {
 }
 
 
-def _effective_sizes(prepared: Prepared, chosen: choose.Chosen) -> tuple[Sequence[float | None], list[str]]:
+def _effective_sizes(
+    prepared: Prepared, chosen: choose.Chosen, progress: Progress
+) -> tuple[Sequence[float | None], list[str]]:
     """(effective receptive fields, a note where they were left out): three passes a layer and image.
 
     `auto` measures them where that is short, or small beside the run: on one image if it must be.
@@ -487,6 +489,7 @@ def _effective_sizes(prepared: Prepared, chosen: choose.Chosen) -> tuple[Sequenc
             stop=prepared.stop,
             seconds=seconds,
             tell=failures.append,
+            step=partial(progress.step, "effective receptive fields"),
         )
     captured = zip(prepared.probed, prepared.captured, sizes, strict=True)
     without = [p.tap.name for p, c, size in captured if size is None and {"y", "x"} <= set(c.axes)]
@@ -626,19 +629,22 @@ def cores() -> int:
 def describe(
     model: Any,
     *,
-    weights: str = "random:0",
+    weights: str | None = None,
     preprocess: Any = "model",
     size: str | None = None,
     selectors: Sequence[str] = (),
 ) -> list[ModuleRow]:
     """Every module of a model as a forward pass uses it: what `fmextract layers` shows. Downloads nothing by default.
 
-    Rows in the order of execution (that in which calls end), modules that are never called last.
+    `model`: a name, built with random weights unless `weights` names others, or a module as it is, whose input is
+    guessed (timm's configuration, else 224 x 224) where neither `preprocess` nor `size` says it.
+    Rows in the order of execution (that in which calls end), modules that are never called last. A selector with a
+    reducer gives the shape that would be stored. Raises ModelError, LayerError, SourceError, ConfigError.
     """
+    if weights is None:
+        weights = "default" if isinstance(model, torch.nn.Module) else "random:0"
     loaded = models.load_model(model, weights, preprocess, size)
-    if not isinstance(loaded.preprocess, Preprocess) or loaded.preprocess.size is None:
-        raise SourceError("the input size is not known: give --size N (or HxW)")
-    shape = (len(loaded.preprocess.mean), *loaded.preprocess.size)
+    shape = _described_input(loaded, model, size)
     cpu = torch.device("cpu")
     with precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
         noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
@@ -647,6 +653,17 @@ def describe(
         with _failing_on(shape):
             probed, refused = taps.probe(loaded.module, loaded.forward, wanted, shape, cpu)
     return _module_rows(seen, wanted, probed, refused, everything=not selectors)
+
+
+def _described_input(loaded: models.LoadedModel, model: Any, size: str | None) -> tuple[int, ...]:
+    """(channel, y, x) of an input of a model that is only looked at."""
+    preprocess = loaded.preprocess
+    if preprocess is None and isinstance(model, torch.nn.Module):
+        guessed = models.guessed_input(model)
+        preprocess = images.apply_size(guessed, size) if size is not None else guessed
+    if not isinstance(preprocess, Preprocess) or preprocess.size is None:
+        raise SourceError("the input size is not known: give --size N (or HxW)")
+    return (len(preprocess.mean), *preprocess.size)
 
 
 def _module_rows(
@@ -666,6 +683,7 @@ def _module_rows(
     rows: list[ModuleRow] = []
     for tap in wanted:
         found = known.get(tap.name)
+        stored = found and (_reduction(found) or found)
         rows.append(
             ModuleRow(
                 index=len(rows),
@@ -673,10 +691,10 @@ def _module_rows(
                 type=tap.module_type,
                 number=numbers.get(tap.module, ""),
                 calls=tap.calls,
-                shape=found.shape if found else None,
-                axes=found.axes if found else (),
+                shape=stored.shape if stored else None,
+                axes=stored.axes if stored else (),
                 dtype=str(found.dtype).removeprefix("torch.") if found else "",
-                bytes=int(np.prod(found.shape)) * found.dtype.itemsize if found else 0,
+                bytes=math.prod(stored.shape) * found.dtype.itemsize if found and stored else 0,
                 overwritten=found.overwritten if found else False,
                 refused=why.get(tap.name, ""),
             )

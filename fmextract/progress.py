@@ -1,4 +1,4 @@
-"""What a run tells a person while it goes: a bar on a terminal, single lines in a log file."""
+"""What a run tells a person while it goes: a bar on a terminal or in a notebook, a line every so often in a log."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from typing import Any, TextIO
 from fmextract.text import count, duration, printable, rate
 
 BAR = "{percentage:3.0f}% {bar} {n:,}/{total:,}{unit}, {rate_noinv_fmt}, {remaining} left, ends {eta:%H:%M}{postfix}"
+LOG_SECONDS = 30.0  # between two lines in a log
+FIRST_LOG_SECONDS = 10.0  # until the first one
 
 
 class Quiet:
     """A `records.Progress` that says nothing."""
 
     def note(self, text: str) -> None: ...
+    def step(self, what: str, done: int, total: int) -> None: ...
     def start(self, total: int, done: int) -> None: ...
     def advance(self, images: int, failed: int) -> None: ...
     def finish(self) -> None: ...
 
 
 class TerminalProgress:
-    """A `records.Progress` on stderr: images/s, the expected end, failures. Without a terminal: notes, one last line.
+    """A `records.Progress` on stderr: images/s, the expected end, failures.
 
-    A closed or full stderr never ends a run.
+    On a terminal and in a notebook a bar. In a log a line after ten seconds and then every half minute, which says the
+    same, and a last one. A closed or full stderr never ends a run.
     """
 
     def __init__(self, stream: TextIO | None = None, unit: str = "image") -> None:
@@ -32,6 +36,7 @@ class TerminalProgress:
         self._bar: Any = None
         self._total = self._done = self._new = self._failed = 0
         self._began: float | None = None
+        self._next_line = time.monotonic() + FIRST_LOG_SECONDS
 
     def note(self, text: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # ValueError: the stream is closed
@@ -42,15 +47,34 @@ class TerminalProgress:
             if self._bar is not None:
                 self._bar.refresh()
 
+    def step(self, what: str, done: int, total: int) -> None:
+        if self._is_time():
+            self.note(f"{what}: {done:,} of {total:,}")
+
+    def _is_time(self) -> bool:
+        """Whether a log gets its next line now."""
+        now = time.monotonic()
+        if now < self._next_line:
+            return False
+        self._next_line = now + LOG_SECONDS
+        return True
+
     def start(self, total: int, done: int) -> None:
         self._total, self._done, self._new, self._failed = total, done, 0, 0
         self._began = time.monotonic()
-        if self._stream.isatty():
-            with contextlib.suppress(OSError, ValueError):
-                self._bar = self._new_bar(total, done)
+        self._next_line = self._began + FIRST_LOG_SECONDS
+        with contextlib.suppress(OSError, ValueError):
+            self._bar = self._new_bar(total, done)
 
     def _new_bar(self, total: int, done: int) -> Any:
-        # Not at the top: `--help` and `info` answer without it.
+        """A bar of tqdm where there is something to draw it on, else None."""
+        # tqdm not at the top: `--help` and `info` answer without it.
+        if self._stream is sys.stderr and _in_notebook():
+            from tqdm.auto import tqdm as notebook_bar
+
+            return notebook_bar(total=total, initial=done, unit=f" {self._unit}s", smoothing=0)
+        if not self._stream.isatty():
+            return None
         from tqdm import tqdm
 
         # smoothing 0: the rate since the start. The first batches warm up and the last drain; a moving average would
@@ -69,6 +93,8 @@ class TerminalProgress:
     def advance(self, images: int, failed: int) -> None:
         self._new += images
         self._failed = failed
+        if self._bar is None and self._is_time():
+            self.note(self._line())
         if self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
                 if failed:
@@ -86,6 +112,18 @@ class TerminalProgress:
             self._bar = None
         self.note(self._last_line(seconds))
 
+    def _line(self) -> str:
+        """What a bar would show, for a log."""
+        assert self._began is not None
+        seconds, reached = time.monotonic() - self._began, self._done + self._new
+        parts = [f"{reached:,} of {self._total:,} {self._unit}s"]
+        if self._new and seconds > 0:
+            speed = self._new / seconds
+            parts.append(f"{rate(speed)} {self._unit}s/s, {duration((self._total - reached) / speed)} left")
+        if self._failed:
+            parts.append(f"{self._failed:,} failed")
+        return ", ".join(parts)
+
     def _last_line(self, seconds: float) -> str:
         reached = self._done + self._new
         said = count(self._total, self._unit)
@@ -94,8 +132,12 @@ class TerminalProgress:
         parts = [f"{said} in {duration(seconds)}"]
         if self._done:
             parts.append(f"{self._done:,} of them were there before")
-        if self._new and seconds > 0:
-            parts.append(f"{rate(self._new / seconds)} {self._unit}s/s")
         if self._failed:
             parts.append(f"{self._failed:,} failed")
         return ", ".join(parts)
+
+
+def _in_notebook() -> bool:
+    """Whether this process is a Jupyter kernel, whose stderr is no terminal but can show a bar."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return hasattr(shell, "kernel")

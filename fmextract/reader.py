@@ -75,7 +75,7 @@ def open(path: str | os.PathLike[str], *, threads: int | None = None, cache: int
     than was asked for are kept. Raises FormatError where there is no such file, it
     is not fmextract's, is newer, or is a run in progress, and DamagedError where its content is not what was written.
     """
-    place = Path(path)
+    place = Path(path).expanduser()
     if place.is_dir():
         parts = _listed_shards(place)
     else:
@@ -1116,7 +1116,9 @@ def _batched(rows: Rows, size: int) -> Iterator[Rows]:
 
 
 def _closest(name: object, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), itertools.islice(names, 10_000), n=3)
+    some = [str(known) for known in itertools.islice(names, 10_000)]
+    holding = [known for known in some if str(name).lower() in known.lower()]  # `tom` for `cats/tom.jpg`
+    close = holding[:3] or difflib.get_close_matches(str(name), some, n=3, cutoff=0.5)
     return f"; the closest are {', '.join(close)}" if close else ""
 
 

@@ -253,7 +253,12 @@ class LayerResult:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run did; `as_json` is what `--json` prints."""
+    """What a run did; `as_json` is what `--json` prints.
+
+    `seconds` are those of the whole command. `images_per_second` is what `info` shows as well: over all shards of the
+    output, from the first image that was read to the last shard that was written, without what came before (building
+    the model, the plan). `images` counts failed rows too.
+    """
 
     output: str
     images: int
@@ -283,6 +288,9 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None:
         """One line worth reading: what was chosen and why, a warning."""
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """A part of the preparation is at `done` of `total`; told where it takes long enough to be worth a line."""
 
     def start(self, total: int, done: int) -> None:
         """The images begin: `total` rows, of which `done` were there before."""

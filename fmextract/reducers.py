@@ -1,15 +1,6 @@
 """What is kept of a map: `layer4=mean`, `layer3=pool:4`, `blocks.11=cls` … Reducers run on the device, row by row.
 
-| reducer | keeps | needs |
-|---|---|---|
-| `mean`, `max` | one value a channel: over y, x and time, or over all tokens, prefix tokens included | positions |
-| `pool:k` | y and x averaged to k × k cells; the axes keep their order | y and x |
-| `flatten` | every value, in one axis | |
-| `cls` | token 0 | tokens |
-| `tokens`, `tokens:P` | all tokens but the first P (class and register tokens) | tokens |
-| `channels:A-B`, `channels:A` | channels A to B, both included, counted from 0 | a channel axis |
-| `top` | no map, only statistics of the whole map | a channel axis |
-| `module:callable` | what the function makes of a tensor (B, …), as (B, …) | |
+`capture.reducer_help` lists them in words; `module:callable` is a function of the user's from (B, …) to (B, …).
 
 Averages of half-precision and integer maps are computed and kept in float32, those of float64 in float64; all else
 keeps its type. Nothing here waits for the device, and no result shares memory with the map, which the model may
@@ -28,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from fmextract.capture.reducer_help import REDUCER_HELP
 from fmextract.common.imports import import_object
 from fmextract.errors import LayerError
 from fmextract.records import SPATIAL
@@ -63,14 +55,14 @@ def reduction(text: str, shape: Shape, axes: Axes) -> Reduction:
     """
     name, colon, argument = text.partition(":")
     if name in REDUCERS:
-        usage, factory = REDUCERS[name]
-        if argument and ":" not in usage:
+        factory = REDUCERS[name]
+        if argument and ":" not in REDUCER_HELP[name].usage:
             raise LayerError(f"reducer {name!r} takes no argument, got {text!r}")
         new_shape, new_axes, apply = factory(argument, shape, axes)
     elif colon and not argument[:1].isdigit():
         new_shape, new_axes, apply = _users(text, shape, axes)
     else:
-        usages = {known: usage for known, (usage, _) in REDUCERS.items()}
+        usages = {known: REDUCER_HELP[known].usage for known in REDUCERS}
         close = [usages[n] for n in difflib.get_close_matches(name, usages, n=2)]
         closest = f" The closest: {', '.join(close)}." if close else ""
         raise LayerError(
@@ -204,14 +196,14 @@ def _users(text: str, shape: Shape, axes: Axes) -> Made:
     return new_shape, new_axes, function
 
 
-REDUCERS: dict[str, tuple[str, Callable[[str, Shape, Axes], Made]]] = {
-    "mean": ("mean", _over_positions("mean", lambda rows, dims: rows.mean(dims, dtype=_average_type(rows)))),
-    "max": ("max", _over_positions("max", lambda rows, dims: rows.amax(dims))),
-    "pool": ("pool:k", _pool),
-    "flatten": ("flatten", _flatten),
-    "cls": ("cls", _cls),
-    "tokens": ("tokens or tokens:P", _tokens),
-    "channels": ("channels:A-B", _channels),
-    "top": ("top", _top),
+REDUCERS: dict[str, Callable[[str, Shape, Axes], Made]] = {
+    "mean": _over_positions("mean", lambda rows, dims: rows.mean(dims, dtype=_average_type(rows))),
+    "max": _over_positions("max", lambda rows, dims: rows.amax(dims)),
+    "pool": _pool,
+    "flatten": _flatten,
+    "cls": _cls,
+    "tokens": _tokens,
+    "channels": _channels,
+    "top": _top,
 }
-"""By name: how it is written, and its factory (argument, shape, axes) -> (new shape, new axes, function)."""
+"""By name: its factory (argument, shape, axes) -> (new shape, new axes, function)."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fmextract import engine, estimate, images, index, precision, reader, replay, taps
-from fmextract.config import Config
+from fmextract.config import Config, check_out
 from fmextract.device import is_out_of_memory
 from fmextract.errors import TooManyFailures
 from fmextract.output import Output, resumable
@@ -35,8 +35,9 @@ __all__ = ["describe", "extract", "make_plan", "run"]
 def make_plan(source: Any, model: Any, out: Any, config: Config, progress: Progress | None = None) -> Plan:
     """What `run` with the same arguments would do. Writes nothing."""
     progress = progress or Quiet()
+    check_out(Path(out).expanduser())
     with prepare(source, model, config, progress) as prepared:
-        return plan_for(prepared, Path(out), progress)
+        return plan_for(prepared, Path(out).expanduser(), progress)
 
 
 def extract(
@@ -70,7 +71,7 @@ def _default_progress() -> Progress:
 def run(source: Any, model: Any, out: Any, config: Config, progress: Progress) -> Result:
     """Do what `fmextract extract` does. Raises as `extract`."""
     started = time.perf_counter()
-    target = Path(out)
+    target = Path(out).expanduser()
     tally = engine.Tally()
     resumed = 0
     with (
@@ -273,6 +274,7 @@ def _result(target: Path, tally: engine.Tally, seconds: float, resumed: int | No
         config, chosen = acts.config, str(acts.attrs.get("precision"))
         failed, failures = int(np.count_nonzero(acts.status)), _failures(acts)
         bytes_raw = sum(acts[name].nbytes for name in acts.layers)
+        speed = (acts.throughput or {}).get("images_per_second", 0.0)
     resumed = rows if resumed is None else resumed
     load = {stage: busy / tally.threads.get(stage, 1) for stage, busy in tally.busy.items()}
     return Result(
@@ -280,7 +282,7 @@ def _result(target: Path, tally: engine.Tally, seconds: float, resumed: int | No
         images=rows,
         failed=failed,
         seconds=round(seconds, 3),
-        images_per_second=round((rows - resumed) / seconds, 3),
+        images_per_second=speed,
         bytes_raw=bytes_raw,
         bytes_stored=_bytes(target),
         device=config["device"],

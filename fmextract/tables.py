@@ -32,7 +32,9 @@ def summary(result: Result) -> str:
     if result.resumed_images == result.images:
         run = ["complete already, nothing was run"]
     else:
-        run = [f"{text.duration(result.seconds)}, {text.rate(result.images_per_second)} images/s"]
+        run = [
+            f"{text.duration(result.seconds)} in all, {text.rate(result.images_per_second)} images/s once they began"
+        ]
     run.append(f"{result.device}, {result.precision}, batch size {result.batch_size}")
     if result.stages:
         run.append(f"limited by {result.limiting_stage}")

@@ -79,6 +79,8 @@ class Notes:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
+    def step(self, what: str, done: int, total: int) -> None: ...
+
     def start(self, total: int, done: int) -> None:
         self.done = done
 

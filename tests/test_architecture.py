@@ -25,8 +25,8 @@ ORDER = re.findall(
     codecs
     store index lock watch feeding reader
     device
-    common.imports common inputs.files inputs.manifests inputs.datasets inputs.sources inputs
-    images models axes taps geometry effective reducers stats
+    common.imports common.streams common inputs.files inputs.manifests inputs.datasets inputs.sources inputs
+    capture.reducer_help capture images models axes taps geometry effective reducers stats
     packed fusion planning chunks workers compiled precision choose engine estimate prepare replay output
     run verify launch
     similarity dissimilarity comparison

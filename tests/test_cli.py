@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +20,7 @@ from PIL import Image
 
 import fmextract
 from fmextract import errors, text
+from fmextract.capture.reducer_help import REDUCER_HELP
 from fmextract.cli import main
 from fmextract.progress import TerminalProgress
 
@@ -312,7 +316,17 @@ def test_interrupted_says_how_to_resume(
     fm: Run, options: list[object], failing: Callable[[BaseException], None]
 ) -> None:
     failing(KeyboardInterrupt())
-    assert_message(fm("extract", *options), 130, "interrupted", "the same command goes on")
+    assert_message(fm("extract", *options), 130, "interrupted; no shard was finished yet: the same command starts over")
+
+
+def test_interrupted_later_says_what_is_kept(
+    fm: Run, options: list[object], failing: Callable[[BaseException], None], tmp_path: Path
+) -> None:
+    (tmp_path / "acts.h5.partial").mkdir()
+    for i in range(2):
+        (tmp_path / "acts.h5.partial" / f"shard-0000{i}.json").write_text("{}")
+    failing(KeyboardInterrupt())
+    assert_message(fm("extract", *options), 130, "2 shards finished and kept: the same command goes on from there")
 
 
 def test_a_bug_is_called_one(fm: Run, options: list[object], failing: Callable[[BaseException], None]) -> None:
@@ -416,6 +430,111 @@ def test_help(fm: Run, words: list[str]) -> None:
     assert said.out.startswith("Usage: fmextract")
 
 
+# -------------------------------------------------------------------------- streams that are closed or full
+
+
+ENDINGS = {"closed stdout": ">&-", "closed stderr": "2>&-", "both closed": ">&- 2>&-", "all closed": "<&- >&- 2>&-"}
+ENDINGS |= {"full stdout": ">/dev/full", "full stderr": "2>/dev/full", "both full": ">/dev/full 2>/dev/full"}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize(("file", "code"), [("made.h5", 0), ("missing.h5", 2)])
+def test_the_exit_code_is_that_of_the_work(place: Path, ending: str, file: str, code: int) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m fmextract info {file} --json {ENDINGS[ending]}"
+    assert subprocess.run(["sh", "-c", command], cwd=place, check=False, timeout=60).returncode == code
+
+
+def test_a_run_whose_model_talks_ends_well_though_nobody_can_hear_it(place: Path, tmp_path: Path) -> None:
+    """stderr, where what a model prints goes, is full; stdout is closed, and its number is no file's."""
+    words = ["extract", "photos", "-m", "tiny.py:talking", "-o", str(tmp_path / "acts.h5"), "-l", "conv1"]
+    words += ["--precision", "fp32", "--batch-size", "2", "--device", "cpu"]
+    command = f"exec {shlex.join([sys.executable, '-m', 'fmextract', *words])} >&- 2>/dev/full"
+    assert subprocess.run(["sh", "-c", command], cwd=place, check=False, timeout=120).returncode == 0
+    with fmextract.open(tmp_path / "acts.h5") as acts:
+        assert not acts.status.any()
+    assert (
+        subprocess.run([sys.executable, "-m", "fmextract", "verify", tmp_path / "acts.h5"], check=False).returncode == 0
+    )
+
+
+def test_a_full_stdout_is_said(place: Path) -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m fmextract info made.h5 >/dev/full"
+    ended = subprocess.run(["sh", "-c", command], cwd=place, check=False, timeout=60, capture_output=True, text=True)
+    assert ended.stderr == "the result could not be printed: No space left on device\n"
+
+
+# ------------------------------------------------------------------------------------------ where it goes
+
+
+def test_a_refused_run_leaves_no_directories(fm: Run, options: list[object], tmp_path: Path) -> None:
+    options[options.index("-o") + 1] = tmp_path / "a" / "b" / "acts.h5"
+    assert_message(fm("extract", *options, "-l", "nothing"), 2, "nothing")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["-o", "--out="])
+def test_a_quoted_home_means_the_home(
+    fm: Run, options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    at = options.index("-o")
+    options[at : at + 2] = ["-o", "~/acts.h5"] if form == "-o" else ["--out=~/acts.h5"]
+    assert fm("extract", *options, "-l", "conv1").code == 0
+    assert fm("info", "~/acts.h5").code == 0
+    with fmextract.open("~/acts.h5") as acts:
+        assert len(acts) == 5
+
+
+@pytest.mark.parametrize("command", ["extract", "plan"])
+def test_an_output_named_like_another_format_is_refused_first(
+    fm: Run, options: list[object], command: str, tmp_path: Path
+) -> None:
+    options[options.index("-o") + 1] = tmp_path / "acts.npy"
+    options[options.index("-m") + 1] = "no_such_model"  # which would be found out later
+    assert_message(fm(command, *options), 2, "acts.npy", "name.h5", "fmextract export")
+
+
+def test_a_plan_that_the_disk_cannot_hold_exits_as_the_run_would(
+    fm: Run, options: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fmextract.estimate.free_space", lambda out: 3000)
+    said = fm("plan", *options, "-l", "conv1")
+    assert said.code == 4
+    assert "conv1" in said.out  # the plan is shown all the same
+    assert "has 2.9 KiB free" in said.err
+    assert fm("extract", *options, "-l", "conv1").code == 4
+
+
+def test_one_speed(fm: Run, options: list[object], tmp_path: Path) -> None:
+    """What the command prints, what its JSON says and what the file says are one figure."""
+    said = fm("extract", *options, "-l", "conv1", "--json")
+    assert "images/s" not in said.err
+    speed = said.json["images_per_second"]
+    with fmextract.open(tmp_path / "acts.h5") as acts:
+        assert acts.throughput is not None
+        assert acts.throughput["images_per_second"] == speed
+    assert f"{text.rate(speed)} images/s" in fm("info", tmp_path / "acts.h5").out
+
+
+# --------------------------------------------------------------------------------------------- layers
+
+
+def test_layers_shows_what_a_reducer_stores_and_refuses_an_unknown_one(fm: Run, place: Path) -> None:
+    model = f"{place / 'tiny.py'}:model"
+    (row,) = fm("layers", model, "-l", "relu=mean", "--json").json
+    assert (row["path"], row["shape"], row["bytes"]) == ("relu=mean", [4], 16)
+    (row,) = fm("layers", model, "-l", "relu=pool:2", "--json").json
+    assert row["shape"] == [4, 2, 2]
+    assert_message(fm("layers", model, "-l", "relu=meen"), 2, "unknown reducer 'meen'", "mean")
+    assert_message(fm("layers", model, "-l", "relu=cls"), 2, "layer 'relu=cls'", "an axis of tokens")
+
+
+def test_the_reducers_stand_in_the_help(fm: Run) -> None:
+    said = " ".join(fm("layers", "--help").out.split())
+    for help in REDUCER_HELP.values():
+        assert f"={help.usage} keeps" in said
+
+
 # ---------------------------------------------------------------------------------------- progress and text
 
 
@@ -457,6 +576,56 @@ def test_progress_in_a_log_is_notes_and_one_last_line() -> None:
     assert last.startswith("100 images in ")
     assert "20 of them were there before" in last
     assert last.endswith("3 failed")
+
+
+def test_progress_in_a_log_says_every_so_often_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten seconds after the start and then every half minute, by a clock that advances 4 s an image."""
+    clock = itertools.count(0, 1)
+    now = [0.0]
+    monkeypatch.setattr("fmextract.progress.time.monotonic", lambda: now[0])
+    stream = Stream(terminal=False)
+    progress = TerminalProgress(stream)
+    for done in range(5):
+        now[0] += 4
+        progress.step("effective receptive fields", done, 5)
+    progress.start(total=20, done=0)
+    for _ in range(20):
+        now[0] += 4
+        progress.advance(1, next(clock) // 10)
+    progress.finish()
+    assert stream.said.splitlines() == [
+        "effective receptive fields: 2 of 5",
+        "3 of 20 images, 0.25 images/s, 1 min 08 s left",
+        "11 of 20 images, 0.25 images/s, 36.0 s left, 1 failed",
+        "19 of 20 images, 0.25 images/s, 4.0 s left, 1 failed",
+        "20 images in 1 min 20 s, 1 failed",
+    ]
+
+
+def test_a_notebook_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """stderr of a Jupyter kernel is no terminal. What tqdm draws there is tqdm's; that it is asked to is ours."""
+    asked: list[dict[str, Any]] = []
+
+    class Bar:
+        def __init__(self, **how: Any) -> None:
+            asked.append(how)
+
+        def update(self, images: int) -> None:
+            asked.append({"images": images})
+
+        def close(self) -> None: ...
+        def clear(self) -> None: ...
+        def refresh(self) -> None: ...
+
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace(kernel=1)))
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    stream = Stream(terminal=False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = TerminalProgress()
+    progress.start(total=100, done=20)
+    progress.advance(40, 0)
+    progress.finish()
+    assert asked == [{"total": 100, "initial": 20, "unit": " images", "smoothing": 0}, {"images": 40}]
 
 
 def test_progress_on_a_terminal_shows_rate_and_end() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
 from fmextract.errors import LayerError
-from fmextract.reducers import REDUCERS, reduction
+from fmextract.reducers import reduction
 
 MAP, SWIN = ("channel", "y", "x"), ("y", "x", "channel")
 CLIP, TOKENS, FEATURE = ("channel", "time", "y", "x"), ("token", "feature"), ("feature",)
@@ -177,10 +177,3 @@ def test_a_users_function_that_does_not_keep_the_rows(users: types.ModuleType) -
     ]:
         with pytest.raises(LayerError, match=message):
             reduction(f"a_users_module:{name}", (8, 6, 5), MAP)
-
-
-def test_every_reducer_is_documented() -> None:
-    import fmextract.reducers as module
-
-    for name in REDUCERS:
-        assert f"`{name}" in (module.__doc__ or "")

@@ -352,3 +352,27 @@ def test_rows_are_taken_out_of_any_axis() -> None:
 )
 def test_shapes_at_two_batch_sizes_propose_layouts(two: Any, three: Any, expected: list[RowLayout]) -> None:
     assert taps._proposed_layouts(two, three) == expected
+
+
+# ------------------------------------------------------------------------------------------ a module of one's own
+
+
+def test_a_module_is_described_by_default_as_by_its_name() -> None:
+    module = torchvision.models.resnet18()
+    assert [(row.path, row.shape) for row in fm.describe(module)] == [
+        (row.path, row.shape) for row in fm.describe("resnet18")
+    ]
+    assert not any(parameter.grad_fn for parameter in module.parameters())
+
+
+def test_a_module_says_by_itself_how_many_channels_it_takes() -> None:
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
+    assert fm.describe(module)[0].shape == (4, 222, 222)
+    assert fm.describe(module, size="32")[0].shape == (4, 30, 30)
+
+
+@pytest.mark.parametrize("given", [torchvision.models.resnet18, nn.ReLU, 7])
+def test_what_is_no_model_is_refused_with_what_to_do(given: Any) -> None:
+    with pytest.raises(fm.ModelError, match="expected a model's name or a torch module") as refused:
+        fm.describe(given)
+    assert ("Call it first" in str(refused.value)) == callable(given)

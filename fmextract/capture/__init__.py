@@ -1,0 +1,1 @@
+"""What to take of a forward pass, and what it means."""
