@@ -20,6 +20,7 @@ import torch
 import torchvision
 
 from fmextract import precision, taps
+from fmextract.capture import probe
 from fmextract.compiled import GRAPHED_BATCH, CompiledCapture
 
 PASSES = 15
@@ -43,7 +44,7 @@ def compare(model: torch.nn.Module, shape: tuple[int, ...], batch_size: int, dev
         inputs = precision.to_memory_format(torch.randn(batch_size, *shape, device=device), memory_format)
         seen = taps.survey(model, model, inputs[:1].repeat(2, 1, 1, 1))
         wanted = taps.resolve(taps.default_selectors(model, seen), seen)
-        probed, _ = taps.probe(model, model, wanted, shape, device)
+        probed, _ = probe.probe(model, model, wanted, shape, device)
         stop = seen.stop_before([p.tap for p in probed])
 
         def one_pass(kind: type[taps.Capture]) -> float:

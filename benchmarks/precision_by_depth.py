@@ -23,6 +23,7 @@ def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     from fmextract import images as decoding
     from fmextract import models, precision, taps
     from fmextract.bench import make_photos
+    from fmextract.capture import probe
     from fmextract.inputs.sources import open_source
     from fmextract.records import Preprocess
 
@@ -36,7 +37,7 @@ def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     captured = {}
     with precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
         seen = taps.survey(loaded.module, loaded.forward, inputs[:2])
-        probed, _ = taps.probe(loaded.module, loaded.forward, taps.resolve(SELECTORS, seen), shape, cpu)
+        probed, _ = probe.probe(loaded.module, loaded.forward, taps.resolve(SELECTORS, seen), shape, cpu)
     for name in ("fp32", "bf16", "fp16"):
         with (
             precision.lent(loaded.module, cpu, name),

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from fmextract import precision, taps
+from fmextract.capture import probe
 from fmextract.compiled import CompiledCapture
 from fmextract.device import TOO_SMALL, is_out_of_memory
 from fmextract.errors import ConfigError, DeviceLost, FmextractError, LayerError
@@ -188,7 +189,7 @@ class _Trial:
                 hazards = {i for i, p in enumerate(question.probed) if p.overwritten}
             else:
                 every = [p.tap for p in question.probed]
-                hazards = taps.overwritten(question.module, question.forward, every, inputs[:2].clone())
+                hazards = probe.overwritten(question.module, question.forward, every, inputs[:2].clone())
             passes = _passes(question, name, len(inputs))
             if name == "fp32" and name in question.fused:  # what is to be compared with has warmed up for the other
                 passes = 1 if reference is None else max(1, passes - 1)

@@ -38,6 +38,7 @@ from fmextract import (
     text,
     workers,
 )
+from fmextract.capture import probe
 from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
 from fmextract.errors import FmextractError, LayerError, SampleError, SourceError
@@ -158,7 +159,7 @@ def _probe(
     seen = _surveyed(loaded, noise)
     wanted = taps.resolve(selectors or taps.default_selectors(loaded.module, seen), seen)
     with _failing_on(input_shape):
-        probed, refused = taps.probe(loaded.module, loaded.forward, wanted, input_shape, where)
+        probed, refused = probe.probe(loaded.module, loaded.forward, wanted, input_shape, where)
     notes = []
     for refusal in refused:
         if (selectors and refusal.tap.explicit) or not probed:
@@ -651,7 +652,7 @@ def describe(
         seen = _surveyed(loaded, noise)
         wanted = taps.resolve(selectors or ["**", "."], seen)
         with _failing_on(shape):
-            probed, refused = taps.probe(loaded.module, loaded.forward, wanted, shape, cpu)
+            probed, refused = probe.probe(loaded.module, loaded.forward, wanted, shape, cpu)
     return _module_rows(seen, wanted, probed, refused, everything=not selectors)
 
 

@@ -26,7 +26,7 @@ ORDER = re.findall(
     store index lock watch feeding reader
     device
     common.imports common.streams common inputs.files inputs.manifests inputs.datasets inputs.sources inputs
-    capture.reducer_help capture images models axes taps geometry effective reducers stats
+    capture.reducer_help capture images models axes taps capture.probe geometry effective reducers stats
     packed fusion planning chunks workers compiled precision choose engine estimate prepare replay output
     run verify launch
     similarity dissimilarity comparison

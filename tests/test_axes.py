@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from fmextract import axes, taps
+from fmextract.capture import probe
 
 Tensor = torch.Tensor
 CHANNEL_FIRST, CHANNEL_LAST = ("channel", "y", "x"), ("y", "x", "channel")
@@ -31,7 +32,7 @@ def axes_of(model: nn.Module, shape: tuple[int, ...] = (3, 8, 8)) -> dict[str, t
     model.eval()
     with torch.no_grad():
         seen = taps.survey(model, model, torch.randn(2, *shape))
-        found, _refused = taps.probe(model, model, taps.resolve(["**", "."], seen), shape, torch.device("cpu"))
+        found, _refused = probe.probe(model, model, taps.resolve(["**", "."], seen), shape, torch.device("cpu"))
     return {probed.tap.name: probed.axes for probed in found}
 
 

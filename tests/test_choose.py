@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fmextract import choose, precision, taps
+from fmextract.capture import probe
 from fmextract.errors import ConfigError, LayerError
 
 CPU = torch.device("cpu")
@@ -27,7 +28,7 @@ def question(model: nn.Module, **changes: Any) -> choose.Question:
     batch = torch.randn(2, *SHAPE)
     with precision.lent(model, CPU), precision.numerics("fp32", CPU):
         seen = taps.survey(model, model, batch)
-        probed, refused = taps.probe(model, model, taps.resolve(["*"], seen), SHAPE, CPU)
+        probed, refused = probe.probe(model, model, taps.resolve(["*"], seen), SHAPE, CPU)
     assert not refused
     given: dict[str, Any] = {
         "module": model,

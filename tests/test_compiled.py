@@ -22,6 +22,7 @@ from torch import nn
 
 import fmextract as fm
 from fmextract import compiled, taps
+from fmextract.capture import probe
 from fmextract.cli import main
 from fmextract.compiled import CompiledCapture
 from fmextract.errors import CaptureError, ConfigError, OutputError
@@ -167,7 +168,7 @@ class Shared(nn.Module):
 
 def probed(model: nn.Module, layers: Sequence[str]) -> list[taps.Probed]:
     seen = taps.survey(model, model, torch.randn(2, 4))
-    found, refused = taps.probe(model, model, taps.resolve(layers, seen), (4,), CPU)
+    found, refused = probe.probe(model, model, taps.resolve(layers, seen), (4,), CPU)
     assert not refused
     return found
 
@@ -378,7 +379,7 @@ def test_the_command_line_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_replays_of_a_cuda_graph_leave_what_was_captured_alone() -> None:
     device, model = torch.device("cuda"), Small()
     seen = taps.survey(model, model, torch.randn(2, 3, 8, 8))
-    wanted, _ = taps.probe(model, model, taps.resolve(["norm", "relu"], seen), (3, 8, 8), CPU)
+    wanted, _ = probe.probe(model, model, taps.resolve(["norm", "relu"], seen), (3, 8, 8), CPU)
     stop = seen.stop_before([p.tap for p in wanted])
     model.to(device)
     batches = [torch.randn(compiled.GRAPHED_BATCH, 3, 8, 8, device=device) for _ in range(6)]

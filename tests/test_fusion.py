@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from fmextract import fusion, planning, precision, prepare, reader, taps
+from fmextract.capture import probe
 from fmextract.verify import verify
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def pairs_of(model: nn.Module, layers: list[str], shape: tuple[int, ...] = SHAPE
     batch = torch.randn((2, *shape), generator=torch.Generator().manual_seed(2))
     with precision.lent(model, CPU), precision.numerics("fp32", CPU):
         seen = taps.survey(model, model, batch)
-        probed, refused = taps.probe(model, model, taps.resolve(layers, seen), shape, CPU)
+        probed, refused = probe.probe(model, model, taps.resolve(layers, seen), shape, CPU)
         assert not refused
         found, captured = fusion.fusible(model, model, probed, seen.stop_before([p.tap for p in probed]), batch)
         assert len(captured) in (0, len(probed))

@@ -22,6 +22,7 @@ from torchvision.transforms import functional as transforms
 from fmextract import taps
 from fmextract.axes import image_axes
 from fmextract.boxes import cell_box, photo_box
+from fmextract.capture import probe
 from fmextract.effective import _square, effective_sizes
 from fmextract.geometry import FieldTracer, Span, trace_fields
 from fmextract.records import Field, Preprocess
@@ -467,7 +468,7 @@ def test_different_strides_meet_in_a_bound() -> None:
 def probed_taps(model: nn.Module, wanted: list[str], side: int) -> list[taps.Probed]:
     batch = torch.rand(2, 3, side, side)
     found = taps.resolve(wanted, taps.survey(model, model, batch))
-    probed, refused = taps.probe(model, model, found, (3, side, side), torch.device("cpu"))
+    probed, refused = probe.probe(model, model, found, (3, side, side), torch.device("cpu"))
     assert not refused
     return probed
 

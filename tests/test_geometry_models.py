@@ -20,6 +20,7 @@ from torchvision.ops import SqueezeExcitation
 
 from fmextract import taps
 from fmextract.axes import image_axes
+from fmextract.capture import probe
 from fmextract.geometry import FieldTracer, trace_fields
 from fmextract.records import Field
 
@@ -189,7 +190,7 @@ def all_fields(model: nn.Module, wanted: list[str], side: int) -> list[Field | N
     """As a run has them: by probing the taps."""
     batch = torch.rand(2, 3, side, side)
     found = taps.resolve(wanted, taps.survey(model, model, batch))
-    probed, refused = taps.probe(model, model, found, (3, side, side), torch.device("cpu"))
+    probed, refused = probe.probe(model, model, found, (3, side, side), torch.device("cpu"))
     assert not refused
     return trace_fields(model, model, probed, batch)
 

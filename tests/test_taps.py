@@ -12,6 +12,7 @@ from torch import nn
 
 import fmextract as fm
 from fmextract import taps
+from fmextract.capture import probe
 from fmextract.errors import CaptureError, LayerError
 from fmextract.taps import RowLayout, Selector
 
@@ -351,7 +352,7 @@ def test_rows_are_taken_out_of_any_axis() -> None:
     ],
 )
 def test_shapes_at_two_batch_sizes_propose_layouts(two: Any, three: Any, expected: list[RowLayout]) -> None:
-    assert taps._proposed_layouts(two, three) == expected
+    assert probe._proposed_layouts(two, three) == expected
 
 
 # ------------------------------------------------------------------------------------------ a module of one's own
