@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -381,17 +381,43 @@ def _build_timm(name: str, weights: Weights) -> Built:
     arch = _timm_name(name)
     full = f"{arch}.{weights.value}" if weights.kind == "name" else name
     trained = weights.kind in ("default", "name")
-    with _building(name, weights), warnings.catch_warnings():
+    with (
+        _building(name, weights),
+        _hub_asked_once() if trained else contextlib.nullcontext(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         try:
             module = timm.create_model(full, pretrained=trained)
         except Exception as error:
             hint = ". Without a network: --weights FILE (.safetensors, .pth), or --weights random:0" if trained else ""
-            raise ModelError(f"timm could not build {full!r}: {error}{hint}") from error
+            raise ModelError(f"timm could not build {full!r}: {str(error).rstrip('.')}{hint}") from error
     tag = module.pretrained_cfg.get("tag") or "default"
     shown = f"timm:{arch}.{tag}" if trained else str(weights)
     preprocess = _timm_preprocess(timm.data.resolve_model_data_config(module), f"timm:{name}")
     return Built(module, preprocess, shown, {"library": f"timm {timm.__version__}"})
+
+
+@contextlib.contextmanager
+def _hub_asked_once() -> Iterator[None]:
+    """Where its hub does not answer, huggingface_hub looks into its cache alone, instead of trying for a minute."""
+    try:
+        from huggingface_hub import constants
+
+        utils: Any = import_module("huggingface_hub.utils")  # which does not say what it exports
+    except ImportError:  # timm without it downloads by torch.hub, which gives up at once
+        yield
+        return
+    before = constants.HF_HUB_OFFLINE
+    try:
+        utils.get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception as error:  # whatever its HTTP library raises; an answer of any kind raises nothing
+        print(f"{constants.ENDPOINT} does not answer ({error}): only weights that are here already", file=sys.stderr)
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _timm() -> Any:

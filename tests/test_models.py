@@ -464,6 +464,19 @@ def test_a_failed_download_says_what_to_do_and_leaves_stdout_alone(offline, caps
     assert capsys.readouterr().out == ""
 
 
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, tmp_path, capsys):
+    """A port that nobody listens on; to wait between retries would be seen."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    with pytest.raises(ModelError, match=r"could not build 'vit_tiny_patch16_224'.*--weights FILE"):
+        load_model("timm:vit_tiny_patch16_224")
+    assert "http://127.0.0.1:9 does not answer" in capsys.readouterr().err
+    assert constants.HF_HUB_OFFLINE is False
+
+
 def test_weights_in_the_cache_need_no_network(offline, squeezenet, monkeypatch):
     place = offline / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
     place.parent.mkdir(parents=True)
