@@ -1,13 +1,14 @@
-"""Write docs/cli.md from the commands, their options and help texts; `--check` only says whether it is up to date."""
+"""Write docs/cli.md from the commands, docs/refused.md from the refusals; `--check` only says what is out of date."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import refusals
 import typer
 
 from fmextract.capture.reducer_help import REDUCER_HELP
@@ -111,15 +112,21 @@ def _text(parameter: Any) -> str:
     return f"{text} **Required.**" if parameter.required and parameter.param_type_name == "option" else text
 
 
+PAGES: dict[Path, Callable[[], str]] = {TARGET: reference, refusals.TARGET: refusals.refusals}
+
+
 def main() -> int:
-    wanted = reference()
-    if sys.argv[1:] == ["--check"]:
-        current = TARGET.read_text(encoding="utf-8") if TARGET.exists() else ""
-        if current != wanted:
-            print("docs/cli.md is out of date: run scripts/docs", file=sys.stderr)
-        return int(current != wanted)
-    TARGET.write_text(wanted, encoding="utf-8")
-    return 0
+    stale = 0
+    for target, text in PAGES.items():
+        current = target.read_text(encoding="utf-8") if target.exists() else ""
+        if current == text():
+            continue
+        stale = 1
+        if sys.argv[1:] == ["--check"]:
+            print(f"docs/{target.name} is out of date: run scripts/docs", file=sys.stderr)
+        else:
+            target.write_text(text(), encoding="utf-8")
+    return stale if sys.argv[1:] == ["--check"] else 0
 
 
 if __name__ == "__main__":

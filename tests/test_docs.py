@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import inspect
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import typer
 
+from fmextract import errors
 from fmextract.cli import app
 from fmextract.config import Config
 
@@ -72,13 +75,26 @@ def test_every_field_of_config_is_an_option_that_states_its_default(field: str) 
         assert f"[default: {shown}]" in option.help
 
 
-def test_the_reference_is_what_the_generator_writes() -> None:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
-    assert spec is not None
-    assert spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    assert generate.reference() == REFERENCE, "run scripts/docs"
+@pytest.fixture(scope="module")
+def generate() -> Iterator[Any]:
+    """docs/generate.py, which imports what lies beside it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "docs")
+        yield importlib.import_module("generate")
+
+
+@pytest.mark.parametrize("page", ["cli.md", "refused.md"])
+def test_the_references_are_what_the_generator_writes(generate: Any, page: str) -> None:
+    (text,) = (text for target, text in generate.PAGES.items() if target.name == page)
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == text(), "run scripts/docs"
+
+
+def test_every_error_that_is_raised_stands_in_the_list_of_refusals(generate: Any) -> None:
+    known = {kind for _, kinds in generate.refusals.SECTIONS.values() for kind in kinds}
+    ours = {
+        name for name, error in vars(errors).items() if inspect.isclass(error) and error.__module__ == errors.__name__
+    }
+    assert ours - known == {"FmextractError"}
 
 
 def commands_shown(text: str) -> list[list[str]]:
