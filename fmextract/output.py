@@ -375,7 +375,8 @@ def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
 def _throughput(shards: Sequence[Path]) -> Mapping[str, Any] | None:
     """That of all shards together."""
     with contextlib.ExitStack() as stack:
-        return reader.total_throughput(stack.enter_context(reader.open(path)).attrs for path in shards)
+        opened = (stack.enter_context(reader.open(path)) for path in shards)
+        return reader.total_throughput(acts._files[0].contents.said.get("throughput") for acts in opened)
 
 
 def merged(
@@ -391,7 +392,7 @@ def merged(
     smaller: dict[str, int] = {}
     for path in shards:
         with reader.open(path) as acts:
-            smaller |= json.loads(acts.attrs.get("smaller_batches", "{}"))
+            smaller |= acts._files[0].contents.said.get("smaller_batches", {})
             for name in acts.layers if layers is None else layers:
                 layer = acts[name]
                 counts.update({(name, key): int(layer.attrs[key]) for key in COUNTED if key in layer.attrs})

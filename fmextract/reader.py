@@ -15,7 +15,6 @@ import contextlib
 import difflib
 import functools
 import itertools
-import json
 import math
 import os
 import stat
@@ -38,6 +37,7 @@ from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatEr
 from fmextract.heaps import check_heaps
 from fmextract.records import Field, LayerSpec
 from fmextract.selection import AxisIndex, Part, Selection, count, crossing, cut, per_axis, selection_of, stretches
+from fmextract.storage import schema
 
 if TYPE_CHECKING:
     from fmextract.feeding import LayerDataset
@@ -58,8 +58,10 @@ SEEK_BYTES = 32 * 2**10
 """What one more read of a stretch of a chunk costs, in bytes read (3 µs at 10 GB/s, from the page cache)."""
 FEW = 4
 """Of the values of a chunk at most one in so many: these alone are picked when the chunk is met for the first time."""
-INFLATION = 1100
-"""No deflate stream grows by more (1032): a file that claims more values than this times its size is damaged."""
+
+
+class UnknownStatistic(ConfigError, AttributeError):
+    """A statistic that a layer does not have; the message names those that it has."""
 
 
 class UnknownName(ConfigError, KeyError):
@@ -96,8 +98,8 @@ class Activations:
         self._recent = _Recent(cache)
         self._made: dict[str, Layer] = {}
         first = self._files[0]
-        self.layers: tuple[str, ...] = first.layers
-        self.attrs: Mapping[str, Any] = first.attrs
+        self.layers: tuple[str, ...] = tuple(first.contents.layers)
+        self.attrs: Mapping[str, Any] = first.contents.attrs
         """The root attributes; see `config`, `preprocess` and `versions` for those that hold JSON."""
 
     def __enter__(self) -> Activations:
@@ -176,7 +178,7 @@ class Activations:
     @functools.cached_property
     def labels(self) -> Array | None:
         """The source's labels (N), None where it has none."""
-        return self._column("label") if "label" in self._files[0].columns else None
+        return self._column("label") if "label" in self._files[0].contents.columns else None
 
     def row(self, key: str) -> int:
         """The row of an image; raises UnknownName, a KeyError."""
@@ -188,18 +190,18 @@ class Activations:
     @property
     def config(self) -> Mapping[str, Any]:
         """Everything needed to repeat the run."""
-        return self._json("fmextract_config")
+        return self._said("fmextract_config")
 
     @property
     def preprocess(self) -> Mapping[str, Any]:
         """How a photo became an input, the fields of `records.Preprocess`."""
-        return self._json("preprocess")
+        return self._said("preprocess")
 
     @property
     def throughput(self) -> Mapping[str, Any] | None:
         """How fast the run was, over all its shards: `images`, `seconds`, `images_per_second`, and `busy_seconds` of
         each stage, summed over its threads. None where the file does not say."""
-        total = total_throughput(file.attrs for file in self._files)
+        total = total_throughput(file.contents.said.get("throughput") for file in self._files)
         if total is None or not total["seconds"]:
             return None
         return {**total, "images_per_second": round(total["images"] / total["seconds"], 3)}
@@ -207,15 +209,15 @@ class Activations:
     @property
     def versions(self) -> Mapping[str, Any]:
         """Versions of the libraries that made the file."""
-        return self._json("versions")
+        return self._said("versions")
 
     @property
     def input_size(self) -> tuple[int, int] | None:
         """(height, width) of the network's input, None where the file does not say."""
         for step in ("crop", "resize"):
             size = self.preprocess.get(step)
-            if isinstance(size, list) and len(size) == 2:
-                return int(size[0]), int(size[1])
+            if isinstance(size, list):
+                return size[0], size[1]
         return None
 
     def rows(self, include_failed: bool = False) -> Rows:
@@ -309,30 +311,25 @@ class Activations:
     def _column(self, name: str) -> Array:
         return np.concatenate([file.column(name) for file in self._files])
 
-    def _json(self, name: str) -> Mapping[str, Any]:
-        with _damage(self.path):
-            value = json.loads(self.attrs.get(name, "{}"))
-        if not isinstance(value, dict):
-            raise DamagedError(f"{self.path}: attribute {name} is not a JSON object")
-        return value
+    def _said(self, name: str) -> Mapping[str, Any]:
+        """What a root attribute that holds JSON means."""
+        return self._files[0].contents.said.get(name, {})  # type: ignore[no-any-return]
 
 
 def _column_or(file: _File, name: str, missing: Any) -> Array:
     """A column, or `missing` for each row of a file that does not have it."""
-    if name in file.columns:
+    if name in file.contents.columns:
         return file.column(name)
     return np.full(len(file.rows), missing, object if isinstance(missing, str) else None)
 
 
-def total_throughput(files: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """The sum of the root attributes `throughput` of some files; None where none of them has a sound one."""
+def total_throughput(files: Iterable[Mapping[str, Any] | None]) -> dict[str, Any] | None:
+    """The sum of what some files say in `throughput`; None where none of them does."""
     images, seconds, busy = 0, 0.0, Counter[str]()
-    for attrs in files:
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            said = json.loads(attrs["throughput"])
-            of_stages = {str(stage): float(spent) for stage, spent in said["busy_seconds"].items()}
-            images, seconds = images + int(said["images"]), seconds + float(said["seconds"])
-            busy.update(of_stages)
+    for said in files:
+        if said is not None:
+            images, seconds = images + said["images"], seconds + said["seconds"]
+            busy.update(said["busy_seconds"])
     if not images:
         return None
     rounded = {stage: round(spent, 3) for stage, spent in busy.items()}
@@ -372,7 +369,7 @@ class Stats:
             return self.__dict__["_values"][name]  # type: ignore[no-any-return]
         except KeyError:
             have = ", ".join(self.__dict__.get("_values", ()))
-            raise AttributeError(
+            raise UnknownStatistic(
                 f"no statistic {name!r} for {self.__dict__.get('_layer')}; there are: {have}"
             ) from None
 
@@ -500,7 +497,7 @@ class Layer:
         merged = _merged_stats(self)
         if not merged:
             raise ConfigError(f"{self._acts.path}: no statistics for {self.name}: its channel axis is not known")
-        return Stats(self.name, merged)
+        return Stats(f"{self.name} of {self._acts.path}", merged)
 
     @functools.cached_property
     def effective_dimension(self) -> moments.EffectiveDimension | None:
@@ -766,13 +763,9 @@ class _File:
         self.nbytes = os.fstat(self.fd).st_size
         check_heaps(self.fd, path)
         with self.hdf5() as file:
-            store.validate(file)
-            count = len(file["sample"])
-            self.attrs = _attributes(file)
-            self.columns = {name for name in file if isinstance(file[name], h5py.Dataset)}
-            self.layers = tuple(store.unescape_name(name) for name in file["layers"])
-            self._plausible(file["sample"])
-            self.start = int(file["sample"][0]) if count else 0
+            self.contents = store.validate(file)
+            self.start = int(file["sample"][0])
+        count = self.contents.rows
         self.rows = range(count) if rows is None else rows
         if len(self.rows) != count:
             raise FormatError(f"{path} has {count} rows where rows {self.rows.start} to {self.rows.stop - 1} belong")
@@ -789,7 +782,6 @@ class _File:
         """One entry a row; strings as objects."""
         with self.hdf5() as file:
             dataset = file[name]
-            self._plausible(dataset)
             if dataset.chunks is not None:
                 self._complete(dataset)
             strings = h5py.check_string_dtype(dataset.dtype) is not None
@@ -800,14 +792,18 @@ class _File:
         """The statistics of a layer by name, empty where it has none; its covariance, of megabytes, only on demand."""
         with self.hdf5() as file:
             group = file["layers"][store.escape_name(layer)]
-            if "stats" not in group:
+            axis = self.contents.layers[layer].spec.channel_axis
+            if "stats" not in group or axis is None:
                 return {}
-            values = {}
-            for name, dataset in group["stats"].items():
-                self._plausible(dataset)
-                if not dataset.is_scale and (covariance or name not in moments.COVARIANCE):
-                    values[name] = np.asarray(dataset[()])
-            return values
+            values = {
+                name: np.asarray(dataset[()])
+                for name, dataset in group["stats"].items()
+                if isinstance(dataset, h5py.Dataset)
+                and not schema.is_scale(dataset.id)
+                and (covariance or name not in moments.COVARIANCE)
+            }
+            channels = group["activation"].shape[1 + axis]
+            return schema.statistics(values, channels, f"{self.path}: {group.name}/stats")
 
     def stored(self, layer: str) -> _Stored:
         """Where the chunks of a layer lie; looked up once."""
@@ -870,8 +866,8 @@ class _File:
         return out
 
     def _look_up(self, file: h5py.File, layer: str) -> _Stored:
-        group = file["layers"][store.escape_name(layer)]
-        dataset, spec = group["activation"], store.read_layer(group)
+        dataset = file["layers"][store.escape_name(layer)]["activation"]
+        spec, attrs = self.contents.layers[layer]
         grid = self._complete(dataset)
         offsets, sizes, masks = np.zeros(grid, np.int64), np.full(grid, -1, np.int64), np.zeros(grid, np.uint32)
 
@@ -884,7 +880,7 @@ class _File:
             raise DamagedError(f"{self.path}: layer {layer} has chunks that lie outside the file")
         kind = dataset.dtype
         codec = codecs.filters_to_codec(dataset.id.get_create_plist(), kind.itemsize) if kind.isnative else None
-        return _Stored(spec, _attributes(group), codec, offsets, sizes, masks)
+        return _Stored(spec, attrs, codec, offsets, sizes, masks)
 
     def _complete(self, dataset: h5py.Dataset) -> tuple[int, ...]:
         """The grid of chunks of a dataset. Raises DamagedError where one is not there: HDF5 would show fill values."""
@@ -893,11 +889,6 @@ class _File:
         if there != math.prod(grid):
             raise DamagedError(f"{self.path}: {dataset.name} has {there} of {math.prod(grid)} chunks")
         return grid
-
-    def _plausible(self, dataset: h5py.Dataset) -> None:
-        """Refuse a small table that claims more values than the file can hold, before memory is taken for it."""
-        if dataset.size * dataset.dtype.itemsize > INFLATION * self.nbytes:
-            raise DamagedError(f"{self.path}: {dataset.name} claims {dataset.size} values in {self.nbytes} bytes")
 
 
 class _Files:
@@ -987,15 +978,6 @@ def _damage(path: Path) -> Iterator[None]:
     except Exception as error:
         # libhdf5 and h5py raise OSError, RuntimeError, KeyError, ValueError, TypeError, … for a broken file.
         raise DamagedError(f"{path} cannot be read, it is damaged: {str(error) or type(error).__name__}") from error
-
-
-def _attributes(group: h5py.Group) -> dict[str, Any]:
-    """The attributes as plain values, but for those of HDF5's own bookkeeping."""
-    plain: dict[str, Any] = {}
-    for name, value in group.attrs.items():
-        value = value.item() if isinstance(value, np.generic) else value
-        plain[name] = value.decode() if isinstance(value, bytes) else value
-    return plain
 
 
 def _listed_shards(folder: Path) -> list[tuple[Path, range | None]]:

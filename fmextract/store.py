@@ -7,6 +7,7 @@ described in docs/format.md. One thread at a time may use a ShardWriter.
     ShardWriter      chunks → file                   content_digest   file → one number for all that a reader sees
     pack             files → one file, undecoded     validate         is this file ours, and safe to read?
     open_shard       path → validated h5py.File      read_*           file → the nouns of `records`
+                                                     `validate` gives `Contents`: what it checked on the way
     write_rdms       dissimilarities → a file of rsatoolbox's
 """
 
@@ -42,6 +43,7 @@ from fmextract.records import (
     SampleTable,
     Status,
 )
+from fmextract.storage import schema
 
 Stats: TypeAlias = Mapping[str, Mapping[str, Any]]
 """By layer, by statistic: an array whose first axis is the channel."""
@@ -56,7 +58,8 @@ _CHUNK_RECORD_BYTES = 24
 """What one chunk takes at the least in an HDF5 index: so a small file cannot claim a huge shape."""
 _LIBVER = ("earliest", "v110")
 _STRING = h5py.string_dtype("utf-8")
-_DERIVED_ATTRS = ("DIMENSION_LIST", "REFERENCE_LIST")
+INFLATION = 1100
+"""No deflate stream grows by more (1032): a file that claims more values than this times its size is damaged."""
 _NOT_CONTENT = ("content_digest", "throughput")
 """Root attributes that say nothing of what is stored: two runs that store the same differ in their speed."""
 
@@ -744,43 +747,77 @@ def open_shard(path: Path) -> h5py.File:
 
 
 @contextlib.contextmanager
-def _reading(file: h5py.File) -> Iterator[None]:
+def _reading(file: h5py.File, place: str = "") -> Iterator[None]:
     """What libhdf5 raises on damaged bytes, in many types, becomes DamagedError."""
     try:
         yield
     except FmextractError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, AttributeError) as error:
-        raise DamagedError(f"{file.filename} is damaged: {str(error) or type(error).__name__}") from error
+        where = f"{file.filename}: {place}" if place else file.filename
+        raise DamagedError(f"{where} is damaged: {str(error) or type(error).__name__}") from error
 
 
-def validate(file: h5py.File) -> None:
-    """Raise FormatError unless the file is of our format and version, and safe to read.
+class LayerContents(NamedTuple):
+    """What a file says of a layer: as it was written, and all attributes by name, those of later versions too."""
+
+    spec: LayerSpec
+    attrs: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What `validate` found in a file: all that is not the values of datasets.
+
+    `attrs` are the root attributes; `said` is what those of them mean that hold JSON. `columns` are the names of the
+    datasets beside the layers, `layers` the layers by name in the order of execution.
+    """
+
+    rows: int
+    attrs: Mapping[str, Any]
+    said: Mapping[str, Any]
+    columns: frozenset[str]
+    layers: Mapping[str, LayerContents]
+
+
+def validate(file: h5py.File) -> Contents:
+    """Raise FormatError unless the file is of our format and version, and safe to read: then, what stands in it.
 
     Safe: nothing in it points outside (external or soft links, external storage, virtual datasets), no object is
-    reached twice, every chunk is of bounded size, and the shapes are ones that the file has room for. Damaged
-    structures are DamagedError. This reads no values.
+    reached twice, every chunk is of bounded size, the shapes are ones that the file has room for, and everything that
+    is read of it, but for the values of datasets, is what `storage.schema` says. Damaged structures are DamagedError.
     """
     with _reading(file):
         _validate_version(file)
+        size, nodes = file.id.get_filesize(), {}
         for node in _walk(file):
+            nodes[node.path] = node
             if node.is_dataset:
-                _validate_dataset(file, node)
-        _validate_layout(file)
+                with _reading(file, node.path):
+                    _validate_dataset(file, node, size)
+        return _contents(file, nodes)
 
 
 def _validate_version(file: h5py.File) -> None:
-    name = file.filename
-    if _plain(file.attrs.get("format")) != FORMAT:
+    name, root = file.filename, _root(file)
+    said = {}
+    for attribute in ("format", "format_version"):
+        with contextlib.suppress(schema.Wrong, KeyError):
+            said[attribute] = schema.attribute(root, attribute.encode())
+    if said.get("format") != FORMAT:
         raise FormatError(f"{name} was not written by fmextract: it has no attribute format={FORMAT!r}")
-    version = _plain(file.attrs.get("format_version"))
-    if not isinstance(version, int) or version < 1:
+    version = said.get("format_version")
+    if type(version) is not int or version < 1:
         raise FormatError(f"{name} has no valid format_version: {version!r}")
     if version > FORMAT_VERSION:
         raise FormatError(
             f"{name} has format version {version}, and this fmextract knows versions up to {FORMAT_VERSION}: "
             "upgrade fmextract to read it"
         )
+
+
+def _root(file: h5py.File) -> h5py.h5g.GroupID:
+    return h5py.h5o.open(file.id, b"/")
 
 
 class _Node(NamedTuple):
@@ -798,7 +835,7 @@ class _Node(NamedTuple):
 
 def _walk(file: h5py.File) -> Iterator[_Node]:
     """Every object, root first, groups in the order of creation. Follows hard links only, each once."""
-    root = h5py.h5o.open(file.id, b"/")
+    root = _root(file)
     stack = [_Node("/", root, h5py.h5o.get_info(root).addr)]
     seen = {stack[0].address}
     while stack:
@@ -806,21 +843,30 @@ def _walk(file: h5py.File) -> Iterator[_Node]:
         yield node
         if node.is_dataset:
             continue
-        children = []
-        for name in node.id:
-            path = f"{node.path.rstrip('/')}/{name.decode('utf-8', 'surrogateescape')}"
-            if node.id.links.get_info(name).type != h5py.h5l.TYPE_HARD:
-                raise FormatError(f"{file.filename}: {path} is a link, which fmextract does not write")
-            child = h5py.h5o.open(node.id, name)
-            address = h5py.h5o.get_info(child).addr
-            if not isinstance(child, h5py.h5g.GroupID | h5py.h5d.DatasetID) or address in seen:
-                raise FormatError(f"{file.filename}: {path} is not a dataset or group of its own")
-            seen.add(address)
-            children.append(_Node(path, child, address))
+        children = _children(file, node)
+        for child in children:
+            if child.address in seen:
+                raise FormatError(f"{file.filename}: {child.path} is not a dataset or group of its own")
+            seen.add(child.address)
         stack.extend(reversed(children))
 
 
-def _validate_dataset(file: h5py.File, node: _Node) -> None:
+def _children(file: h5py.File, group: _Node) -> list[_Node]:
+    """What lies in a group, in the order of creation. Raises FormatError for links that are not hard."""
+    children, links = [], group.id.links
+    for name in group.id:
+        path = f"{group.path.rstrip('/')}/{name.decode('utf-8', 'surrogateescape')}"
+        link = links.get_info(name)
+        if link.type != h5py.h5l.TYPE_HARD:
+            raise FormatError(f"{file.filename}: {path} is a link, which fmextract does not write")
+        child = h5py.h5o.open(group.id, name)
+        if not isinstance(child, h5py.h5g.GroupID | h5py.h5d.DatasetID):
+            raise FormatError(f"{file.filename}: {path} is not a dataset or group of its own")
+        children.append(_Node(path, child, link.u))
+    return children
+
+
+def _validate_dataset(file: h5py.File, node: _Node, file_size: int) -> None:
     where = f"{file.filename}: {node.path}"
     plist, shape, dtype = node.id.get_create_plist(), node.id.shape, node.id.dtype
     layout = plist.get_layout()
@@ -832,46 +878,43 @@ def _validate_dataset(file: h5py.File, node: _Node) -> None:
         chunks = plist.get_chunk()
         if math.prod(chunks) * dtype.itemsize > MAX_CHUNK_BYTES:
             raise FormatError(f"{where} has chunks {chunks} of {dtype}, larger than 1 GiB")
-        room = file.id.get_filesize() // _CHUNK_RECORD_BYTES
-        if math.prod(chunk_grid(shape, chunks)) > room:
+        if math.prod(chunk_grid(shape, chunks)) > file_size // _CHUNK_RECORD_BYTES:
             raise DamagedError(f"{where} has the shape {shape}, more than the file has chunks for")
+        if not node.path.endswith("/activation") and math.prod(shape) * dtype.itemsize > INFLATION * file_size:
+            raise DamagedError(f"{where} claims {math.prod(shape)} values in a file of {file_size} bytes")
     elif math.prod(shape) * node.id.get_type().get_size() != node.id.get_storage_size():
         raise DamagedError(f"{where} has the shape {shape}, but not the bytes for it")
 
 
-def _validate_layout(file: h5py.File) -> None:
+def _contents(file: h5py.File, nodes: Mapping[str, _Node]) -> Contents:
+    """What a file holds, checked. Its links and datasets, by path in `nodes`, are sound."""
     name = file.filename
-    layers = file.get("layers")
-    if not isinstance(layers, h5py.Group):
+    attrs, said = schema.attributes(nodes["/"].id, schema.ROOT, name)
+    if "/layers" not in nodes or nodes["/layers"].is_dataset:
         raise FormatError(f"{name} has no group /layers")
-    sample = file.get("sample")
-    rows = sample.shape[0] if isinstance(sample, h5py.Dataset) and sample.ndim == 1 else None
-    columns: dict[str, Any] = {f"/{column}": file.get(column) for column in ("sample", *_COLUMNS)}
-    columns |= {f"/{column}": file[column] for column in _OPTIONAL_COLUMNS if column in file}
-    for path, column in columns.items():
-        if not isinstance(column, h5py.Dataset) or column.shape != (rows,):
-            raise FormatError(f"{name}: expected {path} with one value a row")
-    for layer in layers:
-        node = layers[layer]
-        data = node.get("activation") if isinstance(node, h5py.Group) else None
-        if not isinstance(data, h5py.Dataset) or data.ndim < 1 or data.shape[0] != rows or data.chunks is None:
-            raise FormatError(f"{name}: expected /layers/{layer}/activation, chunked, with one value a row")
-        if data.dtype.kind not in "iuf":
-            raise FormatError(f"{name}: /layers/{layer}/activation has values of type {data.dtype}")
+    columns = {path[1:]: node for path, node in nodes.items() if path.count("/") == 1 and node.is_dataset}
+    rows = math.prod(columns["sample"].id.shape) if "sample" in columns else 0
+    for column, kind in schema.COLUMNS.items():
+        if column in columns or kind.required:
+            _check_column(name, column, columns.get(column), kind, rows)
+    inside: dict[str, list[_Node]] = {}
+    for path, node in nodes.items():
+        if path.startswith("/layers/"):
+            layer, _, below = path[len("/layers/") :].partition("/")
+            inside.setdefault(layer, []).extend([] if "/" in below else [node])
+    layers = []
+    for layer, (group, *children) in inside.items():
+        with _reading(file, f"/layers/{layer}"):
+            layers.append(_layer_contents(name, group, children, columns["sample"].address, rows))
+    return Contents(rows, attrs, said, frozenset(columns), {layer.spec.name: layer for layer in layers})
 
 
-_COLUMNS = ("key", "status", "message", "height", "width")
-_OPTIONAL_COLUMNS = ("label", "file_size", "file_digest")
-"""No source has to have labels, and files made before there were digests have none."""
-
-
-def _plain(value: Any) -> Any:
-    """An attribute's value as Python's own type."""
-    if isinstance(value, bytes):
-        return value.decode("utf-8", "replace")
-    return (
-        value.item() if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and not value.ndim) else value
-    )
+def _check_column(file: str, name: str, column: _Node | None, kind: schema.Column, rows: int) -> None:
+    if column is None or column.id.shape != (rows,) or not rows:
+        raise FormatError(f"{file}: expected /{name} with one value a row")
+    has = "text" if h5py.check_string_dtype(column.id.dtype) else column.id.dtype.name
+    if has not in kind.types:
+        raise FormatError(f"{file}: expected /{name} of {' or '.join(kind.types)}, got {has}")
 
 
 def row_range(file: h5py.File) -> range:
@@ -890,50 +933,102 @@ def row_range(file: h5py.File) -> range:
 def read_info(file: h5py.File) -> FileInfo:
     """The root attributes of a file."""
     with _reading(file):
-        attrs = {name: _plain(value) for name, value in file.attrs.items()}
-        names = ("title", "source", "history", "model", "weights_sha256", "precision", "created")
-        loaded = {name: json.loads(attrs[name]) for name in ("fmextract_config", "preprocess", "versions")}
-        fixed = {*names, *loaded, "format", "format_version", "Conventions", "content_digest"}
-        return FileInfo(
-            **{name: attrs[name] for name in names},
-            config=loaded["fmextract_config"],
-            preprocess=loaded["preprocess"],
-            versions=loaded["versions"],
-            extra={name: value for name, value in attrs.items() if name not in fixed},
-        )
+        attrs, said = schema.attributes(_root(file), schema.ROOT, file.filename)
+    names = ("title", "source", "history", "model", "weights_sha256", "precision", "created")
+    loaded = {"fmextract_config", "preprocess", "versions"}
+    fixed = {*names, *loaded, "format", "format_version", "Conventions", "content_digest"}
+    return FileInfo(
+        **{name: attrs[name] for name in names},
+        config=said["fmextract_config"],
+        preprocess=said["preprocess"],
+        versions=said["versions"],
+        extra={name: value for name, value in attrs.items() if name not in fixed},
+    )
 
 
 def read_layer(group: h5py.Group) -> LayerSpec:
     """The LayerSpec that a layer's group was written from."""
-    with _reading(group.file):
-        attrs = {name: _plain(value) for name, value in group.attrs.items()}
-        data = group["activation"]
-        field = None
-        if "rf_size" in attrs:
-            size, stride, offset = (tuple(attrs[f"rf_{name}"].tolist()) for name in ("size", "stride", "offset"))
-            field = Field(size, stride, offset, **{name: f"rf_{flag}" in attrs for flag, name in _FIELD_FLAGS.items()})
-        return LayerSpec(
-            name=unescape_name(group.name.rpartition("/")[2]),
-            module=attrs["module"],
-            module_type=attrs["module_type"],
-            call=attrs["call"],
-            calls=attrs["calls"],
-            tap=attrs["tap"],
-            member=attrs.get("member", ""),
-            reducer=attrs.get("reducer", ""),
-            shape=data.shape[1:],
-            # By the scale's own name: to ask for the path of an object that a reference led to takes 10 ms.
-            axes=tuple(h5py.h5ds.get_scale_name(data.dims[axis][0].id).decode() for axis in range(1, data.ndim)),
-            dtype=data.dtype.name,
-            compute_dtype=attrs["compute_dtype"],
-            chunk=data.chunks,
-            mantissa=attrs.get("mantissa"),
-            copied=bool(attrs["copied"]),
-            rel_error=attrs.get("rel_error"),
-            field=field,
-            erf_size=attrs.get("erf_size"),
-            near_zero_below=attrs.get("near_zero_below"),
-        )
+    file, path = group.file, group.name
+    with _reading(file):
+        node = _Node(path, group.id, 0)
+        sample = h5py.h5o.get_info(file["sample"].id).addr
+        return _layer_contents(file.filename, node, _children(file, node), sample, None).spec
+
+
+def _layer_contents(file: str, group: _Node, children: Sequence[_Node], sample: int, rows: int | None) -> LayerContents:
+    """A layer, from its group and what lies in it. Raises DamagedError for what no layer of ours is.
+
+    `sample` is the address of the scale of the rows, `rows` their number, None where that was checked.
+    """
+    where, escaped = f"{file}: {group.path}", group.path.rpartition("/")[2]
+    own = {node.path.rpartition("/")[2]: node for node in children}
+    if group.is_dataset or "activation" not in own:
+        raise FormatError(f"{where}: expected activation, chunked, with one value a row")
+    name = unescape_name(escaped)
+    name.encode()  # UnicodeEncodeError, which is a ValueError, where it is no text
+    if escape_name(name) != escaped:
+        raise DamagedError(f"{where}: no layer can have this name")
+    shape, dtype, chunk = _activation(where, own["activation"], rows)
+    attrs, _ = schema.attributes(group.id, schema.LAYER, where)
+    for together in schema.TOGETHER:
+        if 0 < sum(one in attrs for one in together) < len(together):
+            raise DamagedError(f"{where}: expected the attributes {', '.join(together)}, or none of them")
+    field = None
+    if "rf_size" in attrs:
+        size, stride, offset = (tuple(attrs[f"rf_{part}"].tolist()) for part in ("size", "stride", "offset"))
+        flags = {field: attrs.get(f"rf_{flag}", False) for flag, field in _FIELD_FLAGS.items()}
+        field = Field(size, stride, offset, **flags)
+    spec = LayerSpec(
+        name=name,
+        module=attrs["module"],
+        module_type=attrs["module_type"],
+        call=attrs["call"],
+        calls=attrs["calls"],
+        tap=attrs["tap"],
+        member=attrs.get("member", ""),
+        reducer=attrs.get("reducer", ""),
+        shape=shape[1:],
+        axes=_axes(where, own, sample),
+        dtype=dtype,
+        compute_dtype=attrs["compute_dtype"],
+        chunk=chunk,
+        mantissa=attrs.get("mantissa"),
+        copied=attrs["copied"],
+        rel_error=attrs.get("rel_error"),
+        field=field,
+        erf_size=attrs.get("erf_size"),
+        near_zero_below=attrs.get("near_zero_below"),
+    )
+    return LayerContents(spec, attrs)
+
+
+def _activation(where: str, data: _Node, rows: int | None) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
+    """Shape, type and chunk of the activations of a layer."""
+    if not data.is_dataset:
+        raise FormatError(f"{where}/activation is no dataset")
+    shape, plist = data.id.shape, data.id.get_create_plist()
+    if not shape or (rows is not None and shape[0] != rows) or plist.get_layout() != h5py.h5d.CHUNKED:
+        raise FormatError(f"{where}: expected activation, chunked, with one value a row")
+    dtype = data.id.dtype.name
+    if dtype not in schema.ACTIVATION or 0 in shape:
+        raise FormatError(f"{where}/activation has values of type {dtype}, shape {shape}")
+    return shape, dtype, plist.get_chunk()
+
+
+def _axes(where: str, own: Mapping[str, _Node], sample: int) -> tuple[str, ...]:
+    """The names of the axes behind the first: of the scales attached to them, which lie in the layer's own group."""
+    data, names = own["activation"].id, {node.address: name for name, node in own.items()}
+    first, *others = schema.scales(data, f"{where}/activation")
+    if first != [sample]:
+        raise DamagedError(f"{where}/activation: its first axis is not /sample")
+    axes: list[str] = []
+    for size, attached in zip(data.shape[1:], others, strict=True):
+        name = names.get(attached[0], "") if len(attached) == 1 else ""
+        if name in ("", "activation", *axes) or own[name].id.shape != (size,):
+            raise DamagedError(f"{where}/activation: expected one scale of its own on every axis")
+        name.encode()
+        axes.append(name)
+    return tuple(axes)
 
 
 def read_samples(file: h5py.File, part: slice = slice(None)) -> SampleTable:
@@ -1000,11 +1095,12 @@ def _content_digest(file: h5py.File, known: Mapping[str, Mapping[tuple[int, ...]
     for node in nodes:
         path = node.path
         _put(hasher, "dataset" if node.is_dataset else "group", path)
-        for name in _attribute_names(node):
-            if name not in _DERIVED_ATTRS and not (path == "/" and name in _NOT_CONTENT):
-                _put(hasher, "attribute", name, *_attribute_parts(node, name))
+        for encoded in schema.attribute_names(node.id):
+            name = encoded.decode("utf-8", "surrogateescape")
+            if not (path == "/" and name in _NOT_CONTENT):
+                _put(hasher, "attribute", name, *_attribute_parts(node, encoded))
         if node.is_dataset:
-            _put(hasher, *_description(node, paths))
+            _put(hasher, *_description(node, paths, f"{file.filename}: {path}"))
             if path.startswith("/layers/") and path.endswith("/activation"):
                 _put_chunks(hasher, h5py.Dataset(node.id), known.get(path, {}))
             else:
@@ -1026,20 +1122,12 @@ def _type_name(dtype: np.dtype[Any]) -> str:
     return dtype.str
 
 
-def _attribute_names(node: _Node) -> list[str]:
-    """In alphabetical order."""
-    names: list[str] = []
-    if h5py.h5a.get_num_attrs(node.id):
-        h5py.h5a.iterate(node.id, lambda name, *_: names.append(name.decode("utf-8", "surrogateescape")))
-    return sorted(names)
-
-
-def _attribute_parts(node: _Node, name: str) -> list[str | bytes]:
-    stored = h5py.h5a.open(node.id, name.encode("utf-8", "surrogateescape"))
+def _attribute_parts(node: _Node, name: bytes) -> list[str | bytes]:
+    stored = h5py.h5a.open(node.id, name)
     dtype, shape = stored.dtype, stored.shape
     kind = _type_name(dtype)
-    if shape is None:
-        raise FormatError(f"the attribute {name} of {node.path} has no value, which fmextract does not write")
+    if shape is None or stored.get_storage_size() > schema.MOST_ATTRIBUTE:
+        raise FormatError(f"the attribute {name.decode()} of {node.path} has no value that fmextract would write")
     value = np.zeros(shape, dtype)
     stored.read(value, mtype=h5py.h5t.py_create(dtype))
     if dtype.kind in "iuf":
@@ -1047,7 +1135,7 @@ def _attribute_parts(node: _Node, name: str) -> list[str | bytes]:
     return [kind, str(shape), *value.astype(object).reshape(-1).tolist()]
 
 
-def _description(node: _Node, paths: Mapping[int, str]) -> list[str | bytes]:
+def _description(node: _Node, paths: Mapping[int, str], where: str) -> list[str | bytes]:
     dataset = node.id
     plist, dtype, shape = dataset.get_create_plist(), dataset.dtype, dataset.shape
     most = dataset.get_space().get_simple_extent_dims(True)
@@ -1058,10 +1146,8 @@ def _description(node: _Node, paths: Mapping[int, str]) -> list[str | bytes]:
     if dtype.kind in "iuf":
         plist.get_fill_value(fill)
     scales: list[str] = []
-    for axis in range(0 if h5py.h5ds.is_scale(dataset) else len(shape)):
-        scales.append(f"axis {axis}")
-        if h5py.h5ds.get_num_scales(dataset, axis):
-            h5py.h5ds.iterate(dataset, axis, lambda scale: scales.append(paths[h5py.h5o.get_info(scale).addr]))
+    for axis, attached in enumerate([] if schema.is_scale(dataset) else schema.scales(dataset, where)):
+        scales += [f"axis {axis}", *(paths[address] for address in attached)]
     return [
         _type_name(dtype),
         str((shape, greatest, chunk, filters)),

@@ -23,7 +23,7 @@ ORDER = re.findall(
     errors records
     text config progress channel pool selection heaps moments boxes kernels
     codecs
-    store index lock watch feeding reader
+    storage.schema storage store index lock watch feeding reader
     device
     common.imports common.streams common inputs.files inputs.manifests inputs.datasets inputs.sources inputs
     capture.reducer_help capture images models axes taps capture.probe geometry effective reducers stats
