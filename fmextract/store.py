@@ -893,7 +893,9 @@ def _contents(file: h5py.File, nodes: Mapping[str, _Node]) -> Contents:
     if "/layers" not in nodes or nodes["/layers"].is_dataset:
         raise FormatError(f"{name} has no group /layers")
     columns = {path[1:]: node for path, node in nodes.items() if path.count("/") == 1 and node.is_dataset}
-    rows = math.prod(columns["sample"].id.shape) if "sample" in columns else 0
+    rows = math.prod(columns["sample"].id.shape) if "sample" in columns else None
+    if rows == 0:
+        raise FormatError(f"{name} holds no rows, which fmextract does not write")
     for column, kind in schema.COLUMNS.items():
         if column in columns or kind.required:
             _check_column(name, column, columns.get(column), kind, rows)
@@ -906,11 +908,11 @@ def _contents(file: h5py.File, nodes: Mapping[str, _Node]) -> Contents:
     for layer, (group, *children) in inside.items():
         with _reading(file, f"/layers/{layer}"):
             layers.append(_layer_contents(name, group, children, columns["sample"].address, rows))
-    return Contents(rows, attrs, said, frozenset(columns), {layer.spec.name: layer for layer in layers})
+    return Contents(rows or 0, attrs, said, frozenset(columns), {layer.spec.name: layer for layer in layers})
 
 
-def _check_column(file: str, name: str, column: _Node | None, kind: schema.Column, rows: int) -> None:
-    if column is None or column.id.shape != (rows,) or not rows:
+def _check_column(file: str, name: str, column: _Node | None, kind: schema.Column, rows: int | None) -> None:
+    if column is None or column.id.shape != (rows,):
         raise FormatError(f"{file}: expected /{name} with one value a row")
     has = "text" if h5py.check_string_dtype(column.id.dtype) else column.id.dtype.name
     if has not in kind.types:
@@ -920,8 +922,6 @@ def _check_column(file: str, name: str, column: _Node | None, kind: schema.Colum
 def row_range(file: h5py.File) -> range:
     """The global rows that the file holds. Raises FormatError where /sample does not count up by one."""
     sample = file["sample"]
-    if not len(sample):
-        return range(0)
     start, last = int(sample[0]), int(sample[-1])
     if last - start + 1 != len(sample):
         raise FormatError(

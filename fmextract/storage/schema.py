@@ -215,11 +215,15 @@ def _largest(kind: Kind) -> Kind:
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """An attribute of HDF5. `json`: a text that holds JSON of this kind."""
+    """An attribute of HDF5. `json`: a text that holds JSON of this kind.
+
+    `content` False is for what says nothing of the values and is in no digest: where it is wrong, it counts as absent.
+    """
 
     kind: Kind
     required: bool = False
     json: bool = False
+    content: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +305,7 @@ ROOT: Mapping[str, Attribute] = {
     "versions": Attribute(table_of(text), required=True, json=True),
     "created": Attribute(text, required=True),
     "content_digest": Attribute(text),
-    "throughput": Attribute(THROUGHPUT, json=True),
+    "throughput": Attribute(THROUGHPUT, json=True, content=False),
     "smaller_batches": Attribute(table_of(whole(1, 10**9)), json=True),
     "left_out": Attribute(text),
 }
@@ -501,7 +505,7 @@ def checked(value: Any, kind: Kind, where: str) -> Any:
 def attributes(
     node: h5py.h5g.GroupID | h5py.h5d.DatasetID, table: Mapping[str, Attribute], where: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The attributes of an object by name, checked against a table, and what those of them mean that hold JSON.
+    """The attributes of an object by name, checked against a table, and what they mean: of JSON, what it holds.
 
     Those that are in no table come along where they are texts or numbers. `where` names the file and the object.
     Raises DamagedError for an attribute that is missing or is not what the table says.
@@ -513,32 +517,31 @@ def attributes(
         known = table.get(name)
         try:
             value = attribute(node, encoded)
+            if known is not None:
+                value, meant[name] = _as_kind(value, known)
+            values[name] = value
         except Wrong as wrong:
-            if known is None:
-                continue
-            raise DamagedError(f"{where}: the attribute {name}: {wrong}") from None
-        if known is not None:
-            value, said = _as_kind(value, known, f"{where}: the attribute {name}")
-            if known.json:
-                meant[name] = said
-        values[name] = value
+            if known is not None and known.content:
+                place = f"{name}, {wrong.place}" if wrong.place else name
+                raise DamagedError(f"{where}: the attribute {place}: {wrong}") from None
     for name, known in table.items():
         if known.required and name not in values:
             raise DamagedError(f"{where} has no attribute {name}")
     return values, meant
 
 
-def _as_kind(value: Any, known: Attribute, where: str) -> tuple[Any, Any]:
-    """(the value of an attribute, what it means)."""
+def _as_kind(value: Any, known: Attribute) -> tuple[Any, Any]:
+    """(the value of an attribute, what it means: another thing where it holds JSON)."""
+    if not known.json:
+        made = known.kind(value)
+        return made, made
     try:
-        if not known.json:
-            made = known.kind(value)
-            return made, made
-        return value, known.kind(load(text(value)))
-    except Wrong as wrong:
-        raise DamagedError(f"{where}{', ' + wrong.place if wrong.place else ''}: {wrong}") from None
+        loaded = load(text(value))
+    except Wrong:
+        raise
     except ValueError as error:
-        raise DamagedError(f"{where} is not JSON of ours: {error}") from None
+        raise Wrong(f"JSON ({error})", value) from None
+    return value, known.kind(loaded)
 
 
 def attribute_names(node: h5py.h5g.GroupID | h5py.h5d.DatasetID) -> list[bytes]:
