@@ -5,7 +5,7 @@
     python -m benchmarks.twenty_runs compare /tmp/before /tmp/after
 
 Files are compared object by object: paths, types, shapes, chunks, filters, scales, attributes, and every chunk as it
-lies on the disk. What names a moment or a run may differ (`MAY_DIFFER`), and attributes that are new are listed by name.
+lies on the disk. What names a moment or a run may differ (`MAY_DIFFER`); attributes that are new are listed by name.
 """
 
 from __future__ import annotations
