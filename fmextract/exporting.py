@@ -408,6 +408,7 @@ def _write_netcdf(job: _Job, path: Path) -> list[ExportedLayer]:
         [_netcdf_spec(layer).dtype for layer in job.layers],
     )
     extra = {**info.extra, **({"smaller_batches": smaller} if smaller else {}), _ABOUT: job.about(written)}
+    extra |= output.images_from(acts, path.parent)
     specs = [_netcdf_spec(layer) for layer in job.layers]
     rows = range(int(acts.samples[0]), int(acts.samples[-1]) + 1)
     columns = [acts.status, acts.messages, acts.heights, acts.widths]

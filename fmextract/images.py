@@ -1,28 +1,15 @@
-"""From encoded bytes, arrays, tensors and PIL images to the input of a model: the one place that knows decoders.
+"""From encoded bytes, arrays, tensors and PIL images to the input of a model.
 
-Ordinary JPEGs are decoded by libjpeg-turbo (simplejpeg), everything else, and every JPEG with anything odd about it, by
-Pillow, whose verdict then counts. Both give the same pixels; resize and crop agree with torchvision's transforms on a
-PIL image, bilinear within one level of 255, the others exactly. Heavy work releases the GIL, so that threads scale.
-
-What becomes of pixels that are not 8-bit RGB:
-
-* grey, palette, bilevel, CMYK, YCbCr: as Pillow's `convert("RGB")`; alpha and transparency are dropped by it, like in
-  torchvision's loader. Of an animation the first frame counts.
-* 16-bit grey (modes I;16*): divided by 257, so that white stays white and nothing is clipped.
-* 32-bit integers (mode I): 0..65535, what 16-bit files become, divided by 257; anything beyond stretched, minimum to
-  maximum.
-* floats (mode F): 0..1 times 255; else 0..255 as they are; else stretched, minimum to maximum. What is not finite
-  counts as the lowest.
+`inputs.pictures` decodes; resize and crop agree with torchvision's transforms on a PIL image, bilinear within one level
+of 255, the others exactly. Heavy work releases the GIL, so that threads scale.
 """
 
 from __future__ import annotations
 
 import functools
-import io
 import math
 import re
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -40,7 +27,17 @@ from torchvision.transforms.v2 import functional as transforms
 from fmextract.boxes import Span, crop_span, resized_size
 from fmextract.device import is_out_of_memory
 from fmextract.errors import ConfigError, DeviceLost, MissingExtra, SampleError
-from fmextract.inputs.files import NOT_DECODED, stamp_of
+from fmextract.inputs.files import stamp_of
+from fmextract.inputs.pictures import (
+    Pixels,
+    decode_file,
+    from_pil,
+    one_line,
+    orientation_of,
+    refuse_bomb,
+    sixteen_bit,
+    undecodable,
+)
 from fmextract.records import FileStamp, Preprocess, Status
 
 __all__ = [
@@ -56,15 +53,6 @@ __all__ = [
     "normalise",
     "parse_preprocess",
 ]
-
-Pixels = NDArray[np.uint8]
-
-# All plug-ins at once: Pillow otherwise imports them in the middle of the first odd file, in whichever thread has it.
-PIL.Image.init()
-# Pillow warns about metadata it cannot make sense of, and of large images, which are refused here anyway. Once, for the
-# process: the list of filters belongs to all threads, and changing it for each image would not be safe.
-for _category in (UserWarning, PIL.Image.DecompressionBombWarning):
-    warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,17 +109,13 @@ def decode(data: Any, preprocess: Preprocessing | None, *, exif: bool = False) -
         return _ready(data, preprocess, "array")
     if preprocess is None:
         raise ConfigError(f"the images need preprocessing, and the model brings none. {PREPROCESS_HELP}")
-    try:
+    with undecodable():
         picture, decoder = _picture(data, exif)
         height, width = picture.shape[:2]
         if isinstance(preprocess, CustomPreprocess):
             made = _ready(preprocess.function(PIL.Image.fromarray(picture)), preprocess, decoder)
             return replace(made, height=height, width=width)
         return Image(_fit(picture, preprocess), height, width, decoder)
-    except SampleError:
-        raise
-    except Exception as error:  # Pillow raises a dozen kinds for broken files, struct.error and SyntaxError among them
-        raise SampleError(Status.UNDECODABLE, _short(error)) from error
 
 
 def normalise(batch: Tensor, preprocess: Preprocess, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -156,95 +140,14 @@ def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.de
 def _picture(data: Any, exif: bool) -> tuple[Pixels, str]:
     """Pixels (h, w, 3) of whatever a source may load, and who decoded them."""
     if isinstance(data, (bytes, bytearray, memoryview)):
-        encoded = data if isinstance(data, bytes) else bytes(data)
-        pixels = _fast_jpeg(encoded)
-        if pixels is not None:
-            return _upright(pixels, _orientation(encoded) if exif else 1), "simplejpeg"
-        with PIL.Image.open(io.BytesIO(encoded), formats=_formats()) as image:
-            return _from_pil(image, exif), "pillow"
+        return decode_file(data if isinstance(data, bytes) else bytes(data), exif)
     if isinstance(data, PIL.Image.Image):
-        return _from_pil(data, exif), "array"
+        return from_pil(data, exif), "array"
     if isinstance(data, Tensor):
         return _from_array(data.detach().cpu().numpy(), first=True), "array"
     if isinstance(data, np.ndarray):
         return _from_array(data, first=False), "array"
     raise SampleError(Status.UNDECODABLE, f"expected bytes, an array, a tensor or a PIL image, got {_kind(data)}")
-
-
-def _fast_jpeg(data: bytes) -> Pixels | None:
-    """Pixels of an ordinary JPEG, None for anything else: another colour space, damage, or only a warning."""
-    if not data.startswith(b"\xff\xd8\xff"):
-        return None
-    try:
-        height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
-        if colour not in ("YCbCr", "Gray"):
-            return None
-        _refuse_bomb(width, height)
-        # Neither the fast DCT nor the fast upsampling: they are off by up to 28 levels.
-        pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
-    except SampleError:
-        raise
-    except Exception:  # ValueError for damage, KeyError for a subsampling that it does not know
-        return None
-    return pixels
-
-
-def _formats() -> list[str]:
-    """Computed for every file, as a plug-in for another format may be registered at any time."""
-    return [name for name in PIL.Image.ID if name not in NOT_DECODED]
-
-
-def _from_pil(image: PIL.Image.Image, exif: bool) -> Pixels:
-    _refuse_bomb(*image.size)
-    image.load()
-    # After load: a TIFF has turned itself by then and says so.
-    orientation = _tag(image) if exif else 1
-    wide = _WIDE.get(image.mode)
-    if wide is not None:
-        image = PIL.Image.fromarray(wide(np.asarray(image)))
-    return _upright(np.array(image.convert("RGB")), orientation)
-
-
-def _refuse_bomb(width: int, height: int) -> None:
-    limit = PIL.Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > limit:
-        raise SampleError(Status.UNDECODABLE, f"{width} x {height} pixels, more than the {limit} allowed")
-
-
-def _sixteen(values: NDArray[Any]) -> Pixels:
-    scaled: Pixels = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    return scaled
-
-
-def _integers(values: NDArray[Any]) -> Pixels:
-    return _sixteen(values) if values.min() >= 0 and values.max() <= 0xFFFF else _stretched(values)
-
-
-def _floats(values: NDArray[Any]) -> Pixels:
-    finite = np.isfinite(values)
-    values = np.where(finite, values, values.min(initial=math.inf, where=finite))
-    if values.min() < 0 or values.max() > 255 or not finite.any():
-        return _stretched(values)
-    levels: Pixels = np.rint(values * (255 if values.max() <= 1 else 1)).astype(np.uint8)
-    return levels
-
-
-def _stretched(values: NDArray[Any]) -> Pixels:
-    low, high = float(values.min()), float(values.max())
-    if not high > low or not math.isfinite(high - low):
-        return np.zeros(values.shape, np.uint8)
-    return np.rint((values - low) * 255.0 / (high - low)).astype(np.uint8)
-
-
-_WIDE: dict[str, Callable[[NDArray[Any]], Pixels]] = {
-    "I;16": _sixteen,
-    "I;16L": _sixteen,
-    "I;16B": _sixteen,
-    "I;16N": _sixteen,
-    "I": _integers,
-    "F": _floats,
-}
-"""Modes that Pillow's convert clips to white: (h, w) values to (h, w) uint8."""
 
 
 def _from_array(values: NDArray[Any], *, first: bool) -> Pixels:
@@ -261,38 +164,9 @@ def _from_array(values: NDArray[Any], *, first: bool) -> Pixels:
     if axis is None or 0 in values.shape:
         raise SampleError(Status.UNDECODABLE, f"expected an image with 1, 3 or 4 channels, got shape {values.shape}")
     values = np.moveaxis(values, axis, -1)[..., :3]
-    pixels = values if values.dtype == np.uint8 else _sixteen(values)
+    pixels = values if values.dtype == np.uint8 else sixteen_bit(values)
     # A copy in any case: the caller's array may be read-only or written to again.
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else np.array(pixels, order="C")
-
-
-_TURNS: dict[int, Callable[[Pixels], Pixels]] = {
-    2: lambda p: p[:, ::-1],
-    3: lambda p: p[::-1, ::-1],
-    4: lambda p: p[::-1],
-    5: lambda p: p.swapaxes(0, 1),
-    6: lambda p: p[::-1].swapaxes(0, 1),
-    7: lambda p: p[::-1, ::-1].swapaxes(0, 1),
-    8: lambda p: p[:, ::-1].swapaxes(0, 1),
-}
-"""EXIF orientation to what brings the picture upright."""
-
-
-def _upright(pixels: Pixels, orientation: int) -> Pixels:
-    turn = _TURNS.get(orientation)
-    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
-
-
-def _orientation(data: bytes) -> int:
-    with PIL.Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
-        return _tag(image)
-
-
-def _tag(image: PIL.Image.Image) -> int:
-    try:
-        return int(image.getexif().get(0x0112, 1))
-    except Exception:  # a broken EXIF block says nothing about orientation, and is no reason to refuse the pixels
-        return 1
 
 
 def _ready(values: Any, preprocess: Preprocessing | None, decoder: str) -> Image:
@@ -315,12 +189,6 @@ def _kind(value: Any) -> str:
     return type(value).__name__ + shape
 
 
-def _short(error: Exception) -> str:
-    """One line, the same in every run: the address of the buffer says nothing to anybody."""
-    text = re.sub(r"\s*<_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)).strip().partition("\n")[0][:200]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 # ---------------------------------------------------------------------------------------------- resize and crop
 
 # Resized pixels beyond which only those in the crop are computed: 2 x 4000 pixels would become 256 x 512000.
@@ -331,7 +199,7 @@ def _fit(picture: Pixels, preprocess: Preprocess) -> Tensor:
     """Resize and centre crop, as torchvision does with a PIL image: uint8 (3, h, w), contiguous."""
     resized = resized_size(picture.shape[0], picture.shape[1], preprocess.resize)
     crop = preprocess.crop or resized
-    _refuse_bomb(crop[1], crop[0])
+    refuse_bomb(crop[1], crop[0])
     rows, columns = crop_span(resized[0], crop[0]), crop_span(resized[1], crop[1])
     if math.prod(resized) > max(_HUGE, 4 * math.prod(crop)):
         part = _resize_part(picture, resized, rows, columns, preprocess.interpolation)
@@ -405,7 +273,7 @@ def device_decoder(device: torch.device) -> DeviceDecode:
     except ImportError as error:
         raise MissingExtra("torchcodec", "torchcodec", "--decode device") from error
     except (OSError, RuntimeError) as error:  # its native part does not go with this torch or system
-        raise ConfigError(f"--decode device: torchcodec does not load ({_short(error)}); --decode cpu") from error
+        raise ConfigError(f"--decode device: torchcodec does not load ({one_line(error)}); --decode cpu") from error
     return functools.partial(decode_jpeg, mode="RGB", device=device)
 
 
@@ -457,7 +325,7 @@ class DeviceJpegs:
             if not is_out_of_memory(error):
                 raise
             raise DeviceLost(
-                f"the device has no memory left to decode JPEGs in ({_short(error)}). The same command resumes,"
+                f"the device has no memory left to decode JPEGs in ({one_line(error)}). The same command resumes,"
                 " with fewer --workers perhaps; with --overwrite, --decode cpu or a smaller --batch-size needs less."
             ) from error
         for i, pixels in zip(fitted, there, strict=True):
@@ -512,9 +380,9 @@ def _plain_jpeg(data: Any, preprocess: Preprocess, size: tuple[int, ...]) -> tup
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
         if colour not in ("YCbCr", "Gray") or height * width > min(_LARGE, PIL.Image.MAX_IMAGE_PIXELS or _LARGE):
             return None
-        if b"Exif" in data and _orientation(data) != 1:  # the device's decoder would turn it, asked or not
+        if b"Exif" in data and orientation_of(data) != 1:  # the device's decoder would turn it, asked or not
             return None
-    except Exception:  # as in _fast_jpeg
+    except Exception:  # as in fast_jpeg
         return None
     resized = resized_size(height, width, preprocess.resize)
     fits = (preprocess.crop or resized) == size and math.prod(resized) <= max(_HUGE, 4 * math.prod(size))

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from fmextract import index, planning, reader, store
+from fmextract.common.folders import base_of, moved
 from fmextract.config import check_out, is_single_file
 from fmextract.errors import ConfigError, FormatError, OutputError, OutputLost
 from fmextract.index import INDEX, PLAN, ShardRecord
@@ -359,6 +360,7 @@ def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
     left_out = _joined(part for part in parts if isinstance(part, range))
     extra = {
         **{name: value for name, value in info.extra.items() if name not in ("smaller_batches", "throughput")},
+        **_images(shards[0], target),
         "throughput": _throughput(shards),
         **({"smaller_batches": smaller} if smaller else {}),
         **({"left_out": _said(left_out)} if left_out else {}),
@@ -370,6 +372,16 @@ def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _images(shard: Path, target: Path) -> dict[str, Any]:
+    with reader.open(shard) as acts:
+        return images_from(acts, target.parent)
+
+
+def images_from(acts: reader.Activations, to: Path) -> dict[str, Any]:
+    """The attribute `images` of a file in the folder `to` that is made of `acts`; nothing where that has none."""
+    return {"images": moved(acts.images, base_of(acts.path), to)} if acts.images else {}
 
 
 def _throughput(shards: Sequence[Path]) -> Mapping[str, Any] | None:

@@ -39,10 +39,11 @@ from fmextract import (
     workers,
 )
 from fmextract.capture import probe
+from fmextract.common.folders import remembered
 from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
 from fmextract.errors import FmextractError, LayerError, SampleError, SourceError
-from fmextract.inputs.sources import open_source
+from fmextract.inputs.sources import folder_of, open_source
 from fmextract.planning import Plan
 from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress, Source
 
@@ -334,12 +335,19 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
         shard_rows=shard_rows,
         identity=identity(prepared),
         config=config.as_json(),
-        info=_describe_run(prepared),
+        info={**_describe_run(prepared), **_images(prepared.source, out)},
         versions=versions(),
         fused=chosen.precision in prepared.fused,
         estimate=cost,
         notes=(*prepared.notes, *notes),
     )
+
+
+def _images(source: Source, out: Path) -> dict[str, Any]:
+    """Where the files of a source lie, for pictures that are drawn later."""
+    folder = folder_of(source)
+    base = out.parent if is_single_file(out) else out
+    return {} if folder is None else {"images": remembered(folder, base)}
 
 
 def _not_compiled(where: torch.device) -> list[str]:

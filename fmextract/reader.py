@@ -198,6 +198,14 @@ class Activations:
         return self._said("preprocess")
 
     @property
+    def images(self) -> Mapping[str, str]:
+        """Where the run found its files: the folder that their paths begin at, `absolute` and `relative` to the output.
+
+        Empty where the images were no files.
+        """
+        return {name: str(path) for name, path in self._json("images").items()}
+
+    @property
     def throughput(self) -> Mapping[str, Any] | None:
         """How fast the run was, over all its shards: `images`, `seconds`, `images_per_second`, and `busy_seconds` of
         each stage, summed over its threads. None where the file does not say."""

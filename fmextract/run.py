@@ -263,6 +263,7 @@ def _file_info(made: Plan) -> FileInfo:
         precision=made.precision,
         versions=made.versions,
         created=info["created"],
+        extra={"images": info["images"]} if "images" in info else {},
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from fmextract import codecs, index
 from fmextract.records import FileInfo, FileStamp, LayerSpec, SampleTable
@@ -112,6 +113,12 @@ def make_file(
     with ShardWriter(path, rows, specs, info, codec, level) as writer:
         write_layers(writer, list(arrays.values()), codec, level)
         return writer.finish(table, stats)
+
+
+def stamps_of(folder: Path, keys: Sequence[str]) -> list[FileStamp]:
+    """What rows say of the files in `folder` that they were made of; of one that is not there, that there was none."""
+    contents = [(folder / key).read_bytes() if (folder / key).is_file() else None for key in keys]
+    return [FileStamp() if c is None else FileStamp(len(c), xxhash.xxh3_128_hexdigest(c)) for c in contents]
 
 
 def make_shards(

@@ -25,7 +25,8 @@ ORDER = re.findall(
     codecs
     storage.schema storage store index lock watch feeding reader
     device
-    common.imports common.streams common inputs.files inputs.manifests inputs.datasets inputs.sources inputs
+    common.folders common.imports common.streams common
+    inputs.files inputs.pictures inputs.manifests inputs.datasets inputs.sources inputs
     capture.reducer_help capture images models axes taps capture.probe geometry effective reducers stats
     packed fusion planning chunks workers compiled precision choose engine estimate prepare replay output
     run verify launch

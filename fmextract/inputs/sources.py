@@ -19,7 +19,7 @@ from fmextract.inputs.files import FileSource, OnDisk, Options, open_folder
 from fmextract.inputs.manifests import MANIFESTS, open_manifest
 from fmextract.records import Source
 
-__all__ = ["on_disk", "open_source"]
+__all__ = ["folder_of", "on_disk", "open_source"]
 
 
 def open_source(source: Any, *, limit: int | None = None, allow_outside: bool = False) -> Source:
@@ -107,6 +107,13 @@ def on_disk(source: Source, row: int) -> OnDisk | None:
         return None
     path = os.path.join(source.root, source.paths[row])  # noqa: PTH118  as in `load`
     return OnDisk(path) if path.lower().endswith((b".jpg", b".jpeg")) else None
+
+
+def folder_of(source: Source) -> bytes | None:
+    """The absolute folder that the files of a source have their paths from; None where there is no such folder."""
+    if isinstance(source, _First):
+        return folder_of(source.source)
+    return source.root if isinstance(source, FileSource) else None
 
 
 OPENERS: dict[str, Callable[[Path, Options], Source]] = dict.fromkeys(MANIFESTS, open_manifest)

@@ -1,19 +1,27 @@
-"""The photo behind a row: found again, and shown as the network saw it. Needs no torch."""
+"""The photo behind a row: found again, and shown as the network saw it. Needs no torch.
+
+A file from somebody else must not make a page out of pictures that lie elsewhere on this machine. So what it says of
+places is only where to look: a photo is shown if it has the very content that the row was made of, whose digest the row
+holds. Where the row holds none, the user has to name the folder, and the photo has to lie in it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 
 from fmextract.boxes import crop_span, resized_size
-from fmextract.errors import ConfigError
+from fmextract.common.folders import base_of, candidates, names_of
+from fmextract.errors import ConfigError, SampleError
+from fmextract.inputs.files import FileBytes, read_file
+from fmextract.inputs.pictures import decode_file, undecodable
+from fmextract.records import FileStamp
 
 if TYPE_CHECKING:
     from fmextract.reader import Activations
@@ -22,51 +30,70 @@ _FILTERS = {"nearest": PIL.Image.Resampling.NEAREST, "bicubic": PIL.Image.Resamp
 
 
 def load_photo(acts: Activations, row: int, images: str | os.PathLike[str] | None = None) -> PIL.Image.Image:
-    """The photo of a row, RGB, turned upright where the run did so.
+    """The photo of a row, RGB, turned upright where the run did so, by the decoder of the run.
 
-    It is looked for in `images`, a folder, or where the run found it. Raises ConfigError where it is not, or is no
-    picture any more.
+    It is looked for in `images`, a folder, or where the run found it. Raises ConfigError where it is not, or is another
+    photo now, or no picture at all.
     """
-    path = _find(acts, row, images)
+    path, data = _find(acts, row, images)
     try:
-        with PIL.Image.open(path) as file:
-            file.load()
-            photo: PIL.Image.Image = file
-            if acts.config.get("options", {}).get("exif"):
-                photo = PIL.ImageOps.exif_transpose(photo)
-            if photo.mode.startswith("I;16"):  # Pillow would turn nearly all of it white
-                photo = PIL.Image.fromarray((np.asarray(photo) // 257).astype(np.uint8))
-            return photo.convert("RGB")
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        with undecodable():
+            pixels, _ = decode_file(data, bool(acts.config.get("options", {}).get("exif")))
+    except SampleError as error:
         raise ConfigError(f"{path} cannot be shown: {error}") from error
+    return PIL.Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _find(acts: Activations, row: int, images: str | os.PathLike[str] | None) -> Path:
-    key = str(acts.keys[row])
-    for path in _candidates(acts, key, images):
-        try:
-            if path.is_file():
-                return path
-        except (OSError, ValueError):  # a key may be no possible name of a file
-            continue
-    where = images if images is not None else acts.attrs.get("source", "its source")
+def _find(acts: Activations, row: int, images: str | os.PathLike[str] | None) -> tuple[Path, FileBytes]:
+    """A photo's file and what is in it."""
+    key, stamp = str(acts.keys[row]), FileStamp(int(acts.file_sizes[row]), str(acts.file_digests[row]))
+    if images is None and not stamp.digest:
+        raise ConfigError(
+            f"{acts.path} does not hold the digest of the photo {key!r}, without which any picture could be taken for"
+            " it: say with --images DIR (images=) where the photos are"
+        )
+    others: list[str] = []
+    for path in _places(acts, key, images):
+        with contextlib.suppress(OSError, ValueError):  # a key may be no possible name of a file
+            size = path.stat().st_size
+            found = _content(path, size, stamp, images)
+            if isinstance(found, FileBytes):
+                return path, found
+            others.append(f"{path} {found}")
+    if others:
+        raise ConfigError(f"photo {key!r}: {others[0]}")
+    where = images if images is not None else "the folder where the run found it"
     raise ConfigError(f"no photo {key!r} in {where}: say with --images DIR (images=) where the photos are now")
 
 
-def _candidates(acts: Activations, key: str, images: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """Where the photo of a key may be. Bytes of a name that are no UTF-8 stand in a key as `\\xHH`."""
-    names = [key]
-    if "\\x" in key:
-        names.append(os.fsdecode(re.sub(rb"\\x([0-9a-f]{2})", lambda m: bytes.fromhex(m[1].decode()), key.encode())))
-    for name in names:
-        if images is not None:
+def _content(path: Path, size: int, stamp: FileStamp, images: str | os.PathLike[str] | None) -> FileBytes | str:
+    """What is in the file of a photo, or why that is not shown."""
+    another = "is not the photo that was extracted (its size or content is another)"
+    if stamp.digest and size != stamp.size:
+        return another
+    if not stamp.digest and not _lies_in(path, Path(images or "")):
+        return f"leads out of {images}"
+    try:
+        data = read_file(os.fsencode(path))
+    except SampleError as error:
+        return f"cannot be read: {error}"
+    return data if not stamp.digest or data.stamp() == stamp else another
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path leads into a folder, links followed."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def _places(acts: Activations, key: str, images: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Where the photo of a key may be."""
+    for name in names_of(key):
+        if images is None:
+            yield from (folder / name for folder in candidates(acts.images, base_of(acts.path)))
+            continue
+        if not PurePath(name).is_absolute() and ".." not in PurePath(name).parts:
             yield Path(images) / name
-            yield Path(images) / Path(name).name
-        else:
-            source = Path(str(acts.attrs.get("source", "")))
-            yield source / name
-            yield source.parent / name  # a manifest names photos relative to its own folder
-            yield Path(name)
+        yield Path(images) / PurePath(name).name
 
 
 def input_size(acts: Activations) -> tuple[int, int] | None:

@@ -1,0 +1,51 @@
+"""A folder remembered in two ways, where it is and where it is from an output, so that both can be moved together."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+__all__ = ["base_of", "candidates", "moved", "names_of", "remembered"]
+
+
+def base_of(output: Path) -> Path:
+    """The folder from which an output (a file, or a directory of shards) says where things are."""
+    base = output if output.is_dir() else output.parent
+    return base.parent if base.suffix == ".partial" else base  # of a file that is being made
+
+
+def remembered(folder: bytes, base: Path) -> dict[str, str]:
+    """What is written down of an absolute folder: `absolute`, and `relative` to `base`.
+
+    Bytes that are not UTF-8 show as `\\xHH`.
+    """
+    found = {"absolute": folder}
+    with contextlib.suppress(ValueError):  # to another drive there is no relative path
+        found["relative"] = os.path.relpath(os.path.realpath(folder), os.path.realpath(os.fsencode(base)))
+    return {name: path.decode("utf-8", "backslashreplace") for name, path in found.items()}
+
+
+def moved(folder: Mapping[str, str], base: Path, to: Path) -> dict[str, str]:
+    """What an output below `to` says of the folder that one below `base` remembers."""
+    if "relative" not in folder:
+        return dict(folder)
+    there = os.path.realpath(base / names_of(folder["relative"])[-1])
+    return {**folder, "relative": remembered(os.fsencode(there), to).get("relative", there)}
+
+
+def candidates(folder: Mapping[str, str], base: Path) -> Iterator[Path]:
+    """Where it may be now: first where it was as seen from the output, since both may have moved together."""
+    for name in names_of(folder.get("relative", "")):
+        yield Path(os.path.realpath(base), name)
+    for name in names_of(folder.get("absolute", "")):
+        yield Path(name)
+
+
+def names_of(shown: str) -> list[str]:
+    """What a file may be called whose name shows as `shown`: that, or with each `\\xHH` a byte that is not UTF-8."""
+    if not shown or "\\x" not in shown:
+        return [shown] if shown else []
+    return [shown, os.fsdecode(re.sub(rb"\\x([0-9a-f]{2})", lambda m: bytes.fromhex(m[1].decode()), shown.encode()))]
