@@ -203,7 +203,7 @@ class Activations:
 
         Empty where the images were no files.
         """
-        return {name: str(path) for name, path in self._json("images").items()}
+        return self._said("images")
 
     @property
     def throughput(self) -> Mapping[str, Any] | None:

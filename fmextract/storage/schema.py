@@ -283,6 +283,7 @@ PREPROCESS = fields(
     origin=optional(text),
     callable=optional(text),
 )
+IMAGES = fields(absolute=text, relative=text)
 THROUGHPUT = fields(
     ("images", "seconds", "busy_seconds"),
     images=whole(),
@@ -304,6 +305,7 @@ ROOT: Mapping[str, Attribute] = {
     "precision": Attribute(text, required=True),
     "versions": Attribute(table_of(text), required=True, json=True),
     "created": Attribute(text, required=True),
+    "images": Attribute(IMAGES, json=True),
     "content_digest": Attribute(text),
     "throughput": Attribute(THROUGHPUT, json=True, content=False),
     "smaller_batches": Attribute(table_of(whole(1, 10**9)), json=True),
@@ -437,6 +439,7 @@ PLAN = fields(
         origin=table_of(anything),
         preprocess=PREPROCESS,
         created=text,
+        images=IMAGES,
     ),
     versions=table_of(text),
     fused=flag,
