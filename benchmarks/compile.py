@@ -22,6 +22,7 @@ import torchvision
 from fmextract import precision, taps
 from fmextract.capture import probe
 from fmextract.compiled import GRAPHED_BATCH, CompiledCapture
+from fmextract.model import modes
 
 PASSES = 15
 
@@ -37,9 +38,9 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 def compare(model: torch.nn.Module, shape: tuple[int, ...], batch_size: int, device: torch.device) -> str:
     """A row of the table."""
-    memory_format = precision.resolve_memory_format("auto", model)
+    memory_format = modes.formats("auto", model)[0]
     with ExitStack() as stack:
-        stack.enter_context(precision.lent(model, device, "fp32", memory_format))
+        stack.enter_context(precision.lent(model, device, "fp32", precision.Mode(memory_format)))
         stack.enter_context(precision.numerics("fp32", device))
         inputs = precision.to_memory_format(torch.randn(batch_size, *shape, device=device), memory_format)
         seen = taps.survey(model, model, inputs[:1].repeat(2, 1, 1, 1))

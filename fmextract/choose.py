@@ -1,8 +1,10 @@
-"""What `auto` means: precision and batch size, decided by measuring on this model, these layers and this device.
+"""What `auto` means: precision, memory format and batch size, measured on this model, these layers and this device.
 
-A precision is judged by what it does to the wanted activations: the relative L2 error of each layer against fp32 on the
-same images. The fastest one whose median error over the layers stays under `--max-error` is taken. Measuring may cost a
-tenth of the expected run; only the two images that any judgement needs are run in every case.
+Whether the model may run in a faster way at all is a matter of what it gives (`model.modes`). A precision is judged by
+what it does to the wanted activations: the relative L2 error of each layer against fp32 on the same images. The fastest
+one whose median error over the layers stays under `--max-error` is taken, if it is surely faster: what takes turns is
+timed in turns, and a tie goes to fp32, as to the usual batch size. Measuring may cost a tenth of the expected run; only
+the few images that any judgement needs are run in every case.
 """
 
 from __future__ import annotations
@@ -11,20 +13,21 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from fmextract import precision, taps
-from fmextract.capture import probe
+from fmextract import fusion, precision
+from fmextract.common.relative_error import relative_error
 from fmextract.compiled import CompiledCapture
 from fmextract.device import TOO_SMALL, is_out_of_memory
 from fmextract.errors import ConfigError, DeviceLost, FmextractError, LayerError
-from fmextract.fusion import Pair
+from fmextract.model import modes
+from fmextract.model.modes import Subject, Trial
+from fmextract.precision import PLAIN, Mode
 
 SAMPLE_BYTES = 256 << 20  # of activations in fp32 that the sample may take
 MOST_SAMPLES = 8
@@ -42,40 +45,41 @@ MOST_OF_HOST = 1 / 8  # of the memory of the host, for them
 SHARE_OF_RUN = 0.1
 LEAST_MEASURING = 4.0  # seconds that an accelerator may take for it in a run of any length: it loads its kernels
 PASSES = 3
+FUSING_PAYS = 400
+"""Images of a run in fp32 from which norms run inside the convolutions: to try it takes what it spares two hundred."""
+TIE = 1.1
+"""Times as fast as the default that something else has to be, in turns; in one pass each, which says little:"""
+TIE_OF_ONE_PASS = 1.5
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is to be decided, and on what. `inputs(n)` gives n real images, spread over the source, as model inputs.
+    """What is to be decided, and on what. `inputs(n)` gives n real images, spread over the source, as model inputs."""
 
-    `fused` are, by precision, the pairs that run as one in it.
-    """
-
-    module: nn.Module
-    forward: taps.Forward
-    device: torch.device
-    memory_format: str
-    probed: Sequence[taps.Probed]
-    reducers: Sequence[taps.Reduce | None]
-    stop: taps.Event | None
-    fused: Mapping[str, Sequence[Pair]]
+    subject: Subject
     inputs: Callable[[int], torch.Tensor]
     precision: str
     max_error: float
+    memory_format: str
     batch_size: int | None
     compile: bool
     rows: int
 
+    @property
+    def device(self) -> torch.device:
+        return self.subject.device
+
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The answers. `rel_errors[i]` is the relative L2 error of layer i in this precision, None for integers.
+    """The answers. `rel_errors[i]` is the relative L2 error of layer i in this precision, None where there is none.
 
     `sample` is what the chosen precision captured of a few images, one tensor (n, …) a layer. `overwritten`: layers
     that are written in place in this precision. `seconds_per_image` is that of forward passes at this batch size.
     """
 
     precision: str
+    mode: Mode
     batch_size: int
     rel_errors: tuple[float | None, ...]
     overwritten: frozenset[int]
@@ -84,95 +88,182 @@ class Chosen:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Images that everything is tried on: `real` ones of the source, and behind them noise, which is unlike them."""
+
+    inputs: torch.Tensor
+    real: int
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+
 def choose(question: Question) -> Chosen:
-    """Measure and decide. Raises ConfigError for a precision that the device, or this model, cannot run in."""
+    """Measure and decide. Raises ConfigError for a precision or memory format that this model, or the device, cannot
+    run in."""
     started = time.perf_counter()
-    inputs, reference, full, said = _first_trials(question)
+    sample, reference, full, pairs, said = _first_trials(question)
     trials, failed = {"fp32": full}, []
     for name in _candidates(question):
         try:
-            trials[name] = _Trial.of(question, name, inputs, reference)
+            trials[name], told = _in_lower_precision(question, name, sample, reference, full.mode, pairs)
+            said += [told] if told else []
         except Exception as error:
             why = f"precision {name}: the model fails in it, as it does not in fp32: {type(error).__name__}: {error}"
             if question.precision != "auto":
                 raise ConfigError(f"{why}. Use --precision fp32.") from error
             failed.append(why)
-    name, notes = _fastest_faithful(question, trials)
-    notes = [*said, *failed, *notes]
-    taken = trials[name]
-    size, per_image, measured = _batch_size(question, name, taken, inputs, started)
+    seconds = _in_turns(question, trials, sample)
+    judged = {name: _Judged.of(trial, reference, sample.real) for name, trial in trials.items()}
+    name, notes = _fastest_faithful(question, judged, seconds)
+    notes = [*said, *_not_finite(question, reference, sample), *failed, *notes]
+    taken, per_image = trials[name], min(seconds[name])
+    size, per_image, measured = _batch_size(question, taken, per_image, sample.inputs, started)
     if measured:
         notes.append(measured)
+    tensors, errors = tuple(t[: sample.real] for t in taken.tensors), judged[name].errors
     if question.compile:
-        taken, compiling = _compiled(question, name, size, inputs, reference, replace(taken, seconds=per_image))
-        per_image = taken.seconds
+        tensors, errors, per_image, compiling = _compiled(question, taken, size, sample, reference, per_image)
         notes.append(compiling)
     if "auto" in (question.precision, question.batch_size or "auto"):
         notes.append(f"measuring took {time.perf_counter() - started:.1f} s")
     return Chosen(
         precision=name,
+        mode=taken.mode,
         batch_size=size,
-        rel_errors=taken.errors,
+        rel_errors=tuple(e if e is not None and math.isfinite(e) else None for e in errors),
         overwritten=taken.overwritten,
-        sample=taken.tensors,
+        sample=tensors,
         seconds_per_image=per_image,
         notes=tuple(notes),
     )
 
 
-def _first_trials(question: Question) -> tuple[torch.Tensor, _Trial, _Trial, list[str]]:
-    """(the sample, what fp32 makes of it as the model is written, and as a run in fp32 would; what is odd about it).
+def _first_trials(
+    question: Question,
+) -> tuple[_Sample, Trial, Trial, tuple[fusion.Pair, ...], list[str]]:
+    """(the sample, what fp32 makes of it as the model is written, and as a run in fp32 would; the pairs that could run
+    as one; what is odd about all that).
 
-    Raises DeviceLost where there is not enough memory for one image, LayerError where the model fails.
+    Raises DeviceLost where there is not enough memory for one image, LayerError where the model fails, ConfigError
+    where it is another one in the memory format that was asked for.
     """
     said: list[str] = []
     for n in dict.fromkeys((_sample_size(question), 1)):
-        inputs = question.inputs(n)
+        sample = _with_noise(question.inputs(n))
         try:
-            return inputs, *_in_fp32(question, inputs), said
+            return sample, *_in_fp32(question, sample.inputs, said), said
         except Exception as error:
             if is_out_of_memory(error):
                 if n == 1:
                     raise DeviceLost(TOO_SMALL.format(error)) from error
-                said = [f"what is measured is measured on one image: there is not enough memory for {n}"]
+                said = [f"what is measured is measured on one image: there is not enough memory for {len(sample)}"]
                 continue
             if isinstance(error, FmextractError):
                 raise
             why = f"{type(error).__name__}: {error}"
         # Only here: the error holds on to the frames of the pass, and they to its activations.
         # An image that the model fails on is a matter of its row: what it fails on every time is not.
-        inputs = torch.zeros_like(inputs)
+        sample = _Sample(torch.zeros_like(sample.inputs), sample.real)
         said.append(f"what is measured is measured on black images, as the model fails on the first ones: {why}")
         try:
-            return inputs, *_in_fp32(question, inputs), said
+            return sample, *_in_fp32(question, sample.inputs, said), said
         except Exception as error:
-            raise LayerError(f"the model fails on a batch of {n} images: {why}") from error
+            raise LayerError(f"the model fails on a batch of {len(sample)} images: {why}") from error
     raise AssertionError("unreachable: one image was tried")
 
 
-def _in_fp32(question: Question, inputs: torch.Tensor) -> tuple[_Trial, _Trial]:
-    reference = _Trial.of(question, "fp32", inputs, None)
-    fused = "fp32" in question.fused
-    return reference, _Trial.of(question, "fp32", inputs, reference) if fused else reference
-
-
 def _sample_size(question: Question) -> int:
-    one = 4 * sum(math.prod(p.shape) for p in question.probed)
-    return min(MOST_SAMPLES, max(2, min(SAMPLE_BYTES // max(1, one), question.rows // 100)))
+    one = 4 * sum(math.prod(p.shape) for p in question.subject.probed)
+    return min(MOST_SAMPLES - 1, max(2, min(SAMPLE_BYTES // max(1, one), question.rows // 100)))
+
+
+def _with_noise(images: torch.Tensor) -> _Sample:
+    """The images, and one of noise in stronger contrast behind them; a single one stays alone, for want of memory."""
+    if len(images) == 1:
+        return _Sample(images, 1)
+    generator = torch.Generator().manual_seed(0)
+    noise = 1.6 * torch.randn((1, *images.shape[1:]), generator=generator, dtype=torch.float32)
+    return _Sample(torch.cat([images, noise.to(images)]), len(images))
+
+
+def _in_fp32(question: Question, inputs: torch.Tensor, said: list[str]) -> tuple[Trial, Trial, tuple[fusion.Pair, ...]]:
+    subject = question.subject
+    reference, pairs = _reference(question, inputs, said)
+    formats = modes.formats(question.memory_format, subject.module)
+    fusing = pairs if question.precision in ("auto", "fp32") and question.rows >= FUSING_PAYS else ()
+    wanted = modes.candidates("fp32", formats, fusing, _own_ways(question) and _has_pooling(subject))
+    if wanted == [PLAIN]:
+        return reference, reference, pairs
+    judge = modes.within_rounding(subject, reference)
+    taken, told = modes.first_right(subject, "fp32", [m for m in wanted if m != PLAIN], inputs, judge)
+    if taken is None and PLAIN not in wanted:
+        raise ConfigError(f"--memory-format {question.memory_format}: {told}. Use --memory-format contiguous, or auto.")
+    said += [told] if told else []
+    return reference, taken or reference, pairs
+
+
+def _reference(question: Question, inputs: torch.Tensor, said: list[str]) -> tuple[Trial, tuple[fusion.Pair, ...]]:
+    """(the model as it is written, the pairs that could run as one)."""
+    subject = question.subject
+    readers = fusion.readers(subject.module, subject.probed) if _own_ways(question) else None
+    if readers is None:
+        return modes.as_written(subject, "fp32", inputs), ()
+    try:
+        return modes.as_written(subject, "fp32", inputs, readers), readers.pairs()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        why = f"{type(error).__name__}: {error}"
+    reference = modes.as_written(subject, "fp32", inputs)  # raises what it fails on anyway
+    said.append(f"batch norm is not taken into the convolutions: the model does not bear being watched: {why}")
+    return reference, ()
+
+
+def _own_ways(question: Question) -> bool:
+    """Whether modules may run by other forwards than their own ones. A compiler is left to its own devices."""
+    return question.device.type == "cpu" and not question.compile
+
+
+def _has_pooling(subject: Subject) -> bool:
+    return any(map(precision.is_plain_pool, subject.module.modules()))
+
+
+def _in_lower_precision(
+    question: Question,
+    name: str,
+    sample: _Sample,
+    reference: Trial,
+    full: Mode,
+    pairs: tuple[fusion.Pair, ...],
+) -> tuple[Trial, str]:
+    """(The fastest way in which the model is in `name` what it is as written, what was left and why).
+
+    Raises whatever the model raises in this precision as it is written.
+    """
+    subject, auto = question.subject, question.memory_format == "auto"
+    plain = modes.as_written(subject, name, sample.inputs)
+    formats = dict.fromkeys((full.memory_format, "contiguous") if auto else (full.memory_format,))
+    wanted = modes.candidates(name, list(formats), pairs if _own_ways(question) else (), pooling=False)
+    if question.compile:  # which casts by itself, and knows no other operators than torch's
+        wanted = list(dict.fromkeys(Mode(mode.memory_format) for mode in wanted))
+    judge = modes.no_rougher(subject, reference, plain)
+    taken, told = modes.first_right(subject, name, [m for m in wanted if m != PLAIN], sample.inputs, judge)
+    if taken is None and PLAIN not in wanted:
+        raise ConfigError(told)
+    return taken or plain, told
 
 
 # ------------------------------------------------------------------------------------------ precision
 
 
 @dataclass(frozen=True, slots=True)
-class _Trial:
-    """One precision on the sample: what it captured, how far from fp32, seconds an image."""
+class _Judged:
+    """How far a precision is from fp32 on the real images of the sample; how many values overflow in it."""
 
-    tensors: tuple[torch.Tensor, ...]
     errors: tuple[float | None, ...]
-    overwritten: frozenset[int]
-    seconds: float
-    finite: bool
+    overflown: int
 
     @property
     def error(self) -> float:
@@ -181,42 +272,12 @@ class _Trial:
         return statistics.median(known) if known else 0.0
 
     @classmethod
-    def of(cls, question: Question, name: str, inputs: torch.Tensor, reference: _Trial | None) -> _Trial:
-        """`reference`: what the model gives in fp32 as it is written; None: this is to be it."""
-        with _running(question, name, exact=reference is None):
-            # The probe ran in fp32; what autocast copies, or does not, shows only in the precision itself.
-            if name == "fp32":
-                hazards = {i for i, p in enumerate(question.probed) if p.overwritten}
-            else:
-                every = [p.tap for p in question.probed]
-                hazards = probe.overwritten(question.module, question.forward, every, inputs[:2].clone())
-            passes = _passes(question, name, len(inputs))
-            if name == "fp32" and name in question.fused:  # what is to be compared with has warmed up for the other
-                passes = 1 if reference is None else max(1, passes - 1)
-            seconds, tensors = _timed(question, inputs, passes)
-        if reference is None:
-            errors = tuple(0.0 if t.is_floating_point() else None for t in tensors)
-            return cls(tensors, errors, frozenset(hazards), seconds / len(inputs), True)
+    def of(cls, trial: Trial, reference: Trial, real: int) -> _Judged:
+        pairs = [(t[:real], r[:real]) for t, r in zip(trial.tensors, reference.tensors, strict=True)]
         return cls(
-            tensors=tensors,
-            errors=tuple(map(relative_error, tensors, reference.tensors)),
-            overwritten=frozenset(hazards),
-            seconds=seconds / len(inputs),
-            finite=all(
-                bool(t.isfinite().all()) or not bool(r.isfinite().all())
-                for t, r in zip(tensors, reference.tensors, strict=True)
-            ),
+            tuple(relative_error(rows, exact) for rows, exact in pairs),
+            sum(modes.overflown(rows, exact) for rows, exact in pairs),
         )
-
-
-def _passes(question: Question, name: str, images: int) -> int:
-    """The first pass is slower by up to the half; more are taken where they are nothing beside the run.
-
-    One a precision that is only there to be compared with; two of what was asked for, for the plan's time.
-    """
-    if question.precision not in ("auto", name) or question.rows < 50 * images:
-        return 1
-    return PASSES if "auto" in (question.precision, question.batch_size or "auto") else 2
 
 
 def _candidates(question: Question) -> list[str]:
@@ -235,151 +296,178 @@ def _is_fast(name: str, device: torch.device) -> bool:
     return device.type != "cpu" or precision.bf16_on_cpu()
 
 
-@contextmanager
-def _running(question: Question, name: str, exact: bool = False) -> Iterator[None]:
-    """`exact`: without what is fused."""
-    fused, packing = () if exact else question.fused.get(name, ()), not question.compile
-    with (
-        precision.lent(question.module, question.device, name, question.memory_format, fused, packing),
-        precision.numerics(name, question.device),
-    ):
-        yield
+def _in_turns(question: Question, trials: Mapping[str, Trial], sample: _Sample) -> dict[str, list[float]]:
+    """Seconds an image of each precision that counts, one number a round, in which each had one pass.
+
+    The first pass is slower by up to the half; it counts where others are not nothing beside the run. Two more of what
+    was asked for, for the plan's time, three where there is a choice.
+    """
+    name = question.precision
+    asked = list(trials) if name == "auto" else [name]
+    seconds = {name: [trial.seconds / len(sample)] for name, trial in trials.items()}
+    if question.device.type == "cpu" and question.rows < 50 * len(sample):
+        return seconds
+    rounds = PASSES if name == "auto" and len(trials) > 1 else PASSES - 1
+    turns: dict[str, list[float]] = {name: [] for name in asked}
+    for _ in range(rounds):
+        for name in asked:
+            turns[name].append(_timed(question, trials[name], sample.inputs) / len(sample))
+    return seconds | turns
 
 
-def _timed(question: Question, inputs: torch.Tensor, passes: int = 1) -> tuple[float, tuple[torch.Tensor, ...]]:
-    """(least seconds of a forward pass with its captures, what the last one captured, copied)."""
-    with taps.tapped(question.module, question.probed, question.reducers, question.stop) as capture:
-        return _timed_passes(question, capture, inputs, passes)
+def _timed(question: Question, trial: Trial, inputs: torch.Tensor) -> float:
+    """Seconds of one pass over `inputs`, with its captures."""
+    return modes.run(question.subject, trial.precision, trial.lending, inputs, trial.overwritten)[0]
 
 
-def _timed_passes(
-    question: Question, capture: taps.Capture, inputs: torch.Tensor, passes: int
-) -> tuple[float, tuple[torch.Tensor, ...]]:
-    times = []
-    for _ in range(passes):
-        started = time.perf_counter()
-        tensors = capture.forward(question.forward, inputs.clone())
-        if question.device.type != "cpu":
-            torch.accelerator.synchronize(question.device)
-        times.append(time.perf_counter() - started)
-    return min(times), tuple(t.clone() for t in tensors)
-
-
-def relative_error(tensor: torch.Tensor, reference: torch.Tensor) -> float | None:
-    """|a - b| / |b| over all values, in float64; None for integers."""
-    if not reference.is_floating_point():
-        return None
-    exact = reference.double()
-    scale = float(exact.norm())
-    error = float((tensor.double() - exact).norm())
-    return error / scale if scale else (0.0 if error == 0 else math.inf)
-
-
-def _fastest_faithful(question: Question, trials: dict[str, _Trial]) -> tuple[str, list[str]]:
+def _fastest_faithful(
+    question: Question, judged: Mapping[str, _Judged], seconds: Mapping[str, Sequence[float]]
+) -> tuple[str, list[str]]:
     """(name, the line that says why)."""
     if question.precision != "auto":
-        error = trials[question.precision].error
-        why = f"precision {question.precision}: median error of the layers against fp32 {error:.2%}"
-        return question.precision, [why] if question.precision != "fp32" else []
+        why = f"precision {question.precision}: median error of the layers against fp32 "
+        return question.precision, [why + _share(judged[question.precision].error)] * (question.precision != "fp32")
     told, fit = [], ["fp32"]
-    for name, trial in trials.items():
+    for name, its in judged.items():
         if name == "fp32":
             continue
-        faithful = trial.finite and trial.error <= question.max_error
-        verdict = "" if faithful else " (too much)" if trial.finite else " (overflows)"
-        told.append(
-            f"{name} is {trials['fp32'].seconds / trial.seconds:.1f} times as fast, error {trial.error:.2%}{verdict}"
-        )
-        fit += [name] if faithful else []
-    # Where fp16 and bf16 are about as fast, fp16 is the more faithful; a gain under 5 % is not worth an error at all.
-    handicap = {"fp32": 0.95, "bf16": 1.1}
-    best = min(fit, key=lambda name: trials[name].seconds * handicap.get(name, 1.0))
+        gains = [a / b for a, b in zip(seconds["fp32"], seconds[name], strict=True)]
+        least = TIE if len(gains) > 1 else TIE_OF_ONE_PASS
+        faithful = not its.overflown and its.error <= question.max_error
+        faster = statistics.median(gains) >= least and min(gains) > 1
+        verdict = " (too much)" if its.error > question.max_error else " (overflows)" if its.overflown else ""
+        if faithful and not faster and max(gains) > 1 / least:
+            verdict = " (a tie, or too short a measurement to be sure)"
+        told.append(f"{name} is {_range(gains)} times as fast, error {_share(its.error)}{verdict}")
+        fit += [name] if faithful and faster else []
+    # Where fp16 and bf16 are about as fast, fp16 is the more faithful.
+    fit = fit[1:] or fit
+    best = min(fit, key=lambda name: min(seconds[name]) * (TIE if name == "bf16" else 1.0))
     if not told:
         return best, [f"precision {best} (auto): this device is fast at no other"]
     return best, [f"precision {best} (auto): {'; '.join(told)}; --max-error is {question.max_error:.2%}"]
+
+
+def _range(gains: Sequence[float]) -> str:
+    """`1.7`, or `1.2 to 1.9` where rounds do not agree."""
+    low, high = min(gains), max(gains)
+    return f"{statistics.median(gains):.1f}" if high < TIE * low else f"{low:.1f} to {high:.1f}"
+
+
+def _share(error: float) -> str:
+    return f"{error:.2%}" if math.isfinite(error) else "beyond measure, as fp32 gives zeros alone"
+
+
+def _not_finite(question: Question, reference: Trial, sample: _Sample) -> list[str]:
+    """What the errors do not cover."""
+    told = []
+    for probed, tensor in zip(question.subject.probed, reference.tensors, strict=True):
+        rows = tensor[: sample.real]
+        count = int((~rows.isfinite()).sum()) if rows.is_floating_point() else 0
+        if count:
+            told.append(
+                f"layer {probed.tap.name!r}: {count:,} of {rows.numel():,} values of the sample are not finite, in fp32"
+                " already; errors are those of the others"
+            )
+    return told
 
 
 # -------------------------------------------------------------------------------------------- compiled
 
 
 def _compiled(
-    question: Question, name: str, size: int, inputs: torch.Tensor, reference: _Trial, eager: _Trial
-) -> tuple[_Trial, str]:
-    """(the trial as batches of `size` give it when compiled, the line that says what that takes and brings).
+    question: Question, trial: Trial, size: int, sample: _Sample, reference: Trial, eager: float
+) -> tuple[tuple[torch.Tensor, ...], tuple[float | None, ...], float, str]:
+    """(what batches of `size` give when compiled, its errors, seconds an image, the line that says what that brings).
 
     Precision and batch size were chosen without compiling, which takes minutes; of what was chosen, what is stored and
     foretold is that of the passes which will run. Raises ConfigError for a model that cannot be compiled.
     """
-    some = inputs[:size]
+    some = sample.inputs[: min(size, sample.real)]
     # Filled up with black images, as a short batch of the run is: another length would have to be compiled as well.
     batch = torch.cat([some, some.new_zeros((size - len(some), *some.shape[1:]))])
-    batch = precision.to_memory_format(batch, question.memory_format)
-    every = (question.module, question.probed, question.reducers, question.stop, CompiledCapture)
+    given = question.subject, trial.precision, trial.lending, batch, trial.overwritten, CompiledCapture
+    started = time.perf_counter()
     try:
-        with _running(question, name), taps.tapped(*every) as capture:
-            started = time.perf_counter()
-            capture.forward(question.forward, batch.clone())
-            compiling = time.perf_counter() - started
-            seconds, tensors = _timed_passes(question, capture, batch, PASSES)
+        seconds, tensors = modes.run(*given, PASSES + 1)  # the first one compiles
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return eager, f"compiled (--compile): {size} images a batch need too much memory; judged without compiling"
+        kept = tuple(t[: sample.real] for t in trial.tensors)
+        told = f"compiled (--compile): {size} images a batch need too much memory; judged without compiling"
+        return kept, _Judged.of(trial, reference, sample.real).errors, eager, told
+    compiling = time.perf_counter() - started - PASSES * seconds
     kept = tuple(t[: len(some)] for t in tensors)
     errors = tuple(relative_error(t, r[: len(some)]) for t, r in zip(kept, reference.tensors, strict=True))
-    ratio = eager.seconds * size / seconds
+    ratio = eager * size / seconds
     told = f"compiled (--compile) in {compiling:.1f} s: {ratio:.2f} times as fast as the same passes without"
-    return replace(eager, tensors=kept, errors=errors, seconds=seconds / size), told
+    return kept, errors, seconds / size, told
 
 
 # ----------------------------------------------------------------------------------------- batch size
 
 
 def _batch_size(
-    question: Question, name: str, taken: _Trial, inputs: torch.Tensor, started: float
+    question: Question, taken: Trial, per_image: float, inputs: torch.Tensor, started: float
 ) -> tuple[int, float, str]:
-    """(images a batch, seconds an image, one line that says what was measured)."""
+    """(images a batch, seconds an image, one line that says what was measured).
+
+    On a CPU another size than the usual one has to be surely faster, in turns with it; on an accelerator larger ones
+    are taken that are as fast, since what comes before and after a pass takes as long for few images as for many.
+    """
     if question.batch_size is not None:
-        return question.batch_size, taken.seconds, ""
+        return question.batch_size, per_image, ""
     kind = question.device.type
     most = min(_fits(taken, kind), max(1, question.rows), LARGEST_BATCH.get(kind, LARGEST_ACCELERATOR_BATCH))
     usual = DEFAULT_BATCH.get(kind, ACCELERATOR_BATCH)
-    if kind == "cpu" and name in precision.AUTOCAST:
+    if kind == "cpu" and taken.precision in precision.AUTOCAST:
         usual *= 2
-    size = min(usual, 1 << (most.bit_length() - 1))
-    default = size
+    default = size = min(usual, 1 << (most.bit_length() - 1))
     now = time.perf_counter()
     deadline = max(
-        started + SHARE_OF_RUN * question.rows * taken.seconds, now + (0.0 if kind == "cpu" else LEAST_MEASURING)
+        started + SHARE_OF_RUN * question.rows * per_image, now + (0.0 if kind == "cpu" else LEAST_MEASURING)
     )
     measured: dict[int, float] = {}
     too_much = ""
-    with _running(question, name):
-        while size <= most and (
-            time.perf_counter() + (PASSES + 1) * size * measured.get(size // 2, taken.seconds) < deadline
-        ):
-            try:
-                # What is in the images makes no difference: those of the sample over and over.
-                some = torch.cat([inputs] * -(-size // len(inputs)))[:size]
-                measured[size] = _timed(question, some, PASSES)[0] / size
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                too_much = f"{size}: not enough memory"
-                break
-            if measured[size] > 1.1 * min(measured.values()):
-                break
-            size *= 2
+    while size <= most:
+        sizes = dict.fromkeys((default, size) if kind == "cpu" else (size,))
+        if time.perf_counter() + (PASSES + 1) * sum(sizes) * min(measured.values(), default=per_image) >= deadline:
+            break
+        try:
+            measured |= _sizes_in_turns(question, taken, list(sizes), inputs, measured)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            too_much = f"{size}: not enough memory"
+            break
+        if measured[size] > TIE * min(measured.values()):
+            break
+        size *= 2
     if not measured:
-        return default, taken.seconds, f"batch size {default} (auto; {too_much})" if too_much else ""
+        return default, per_image, f"batch size {default} (auto; {too_much})" if too_much else ""
     best = min(measured, key=lambda n: measured[n])
-    if kind != "cpu":  # what comes before and after a pass takes as long for few images as for many
+    if kind != "cpu":
         best = max(n for n in measured if measured[n] < 1.05 * measured[best])
+    elif measured[default] < TIE * measured[best]:
+        best = default
     told = [f"{n}: {1 / seconds:.1f}/s" for n, seconds in measured.items()] + ([too_much] if too_much else [])
     return best, measured[best], f"batch size {best} (auto; {', '.join(told)})"
 
 
-def _fits(taken: _Trial, kind: str) -> int:
+def _sizes_in_turns(
+    question: Question, trial: Trial, sizes: Sequence[int], inputs: torch.Tensor, before: Mapping[int, float]
+) -> dict[int, float]:
+    """The least seconds an image of batches of `sizes`, those measured `before` included, which take turns."""
+    least = {size: before.get(size, math.inf) for size in sizes}
+    for _ in range(PASSES):
+        for size in sizes:
+            # What is in the images makes no difference: those of the sample over and over.
+            some = torch.cat([inputs] * -(-size // len(inputs)))[:size]
+            least[size] = min(least[size], _timed(question, trial, some) / size)
+    return least
+
+
+def _fits(taken: Trial, kind: str) -> int:
     """Images a batch whose activations, in flight, stay within what a device of this kind may take on the host."""
     one = sum(t[0].numel() * t.element_size() for t in taken.tensors)
     room = IN_FLIGHT_BYTES if kind == "cpu" else min(IN_FLIGHT_ACCELERATOR, int(MOST_OF_HOST * host_memory()))

@@ -10,8 +10,7 @@ sees (an alias, another thread, a call of `forward` itself) shows in the wanted 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fmextract.errors import FormatError
 from fmextract.packed import has_weight
-from fmextract.taps import Event, Forward, Probed, tapped
+from fmextract.taps import Probed
 
 
 class Pair(NamedTuple):
@@ -41,24 +41,35 @@ class Pair(NamedTuple):
         return weight.detach(), bias.detach()
 
 
-def fusible(
-    model: nn.Module, forward: Forward, probed: Sequence[Probed], stop: Event | None, batch: Tensor
-) -> tuple[tuple[Pair, ...], Sequence[Tensor]]:
-    """(the pairs of `model` that can be fused while `probed` is captured, as a pass over `batch` (B, …) shows, and what
-    that captured); nothing at all where there is none.
+def paths_of(model: nn.Module, pairs: Sequence[Pair]) -> tuple[tuple[str, str], ...]:
+    """Return the paths of each pair's convolution and norm in `model`; `pairs_at` is the inverse."""
+    path = {module: path for path, module in model.named_modules()}
+    return tuple((path[pair.conv], path[pair.norm]) for pair in pairs)
 
-    The model is in evaluation mode, and runs as a run does: to `stop`. Raises whatever the forward raises.
+
+def pairs_at(model: nn.Module, paths: Sequence[tuple[str, str]]) -> tuple[Pair, ...]:
+    """Return the pairs at `paths` of `model`. Raises FormatError where it has no such convolution or norm there."""
+    modules = dict(model.named_modules())
+    pairs = []
+    for conv, norm in ((modules.get(conv), modules.get(norm)) for conv, norm in paths):
+        if not (isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)):
+            raise FormatError(
+                f"the plan names convolutions and batch norms that the model does not have: {paths!r:.200}"
+            )
+        pairs.append(Pair(conv, norm))
+    return tuple(pairs)
+
+
+def readers(model: nn.Module, probed: Sequence[Probed]) -> Readers | None:
+    """What watches a forward pass of `model`, with hooks on `probed`, for pairs; None where there cannot be one.
+
+    The pass must run as a run does: in evaluation mode, to the same stop.
     """
     tapped_paths = {p.tap.module for p in probed}
     modules = [m for path, m in model.named_modules() if path not in tapped_paths and not _hooked(m)]
     convolutions = [m for m in modules if _is_convolution(m)]
     norms = [m for m in modules if _is_norm(m)]
-    if not (convolutions and norms):
-        return (), ()
-    readers = _Readers()
-    with readers, readers.on(convolutions, norms), tapped(model, probed, stop=stop) as capture:
-        captured = capture.forward(forward, batch.clone())
-    return readers.pairs(), [rows.clone() for rows in captured]
+    return Readers(convolutions, norms) if convolutions and norms else None
 
 
 def _is_convolution(module: nn.Module) -> bool:
@@ -84,11 +95,13 @@ class _Output:
     reads_of_norm: int = 0
 
 
-class _Readers(TorchDispatchMode):
-    """Sees every operation of a forward pass inside the `with` block."""
+class Readers(TorchDispatchMode):
+    """Sees every operation of a forward pass inside the `with` block; knows the pairs after it."""
 
-    def __init__(self) -> None:
+    def __init__(self, convolutions: Sequence[nn.Module], norms: Sequence[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._convolutions, self._norms = convolutions, norms
+        self._handles: list[Any] = []
         self._known: Any = WeakTensorKeyDictionary()
         self._outputs: list[_Output] = []
         self._calls: Counter[nn.Module] = Counter()
@@ -101,16 +114,18 @@ class _Readers(TorchDispatchMode):
                 output.reads += 1
         return func(*args, **(kwargs or {}))
 
-    @contextmanager
-    def on(self, convolutions: Sequence[nn.Module], norms: Sequence[nn.Module]) -> Iterator[None]:
-        handles = [module.register_forward_hook(self._convolved) for module in convolutions]
-        handles += [module.register_forward_pre_hook(self._before_norm) for module in norms]
-        handles += [module.register_forward_hook(self._after_norm) for module in norms]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def __enter__(self) -> Any:
+        for module in self._convolutions:
+            self._handles.append(module.register_forward_hook(self._convolved))
+        for module in self._norms:
+            self._handles.append(module.register_forward_pre_hook(self._before_norm))
+            self._handles.append(module.register_forward_hook(self._after_norm))
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *exc_info: Any) -> None:
+        super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
 
     def pairs(self) -> tuple[Pair, ...]:
         """Those of which each was called once, the norm right on the output, which nothing else has read."""

@@ -21,17 +21,23 @@ HALF = torch.bfloat16
 Forward = Callable[[Tensor], Tensor]
 
 
-def fits(module: nn.Module, memory_format: str) -> bool:
-    """Whether `forward` can make one for `module`, in a model that is laid out so.
+def fits(module: nn.Module) -> bool:
+    """Whether what `module` does with its weights is known: torch's own convolution or linear layer, as it is written.
+
+    A subclass may standardise its weights first, and a module whose forward was replaced may do anything.
+    """
+    plain = type(module) is nn.Linear or (type(module) is nn.Conv2d and module.padding_mode == "zeros")
+    return plain and "forward" not in vars(module) and has_weight(module)
+
+
+def has_kernel(module: nn.Module, memory_format: str) -> bool:
+    """Whether `forward` can make one for a `module` that fits, in a model that is laid out so.
 
     Convolutions give what is channels-last, as they do beside weights that are.
     """
-    if type(module) is nn.Conv2d:
-        zeros = module.padding_mode == "zeros" and not isinstance(module.padding, str)
-        plain = zeros and memory_format == "channels_last"
-    else:
-        plain = type(module) is nn.Linear
-    return plain and "forward" not in vars(module) and has_weight(module)
+    return not isinstance(module, nn.Conv2d) or (
+        memory_format == "channels_last" and not isinstance(module.padding, str)
+    )
 
 
 def has_weight(module: nn.Module) -> bool:
@@ -75,6 +81,17 @@ def forward(module: nn.Module) -> Forward:
     return _guarded(watching(module), _linear(module.weight.detach().to(HALF), _cast(module.bias)), module.forward)
 
 
+def cast_once(half: torch.dtype, layout: torch.memory_format, module: nn.Module) -> Forward:
+    """The forward of a module that `fits`, through torch's public operators: weights are cast once."""
+    if isinstance(module, nn.Linear):
+        flat, bias = module.weight.detach().to(half), _cast(module.bias, half)
+        return _guarded(watching(module), lambda x: functional.linear(x, flat, bias), module.forward, half)
+    assert isinstance(module, nn.Conv2d)
+    weight, bias = module.weight.detach().to(half, memory_format=layout), _cast(module.bias, half)
+    rest: tuple[Any, ...] = (module.stride, module.padding, module.dilation, module.groups)
+    return _guarded(watching(module), lambda x: functional.conv2d(x, weight, bias, *rest), module.forward, half)
+
+
 def convolution(
     conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, otherwise: Forward, *others: nn.Module
 ) -> Forward:
@@ -87,9 +104,9 @@ def convolution(
     return lambda input: packed(input) if input.dim() == 4 else otherwise(input)
 
 
-def _guarded(unchanged: Callable[[], bool], packed: Forward, otherwise: Forward) -> Forward:
+def _guarded(unchanged: Callable[[], bool], fast: Forward, otherwise: Forward, half: torch.dtype = HALF) -> Forward:
     def forward(input: Tensor) -> Tensor:
-        return packed(input.to(HALF)) if in_half(input) and unchanged() else otherwise(input)
+        return fast(input.to(half)) if in_half(input, half) and unchanged() else otherwise(input)
 
     return forward
 
@@ -111,15 +128,17 @@ def _state(module: nn.Module) -> tuple[Any, ...]:
     return (*seen, *(getattr(module, name, None) for name in _SETTINGS))
 
 
-def _cast(bias: Tensor | None) -> Tensor | None:
+def _cast(bias: Tensor | None, half: torch.dtype = HALF) -> Tensor | None:
     """As autocast gives it to a layer."""
-    return None if bias is None else bias.detach().to(HALF)
+    return None if bias is None else bias.detach().to(half)
 
 
-def in_half(x: Tensor) -> bool:
-    """Whether a layer computes in half precision on `x`, rather than outside of autocast, or for gradients."""
-    wide = x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")
-    return (wide or x.dtype == HALF) and not torch.is_grad_enabled()
+def in_half(x: Tensor, half: torch.dtype = HALF) -> bool:
+    """Whether a layer computes in `half` on `x`, not outside of autocast, in its other type, or for gradients."""
+    if torch.is_grad_enabled() or not x.is_floating_point() or x.dtype == torch.float64:
+        return False
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) == half if torch.is_autocast_enabled(kind) else x.dtype == half
 
 
 def _convolution(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Forward:

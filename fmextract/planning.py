@@ -50,8 +50,9 @@ class Plan:
     """Everything that decides what the shards of a run hold, resolved: no `auto` is left.
 
     `threads` decode and encode; `forward_threads` are those of one operation of the model on a CPU, whose number
-    changes the last bits. `fused`: batch norms run in the convolutions before them. `identity` is what a resume
-    compares (see `differences`); `shard_rows` is the length of every shard but the last.
+    changes the last bits. `fused`: (convolution, batch norm) that run as one; `pooling`, `prepacked`: max pooling and
+    weights in half precision go a faster way. `identity` is what a resume compares (see `differences`); `shard_rows` is
+    the length of every shard but the last.
     """
 
     run_id: str
@@ -74,7 +75,9 @@ class Plan:
     config: Mapping[str, Any]
     info: Mapping[str, Any]
     versions: Mapping[str, str]
-    fused: bool = False
+    fused: tuple[tuple[str, str], ...] = ()
+    pooling: bool = False
+    prepacked: bool = False
     estimate: Estimate = dataclasses.field(default_factory=Estimate)
     notes: tuple[str, ...] = ()
 
@@ -100,8 +103,8 @@ class Plan:
                 f"plan.json is of version {obj.get('format_version')}, this program knows {FORMAT_VERSION}"
             )
         try:
-            given = {"fused": False, **obj}  # a plan of a version that could not does not say
-            known = {f.name: given[f.name] for f in dataclasses.fields(cls)}
+            known = {f.name: obj[f.name] for f in dataclasses.fields(cls)}
+            known["fused"] = tuple((str(conv), str(norm)) for conv, norm in obj["fused"])
             known["layers"] = tuple(_layer_from_json(layer) for layer in obj["layers"])
             known["estimate"] = Estimate(**obj["estimate"])
             known["notes"] = tuple(obj["notes"])

@@ -1,17 +1,19 @@
 """What `fp32`, `tf32`, `bf16` and `fp16` mean for a model on a device, and how to lend a model for a run unharmed.
 
 fp32 is IEEE: TF32 and reduced-precision kernels are off while a run lasts, and as before afterwards. bf16 and fp16 run
-under autocast with the weights of convolutions and linear layers cast once, not once a batch. On a CPU some modules
-run another way for as long as the model is lent: max pooling through channels-last, on which torch is several times as
-fast, layers in bfloat16 with weights that are laid out once, convolutions with the batch norm behind them.
+under autocast. A `Mode` says in which faster ways some modules run for as long as the model is lent: convolutions and
+linear layers in half precision with weights that are cast once, not once a batch, on a CPU laid out for the kernel as
+well; max pooling on a CPU through channels-last, on which torch is several times as fast; convolutions with the batch
+norm behind them. Which of them a model bears is found out by whoever asks for them (`model.modes`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -22,7 +24,6 @@ from torch.nn import functional
 from fmextract import packed
 from fmextract.errors import ConfigError
 from fmextract.fusion import Pair
-from fmextract.taps import module_kind
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -72,78 +73,111 @@ def _tf32(allowed: bool) -> Iterator[None]:
         conv.allow_tf32 = before[1]
 
 
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """How a model runs, beside its precision. The default is as it is written.
+
+    `fused`: pairs of this model that run as one (`fusion`). `pooling`: max pooling through channels-last. `prepacked`:
+    in half precision, weights of convolutions and linear layers cast and laid out once, not in every pass.
+    """
+
+    memory_format: str = "contiguous"
+    fused: tuple[Pair, ...] = ()
+    pooling: bool = False
+    prepacked: bool = False
+
+
+PLAIN = Mode()
+
+
 @contextmanager
-def lent(
-    model: nn.Module,
-    device: torch.device,
-    precision: str = "fp32",
-    memory_format: str = "contiguous",
-    fused: Sequence[Pair] = (),
-    packing: bool = True,
-) -> Iterator[nn.Module]:
-    """The model in evaluation mode on `device`, weights cast and laid out for the run; as it was on every way out.
-
-    Parameters and buffers keep their identity (`.data` is swapped and swapped back), so that ties, optimisers and views
-    of the caller's survive; nothing is copied where nothing has to change. `fused` are pairs of this model
-    (`fusion.fusible`), which run as one. `packing` False leaves out operators that no compiler knows.
-    """
-    training = {module: module.training for module in model.modules()}
-    original: list[tuple[torch.Tensor, torch.Tensor]] = []
-    half = AUTOCAST.get(precision)
-    layout = torch.channels_last if memory_format == "channels_last" else torch.preserve_format
-    packs = packing and half == packed.HALF and packed.available()
-    fit = {m for m in training if packs and packed.fits(m, memory_format)}
-    others = _other_ways(training, half, layout, fused, fit) if device.type == "cpu" else {}
-    kinds = ("conv", "linear") if half else ()
-    cast = {id(p) for m in training if m not in others and module_kind(m) in kinds for p in _own(m)}
-    left = {id(p) for m in others for p in _own(m)} - cast
-    try:
-        for module in training:
-            module.training = False
-        seen: set[int] = set()
-        for tensor in (*model.parameters(), *model.buffers()):
-            if id(tensor) in seen or tensor.is_quantized:
-                continue
-            seen.add(id(tensor))
-            data = tensor.data
-            dtype = half if id(tensor) in cast and data.is_floating_point() else data.dtype
-            format_ = layout if data.dim() == 4 and id(tensor) not in left else torch.preserve_format
-            changed = data.to(device=device, dtype=dtype, memory_format=format_)
-            if changed is not data:
-                original.append((tensor, data))
-                tensor.data = changed
-        for module, way in others.items():
-            module.forward = way()
+def lent(model: nn.Module, device: torch.device, precision: str = "fp32", mode: Mode = PLAIN) -> Iterator[nn.Module]:
+    """The model in evaluation mode on `device`, made ready for a precision and mode; as it was on every way out."""
+    with Lending(model, device, precision, mode):
         yield model
-    finally:
-        for tensor, data in original:
-            tensor.data = data
-        for module in others:
-            vars(module).pop("forward", None)
-        for module, mode in training.items():
-            module.training = mode
 
 
-def _other_ways(
-    modules: Iterable[nn.Module],
-    half: torch.dtype | None,
-    layout: torch.memory_format,
-    fused: Sequence[Pair],
-    fit: Collection[nn.Module],
-) -> dict[nn.Module, Callable[[], Forward]]:
-    """What makes the forwards that some modules have on a CPU while they are lent, those that `fit` packed.
+class Lending:
+    """A model made ready to run in a precision and mode: it is so inside each `with` block, and as it was outside.
 
-    Their weights stay as they are.
+    What that takes is made once, so that two of them can take turns. Parameters and buffers keep their identity
+    (`.data` is swapped and swapped back) and their type, so that ties, optimisers, views of the caller's, and whatever
+    else reads a weight go on working; nothing is copied where nothing has to change.
     """
-    ways: dict[nn.Module, Callable[[], Forward]] = {}
-    for pair in fused:
-        ways |= {pair.conv: partial(_as_one, pair, half, layout, pair.conv in fit), pair.norm: lambda: _unchanged}
-    for module in modules:
-        if _is_plain_pool(module):
-            ways[module] = partial(_pooling, module.forward)
-        elif module in fit and module not in ways:
-            ways[module] = partial(packed.forward, module)
-    return ways
+
+    def __init__(self, model: nn.Module, device: torch.device, precision: str, mode: Mode) -> None:
+        self._model, self._device, self.mode = model, device, mode
+        self._half = AUTOCAST.get(precision)
+        self._layout = torch.channels_last if mode.memory_format == "channels_last" else torch.preserve_format
+        self._changed: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._forwards: dict[nn.Module, Forward] | None = None
+        self._training: dict[nn.Module, bool] = {}
+        self._original: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._ways = self._other_ways()
+
+    def __enter__(self) -> nn.Module:
+        try:
+            self._training = {module: module.training for module in self._model.modules()}
+            for module in self._training:
+                module.training = False
+            if self._forwards is None:
+                self._changed = self._laid_out()
+            for tensor, changed in self._changed:
+                self._original.append((tensor, tensor.data))
+                tensor.data = changed
+            if self._forwards is None:
+                self._forwards = {module: way() for module, way in self._ways.items()}
+            for module, forward in self._forwards.items():
+                module.forward = forward
+        except BaseException:
+            self.__exit__()
+            raise
+        return self._model
+
+    def __exit__(self, *exc_info: object) -> None:
+        for tensor, data in self._original:
+            tensor.data = data
+        for module in self._forwards or ():
+            vars(module).pop("forward", None)
+        for module, mode in self._training.items():
+            module.training = mode
+        self._original.clear()
+
+    def _laid_out(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(tensor, its data on the device and in the layout) of every parameter and buffer that has to change."""
+        on_cpu = self._device.type == "cpu"  # whose other ways lay the weights out themselves
+        left = {id(p) for module in self._ways if on_cpu for p in module.parameters(recurse=False)}
+        found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            if tensor.is_quantized:
+                continue
+            data = tensor.data
+            format_ = self._layout if data.dim() == 4 and id(tensor) not in left else torch.preserve_format
+            changed = data.to(device=self._device, memory_format=format_)
+            if changed is not data:
+                found.setdefault(id(tensor), (tensor, changed))
+        return list(found.values())
+
+    def _other_ways(self) -> dict[nn.Module, Callable[[], Forward]]:
+        """What makes the forwards that some modules have while they are lent."""
+        half, mode = self._half, self.mode
+        packing = half == packed.HALF and self._device.type == "cpu" and mode.prepacked and packed.available()
+        ways: dict[nn.Module, Callable[[], Forward]] = {}
+        for pair in mode.fused:
+            ways[pair.conv] = partial(_as_one, pair, half, self._layout, packing and self._packs(pair.conv))
+            ways[pair.norm] = lambda: _unchanged
+        for module in self._model.modules():
+            if mode.pooling and is_plain_pool(module):
+                ways[module] = partial(_pooling, module.forward)
+            elif half and mode.prepacked and module not in ways and packed.fits(module):
+                made = (
+                    packed.forward if packing and self._packs(module) else partial(packed.cast_once, half, self._layout)
+                )
+                ways[module] = partial(made, module)
+        return ways
+
+    def _packs(self, module: nn.Module) -> bool:
+        return packed.has_kernel(module, self.mode.memory_format)
 
 
 def _as_one(pair: Pair, half: torch.dtype | None, layout: torch.memory_format, packing: bool) -> Forward:
@@ -162,7 +196,7 @@ def _as_one(pair: Pair, half: torch.dtype | None, layout: torch.memory_format, p
     unchanged = packed.watching(conv, pair.norm)
 
     def forward(input: torch.Tensor) -> torch.Tensor:
-        fits = packed.in_half(input) if half else input.dtype == dtype
+        fits = packed.in_half(input, half) if half else input.dtype == dtype
         return functional.conv2d(input.to(dtype), weight, bias, *rest) if fits and unchanged() else exact(input)
 
     return forward
@@ -172,7 +206,8 @@ def _unchanged(input: torch.Tensor) -> torch.Tensor:
     return input
 
 
-def _is_plain_pool(module: nn.Module) -> bool:
+def is_plain_pool(module: nn.Module) -> bool:
+    """Whether it is torch's own max pooling, as it is written."""
     return type(module) is nn.MaxPool2d and not module.return_indices and "forward" not in vars(module)
 
 
@@ -189,19 +224,6 @@ def _pooling(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch
         return forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
     return pool
-
-
-def _own(module: nn.Module) -> list[torch.Tensor]:
-    """Weight and bias that are this module's own parameters, not computed by a parametrisation."""
-    return [p for name, p in module.named_parameters(recurse=False) if name in ("weight", "bias")]
-
-
-def resolve_memory_format(asked: str, model: nn.Module) -> str:
-    """`auto`: channels_last for convolutional networks, where it is the faster one by half on CPUs and GPUs alike."""
-    if asked != "auto":
-        return asked
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return "channels_last" if len(convolutions) > 1 else "contiguous"
 
 
 def to_memory_format(batch: torch.Tensor, memory_format: str) -> torch.Tensor:

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -44,6 +44,7 @@ from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
 from fmextract.errors import FmextractError, LayerError, SampleError, SourceError
 from fmextract.inputs.sources import folder_of, open_source
+from fmextract.model.modes import Subject
 from fmextract.planning import Plan
 from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress, Source
 
@@ -51,9 +52,6 @@ EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
 EFFECTIVE_SHARE = 0.04  # of a run that measuring may take
 EFFECTIVE_SECONDS = 0.3  # that it may take of any run, however short
 NEAR_ZERO = 0.01  # of the root mean square of a layer's values: what is not above it counts as near zero
-SAME = {"bf16": 1e-3, "fp32": 1e-5}
-"""Relative L2 distance, in fp32, of layers with and without fused norms, up to which they run so in a precision."""
-FUSING_PAYS = 400  # images of a run in fp32: to find out what can be fused takes as long as it spares two hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,6 @@ class Prepared:
     source: Source
     loaded: models.LoadedModel
     device: torch.device
-    memory_format: str
     input_shape: tuple[int, ...]
     ready: bool
     probed: tuple[taps.Probed, ...]
@@ -75,7 +72,6 @@ class Prepared:
     fields: tuple[Field | None, ...]
     largest: int  # bytes of the largest tensor that a module gives for one image in fp32
     stop: taps.Event | None
-    fused: Mapping[str, tuple[fusion.Pair, ...]]  # by the precisions in which they run as one
     notes: tuple[str, ...]
 
     def forward(self, batch: torch.Tensor) -> Any:
@@ -107,14 +103,12 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
     input_shape, ready = _input_shape(opened, loaded, config)
     if config.decode == "device":
         images.check_fits_on_device(loaded.preprocess)
-    memory_format = precision.resolve_memory_format(config.memory_format, loaded.module)
     if where.type == "cpu":
         precision.keep_freed_memory()
     with precision.lent(loaded.module, where), precision.numerics("fp32", where):
         probed, stop, largest, notes = _probe(loaded, config.layers, input_shape, where)
         reductions = tuple(_reduction(p) for p in probed)
         fields = _fields(loaded, probed, reductions, stop, input_shape, where)
-        fused = _fused(loaded, probed, stop, input_shape, where, _fusing(config, where, memory_format, len(opened)))
     for note in notes:
         progress.note(note)
     yield Prepared(
@@ -122,7 +116,6 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         opened,
         loaded,
         where,
-        memory_format,
         input_shape,
         ready,
         probed,
@@ -130,7 +123,6 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         fields,
         largest,
         stop,
-        fused,
         tuple(notes),
     )
 
@@ -189,50 +181,6 @@ def _fields(
     return tuple(geometry.trace_fields(loaded.module, loaded.forward, probed, batch, _kept(reductions), stop))
 
 
-def _fusing(config: Config, where: torch.device, memory_format: str, rows: int) -> list[str]:
-    """The precisions of this run in which batch norms may run in the convolutions before them: on a CPU, where it pays.
-
-    In fp32 channels-last alone, which differs by rounding anyway: contiguous stays what torch gives, bit for bit. A
-    compiler is left to its own devices.
-    """
-    if where.type != "cpu" or config.compile:
-        return []
-    half = config.precision == "bf16" or (config.precision == "auto" and precision.bf16_on_cpu())
-    full = config.precision in ("fp32", "auto") and memory_format == "channels_last" and rows >= FUSING_PAYS
-    return [name for name, may in (("bf16", half), ("fp32", full)) if may]
-
-
-def _fused(
-    loaded: models.LoadedModel,
-    probed: Sequence[taps.Probed],
-    stop: taps.Event | None,
-    input_shape: tuple[int, ...],
-    where: torch.device,
-    precisions: Sequence[str],
-) -> Mapping[str, tuple[fusion.Pair, ...]]:
-    """Of `precisions` those in which convolutions run as one with the norms behind them, with these pairs."""
-    if not precisions:
-        return {}
-    noise = _noise(input_shape, where)
-    pairs, apart = fusion.fusible(loaded.module, loaded.forward, probed, stop, noise)
-    if not pairs:
-        return {}
-    with (
-        precision.lent(loaded.module, where, fused=pairs) as module,
-        taps.tapped(module, probed, stop=stop) as capture,
-    ):
-        distance = max(map(_distance, capture.forward(loaded.forward, noise.clone()), apart))
-    return {name: pairs for name in precisions if distance <= SAME[name]}
-
-
-def _distance(rows: torch.Tensor, others: torch.Tensor) -> float:
-    """The relative L2 distance of the finite values; infinite where not the same ones are."""
-    finite = others.isfinite()
-    if not torch.equal(rows.isfinite(), finite):
-        return math.inf
-    return choose.relative_error(rows[finite].double(), others[finite].double()) or 0.0
-
-
 def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[geometry.Reduced | None]:
     return [None if r is None or not r.stores else (r.apply, r.axes) for r in reductions]
 
@@ -267,15 +215,10 @@ def _reduction(probed: taps.Probed) -> reducers.Reduction | None:
 
 
 def lent(prepared: Prepared, made: Plan) -> AbstractContextManager[torch.nn.Module]:
-    """The model as the plan runs it, for as long as the block lasts."""
-    return precision.lent(
-        prepared.loaded.module,
-        torch.device(made.device),
-        made.precision,
-        made.memory_format,
-        fused=prepared.fused.get(made.precision, ()) if made.fused else (),
-        packing=not prepared.config.compile,
-    )
+    """The model as the plan runs it, for as long as the block lasts. Raises FormatError for pairs it does not have."""
+    module = prepared.loaded.module
+    mode = precision.Mode(made.memory_format, fusion.pairs_at(module, made.fused), made.pooling, made.prepacked)
+    return precision.lent(module, torch.device(made.device), made.precision, mode)
 
 
 # ----------------------------------------------------------------------------------------------- plan
@@ -286,17 +229,11 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
     config, rows = prepared.config, len(prepared.source)
     chosen = choose.choose(
         choose.Question(
-            module=prepared.loaded.module,
-            forward=prepared.forward,
-            device=prepared.device,
-            memory_format=prepared.memory_format,
-            probed=prepared.probed,
-            reducers=reduce_functions(prepared),
-            stop=prepared.stop,
-            fused=prepared.fused,
+            subject=_subject(prepared),
             inputs=lambda n: _sample_inputs(prepared, n)[0],
             precision=config.precision,
             max_error=config.max_error,
+            memory_format=config.memory_format,
             batch_size=config.batch_size,
             compile=config.compile,
             rows=rows,
@@ -321,7 +258,10 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
         rows=rows,
         layers=layers,
         precision=chosen.precision,
-        memory_format=prepared.memory_format,
+        memory_format=chosen.mode.memory_format,
+        fused=fusion.paths_of(prepared.loaded.module, chosen.mode.fused),
+        pooling=chosen.mode.pooling,
+        prepacked=chosen.mode.prepacked,
         batch_size=chosen.batch_size,
         device=str(prepared.device),
         threads=threads,
@@ -337,7 +277,6 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
         config=config.as_json(),
         info={**_describe_run(prepared), **_images(prepared.source, out)},
         versions=versions(),
-        fused=chosen.precision in prepared.fused,
         estimate=cost,
         notes=(*prepared.notes, *notes),
     )
@@ -348,6 +287,17 @@ def _images(source: Source, out: Path) -> dict[str, Any]:
     folder = folder_of(source)
     base = out.parent if is_single_file(out) else out
     return {} if folder is None else {"images": remembered(folder, base)}
+
+
+def _subject(prepared: Prepared) -> Subject:
+    return Subject(
+        module=prepared.loaded.module,
+        forward=prepared.forward,
+        device=prepared.device,
+        probed=prepared.probed,
+        reducers=reduce_functions(prepared),
+        stop=prepared.stop,
+    )
 
 
 def _not_compiled(where: torch.device) -> list[str]:
@@ -394,7 +344,7 @@ def _kept_bytes(prepared: Prepared, chosen: choose.Chosen) -> int:
     """Host memory that a run holds all the time: weights laid out or cast anew, and what was captured of the sample."""
     state = prepared.loaded.module.state_dict().values()
     weights = sum(t.numel() * t.element_size() for t in state if isinstance(t, torch.Tensor))
-    as_it_is = chosen.precision == "fp32" and prepared.memory_format == "contiguous"
+    as_it_is = chosen.mode in (precision.PLAIN, precision.Mode(pooling=True))
     # Twice: the reference in fp32 lives beside what the chosen precision captured.
     sample = 2 * sum(4 * t.numel() for t in chosen.sample)
     return sample + (0 if as_it_is else weights)
@@ -439,7 +389,7 @@ def _sample_inputs(prepared: Prepared, n: int) -> tuple[torch.Tensor, float]:
     if not prepared.ready:
         assert isinstance(preprocess, Preprocess)
         batch = images.normalise(batch, preprocess)
-    return precision.to_memory_format(batch, prepared.memory_format), seconds
+    return batch, seconds
 
 
 def _spread(rows: int, tries: int) -> list[int]:
@@ -569,7 +519,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "decode": config.decode,
         "layers": [p.tap.name for p in prepared.probed],
         "precision": config.precision,
-        "memory_format": prepared.memory_format,
+        "memory_format": config.memory_format,
         "compile": config.compile,
         "batch_size": config.batch_size,
         "device": prepared.device.type,

@@ -250,7 +250,8 @@ def _file_info(made: Plan) -> FileInfo:
     info = made.info
     config = {"options": made.config, "identity": made.identity, "batch_size": made.batch_size, "device": made.device}
     config |= {"memory_format": made.memory_format, "weights": info["weights"], "origin": info["origin"]}
-    config |= {"run_id": made.run_id, "forward_threads": made.forward_threads, "fused": made.fused}
+    config |= {"run_id": made.run_id, "forward_threads": made.forward_threads}
+    config |= {"fused": [list(pair) for pair in made.fused], "pooling": made.pooling, "prepacked": made.prepacked}
     config |= {"notes": list(made.notes)}
     return FileInfo(
         title=info["title"],

@@ -494,5 +494,7 @@ def _plan_of(acts: reader.Activations, prepared: Prepared) -> Plan:
         config=options,
         info={**info, "preprocess": acts.preprocess, "weights": config["weights"], "origin": config["origin"]},
         versions=acts.versions,
-        fused=config.get("fused", False),
+        fused=tuple((conv, norm) for conv, norm in config.get("fused", ())),
+        pooling=bool(config.get("pooling")),
+        prepacked=bool(config.get("prepacked")),
     )

@@ -25,10 +25,11 @@ ORDER = re.findall(
     codecs
     storage.schema storage store index lock watch feeding reader
     device
-    common.folders common.imports common.streams common
+    common.folders common.imports common.streams common.relative_error common
     inputs.files inputs.pictures inputs.manifests inputs.datasets inputs.sources inputs
     capture.reducer_help capture images models axes taps capture.probe geometry effective reducers stats
-    packed fusion planning chunks workers compiled precision choose engine estimate prepare replay output
+    packed fusion planning chunks workers compiled precision model.modes model choose
+    engine estimate prepare replay output
     run verify launch
     similarity dissimilarity comparison
     look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where look.depth

@@ -14,8 +14,9 @@ from runs import extract, make_photos
 from torch import nn
 from torch.nn import functional
 
-from fmextract import fusion, planning, precision, prepare, reader, taps
+from fmextract import choose, fusion, precision, reader, taps
 from fmextract.capture import probe
+from fmextract.errors import FormatError
 from fmextract.verify import verify
 
 CPU = torch.device("cpu")
@@ -62,10 +63,13 @@ def pairs_of(model: nn.Module, layers: list[str], shape: tuple[int, ...] = SHAPE
         seen = taps.survey(model, model, batch)
         probed, refused = probe.probe(model, model, taps.resolve(layers, seen), shape, CPU)
         assert not refused
-        found, captured = fusion.fusible(model, model, probed, seen.stop_before([p.tap for p in probed]), batch)
-        assert len(captured) in (0, len(probed))
+        readers = fusion.readers(model, probed)
+        if readers is not None:
+            stop = seen.stop_before([p.tap for p in probed])
+            with readers, taps.tapped(model, probed, stop=stop) as capture:
+                capture.forward(model, batch)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if not hooked_by_us(m))
-    return found
+    return readers.pairs() if readers is not None else ()
 
 
 def hooked_by_us(module: nn.Module) -> bool:
@@ -79,7 +83,8 @@ def look(module: nn.Module, args: Any, output: Any) -> None:
 def run_in(
     name: str, model: nn.Module, pairs: tuple[fusion.Pair, ...], batch: torch.Tensor, packing: bool = True
 ) -> torch.Tensor:
-    with precision.lent(model, CPU, name, "channels_last", pairs, packing), precision.numerics(name, CPU):
+    mode = precision.Mode("channels_last", pairs, prepacked=packing)
+    with precision.lent(model, CPU, name, mode), precision.numerics(name, CPU):
         return model(precision.to_memory_format(batch, "channels_last")).float()  # type: ignore[no-any-return]
 
 
@@ -331,12 +336,12 @@ def test_a_run_says_that_it_fused_and_can_be_run_again(tmp_path: Path) -> None:
     photos, model = make_photos(tmp_path / "photos", 6), residual()
     extract(photos, tmp_path / "a.h5", model=model, **OPTIONS)
     with reader.open(tmp_path / "a.h5") as acts:
-        assert acts.config["fused"] is True
+        assert len(acts.config["fused"]) == 20
         stored = {name: torch.from_numpy(acts[name][:]) for name in acts.layers}
         said = {name: acts[name].spec.rel_error for name in acts.layers}
     extract(photos, tmp_path / "b.h5", model=model, **{**OPTIONS, "precision": "fp32"})
     with reader.open(tmp_path / "b.h5") as acts:
-        assert acts.config["fused"] is False
+        assert acts.config["fused"] == []
         for name in acts.layers:
             error = distance(stored[name], torch.from_numpy(acts[name][:]))
             assert 1e-4 < error < 0.02
@@ -350,20 +355,20 @@ def test_long_runs_in_fp32_fuse_where_bits_differ_anyway(tmp_path: Path, monkeyp
     options = {**OPTIONS, "precision": "fp32"}
     extract(photos, tmp_path / "contiguous.h5", model=model, memory_format="contiguous", **options)
     extract(photos, tmp_path / "short.h5", model=model, **options)
-    monkeypatch.setattr(prepare, "FUSING_PAYS", 6)
+    monkeypatch.setattr(choose, "FUSING_PAYS", 6)
     extract(photos, tmp_path / "long.h5", model=model, **options)
     extract(photos, tmp_path / "again.h5", model=model, memory_format="contiguous", **options)
     stored, said, fused = {}, {}, {}
     for name in ("contiguous", "short", "long", "again"):
         with reader.open(tmp_path / f"{name}.h5") as acts:
-            fused[name] = acts.config["fused"]
+            fused[name] = bool(acts.config["fused"])
             stored[name] = torch.from_numpy(acts["layer4"][:])
             said[name] = acts["layer4"].spec.rel_error
     assert fused == {"contiguous": False, "short": False, "long": True, "again": False}
     assert torch.equal(stored["again"], stored["contiguous"])
     assert 0 < distance(stored["long"], stored["short"]) < 1e-5
-    assert (said["short"], said["again"]) == (0.0, 0.0)
-    assert 0 < said["long"] < 1e-5
+    assert said["again"] == 0.0
+    assert 0 < said["short"] < said["long"] < 1e-5
     again = verify(tmp_path / "long.h5", rerun=3, model=model, source=photos)
     assert (again.ok, again.largest_error) == (True, 0.0)
 
@@ -375,11 +380,11 @@ def test_what_rounding_would_move_too_far_is_not_fused_in_fp32(tmp_path: Path, m
     nn.init.constant_(model[0].bias, 1e4)
     nn.init.constant_(model[1].running_mean, 1e4)
     nn.init.constant_(model[1].running_var, 1e-4)
-    monkeypatch.setattr(prepare, "FUSING_PAYS", 6)
+    monkeypatch.setattr(choose, "FUSING_PAYS", 6)
     options = {**OPTIONS, "layers": ["2"], "precision": "fp32", "memory_format": "channels_last"}
     extract(make_photos(tmp_path / "photos", 6), tmp_path / "out.h5", model=model, **options)
     with reader.open(tmp_path / "out.h5") as acts:
-        assert acts.config["fused"] is False
+        assert acts.config["fused"] == []
 
 
 class Secret(torch.Tensor):
@@ -412,12 +417,16 @@ def test_readers_that_no_mode_sees_are_found_by_what_comes_out(way: Any, tmp_pat
     for name in ("bf16", "fp32"):
         extract(photos, tmp_path / f"{name}.h5", model=model, precision=name, layers=["relu"])
     with reader.open(tmp_path / "bf16.h5") as rough, reader.open(tmp_path / "fp32.h5") as exact:
-        assert rough.config["fused"] is False
+        assert rough.config["fused"] == []
         assert distance(*(torch.from_numpy(acts["relu"][:]) for acts in (rough, exact))) < 0.02
 
 
-def test_a_plan_of_an_earlier_version_is_not_fused(tmp_path: Path) -> None:
-    extract(make_photos(tmp_path / "photos", 4), tmp_path / "acts", model=residual(), **OPTIONS)
-    obj = planning.Plan.from_json(reader.index.read_json(tmp_path / "acts" / "plan.json")).as_json()
-    assert obj.pop("fused") is True
-    assert planning.Plan.from_json(obj).fused is False
+def test_pairs_are_written_down_by_their_paths() -> None:
+    model = residual()
+    pairs = pairs_of(model, ["."], (3, 32, 32))
+    paths = fusion.paths_of(model, pairs)
+    assert paths[0] == ("conv1", "bn1")
+    assert fusion.pairs_at(model, paths) == pairs
+    for wrong in ((("conv1", "relu"),), (("nowhere", "bn1"),), (("bn1", "conv1"),)):
+        with pytest.raises(FormatError, match="does not have"):
+            fusion.pairs_at(model, wrong)

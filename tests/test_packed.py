@@ -12,6 +12,7 @@ from torch import nn
 from fmextract import packed, precision
 
 CPU = torch.device("cpu")
+PREPACKED = precision.Mode("channels_last", prepacked=True)
 
 needs_bf16 = pytest.mark.skipif(not precision.bf16_on_cpu(), reason="this processor has no bfloat16")
 
@@ -81,7 +82,7 @@ def test_one_image_without_a_batch_goes_the_usual_way() -> None:
     [
         (nn.Conv2d(3, 4, 3), True),
         (nn.Linear(3, 4), True),
-        (nn.Conv2d(3, 4, 3, padding="same"), False),
+        (nn.Conv2d(3, 4, 3, padding="same"), True),
         (nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), False),
         (nn.Conv2d(3, 4, 3).double(), False),
         (nn.Conv1d(3, 4, 3), False),
@@ -90,13 +91,20 @@ def test_one_image_without_a_batch_goes_the_usual_way() -> None:
     ],
 )
 def test_what_fits(module: nn.Module, fits: bool) -> None:
-    assert packed.fits(module, "channels_last") is fits
-    assert packed.fits(module, "contiguous") is isinstance(module, nn.Linear) & fits
+    assert packed.fits(module) is fits
+
+
+def test_what_has_a_kernel() -> None:
+    conv, same = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, padding="same")
+    assert packed.has_kernel(conv, "channels_last")
+    assert not packed.has_kernel(conv, "contiguous")
+    assert not packed.has_kernel(same, "channels_last")
+    assert packed.has_kernel(nn.Linear(3, 4), "contiguous")
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_a_weight_that_a_hook_computes_is_left_to_it() -> None:
-    assert not packed.fits(nn.utils.weight_norm(nn.Linear(3, 4)), "channels_last")
+    assert not packed.fits(nn.utils.weight_norm(nn.Linear(3, 4)))
 
 
 class Asked:
@@ -130,7 +138,7 @@ def test_operators_that_are_not_what_they_were_are_not_used(operators: Any, monk
     expected = by_autocast(model, noise(2, 3, 8, 8))
     monkeypatch.setattr(torch.ops, "mkldnn", operators)
     assert not packed.available()
-    with precision.lent(model, CPU, "bf16"), precision.numerics("bf16", CPU):
+    with precision.lent(model, CPU, "bf16", precision.Mode(prepacked=True)), precision.numerics("bf16", CPU):
         assert torch.equal(model(noise(2, 3, 8, 8)), expected)
 
 
@@ -148,7 +156,7 @@ def test_nothing_is_packed_where_oneDNN_is_switched_off() -> None:  # noqa: N802
 def test_a_lent_model_packs_and_lets_go() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
     expected = by_autocast(model, noise(2, 3, 8, 8))
-    with precision.lent(model, CPU, "bf16", "channels_last"), precision.numerics("bf16", CPU):
+    with precision.lent(model, CPU, "bf16", PREPACKED), precision.numerics("bf16", CPU):
         assert {"forward"} <= vars(model[0]).keys() & vars(model[2]).keys()
         assert model[0].weight.dtype == torch.float32  # one copy of the weights in bfloat16 is enough
         torch.testing.assert_close(model(noise(2, 3, 8, 8)), expected, rtol=2**-7, atol=2**-9)

@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmextract import engine, fusion, precision
 from fmextract.errors import ConfigError
+from fmextract.model import modes
 
 CPU = torch.device("cpu")
+POOLING = precision.Mode(pooling=True)
 
 
 class Tied(nn.Module):
@@ -43,19 +45,37 @@ def state(model: nn.Module) -> list[object]:
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
-def test_a_lent_model_comes_back_as_it_was(name: str, memory_format: str) -> None:
+@pytest.mark.parametrize("prepacked", [True, False])
+def test_a_lent_model_comes_back_as_it_was(name: str, memory_format: str, prepacked: bool) -> None:
     model = Tied()
     model.norm.eval()  # flags that differ between modules
     before = state(model)
-    with precision.lent(model, CPU, name, memory_format, packing=False) as lent:
+    replaced = prepacked and name != "fp32"
+    with precision.lent(model, CPU, name, precision.Mode(memory_format, prepacked=prepacked)) as lent:
         assert lent is model
         assert not any(module.training for module in model.modules())
         assert model.a.weight is model.b.weight
-        assert model.conv.weight.is_contiguous(memory_format=torch.channels_last) is (memory_format == "channels_last")
-        expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-        assert model.conv.weight.dtype == model.a.weight.dtype == expected
-        assert model.norm.weight.dtype == torch.float32  # only what autocast would cast every time
+        laid_out = memory_format == "channels_last" and not replaced
+        assert model.conv.weight.is_contiguous(memory_format=torch.channels_last) is laid_out
+        assert {p.dtype for p in model.parameters()} == {torch.float32}  # whoever else reads a weight gets it as it is
+        assert [("forward" in vars(m)) for m in (model.conv, model.a, model.b, model.norm)] == [replaced] * 3 + [False]
     assert state(model) == before
+
+
+def test_two_lendings_take_turns() -> None:
+    model = Tied()
+    before, batch = state(model), torch.randn(2, 3, 8, 8)
+    modes = (("fp32", precision.Mode("channels_last")), ("bf16", precision.Mode("channels_last", prepacked=True)))
+    lendings = [precision.Lending(model, CPU, *mode) for mode in modes]
+    made = []
+    for _ in range(2):
+        for lending, (name, _mode) in zip(lendings, modes, strict=True):
+            with lending as lent, precision.numerics(name, CPU):
+                made.append(lent.conv(precision.to_memory_format(batch, "channels_last")))
+            assert state(model) == before
+    assert [m.dtype for m in made] == [torch.float32, torch.bfloat16] * 2
+    assert torch.equal(made[0], made[2])
+    assert torch.equal(made[1], made[3])
 
 
 def interrupted_while_replaced(model: Tied) -> None:
@@ -63,12 +83,12 @@ def interrupted_while_replaced(model: Tied) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_a_lent_model_comes_back_after_an_exception(packing: bool) -> None:
+@pytest.mark.parametrize("prepacked", [True, False])
+def test_a_lent_model_comes_back_after_an_exception(prepacked: bool) -> None:
     model = Tied()
     before = state(model)
-    pairs = (fusion.Pair(model.conv, model.norm),)
-    with pytest.raises(KeyboardInterrupt), precision.lent(model, CPU, "bf16", "channels_last", pairs, packing):
+    mode = precision.Mode("channels_last", (fusion.Pair(model.conv, model.norm),), prepacked=prepacked)
+    with pytest.raises(KeyboardInterrupt), precision.lent(model, CPU, "bf16", mode):
         interrupted_while_replaced(model)
     assert state(model) == before
     assert not any("forward" in vars(module) for module in model.modules())
@@ -92,7 +112,7 @@ def test_max_pooling_on_a_cpu_takes_the_fast_kernel_and_gives_the_same_bits(pool
     x = torch.randn(3, 16, 19, 21, generator=torch.Generator().manual_seed(0))
     x[:, :, ::5, ::3], x[0, 0, 4, 4], x[1, 3, 7], x[2, :, 3, 3] = 0, torch.nan, torch.inf, -torch.inf
     expected = pool(x)
-    with precision.lent(pool, CPU), precision.lent(pool, CPU), Kernels() as kernels:
+    with precision.lent(pool, CPU, mode=POOLING), precision.lent(pool, CPU, mode=POOLING), Kernels() as kernels:
         made = pool(x)
         pool(x[:, :2].contiguous())  # too few channels for it to pay
         pool(x.bfloat16())  # of whose NaN that kernel makes another one
@@ -115,7 +135,7 @@ class OwnPool(nn.MaxPool2d):
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2, return_indices=True), OwnPool(2)])
 def test_other_ways_of_pooling_are_left_alone(pool: nn.MaxPool2d) -> None:
-    with precision.lent(pool, CPU), Kernels() as kernels:
+    with precision.lent(pool, CPU, mode=POOLING), Kernels() as kernels:
         pool(torch.randn(1, 16, 8, 8))
     assert kernels.channels_last == [False]
 
@@ -127,8 +147,9 @@ def test_casting_weights_beforehand_changes_no_value() -> None:
     batch = torch.randn(4, 3, 8, 8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(batch)
-    with precision.lent(model, CPU, "bf16"), precision.numerics("bf16", CPU):
-        assert torch.equal(model(batch), expected)
+    for mode in (precision.PLAIN, precision.Mode(prepacked=True)):
+        with precision.lent(model, CPU, "bf16", mode), precision.numerics("bf16", CPU):
+            torch.testing.assert_close(model(batch), expected, rtol=2**-7, atol=2**-9)
 
 
 def test_numerics_are_restored() -> None:
@@ -167,9 +188,9 @@ def test_what_a_cpu_cannot_run_is_refused(name: str, words: str) -> None:
 def test_memory_format_follows_the_network() -> None:
     convolutional = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
     patches = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.Flatten(2), nn.Linear(4, 4))
-    assert precision.resolve_memory_format("auto", convolutional) == "channels_last"
-    assert precision.resolve_memory_format("auto", patches) == "contiguous"
-    assert precision.resolve_memory_format("contiguous", convolutional) == "contiguous"
+    assert modes.formats("auto", convolutional) == ("channels_last", "contiguous")
+    assert modes.formats("auto", patches) == ("contiguous",)
+    assert modes.formats("contiguous", convolutional) == ("contiguous",)
 
 
 KEPT = """

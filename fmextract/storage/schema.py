@@ -268,7 +268,9 @@ CONFIG = fields(
     origin=fields(provider=text),
     run_id=text,
     forward_threads=whole(1, 10**6),
-    fused=flag,
+    fused=many(many(text, 2)),
+    pooling=flag,
+    prepacked=flag,
     notes=many(text),
 )
 PREPROCESS = fields(
@@ -442,7 +444,9 @@ PLAN = fields(
         images=IMAGES,
     ),
     versions=table_of(text),
-    fused=flag,
+    fused=many(many(text, 2)),
+    pooling=flag,
+    prepacked=flag,
     estimate=table_of(optional(either(number(), table_of(number())))),
     notes=many(text),
 )
