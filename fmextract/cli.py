@@ -225,6 +225,13 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
         "COUNT|SHARE",
         "Failed images allowed, as 12 or 5%; a share counts from 200 images on. [default: 5%]",
     ),
+    "key": (str, "COLUMN", "Column of a manifest that names the images. [default: key, else their paths]"),
+    "label": (
+        str,
+        "COLUMN|folder",
+        "Column of a manifest that labels the images, or folder: that which each lies in. [default: label]",
+    ),
+    "hidden": (bool, None, "Take hidden files and folders too, and what computers put beside photos (@eaDir)."),
     "allow_outside": (bool, None, "Let a manifest name files that are not below its own folder."),
     "overwrite": (bool, None, "Replace an earlier output of fmextract. Without it the same command resumes."),
     "break_lock": (bool, None, "Take over an output that another run, which is surely dead, still holds."),
@@ -269,8 +276,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A folder of images (recursive), a .csv, .jsonl or .txt manifest with a `path` column, or "
-        "module:callable giving a Dataset.",
+        help="A folder of images (recursive), a .csv, .tsv, .jsonl or .txt manifest with a `path` column, a quoted "
+        "pattern, or module:callable giving a Dataset.",
         show_default=False,
     ),
 ]

@@ -104,6 +104,9 @@ class Config:
     top: int = 9
     effective_fields: str = "auto"
     max_failures: FailureBudget = dataclasses.field(default_factory=FailureBudget)
+    key: Any = None
+    label: Any = None
+    hidden: bool = False
     allow_outside: bool = False
     overwrite: bool = False
     break_lock: bool = False
@@ -150,7 +153,16 @@ class Config:
         made["layers"] = list(self.layers)
         if not isinstance(self.preprocess, str):
             made["preprocess"] = repr(self.preprocess)
+        for option in ("key", "label"):
+            made[option] = _shown(made[option])
         return made
+
+
+def _shown(value: Any) -> str | None:
+    """A column's name as it is; of a function or a list of the caller's only that there was one."""
+    if value is None or isinstance(value, str):
+        return value
+    return f"a function {getattr(value, '__name__', '')}".strip() if callable(value) else f"a list of {len(value)}"
 
 
 def _same(value: Any) -> Any:

@@ -43,7 +43,7 @@ from fmextract.common.folders import remembered
 from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
 from fmextract.errors import FmextractError, LayerError, SampleError, SourceError
-from fmextract.inputs.sources import folder_of, open_source
+from fmextract.inputs.sources import folder_of, notes_of, open_source
 from fmextract.model.modes import Subject
 from fmextract.planning import Plan
 from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress, Source
@@ -98,7 +98,14 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         images.device_decoder(where)  # before the model is built, which may take long
     if config.precision != "auto":
         precision.check(config.precision, where)
-    opened = open_source(source, limit=config.limit, allow_outside=config.allow_outside)
+    opened = open_source(
+        source,
+        limit=config.limit,
+        allow_outside=config.allow_outside,
+        key=config.key,
+        label=config.label,
+        hidden=config.hidden,
+    )
     loaded = models.load_model(model, config.weights, config.preprocess, config.size)
     input_shape, ready = _input_shape(opened, loaded, config)
     if config.decode == "device":
@@ -109,6 +116,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         probed, stop, largest, notes = _probe(loaded, config.layers, input_shape, where)
         reductions = tuple(_reduction(p) for p in probed)
         fields = _fields(loaded, probed, reductions, stop, input_shape, where)
+    notes = [*notes_of(opened), *notes]
     for note in notes:
         progress.note(note)
     yield Prepared(

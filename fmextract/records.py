@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from fmextract.errors import ConfigError
 
@@ -26,11 +26,16 @@ class Status(IntEnum):
 STATUS_MEANINGS = ("ok", "could_not_be_read", "could_not_be_decoded", "forward_failed")
 
 
+Label: TypeAlias = int | float | str | list[Any] | dict[str, Any] | None
+"""What stands beside an image: a number, text, a list of numbers, or anything that JSON can hold; None: no label."""
+
+
 @runtime_checkable
 class Source(Protocol):
     """Where images come from: random access by row, safe to call from several threads at once.
 
-    Rows are 0 .. len-1 in a fixed order; `key` is unique and never shortened.
+    Rows are 0 .. len-1 in a fixed order; `key` is unique and never shortened. A source may also have `notes`, a list of
+    lines worth reading about what it took and what it passed over.
     """
 
     @property
@@ -41,7 +46,7 @@ class Source(Protocol):
 
     def key(self, row: int) -> str: ...
 
-    def label(self, row: int) -> int | str | None: ...
+    def label(self, row: int) -> Label: ...
 
     def load(self, row: int) -> Any:
         """The image of a row: its encoded bytes, or an array, tensor or PIL image.
@@ -198,7 +203,7 @@ class SampleTable:
 
     start: int
     keys: list[str]
-    labels: Sequence[int | str | None] | None
+    labels: Sequence[Label] | None
     status: list[int]
     message: list[str]
     height: list[int]
@@ -206,7 +211,7 @@ class SampleTable:
     files: list[FileStamp]
 
     @classmethod
-    def empty(cls, start: int, keys: list[str], labels: Sequence[int | str | None] | None) -> SampleTable:
+    def empty(cls, start: int, keys: list[str], labels: Sequence[Label] | None) -> SampleTable:
         """A table of `len(keys)` rows that all stand at status 0, size 0 x 0, of no file."""
         n = len(keys)
         return cls(start, keys, labels, [0] * n, [""] * n, [0] * n, [0] * n, [FileStamp()] * n)

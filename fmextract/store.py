@@ -39,6 +39,7 @@ from fmextract.records import (
     Field,
     FileInfo,
     FileStamp,
+    Label,
     LayerSpec,
     SampleTable,
     Status,
@@ -570,7 +571,7 @@ def coordinate(field: Field | None, role: str, size: int) -> tuple[Array, dict[s
     return centres, {"long_name": "centre of the receptive field", "units": "pixel"}
 
 
-def label_type(labels: Sequence[int | str | None] | None) -> np.dtype[Any] | None:
+def label_type(labels: Sequence[Label] | None) -> np.dtype[Any] | None:
     """The type of /label: int64 where every label is an integer or None (stored as -1), else utf-8 (None: empty)."""
     if labels is None:
         return None
@@ -1034,7 +1035,7 @@ def _axes(where: str, own: Mapping[str, _Node], sample: int) -> tuple[str, ...]:
 def read_samples(file: h5py.File, part: slice = slice(None)) -> SampleTable:
     """The columns of a file, or of a part of its rows; a label that is empty or -1 is None."""
     with _reading(file):
-        labels: list[int | str | None] | None = None
+        labels: list[Label] | None = None
         if "label" in file:
             column = file["label"]
             stored = _texts(column, part) if column.dtype.kind == "O" else column[part].tolist()

@@ -26,7 +26,8 @@ ORDER = re.findall(
     storage.schema storage store index lock watch feeding reader
     device
     common.folders common.imports common.streams common.relative_error common
-    inputs.files inputs.pictures inputs.manifests inputs.datasets inputs.sources inputs
+    inputs.files inputs.pictures inputs.tables inputs.labels inputs.items inputs.kinds inputs.given
+    inputs.folders inputs.manifests inputs.attributes inputs.datasets inputs.sources inputs
     capture.reducer_help capture images models axes taps capture.probe geometry effective reducers stats
     packed fusion planning chunks workers compiled precision model.modes model choose
     engine estimate prepare replay output

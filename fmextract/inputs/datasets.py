@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fmextract.errors import SampleError, SourceError
-from fmextract.inputs.files import FileSource, Names, Options, read_file, refuse_duplicates, shown_name
-from fmextract.records import Status
+from fmextract.inputs.attributes import kept_by
+from fmextract.inputs.files import FileSource, Names, Options, read_file, refuse_duplicates
+from fmextract.inputs.given import FOLDER, function_of, given_keys, given_labels, with_given
+from fmextract.inputs.items import IMAGE_NAMES, PATH_NAMES, UnclearItem, is_pair, is_path, named, split
+from fmextract.inputs.labels import NotALabel, as_column, as_label
+from fmextract.inputs.manifests import open_table
+from fmextract.inputs.tables import columns_of, listed, made_by
+from fmextract.records import Label, Status
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetSource:
-    """A map-style Dataset or a sequence. An item is an image, (image, label …) or a dict with `image` and `label`.
+    """A map-style Dataset or a sequence; see `items` for what an item is.
 
-    An image is encoded bytes, a path, a PIL image, an array or a tensor. `labels` are those that the Dataset lists
-    (`targets`, `labels`, or ImageFolder's `samples`); where it lists none, `label` is taken from the item, and is free
-    of charge once the row has been loaded.
+    A label comes with its item, free of charge once the row has been loaded; `labels` are those that the Dataset lists
+    beside its items, for rows that fail, or whose item has none. `pick` takes the label out of (row, item) instead.
+    `given`: the labels are the caller's, whatever the items say.
     """
 
     name: str
     data: Any
     keys: Sequence[str]
     labels: Sequence[Any] | None
-    seen: dict[int, Any] = field(default_factory=dict, repr=False)
+    pick: Callable[[int, Any], Any] | None = None
+    given: bool = False
+    notes: list[str] = field(default_factory=list)
+    seen: dict[int, Label] = field(default_factory=dict, repr=False)
+    looked_at: set[str] = field(default_factory=set, repr=False)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -34,26 +46,73 @@ class DatasetSource:
     def key(self, row: int) -> str:
         return self.keys[row]
 
-    def label(self, row: int) -> int | str | None:
-        if self.labels is not None:
-            return _plain_label(self.labels[row])
-        if row not in self.seen:
+    def label(self, row: int) -> Label:
+        if self.labels is None and row not in self.seen:
             with contextlib.suppress(SampleError):  # a failed row has no label
                 self.load(row)
-        return _plain_label(self.seen.pop(row, None))
+        label = self.seen.pop(row, None)
+        return label if label is not None else self._listed_label(row)
+
+    def _listed_label(self, row: int) -> Label:
+        """What the Dataset lists beside its items, unless the first item showed that this is something else."""
+        if self.labels is None or "other labels" in self.looked_at:
+            return None
+        return self._as_label(row, self.labels[row])
 
     def load(self, row: int) -> Any:
-        """The image of an item. Raises SampleError(Status.UNREADABLE) with what `__getitem__` raised."""
+        """The image of an item. Raises SampleError(Status.UNREADABLE) with what `__getitem__` raised.
+
+        Raises SourceError where the very first item is none that an image could be found in.
+        """
         if not 0 <= row < len(self):
             raise IndexError(f"expected a row from 0 to {len(self) - 1}, got {row}")
+        self.seen[row] = None
         try:
-            image, label = _split(self.data[row])
+            item = self.data[row]
         except Exception as error:  # a Dataset may raise anything, and that is one row's failure
-            self.seen[row] = None
             raise SampleError(Status.UNREADABLE, f"{type(error).__name__}: {error}") from error
-        if self.labels is None:
-            self.seen[row] = label
-        return read_file(os.fsencode(image)) if isinstance(image, (str, os.PathLike)) else image
+        try:
+            parts = split(item)
+        except UnclearItem as error:
+            if "items" not in self.looked_at:
+                raise SourceError(f"{self.name}: {error}") from error
+            raise
+        if not self.given:
+            self.seen[row] = self._as_label(row, parts.label if self.pick is None else self._picked(row, item))
+        if "items" not in self.looked_at:
+            self.looked_at.add("items")
+            self._look_at(row, parts.rest)
+        return read_file(os.fsencode(parts.image)) if is_path(parts.image) else parts.image
+
+    def _picked(self, row: int, item: Any) -> Any:
+        assert self.pick is not None
+        try:
+            return self.pick(row, item)
+        except Exception as error:  # the caller's function may raise anything
+            raise SourceError(
+                f"{self.name}: label= raised {type(error).__name__}: {error}, for the item of row {row}"
+            ) from error
+
+    def _look_at(self, row: int, rest: Sequence[str]) -> None:
+        """Once the first item has come: say what of it is not taken; see whether the Dataset's list has its label."""
+        if self.given:
+            return
+        if rest and self.pick is None:
+            self.notes.append(f"{self.name}: of each item the image and the label are taken, not {', '.join(rest[:8])}")
+        if self.seen[row] is not None and self.labels is not None and self._listed_label(row) != self.seen[row]:
+            self.looked_at.add("other labels")
+
+    def _as_label(self, row: int, value: Any) -> Label:
+        try:
+            return as_label(value)
+        except NotALabel as error:
+            if "labels" not in self.looked_at:
+                self.looked_at.add("labels")
+                self.notes.append(
+                    f"{self.name}: labels that are no numbers, text or short lists of them are not stored. The first:"
+                    f" row {row}, {error} (label= can take a part of it)"
+                )
+            return None
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Count, digest of the keys, type of the Dataset. What its items hold is not looked at."""
@@ -63,62 +122,141 @@ class DatasetSource:
 
 
 def open_python(data: Any, name: str, options: Options) -> FileSource | DatasetSource:
+    """Whatever holds images or paths by position. Raises SourceError, before anything is read, for all else."""
+    table = columns_of(data)
+    if table is not None:
+        return _of_table(table, name, options)
+    values = listed(data)
+    count = _count(values, name)
+    rows = min(count, options.limit or count)
+    if isinstance(values, Sequence):
+        files = _of_files([values[row] for row in range(rows)], name, options)
+        if files is not None:
+            return files
+    return _of_dataset(values, name, count, rows, options)
+
+
+def files_named(paths: Sequence[Any], name: str, options: Options, labels: Sequence[Label] | None = None) -> FileSource:
+    """Files one by one, with the keys and labels that the caller gives. Raises SourceError for one that comes twice."""
+    for option, value in (("key", options.key), ("label", options.label)):
+        if isinstance(value, str) and not (option == "label" and value == FOLDER):
+            raise SourceError(f"--{option} {value!r} names a column of a manifest or a table; {name} has none")
+    source = FileSource.of_paths(paths, name, labels)
+    if options.key is None:
+        refuse_duplicates(map(source.key, range(len(source))))
+    return with_given(source, options)
+
+
+def _of_files(values: Sequence[Any], name: str, options: Options) -> FileSource | None:
+    """Paths, or (path, label) pairs, which are known before anything is read; None for anything else."""
+    if all(map(is_path, values)):
+        return files_named(values, name, options)
+    if not all(is_pair(value) for value in values):
+        return None
     try:
-        count = len(data)
-    except TypeError:
-        count = None
-    if count is None or not hasattr(data, "__getitem__") or isinstance(data, (Mapping, bytes)):
+        labels = as_column([label for _, label in values])
+    except NotALabel:
+        return None
+    return files_named([path for path, _ in values], name, options, labels)
+
+
+def _of_table(table: dict[str, list[Any]], name: str, options: Options) -> FileSource | DatasetSource:
+    if not table or not len(next(iter(table.values()))):
+        raise SourceError(f"{name} is empty")
+    image = _image_column(table, name)
+    if all(map(is_path, table[image])):
+        return with_given(open_table(table, image, name, options), options)
+    if isinstance(options.key, str) and options.key not in table:
+        raise SourceError(f"{name}: --key {options.key!r} is no column; there are {', '.join(table)}")
+    keys = (
+        [options.key] if isinstance(options.key, str) else named(list(table), ("key",)) if options.key is None else []
+    )
+    rows = [dict(zip(table, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+    if keys:
+        options = dataclasses.replace(options, key=table[keys[0]])
+    return _of_dataset(rows, name, len(rows), min(len(rows), options.limit or len(rows)), options)
+
+
+def _image_column(table: Mapping[str, Sequence[Any]], name: str) -> str:
+    """The column of paths, or of images. Raises SourceError where none is called so, or several may be it."""
+    called = named(list(table), ("path",)) or named(list(table), (*IMAGE_NAMES, *PATH_NAMES))
+    if len(called) == 1:
+        return str(called[0])
+    wanted = "expected a column `path` of files, or `image` of images"
+    if called:
+        raise SourceError(f"{name}: {' and '.join(map(repr, called))} may each be the images: {wanted}")
+    raise SourceError(f"{name}: {wanted}, found {', '.join(map(repr, table))}")
+
+
+def _of_dataset(data: Any, name: str, count: int, rows: int, options: Options) -> DatasetSource:
+    if isinstance(options.key, str):
         raise SourceError(
-            f"{name}: expected a map-style Dataset or a sequence of images (with __len__ and __getitem__), "
-            f"got {type(data).__name__}"
+            f"{name}: --key {options.key!r} names a column of a manifest or a table. The keys of a Dataset are "
+            "given as a list, or as a function of the row (key=)"
+        )
+    notes: list[str] = []
+    kept = kept_by(data, count, notes.append)
+    keys = given_keys(options, rows) or (kept.keys[:rows] if kept.keys is not None else _numbers(count)[:rows])
+    pick = _picker(options)
+    labels = given_labels(options, rows) if pick is None else None
+    given = labels is not None
+    return DatasetSource(name, data, keys, labels if given else kept.labels, pick, given, notes)
+
+
+def _part(name: str, row: int, item: Any) -> Any:
+    """Of an item that is a dict; a function of the module, for another process to have it too."""
+    return item[name]
+
+
+def _numbers(count: int) -> list[str]:
+    width = max(6, len(str(count - 1)))
+    return [f"{row:0{width}d}" for row in range(count)]
+
+
+def _picker(options: Options) -> Callable[[int, Any], Any] | None:
+    """What takes a label out of (row, item): a name of a part of the items, or the caller's function of both."""
+    label = options.label
+    if isinstance(label, str):
+        return functools.partial(_part, label)
+    picker: Callable[[int, Any], Any] | None = label if function_of(label, "label") == 2 else None
+    return picker
+
+
+def _count(data: Any, name: str) -> int:
+    """How many items there are. Raises SourceError for what cannot be asked for a row by its number."""
+    kind = type(data).__name__
+    if made_by(data, "torch") and hasattr(data, "batch_sampler"):
+        raise SourceError(
+            f"{name}: a {kind} gives batches, in an order of its own. Give its Dataset (loader.dataset), whose rows "
+            "keep their order: batches are made here (--batch-size)"
+        )
+    try:
+        count = None if isinstance(data, (bytes, str, Mapping, set, frozenset)) else len(data)
+    except (TypeError, NotImplementedError):
+        count = None
+    if count is None or not hasattr(data, "__getitem__") or _is_iterable_only(data):
+        raise SourceError(
+            f"{name}: expected a map-style Dataset or a sequence of images (with __len__ and __getitem__), got {kind}. "
+            f"{_instead_of(data)}"
         )
     if count == 0:
         raise SourceError(f"{name} is empty")
-    rows = min(count, options.limit or count)
-    if isinstance(data, (list, tuple)) and all(isinstance(item, (str, os.PathLike)) for item in data):
-        return FileSource.of_paths(data[:rows], name)
-    keys, labels = _keys_and_labels(data, count)
-    if len(keys) != count or (labels is not None and len(labels) != count):
-        raise SourceError(f"{name}: expected {count} keys and labels, one an item, got {len(keys)} keys")
-    refuse_duplicates(keys)
-    return DatasetSource(name, data, keys[:rows], labels)
+    return count
 
 
-def _keys_and_labels(data: Any, count: int) -> tuple[list[str], Sequence[Any] | None]:
-    samples = getattr(data, "samples", None)
-    if isinstance(samples, list) and hasattr(data, "root"):  # torchvision's ImageFolder and DatasetFolder
-        keys = [os.fsencode(os.path.relpath(path, data.root)) for path, _ in samples]
-        return [shown_name(key) for key in keys], [label for _, label in samples]
-    labels = _column(data, "targets", "labels")
-    if labels is not None and len(labels) != count:
-        labels = None  # a name that means something else here
-    ids = _column(data, "ids", "keys")
-    if ids is not None:
-        return [shown_name(str(key).encode("utf-8", "backslashreplace")) for key in ids], labels
-    width = max(6, len(str(count - 1)))
-    return [f"{row:0{width}d}" for row in range(count)], labels
+def _is_iterable_only(data: Any) -> bool:
+    """An IterableDataset inherits a __getitem__ that raises."""
+    return any(base.__name__ == "IterableDataset" for base in type(data).__mro__)
 
 
-def _column(data: Any, *names: str) -> Sequence[Any] | None:
-    """The first attribute of these names that is a sequence; methods (as `dict.keys`) are not."""
-    found = (getattr(data, name, None) for name in names)
-    return next((column for column in found if hasattr(column, "__getitem__") and hasattr(column, "__len__")), None)
-
-
-def _split(item: Any) -> tuple[Any, Any]:
-    """The image and the label (None where there is none) of a Dataset's item."""
-    if isinstance(item, Mapping):
-        return item["image"], item.get("label")
-    if isinstance(item, (tuple, list)):
-        return item[0], item[1] if len(item) > 1 else None
-    return item, None
-
-
-def _plain_label(label: Any) -> int | str | None:
-    """Integers (those of numpy and torch too) and text; anything else, a mask or boxes, is no label of an image."""
-    if isinstance(label, str):
-        return str.__str__(label)  # a kind of text of the user's own is unknown to another process
-    try:
-        return int(label.__index__())
-    except (AttributeError, TypeError, ValueError, RuntimeError):
-        return None
+def _instead_of(data: Any) -> str:
+    if isinstance(data, Mapping):
+        return "Of a dict of images give list(d.values()), and its names as key=list(d)"
+    if isinstance(data, (set, frozenset)):
+        return "A set has no order: give sorted(…)"
+    if isinstance(data, Iterable) and not isinstance(data, (bytes, str)):
+        return (
+            "Rows are read by number, some more than once, and a run may be resumed: what can be read once only, in "
+            "order, cannot be asked for that. Give list(…) where it fits into memory, or a Dataset"
+        )
+    return "An image is an array, a tensor, a PIL image, encoded bytes or a path: give a list of them"

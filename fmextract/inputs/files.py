@@ -6,21 +6,18 @@ Every row has a key that is unique and never shortened. Bytes of a file name tha
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import itertools
 import os
-import posixpath
 import stat
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fmextract.errors import SampleError, SourceError
-from fmextract.records import FileStamp, Status
+from fmextract.records import FileStamp, Label, Status
 
 # Formats that Pillow registers but decodes only with a handler of the user's or a foreign program (Ghostscript for
 # EPS: no program is started on a stranger's file), or writes only.
@@ -32,8 +29,13 @@ MAX_FILE_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    limit: int | None
-    allow_outside: bool
+    """How a source is to be opened; `key` and `label` say where its keys and labels come from, see `given`."""
+
+    limit: int | None = None
+    allow_outside: bool = False
+    key: Any = None
+    label: Any = None
+    hidden: bool = False
 
 
 class Names:
@@ -69,22 +71,26 @@ class Names:
 class FileSource:
     """Image files on disk. `load` returns a file's bytes.
 
-    `paths` are relative to `root`; `keys` is the same object where a file's path is its key.
+    `paths` are relative to `root`; `keys` is the same object where a file's path is its key. `columns` are what a
+    manifest says of its rows besides; `is_folder`: all the images of one folder, found there.
     """
 
     name: str
     root: bytes
     paths: Names
     keys: Names
-    labels: Sequence[int | str | None] | None = None
+    labels: Sequence[Label] | None = None
+    columns: Mapping[str, Sequence[Label]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    is_folder: bool = False
 
     @classmethod
-    def of_paths(cls, paths: Iterable[str | os.PathLike[str]], name: str) -> FileSource:
+    def of_paths(
+        cls, paths: Iterable[str | os.PathLike[str]], name: str, labels: Sequence[Label] | None = None
+    ) -> FileSource:
         """Files named one by one, relative to the working directory; the key is the path as it was given."""
-        names = [os.fsencode(path) for path in paths]
-        refuse_duplicates(shown_name(path) for path in names)
-        held = Names(names)
-        return cls(name, os.fsencode(Path.cwd()), held, held)
+        held = Names(map(os.fsencode, paths))
+        return cls(name, os.fsencode(Path.cwd()), held, held, labels)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -92,7 +98,7 @@ class FileSource:
     def key(self, row: int) -> str:
         return shown_name(self.keys[row])
 
-    def label(self, row: int) -> int | str | None:
+    def label(self, row: int) -> Label:
         return None if self.labels is None else self.labels[row]
 
     def load(self, row: int) -> FileBytes:
@@ -162,86 +168,16 @@ def read_file(path: bytes) -> FileBytes:
         raise SampleError(Status.UNREADABLE, error.strerror or type(error).__name__) from error
 
 
-@functools.cache
 def image_extensions() -> frozenset[bytes]:
-    """The file name extensions of every format that Pillow decodes by itself: lower case, with the dot."""
+    """The file name extensions of every format that Pillow decodes by itself: lower case, with the dot.
+
+    Looked up for every source: a plug-in for another format may be registered at any time.
+    """
     from PIL import Image
 
     return frozenset(
         extension.encode() for extension, kind in Image.registered_extensions().items() if kind not in NOT_DECODED
     )
-
-
-def open_folder(folder: Path, options: Options) -> FileSource:
-    others: list[int] = [0]
-    names = Names()
-    for path in _walk(os.fsencode(folder), others):
-        names.append(path)
-        if len(names) == options.limit:
-            break
-    if not names:
-        looked_for = " ".join(sorted(extension.decode() for extension in image_extensions()))
-        raise SourceError(
-            f"no images in {str(folder)!r} or the folders below it, but {others[0]} other files. "
-            f"Looked for the extensions {looked_for}"
-        )
-    return FileSource(str(folder), os.fsencode(folder.absolute()), names, names)
-
-
-@dataclass(frozen=True, slots=True)
-class _Directory:
-    """A directory being walked: what is left of it, and who it is, to see when a link leads back up."""
-
-    prefix: bytes
-    identity: tuple[int, int]
-    entries: Iterator[tuple[bytes, bool]]
-
-
-def _walk(root: bytes, others: list[int]) -> Iterator[bytes]:
-    """Relative paths of the images below `root`, in the order of their keys, found directory by directory.
-
-    `others[0]` counts the files passed over. Links to directories are followed, but never to one that is being walked.
-    """
-    extensions = image_extensions()
-    open_directories = [_enter(root, b"")]
-    while open_directories:
-        here = open_directories[-1]
-        entry = next(here.entries, None)
-        if entry is None:
-            open_directories.pop()
-            continue
-        name, is_directory = entry
-        if is_directory:
-            below = _enter(root, here.prefix + name + b"/")
-            if below.identity not in (directory.identity for directory in open_directories):
-                open_directories.append(below)
-        elif posixpath.splitext(name)[1].lower() in extensions:
-            yield here.prefix + name
-        else:
-            others[0] += 1
-
-
-def _enter(root: bytes, prefix: bytes) -> _Directory:
-    path = os.path.join(root, prefix)  # noqa: PTH118
-    try:
-        with os.scandir(path) as scan:
-            entries = [(entry.name, _is_directory(entry)) for entry in scan]
-        status = os.stat(path)  # noqa: PTH116
-    except OSError as error:
-        raise SourceError(f"cannot list the folder {shown_name(path)!r}: {error.strerror}") from error
-    # A directory sorts as the prefix it is ("a/" comes after "a.jpg"), so that the walk yields whole paths in order.
-    shown = sorted((shown_name(name) + "/" * is_directory, name, is_directory) for name, is_directory in entries)
-    for (one, *_), (other, *_) in itertools.pairwise(shown):
-        if one == other:
-            raise SourceError(f"two files in {shown_name(path)!r} would have the same key {one!r}: rename one of them")
-    return _Directory(prefix, (status.st_dev, status.st_ino), iter([(name, is_dir) for _, name, is_dir in shown]))
-
-
-def _is_directory(entry: os.DirEntry[bytes]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link that leads to itself: a row that fails, if it has an image's name
-        return False
 
 
 def refuse_duplicates(keys: Iterable[str]) -> None:

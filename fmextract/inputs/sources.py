@@ -6,59 +6,114 @@ row has a key that is unique and never shortened. Bytes of a file name that are 
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fmextract.common.imports import import_object
 from fmextract.errors import ConfigError, SourceError
-from fmextract.inputs.datasets import open_python
-from fmextract.inputs.files import FileSource, OnDisk, Options, open_folder
+from fmextract.inputs.datasets import files_named, open_python
+from fmextract.inputs.files import FileSource, OnDisk, Options
+from fmextract.inputs.folders import Passed, image_among, open_folder
+from fmextract.inputs.given import with_given
+from fmextract.inputs.kinds import kind_of
 from fmextract.inputs.manifests import MANIFESTS, open_manifest
-from fmextract.records import Source
+from fmextract.records import Label, Source
 
-__all__ = ["folder_of", "on_disk", "open_source"]
+__all__ = ["folder_of", "notes_of", "on_disk", "open_source"]
 
 
-def open_source(source: Any, *, limit: int | None = None, allow_outside: bool = False) -> Source:
+def open_source(
+    source: Any,
+    *,
+    limit: int | None = None,
+    allow_outside: bool = False,
+    key: Any = None,
+    label: Any = None,
+    hidden: bool = False,
+) -> Source:
     """Whatever a user names as the source of images, as a Source of its first `limit` rows.
 
-    A folder (recursive), a manifest (.csv, .jsonl, .txt), one image file, `module:callable` or `path/file.py:callable`
-    that gives a Dataset, a map-style Dataset or sequence of images, arrays or paths, or a Source. `allow_outside` lets
-    a manifest name files that are not below its own folder.
+    A folder (recursive, with `hidden` also what is hidden in it), a manifest (.csv, .tsv, .jsonl, .txt), one image
+    file, a pattern of files, `module:callable` or `path/file.py:callable` that gives a Dataset; a map-style Dataset or
+    sequence of images, arrays or paths, a table with a column of paths, or a Source. `allow_outside` lets a manifest
+    name files that are not below its own folder. `key` and `label` are columns, lists or functions, see `given`.
 
-    Raises SourceError where there is nothing to read, ConfigError for a limit below 1.
+    Raises SourceError where there is nothing to read, ConfigError for options that mean nothing here.
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"--limit must be 1 or more, got {limit}")
-    options = Options(limit, allow_outside)
+    options = Options(limit, allow_outside, key, label, hidden)
     if isinstance(source, (str, os.PathLike)):
         return _open_text(os.fspath(source), options)
-    if isinstance(source, Source):
-        return _first(source, limit)
-    return open_python(source, type(source).__name__, options)
+    return _open_object(source, type(source).__name__, options)
+
+
+def _open_object(source: Any, name: str, options: Options) -> Source:
+    if not isinstance(source, Source):
+        return open_python(source, name, options)
+    if options.key is not None or options.label is not None:
+        raise ConfigError(
+            f"{name} is a Source, which has keys and labels of its own: key= and label= mean nothing here"
+        )
+    return _first(source, options.limit)
 
 
 def _open_text(text: str, options: Options) -> Source:
     path = Path(text)
     opener = OPENERS.get(path.suffix.lower())
     if path.is_dir():
-        return open_folder(path, options)
-    if opener is not None and (path.exists() or ":" not in text):
-        return opener(path, options)
+        return with_given(open_folder(path, options), options)
+    if opener is not None and (path.exists() or not (":" in text or _is_pattern(text))):
+        return with_given(opener(path, options), options)
     if path.exists():
-        return FileSource.of_paths([text], name=text)
+        return _open_file(text, options)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        raise SourceError(f"{text!r} is an address: images are read from files. Download them, and give their folder")
+    if _is_pattern(text):
+        return _open_pattern(text, options)
     if ":" in text:
         found = import_object(text, SourceError, "the source")
         needs_call = callable(found) and not hasattr(found, "__getitem__")
-        made = _call(found, text) if needs_call else found
-        return _first(made, options.limit) if isinstance(made, Source) else open_python(made, text, options)
-    raise SourceError(
-        f"no such file or folder: {text!r}. A source is a folder of images, a manifest "
-        f"({', '.join(MANIFESTS)}) with a `path` column, or module:callable giving a Dataset"
-    )
+        return _open_object(_call(found, text) if needs_call else found, text, options)
+    raise SourceError(f"no such file or folder: {text!r}. {_SOURCES}")
+
+
+_SOURCES = (
+    f"A source is a folder of images, a manifest ({', '.join(MANIFESTS)}) with a `path` column, or "
+    "module:callable giving a Dataset"
+)
+
+
+def _open_file(text: str, options: Options) -> Source:
+    """One image file. Raises SourceError that says what another file is, and what can be given instead."""
+    passed = Passed()
+    if image_among(os.fsencode(text), passed):
+        return files_named([text], text, options)
+    kind, instead = kind_of(os.fsencode(text))
+    raise SourceError(f"{text!r} is {kind}. {instead or _SOURCES}")
+
+
+def _is_pattern(text: str) -> bool:
+    return glob.has_magic(text)
+
+
+def _open_pattern(pattern: str, options: Options) -> Source:
+    """The images among the files that a pattern matches, in the order of their names."""
+    passed = Passed()
+    matched = sorted(glob.glob(pattern, recursive=True, include_hidden=options.hidden))  # noqa: PTH207  as it was given
+    files = [name for name in matched if not Path(name).is_dir()]
+    images = [name for name in files if image_among(os.fsencode(name), passed)][: options.limit]
+    if not images:
+        found = f"matches {len(matched) - len(files)} folders and no image, but {passed or 'nothing else'}"
+        raise SourceError(f"{pattern!r} {found if matched else 'is no file or folder, and matches none'}. {_SOURCES}")
+    source = files_named(images, pattern, options)
+    source.notes.extend([f"{pattern}: passed over {passed}"] * bool(passed) + passed.recognised_note(pattern))
+    return source
 
 
 def _call(factory: Callable[[], Any], text: str) -> Any:
@@ -83,13 +138,17 @@ class _First:
     def name(self) -> str:
         return self.source.name
 
+    @property
+    def notes(self) -> Sequence[str]:
+        return notes_of(self.source)
+
     def __len__(self) -> int:
         return self.count
 
     def key(self, row: int) -> str:
         return self.source.key(row)
 
-    def label(self, row: int) -> int | str | None:
+    def label(self, row: int) -> Label:
         return self.source.label(row)
 
     def load(self, row: int) -> Any:
@@ -97,6 +156,12 @@ class _First:
 
     def fingerprint(self) -> Mapping[str, Any]:
         return {**self.source.fingerprint(), "limit": self.count}
+
+
+def notes_of(source: Source) -> Sequence[str]:
+    """Lines worth reading about what a source took and what it passed over; more may come as its rows are loaded."""
+    found = getattr(source, "notes", ())
+    return [str(note) for note in found] if isinstance(found, (list, tuple)) else []
 
 
 def on_disk(source: Source, row: int) -> OnDisk | None:
@@ -116,5 +181,5 @@ def folder_of(source: Source) -> bytes | None:
     return source.root if isinstance(source, FileSource) else None
 
 
-OPENERS: dict[str, Callable[[Path, Options], Source]] = dict.fromkeys(MANIFESTS, open_manifest)
+OPENERS: dict[str, Callable[[Path, Options], FileSource]] = dict.fromkeys(MANIFESTS, open_manifest)
 """By the extension of a file: what opens it. Tar shards have their place here."""
