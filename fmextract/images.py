@@ -31,11 +31,11 @@ from fmextract.inputs.files import stamp_of
 from fmextract.inputs.pictures import (
     Pixels,
     decode_file,
+    eight_bits,
     from_pil,
     one_line,
     orientation_of,
     refuse_bomb,
-    sixteen_bit,
     undecodable,
 )
 from fmextract.records import FileStamp, Preprocess, Status
@@ -97,9 +97,10 @@ Preprocessing = Preprocess | CustomPreprocess
 def decode(data: Any, preprocess: Preprocessing | None, *, exif: bool = False) -> Image:
     """One image, ready for a batch. Safe to call from several threads at once.
 
-    `data` is the bytes of a file; a PIL image; a uint8 or uint16 array or tensor, grey or with 1, 3 or 4 channels; or
-    a float tensor (channels, height, width), for a clip (channels, time, height, width), which is taken as the model's
-    input, as it is. Channels are the last axis of an array and the first of a tensor; the other end is tried where that
+    `data` is the bytes of a file; a PIL image; an array or tensor, grey or with 1, 3 or 4 channels, of uint8, uint16,
+    bool, whole numbers from 0 to 255, or, as an array, floats from 0 to 1; or a float tensor (channels, height, width),
+    for a clip (channels, time, height, width), which is taken as the model's input, as it is. Channels are the last
+    axis of an array and the first of a tensor; the other end is tried where that
     axis cannot be channels. `exif` turns the picture upright as its EXIF orientation says. `preprocess` may be None
     where all data are float tensors.
 
@@ -152,19 +153,13 @@ def _picture(data: Any, exif: bool) -> tuple[Pixels, str]:
 
 def _from_array(values: NDArray[Any], *, first: bool) -> Pixels:
     """(h, w, 3) of grey (h, w) or colour, whose channels are the first axis or the last."""
-    if values.dtype not in (np.uint8, np.uint16):
-        raise SampleError(
-            Status.UNDECODABLE,
-            f"expected pixels of type uint8 or uint16, got {values.dtype}; a model's input is a float torch tensor",
-        )
     if values.ndim == 2:
         values = values[..., None]
     ends = (0, -1) if first else (-1, 0)
     axis = next((end for end in ends if values.ndim == 3 and values.shape[end] in (1, 3, 4)), None)
     if axis is None or 0 in values.shape:
         raise SampleError(Status.UNDECODABLE, f"expected an image with 1, 3 or 4 channels, got shape {values.shape}")
-    values = np.moveaxis(values, axis, -1)[..., :3]
-    pixels = values if values.dtype == np.uint8 else sixteen_bit(values)
+    pixels = eight_bits(np.moveaxis(values, axis, -1)[..., :3])
     # A copy in any case: the caller's array may be read-only or written to again.
     return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else np.array(pixels, order="C")
 

@@ -216,6 +216,16 @@ CHW = HWC.transpose(2, 0, 1)
         (np.ascontiguousarray(HWC[::-1])[::-1], CHW),
         (HWC[:3], HWC[:3].transpose(2, 0, 1)),  # 3 x 30 x 3: an array's channels are its last axis
         (torch.from_numpy(CHW[:, :, :3].copy()), CHW[:, :, :3]),  # 3 x 20 x 3: a tensor's are its first
+        (HWC / 255, CHW),
+        ((HWC / 255).astype(np.float32), CHW),
+        (CHW / 255, CHW),
+        (HWC.astype(np.int64), CHW),
+        (torch.from_numpy(CHW.astype(np.int32)), CHW),
+        (HWC.astype(">u2") * 257, CHW),
+        (HWC.astype(">i4"), CHW),
+        (HWC > 99, (CHW > 99) * np.uint8(255)),
+        (torch.from_numpy(CHW > 99), (CHW > 99) * np.uint8(255)),
+        (np.zeros((5, 5)), np.zeros((3, 5, 5), np.uint8)),
     ],
 )
 def test_arrays_tensors_and_pil_images(data, expected):
@@ -239,7 +249,12 @@ def test_pixels_are_a_copy():
     "data",
     [
         HWC.astype(np.float32),
-        HWC.astype(np.int64),
+        HWC.astype(np.float64) / 255 - 0.5,
+        np.where(HWC > 3, HWC / 255, np.nan),
+        HWC.astype(np.int64) + 1,
+        HWC.astype(np.int16) - 1,
+        HWC.astype(np.complex64),
+        HWC.astype(object),
         HWC[None],
         np.zeros((5, 5, 2), np.uint8),
         np.zeros((0, 5, 3), np.uint8),

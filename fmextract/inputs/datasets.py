@@ -151,6 +151,10 @@ def _of_files(values: Sequence[Any], name: str, options: Options) -> FileSource 
     """Paths, or (path, label) pairs, which are known before anything is read; None for anything else."""
     if all(map(is_path, values)):
         return files_named(values, name, options)
+    if is_path(values[0]):
+        missing = next((row for row, value in enumerate(values) if _is_missing(value)), None)
+        if missing is not None:
+            raise SourceError(f"{name}: row {missing} has no path, but {values[missing]!r}: leave such rows out")
     if not all(is_pair(value) for value in values):
         return None
     try:
@@ -158,6 +162,10 @@ def _of_files(values: Sequence[Any], name: str, options: Options) -> FileSource 
     except NotALabel:
         return None
     return files_named([path for path, _ in values], name, options, labels)
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or isinstance(value, float) or type(value).__name__ in ("NAType", "NaTType")
 
 
 def _of_table(table: dict[str, list[Any]], name: str, options: Options) -> FileSource | DatasetSource:
@@ -198,9 +206,10 @@ def _of_dataset(data: Any, name: str, count: int, rows: int, options: Options) -
     kept = kept_by(data, count, notes.append)
     keys = given_keys(options, rows) or (kept.keys[:rows] if kept.keys is not None else _numbers(count)[:rows])
     pick = _picker(options)
-    labels = given_labels(options, rows) if pick is None else None
-    given = labels is not None
-    return DatasetSource(name, data, keys, labels if given else kept.labels, pick, given, notes)
+    if pick is not None:
+        return DatasetSource(name, data, keys, None, pick, notes=notes)
+    labels = given_labels(options, rows)
+    return DatasetSource(name, data, keys, kept.labels if labels is None else labels, None, labels is not None, notes)
 
 
 def _part(name: str, row: int, item: Any) -> Any:
@@ -250,6 +259,8 @@ def _is_iterable_only(data: Any) -> bool:
 
 
 def _instead_of(data: Any) -> str:
+    if made_by(data, "datasets") and isinstance(data, Mapping):
+        return f"Give one of its parts: {', '.join(map(repr, data))}"
     if isinstance(data, Mapping):
         return "Of a dict of images give list(d.values()), and its names as key=list(d)"
     if isinstance(data, (set, frozenset)):

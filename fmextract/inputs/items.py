@@ -26,6 +26,9 @@ _WANTED = (
 )
 
 
+_NESTED = "an image of nested lists is given as an array, numpy.asarray(lists)"
+
+
 class UnclearItem(SampleError):
     """An item of which nobody can say where its image is; what to give instead."""
 
@@ -98,7 +101,9 @@ def _image_in(item: Mapping[Any, Any]) -> Any:
         if found:
             raise UnclearItem(f"an item has {' and '.join(map(repr, found))}, and each may be the image")
     parts = ", ".join(f"{name!r}: {_kind(part)}" for name, part in list(item.items())[:8])
-    raise UnclearItem(f"an item is a dict {{{parts}}}, in which no part is called an image")
+    lists = any(isinstance(item[name], list) for name in named(list(item), IMAGE_NAMES))
+    hint = f": {_NESTED}, as of Hugging Face's with_format('numpy')" if lists else ""
+    raise UnclearItem(f"an item is a dict {{{parts}}}, in which no part is called an image{hint}")
 
 
 def _of_tuple(item: Sequence[Any]) -> Item:
@@ -109,7 +114,7 @@ def _of_tuple(item: Sequence[Any]) -> Item:
     if first is not None and (not _is_image(first) or (is_path(first) and others_are_images)):
         kinds = ", ".join(map(_kind, item[:6]))
         nested = isinstance(first, (list, int, float)) and not others_are_images
-        hint = ": an image of nested lists is given as numpy.asarray(item)" if nested else ""
+        hint = f": {_NESTED}" if nested else ""
         raise UnclearItem(f"an item is ({kinds}), whose first part is not the image{hint}")
     return Item(first, others[0] if others else None, tuple(f"part {n} of each item" for n in range(3, len(item) + 1)))
 

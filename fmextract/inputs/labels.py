@@ -23,7 +23,7 @@ class NotALabel(Exception):
 def as_label(value: Any) -> Label:
     """A label as plain Python: numbers and text as they are, arrays and tensors as lists, mappings by text keys.
 
-    An array or tensor of one value is that value. Raises NotALabel for anything else, and for more than MOST_VALUES.
+    An array or tensor of one value is that value. Raises NotALabel for anything else: images, more than MOST_VALUES.
     """
     label: Label = _plain(value, [MOST_VALUES])
     return label
@@ -59,7 +59,7 @@ def _plain(value: Any, room: list[int]) -> Any:
 
 def _of_array(value: Any, room: list[int]) -> Any:
     shape = tuple(value.shape)
-    if math.prod(shape) > room[0] + 1:
+    if len(shape) > 2 or math.prod(shape) > room[0] + 1:
         raise NotALabel(f"{type(value).__name__} of shape {shape}")
     try:
         listed = value.tolist()

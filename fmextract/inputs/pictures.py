@@ -13,6 +13,7 @@ What becomes of pixels that are not 8-bit RGB:
   maximum.
 * floats (mode F): 0..1 times 255; else 0..255 as they are; else stretched, minimum to maximum. What is not finite
   counts as the lowest.
+* arrays: bool black and white; whole numbers from 0 to 255 as they are; floats from 0 to 1 times 255.
 """
 
 from __future__ import annotations
@@ -111,6 +112,31 @@ def refuse_bomb(width: int, height: int) -> None:
 def sixteen_bit(values: NDArray[Any]) -> Pixels:
     scaled: Pixels = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return scaled
+
+
+def eight_bits(values: NDArray[Any]) -> Pixels:
+    """Pixels as people have them: uint8, uint16, truth values, whole numbers to 255, floats from 0 to 1.
+
+    Raises SampleError for all else, which would have to be guessed.
+    """
+    kind = values.dtype
+    if kind == np.uint8:
+        return values
+    if kind.kind == "u" and kind.itemsize == 2:
+        return sixteen_bit(values)
+    if kind.kind == "b":
+        return values.astype(np.uint8) * np.uint8(255)
+    if kind.kind not in "iuf":
+        raise SampleError(Status.UNDECODABLE, f"expected pixels of type uint8, uint16, float or bool, got {kind}")
+    most = 1 if kind.kind == "f" else 255
+    low, high = values.min(), values.max()
+    if low >= 0 and high <= most:  # NaN is neither
+        return np.rint(values * 255).astype(np.uint8) if kind.kind == "f" else values.astype(np.uint8)
+    raise SampleError(
+        Status.UNDECODABLE,
+        f"pixels of type {kind} lie from {low:g} to {high:g}; expected 0 to {most}, or uint8 or uint16. "
+        "A model's finished input is a float torch tensor (channels, height, width)",
+    )
 
 
 def _integers(values: NDArray[Any]) -> Pixels:

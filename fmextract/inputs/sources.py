@@ -109,8 +109,11 @@ def _open_pattern(pattern: str, options: Options) -> Source:
     files = [name for name in matched if not Path(name).is_dir()]
     images = [name for name in files if image_among(os.fsencode(name), passed)][: options.limit]
     if not images:
-        found = f"matches {len(matched) - len(files)} folders and no image, but {passed or 'nothing else'}"
-        raise SourceError(f"{pattern!r} {found if matched else 'is no file or folder, and matches none'}. {_SOURCES}")
+        if not matched:
+            raise SourceError(f"no such file or folder, and no file that it matches: {pattern!r}. {_SOURCES}")
+        folders = f"{len(matched) - len(files)} folders" if len(matched) > len(files) else ""
+        found = " and ".join(filter(None, [folders, str(passed)]))
+        raise SourceError(f"{pattern!r} matches no images, but {found}. {_SOURCES}")
     source = files_named(images, pattern, options)
     source.notes.extend([f"{pattern}: passed over {passed}"] * bool(passed) + passed.recognised_note(pattern))
     return source
