@@ -26,7 +26,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fmextract.axes import CHANNEL, TOKEN, UNKNOWN, Axes, Axis, AxisTracer, image_axes
+from fmextract.axes import AxisTracer, Operation
+from fmextract.capture.atoms import CHANNEL, TOKEN, UNKNOWN, Axes, Axis, image_axes, length, plain
 from fmextract.records import Field
 from fmextract.taps import Event, Forward, Probed, Reduce, tapped
 
@@ -128,24 +129,18 @@ class _Operand:
     @property
     def known_axes(self) -> Axes:
         if self.seen is None:
-            return tuple(((CHANNEL, size),) for size in self.shape)
+            return tuple(plain(CHANNEL, size) for size in self.shape)
         if self.axes is None:
             raise _LostError
         return self.axes
 
 
-class _Operation:
-    """One executed operation: its arguments by name, and what was known of its tensors before it ran."""
+class _Operation(Operation):
+    """One executed operation, and what its tensors saw before it ran."""
 
     def __init__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], tracer: FieldTracer) -> None:
-        schema = func._schema.arguments
-        self.name: str = func.overloadpacket.__name__
-        self.pointwise = torch.Tag.pointwise in func.tags
-        self.mutates: bool = func._schema.is_mutable
-        self.args = {a.name: a.default_value for a in schema if a.has_default_value()}
-        self.args |= dict(zip((a.name for a in schema), args, strict=False)) | kwargs
-        self.before = {id(t): tracer.operand(t) for t in _tensors(self.args.values())}
-        self.out: list[torch.Tensor] = []
+        super().__init__(func, args, kwargs, tracer)
+        self.before = {id(t): tracer.operand(t) for t in self.tensors}
         self.out_axes: Axes | None = None
 
     @property
@@ -156,7 +151,7 @@ class _Operation:
     def operand(self, name: str) -> _Operand:
         return self.before[id(self.args[name])]
 
-    def image(self, name: str) -> tuple[Seen, Axes]:
+    def seen_of(self, name: str) -> tuple[Seen, Axes]:
         """The operand `name`, when nothing else comes from the image."""
         operand = self.operand(name)
         if operand.seen is None or len(self.sources) > 1:
@@ -254,8 +249,8 @@ class FieldTracer(AxisTracer):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         operation = _Operation(func, args, kwargs or {}, self)
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        operation.out = _tensors(out if isinstance(out, (list, tuple)) else (out,))
+        out = func(*args, **(kwargs or {}))
+        self.follow(operation, out)
         for tensor in operation.out:
             operation.out_axes = self.axes(tensor)
             seen = _result(operation, tensor)
@@ -282,13 +277,6 @@ def _storage(tensor: torch.Tensor, keep: dict[int, StorageWeakRef] | None = None
     return int(reference.cdata)
 
 
-def _tensors(values: Iterable[Any]) -> list[torch.Tensor]:
-    flat: list[Any] = []
-    for value in values:
-        flat += value if isinstance(value, (list, tuple)) else [value]
-    return [value for value in flat if isinstance(value, torch.Tensor)]
-
-
 def _result(operation: _Operation, tensor: torch.Tensor) -> Seen | None:
     """What an output of `operation` sees."""
     sources = operation.sources
@@ -313,7 +301,7 @@ def _result(operation: _Operation, tensor: torch.Tensor) -> Seen | None:
 
 def _roles(axis: Axis) -> set[str]:
     """The directions of the image in which one moves along `axis`: all of them, where it is not known."""
-    wide = {role for role, size in axis if size > 1}
+    wide = {atom.role for atom in axis if atom.size > 1}
     return set(ROLES) if wide & {TOKEN, UNKNOWN} else wide & set(ROLES)
 
 
@@ -322,13 +310,18 @@ def _moves(span: Span | None, axes: Axes, at: int, role: str) -> bool:
     else."""
     if span is None or role not in _roles(axes[at]):
         return False
-    explicit = any(name == role for name, _ in axes[at])
+    explicit = any(atom.role == role for atom in axes[at])
     return explicit or math.prod(size for _, size in _parts(axes, role)) < span.cells
 
 
 def _parts(axes: Axes, role: str) -> list[tuple[int, int]]:
     """(axis, size) of every part into which views have split a direction, as they come in memory order of the axes."""
-    return [(i, size) for i, axis in enumerate(axes) for name, size in axis if name == role and size > 1]
+    return [(i, atom.size) for i, axis in enumerate(axes) for atom in axis if atom.role == role and atom.size > 1]
+
+
+def _is_whole(axis: Axis, role: str, cells: int) -> bool:
+    """Whether the axis is one direction, all of it, in order."""
+    return len(axis) == 1 and axis[0].role == role and length(axis) == cells
 
 
 def _map(seen: Seen, change: Callable[[str, Span], Span | None]) -> Seen:
@@ -341,7 +334,7 @@ def _expect(span: Span | None, axes: Axes, at: int, role: str) -> None:
     """Make sure that the axis `at` is the whole of a direction, in order."""
     if span is None:
         return
-    if axes[at] != ((role, span.cells),) or len(_parts(axes, role)) > 1 or span.order != (0,):
+    if not _is_whole(axes[at], role, span.cells) or len(_parts(axes, role)) > 1 or span.order != (0,):
         raise _LostError
 
 
@@ -405,8 +398,7 @@ def _absorbed(seen: Seen, axes: Axes, at: int) -> tuple[Seen, Axes]:
     Pixels that a view has put beside the channels (space to depth, patch merging) become part of the span.
     """
     mixed = _map(seen, lambda role, span: _absorb(span, axes, at, role))
-    size = math.prod(size for _, size in axes[at])
-    return mixed, (*axes[:at], ((CHANNEL, size),), *axes[at + 1 :])
+    return mixed, (*axes[:at], plain(CHANNEL, length(axes[at])), *axes[at + 1 :])
 
 
 # ------------------------------------------------------------------------------------ rules: windows
@@ -422,7 +414,7 @@ def _windowed(name: str, windows: Callable[[_Operation, int, int, int], Windows 
     """
 
     def rule(operation: _Operation) -> Seen:
-        seen, axes = operation.image(name)
+        seen, axes = operation.seen_of(name)
         shape = operation.out[0].shape
         count = len(shape) - 2
         seen, axes = _absorbed(seen, axes, 1)
@@ -517,7 +509,7 @@ def _change_axis(seen: Seen, axes: Axes, at: int, change: Callable[[Span], Span]
     def one(role: str, span: Span) -> Span:
         if not _moves(span, axes, at, role):
             return span
-        if axes[at] != ((role, span.cells),):
+        if not _is_whole(axes[at], role, span.cells):
             if span.whole:
                 return span
             raise _LostError
@@ -528,44 +520,49 @@ def _change_axis(seen: Seen, axes: Axes, at: int, change: Callable[[Span], Span]
 
 
 def _slice(operation: _Operation) -> Seen:
-    seen, axes = operation.image("self")
+    seen, axes = operation.seen_of("self")
     at = operation.args["dim"] % len(axes)
-    taken = range(*slice(*(operation.args[name] for name in ("start", "end", "step"))).indices(_length(axes[at])))
+    taken = range(*slice(*(operation.args[name] for name in ("start", "end", "step"))).indices(length(axes[at])))
     return _change_axis(seen, axes, at, lambda span: span.read([(i, i) for i in taken], taken.step))
 
 
 def _pad(operation: _Operation) -> Seen:
-    """Padding shifts the cells, whatever it is filled with; a negative one crops."""
+    """Padding shifts the cells; a negative one crops. What is filled with other cells makes the field a bound: at the
+    border it is of pixels that stand elsewhere.
+    """
     name = "input" if "input" in operation.args else "self"
-    seen, axes = operation.image(name)
+    seen, axes = operation.seen_of(name)
     pads = operation.args["pad"] if "pad" in operation.args else operation.args["padding"]
     for k in range(len(pads) // 2):
         at = len(axes) - 1 - k
         before, cells = pads[2 * k], operation.out[0].shape[at]
         if any(pads[2 * k : 2 * k + 2]):
-            seen = _change_axis(seen, axes, at, functools.partial(_shifted, by=-before, cells=cells))
+            filled = operation.name != "constant_pad_nd" and max(pads[2 * k : 2 * k + 2]) > 0
+            change = functools.partial(_shifted, by=-before, cells=cells, bound=filled)
+            seen = _change_axis(seen, axes, at, change)
     return seen
 
 
 def _roll(operation: _Operation) -> Seen:
     """Cells that go out on one side come in on the other: everything may be seen, and rolling back restores places."""
-    seen, axes = operation.image("self")
+    seen, axes = operation.seen_of("self")
     if not operation.args["dims"]:
         raise _LostError
     for shift, dim in zip(operation.args["shifts"], operation.args["dims"], strict=True):
         at = dim % len(axes)
-        seen = _change_axis(seen, axes, at, functools.partial(_shifted, by=-shift, cells=_length(axes[at])))
+        seen = _change_axis(seen, axes, at, functools.partial(_shifted, by=-shift, cells=length(axes[at])))
         seen = _change_axis(seen, axes, at, lambda span: replace(span, whole=True, bound=True))
     return seen
 
 
-def _shifted(span: Span, by: int, cells: int) -> Span:
-    return span.read([(i + by, i + by) for i in range(cells)], 1)
+def _shifted(span: Span, by: int, cells: int, bound: bool = False) -> Span:
+    moved = span.read([(i + by, i + by) for i in range(cells)], 1)
+    return replace(moved, bound=moved.bound or bound)
 
 
 def _part(operation: _Operation) -> Seen:
     """split, unbind, select: other axes stay as they are; pieces of a direction are not followed."""
-    seen, axes = operation.image("self")
+    seen, axes = operation.seen_of("self")
 
     return _change_axis(seen, axes, operation.args["dim"] % len(axes), _only_whole)
 
@@ -573,7 +570,7 @@ def _part(operation: _Operation) -> Seen:
 def _reduce(operation: _Operation) -> Seen:
     """mean, sum, amax, var … over given axes: what is taken over a whole direction is the same for every cell."""
     name = "self" if "self" in operation.args else "input"
-    seen, axes = operation.image(name)
+    seen, axes = operation.seen_of(name)
     dims = operation.dims("dim", len(axes)) if "dim" in operation.args else set(range(len(axes)))
 
     def one(role: str, span: Span) -> Span | None:
@@ -590,14 +587,10 @@ def _reduce(operation: _Operation) -> Seen:
 
 def _expand(operation: _Operation) -> Seen:
     """One cell that is spread over many is the same for all of them."""
-    seen, axes = operation.image("self")
+    seen, axes = operation.seen_of("self")
     sizes = operation.out[0].shape[-len(axes) :] if axes else ()
-    spread = {name for axis, size in zip(axes, sizes, strict=True) for name, n in axis if n == 1 < size}
+    spread = {atom.role for axis, size in zip(axes, sizes, strict=True) for atom in axis if atom.size == 1 < size}
     return _map(seen, lambda role, span: None if role in spread else span)
-
-
-def _length(axis: Axis) -> int:
-    return math.prod(size for _, size in axis)
 
 
 # ------------------------------------------------------------------------------- rules: same positions
@@ -624,7 +617,7 @@ def _cat(operation: _Operation) -> Seen:
     seen = _union(operation, out, skip=at)
     for source in operation.sources:
         # A class token before the patches makes an axis of tokens, in which nothing is looked up by place any more.
-        if out is not None and not any(name == TOKEN for name, _ in out[at]):
+        if out is not None and not any(atom.role == TOKEN for atom in out[at]):
             _change_axis(seen, source.known_axes, at, _only_whole)
     return seen
 
@@ -643,7 +636,7 @@ def _stack(operation: _Operation) -> Seen:
 
 def _view(operation: _Operation) -> Seen:
     """A view keeps positions. It may split a direction into parts, and merge them where they are in order."""
-    seen, axes = operation.image("self")
+    seen, axes = operation.seen_of("self")
     out = operation.out_axes
     if out is None:
         raise _LostError
@@ -661,7 +654,7 @@ def _view(operation: _Operation) -> Seen:
 
 def _permute(operation: _Operation) -> Seen:
     """permute, transpose, t: the parts of a direction may change their order."""
-    seen, axes = operation.image("self")
+    seen, axes = operation.seen_of("self")
     order = list(range(len(axes)))
     if "dims" in operation.args:
         order = [d % len(axes) for d in operation.args["dims"]]
@@ -684,7 +677,7 @@ def _permute(operation: _Operation) -> Seen:
 
 def _same_shape(operation: _Operation) -> Seen:
     """as_strided keeps positions only where it keeps the axes."""
-    seen, axes = operation.image("self")
+    seen, axes = operation.seen_of("self")
     if operation.out_axes != axes:
         raise _LostError
     return seen
@@ -692,7 +685,7 @@ def _same_shape(operation: _Operation) -> Seen:
 
 def _first(operation: _Operation) -> Seen:
     """Everything stays where it is."""
-    return operation.image("self" if "self" in operation.args else "input")[0]
+    return operation.seen_of("self" if "self" in operation.args else "input")[0]
 
 
 # ------------------------------------------------------------------------------------- rules: all positions
@@ -700,7 +693,7 @@ def _first(operation: _Operation) -> Seen:
 
 def _norm(operation: _Operation) -> Seen:
     """Batch norm uses statistics of its own; by those of the batch, as in an instance norm, everything has a part."""
-    seen = operation.image("input")[0]
+    seen = operation.seen_of("input")[0]
     spatial = operation.name == "native_group_norm" or operation.args.get("training", operation.name.endswith("legit"))
     return replace(seen, has_global=seen.has_global or (spatial and _is_spread(seen)))
 
@@ -710,12 +703,12 @@ def _is_spread(seen: Seen) -> bool:
 
 
 def _layer_norm(operation: _Operation) -> Seen:
-    seen, axes = operation.image("input")
+    seen, axes = operation.seen_of("input")
     return _over(seen, axes, range(len(axes) - len(operation.args["normalized_shape"]), len(axes)))
 
 
 def _softmax(operation: _Operation) -> Seen:
-    seen, axes = operation.image("self")
+    seen, axes = operation.seen_of("self")
     return _over(seen, axes, [operation.args["dim"] % len(axes)])
 
 
@@ -741,7 +734,7 @@ def _matrix_product(left: str, right: str) -> Rule:
 
 
 def _linear(operation: _Operation) -> Seen:
-    seen, axes = operation.image("input")
+    seen, axes = operation.seen_of("input")
     return _absorbed(seen, axes, len(axes) - 1)[0]
 
 
@@ -761,7 +754,7 @@ def _product(left: _Operand, right: _Operand) -> _Operand:
         contracted = _moves(one, a, -1, role) or _moves(other, b, -2, role)
         if contracted or (in_rows and in_columns):
             # Windows stand in the axes before the last two.
-            windowed = any(name == role for axis in a[:-2] for name, n in axis if n > 1)
+            windowed = any(atom.role == role for axis in a[:-2] for atom in axis if atom.size > 1)
             placed = one if in_rows or other is None else other
             kept = placed is not None and (in_rows or in_columns or windowed)
             spans[role] = replace(placed, whole=True, bound=placed.bound or windowed) if placed and kept else None
@@ -785,7 +778,7 @@ def _attention(operation: _Operation) -> Seen:
 
 def _self_attention(operation: _Operation) -> Seen:
     """The fused layers: (batch, token, feature), query, key and value all the same."""
-    seen, axes = operation.image("query" if "query" in operation.args else "src")
+    seen, axes = operation.seen_of("query" if "query" in operation.args else "src")
     return _map(seen, lambda role, span: replace(span, whole=True) if _moves(span, axes, -2, role) else span)
 
 

@@ -258,6 +258,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
     free = estimate.free_space(out)
     stored, needed = _on_disk(cost, layers, -(-rows // shard_rows), out)
     cost = replace(cost, bytes_stored=stored, bytes_needed=needed, bytes_free=free)
+    left_out += _without_statistics(prepared)
     notes = [*chosen.notes, *left_out, *_not_compiled(prepared.device), *estimate.advice(layers, cost, rows, free)]
     for note in notes:
         progress.note(note)
@@ -306,6 +307,16 @@ def _subject(prepared: Prepared) -> Subject:
         reducers=reduce_functions(prepared),
         stop=prepared.stop,
     )
+
+
+def _without_statistics(prepared: Prepared) -> list[str]:
+    """A note on the layers that have no axis of channels."""
+    pairs = zip(prepared.probed, prepared.captured, strict=True)
+    names = [probed.tap.name for probed, captured in pairs if not {"channel", "feature"} & set(captured.axes)]
+    if not names:
+        return []
+    of = f"{len(names)} of {len(prepared.probed)} layers"
+    return [f"no statistics of {of}, in which no axis of channels is known: {text.some(names)}"]
 
 
 def _not_compiled(where: torch.device) -> list[str]:

@@ -99,9 +99,10 @@ class Field:
     """A receptive field along (y, x), in pixels of the network's input.
 
     Cell i covers the interval of `size` pixels centred on `offset + i * stride`; pixel p has its centre at p + 0.5.
-    `bound`: at most that much. `whole`: every cell sees the whole image, whose size is given; offset and stride say
-    where the cell stands. `has_global`: something that is the same for all cells (squeeze-excitation, a norm over
-    space) comes in as well, and is left out of the size.
+    `bound`: at most that much, but for cells at the border behind padding by reflection and the like, which see pixels
+    of the inside in place of those outside. `whole`: every cell sees the whole image, whose size is given; offset and
+    stride say where the cell stands. `has_global`: something that is the same for all cells (squeeze-excitation, a norm
+    over space) comes in as well, and is left out of the size.
     """
 
     size: tuple[float, float]

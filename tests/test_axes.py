@@ -11,8 +11,8 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from fmextract import axes, taps
-from fmextract.capture import probe
+from fmextract import taps
+from fmextract.capture import atoms, probe
 
 Tensor = torch.Tensor
 CHANNEL_FIRST, CHANNEL_LAST = ("channel", "y", "x"), ("y", "x", "channel")
@@ -182,7 +182,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
     "gate": (lambda x: F.glu(x, 1), CHANNEL_FIRST),
     "flip and roll": (lambda x: x.flip(3).roll(2, 2), CHANNEL_FIRST),
     "views": (lambda x: x.reshape(-1, 64, 8).reshape(-1, 8, 8, 8), CHANNEL_FIRST),
-    "windows": (_windows, UNKNOWN),
+    "windows": (_windows, ("axis_1", "axis_2", "channel")),
     "windows and back": (_and_back, CHANNEL_LAST),
     "space to depth": (
         lambda x: x.reshape(-1, 8, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, 4, 4, 32),
@@ -195,7 +195,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
     ),
     "weights of attention": (lambda x: (x.flatten(2).mT @ x.flatten(2)).softmax(-1), ("axis_1", "axis_2")),
     "heads": (lambda x: x.flatten(2).mT.unflatten(2, (2, 4)).transpose(1, 2), UNKNOWN),
-    "two views of an image": (lambda x: torch.cat([x, x.flip(3)]), ("axis_1", "axis_2", "axis_3", "axis_4")),
+    "two views of an image": (lambda x: torch.cat([x, x.flip(3)]), ("axis_1", "channel", "axis_3", "axis_4")),
     "sequence first": (lambda x: x.flatten(2).permute(2, 0, 1), TOKENS),
     "patches by unfold": (lambda x: F.unfold(x, 2), ("axis_1", "axis_2")),
     "scattered": (lambda x: x[torch.arange(len(x))[:, None], torch.arange(8)], UNKNOWN),
@@ -203,7 +203,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[str, ...]]] = {
     "convolution over tokens": (lambda x: F.conv1d(x.flatten(2), WEIGHT[..., None]), ("feature", "token")),
     "convolution in windows": (
         lambda x: F.conv2d(x.reshape(-1, 8, 2, 4, 8).transpose(1, 2).reshape(-1, 8, 4, 8), WEIGHT[..., None, None]),
-        ("axis_1", "axis_2", "axis_3", "axis_4"),
+        ("axis_1", "channel", "axis_3", "axis_4"),
     ),
 }
 
@@ -237,8 +237,11 @@ def test_nothing_is_known_by_shape_alone() -> None:
 
     assert after(from_nowhere) == UNKNOWN
     assert after(lambda x: F.relu(from_nowhere(x))) == UNKNOWN
-    assert after(lambda x: F.conv2d(from_nowhere(x), WEIGHT[..., None, None])) == CHANNEL_FIRST
-    assert after(lambda x: F.max_pool2d(from_nowhere(x), 2)) == CHANNEL_FIRST
+    defined = ("channel", "axis_2", "axis_3")
+    assert after(lambda x: F.conv2d(from_nowhere(x), WEIGHT[..., None, None])) == defined
+    assert after(lambda x: F.batch_norm(from_nowhere(x), torch.zeros(8), torch.ones(8))) == defined
+    assert after(lambda x: F.max_pool2d(from_nowhere(x), 2)) == defined
+    assert after(lambda x: from_nowhere(x) + x) == CHANNEL_FIRST, "a residual knows"
 
 
 @pytest.mark.parametrize(
@@ -269,23 +272,30 @@ def test_no_operation_can_make_the_trace_fail(function: Callable[[Tensor], Tenso
 
 
 def test_views_merge_and_split() -> None:
-    maps = axes.image_axes((2, 6, 4, 8))
-    tokens = axes.regroup(maps, (2, 6, 32))
+    maps = atoms.image_axes((2, 6, 4, 8))
+    batch, channel, y, x = maps
+    tokens = atoms.regroup(maps, (2, 6, 32))
     assert tokens is not None
-    assert tokens[2] == (("y", 4), ("x", 8))
-    assert axes.regroup(tokens, (2, 6, 4, 8)) == maps
-    assert axes.regroup(maps, (2, 6, 2, 2, 8)) == (*maps[:2], (("y", 2),), (("y", 2),), (("x", 8),))
-    assert axes.regroup(axes.regroup(maps, (2, 6, 2, 2, 8)) or (), (2, 6, 4, 8)) == maps
-    assert axes.regroup(maps, (12, 4, 8)) == ((("batch", 2), ("channel", 6)), (("y", 4),), (("x", 8),))
-    assert axes.regroup(maps, (4, 3, 4, 8)) is not None
-    assert axes.regroup(maps, (2, 6, 1, 4, 8)) == (*maps[:2], (("", 1),), *maps[2:])
-    assert axes.regroup(axes.image_axes((2, 6, 1, 1)), (2, 6)) == (*maps[:1], (("channel", 6),))
-    assert axes.regroup(maps, (0, 3)) is None
+    assert tokens[2] == (*y, *x)
+    assert atoms.regroup(tokens, (2, 6, 4, 8)) == maps
+    parted = atoms.regroup(maps, (2, 6, 2, 2, 8))
+    assert parted is not None
+    coarse, fine = parted[2:4]
+    assert [atoms.role_of(axis) for axis in (coarse, fine)] == ["y", ""]
+    assert atoms.regroup(parted, (2, 6, 4, 8)) == maps
+    swapped = atoms.regroup((batch, channel, fine, coarse, x), (2, 6, 4, 8))
+    assert swapped is not None
+    assert atoms.role_of(swapped[2]) == "", "the rows of the picture, but in another order"
+    assert atoms.regroup(maps, (12, 4, 8)) == ((*batch, *channel), y, x)
+    assert atoms.regroup(maps, (4, 3, 4, 8)) is not None
+    assert atoms.regroup(maps, (2, 6, 1, 4, 8)) == (batch, channel, atoms.plain("", 1), y, x)
+    assert atoms.regroup(atoms.image_axes((2, 6, 1, 1)), (2, 6)) == (batch, channel)
+    assert atoms.regroup(maps, (0, 3)) is None
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 4, 8), (2, 6, 3, 4, 8), (2, 6, 8), (2, 6)])
 def test_inputs(shape: tuple[int, ...]) -> None:
-    roles = [axis[0][0] for axis in axes.image_axes(shape)]
+    roles = [axis[0].role for axis in atoms.image_axes(shape)]
     assert (
         roles
         == {
@@ -297,13 +307,17 @@ def test_inputs(shape: tuple[int, ...]) -> None:
     )
 
 
-def test_names_are_all_or_nothing() -> None:
-    channel, y, x, unknown = ((role, 4) for role in ("channel", "y", "x", ""))
-    assert axes.name_axes(((channel,), (y,), (x,)), 3) == CHANNEL_FIRST
-    assert axes.name_axes(((channel,), (unknown,)), 2) == ("axis_1", "axis_2")
-    assert axes.name_axes(((channel,), (y,), (y,)), 3) == UNKNOWN
-    assert axes.name_axes(((y, x), (channel,)), 2) == TOKENS
-    assert axes.name_axes(((y, x, channel),), 1) == ("feature",)
-    assert axes.name_axes(((),), 1) == ("axis_1",)
-    assert axes.name_axes(None, 2) == ("axis_1", "axis_2")
-    assert axes.name_axes((), 0) == ()
+def test_one_unknown_axis_leaves_the_channel_alone() -> None:
+    channel, y, x, unknown = (atoms.plain(role, 4) for role in ("channel", "y", "x", ""))
+    assert atoms.name_axes((channel, y, x), 3) == CHANNEL_FIRST
+    assert atoms.name_axes((channel, unknown), 2) == ("channel", "axis_2")
+    assert atoms.name_axes((channel, y, y), 3) == ("channel", "axis_2", "axis_3")
+    assert atoms.name_axes((channel, y, channel), 3) == UNKNOWN
+    assert atoms.name_axes(((*y, *x), channel), 2) == TOKENS
+    assert atoms.name_axes(((*x, *y), channel), 2) == ("axis_1", "channel"), "columns of the picture, not rows"
+    assert atoms.name_axes(((*y, *x, *channel),), 1) == ("feature",)
+    heads = (atoms.split(channel[0], 2)[0],)
+    assert atoms.name_axes((heads, unknown, unknown), 3) == UNKNOWN, "heads are no channels"
+    assert atoms.name_axes(((),), 1) == ("axis_1",)
+    assert atoms.name_axes(None, 2) == ("axis_1", "axis_2")
+    assert atoms.name_axes((), 0) == ()

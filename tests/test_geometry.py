@@ -20,9 +20,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from fmextract import taps
-from fmextract.axes import image_axes
 from fmextract.boxes import cell_box, photo_box
 from fmextract.capture import probe
+from fmextract.capture.atoms import image_axes
 from fmextract.effective import _square, effective_sizes
 from fmextract.geometry import FieldTracer, Span, trace_fields
 from fmextract.records import Field, Preprocess

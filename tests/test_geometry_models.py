@@ -19,8 +19,8 @@ from torch.nn import functional
 from torchvision.ops import SqueezeExcitation
 
 from fmextract import taps
-from fmextract.axes import image_axes
 from fmextract.capture import probe
+from fmextract.capture.atoms import image_axes
 from fmextract.geometry import FieldTracer, trace_fields
 from fmextract.records import Field
 

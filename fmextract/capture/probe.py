@@ -12,9 +12,10 @@ from contextlib import suppress
 import torch
 from torch import nn
 
-from fmextract.axes import AxisTracer, image_axes, name_axes, without_batch
+from fmextract.axes import AxisTracer
+from fmextract.capture.atoms import image_axes, name_axes, without_batch
 from fmextract.errors import CaptureError
-from fmextract.taps import Forward, Hooks, Probed, Refused, RowLayout, Tap, is_plain, plain
+from fmextract.taps import ROOT, Forward, Hooks, Probed, Refused, RowLayout, Tap, is_plain, plain
 
 _SAMPLED = 1 << 14  # values of a row that are compared: more than enough to tell two images apart
 
@@ -142,9 +143,19 @@ def probe(
             continue
         shape = tuple(layout.rows_first(torch.empty(others.shapes[i], device="meta"), 3).shape[1:])
         per_image = without_batch(traces[i], layout.axis, layout.k, layout.outer)
-        axes = name_axes(per_image, len(shape))
+        axes = _defined(model, tap, layout, name_axes(per_image, len(shape)))
         probed.append(Probed(tap, layout, shape, axes, dtypes[i], overwritten=i in copied))
     return probed, refused
+
+
+def _defined(model: nn.Module, tap: Tap, layout: RowLayout, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """`axes` with the channel where the definition of a convolution or a batch norm puts it, if they were lost."""
+    if tap.tap != "out" or tap.path or layout != RowLayout(0) or not all(name.startswith("axis_") for name in axes):
+        return axes
+    module = model if tap.module == ROOT else model.get_submodule(tap.module)
+    if not axes or not {cls.__name__ for cls in type(module).__mro__} & {"_ConvNd", "_NormBase"}:
+        return axes
+    return ("channel", *axes[1:]) if len(axes) > 1 else ("feature",)
 
 
 def _distinct_noise(image_shape: Sequence[int], device: torch.device) -> torch.Tensor:
