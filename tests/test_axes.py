@@ -316,6 +316,7 @@ def test_one_unknown_axis_leaves_the_channel_alone() -> None:
     assert atoms.name_axes(((*y, *x), channel), 2) == TOKENS
     assert atoms.name_axes(((*x, *y), channel), 2) == ("axis_1", "channel"), "columns of the picture, not rows"
     assert atoms.name_axes(((*y, *x, *channel),), 1) == ("feature",)
+    assert atoms.name_axes((atoms.plain("", 1), channel), 2) == TOKENS
     heads = (atoms.split(channel[0], 2)[0],)
     assert atoms.name_axes((heads, unknown, unknown), 3) == UNKNOWN, "heads are no channels"
     assert atoms.name_axes(((),), 1) == ("axis_1",)

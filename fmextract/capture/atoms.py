@@ -232,6 +232,8 @@ def name_axes(axes: Axes | None, ndim: int) -> tuple[str, ...]:
     if axes is None:
         return unknown
     roles = [role_of(axis) for axis in axes]
+    if sorted(roles) == [UNKNOWN, CHANNEL] and length(axes[roles.index(UNKNOWN)]) == 1:
+        roles[roles.index(UNKNOWN)] = TOKEN  # one vector: a class token by itself
     if not all(role in (CHANNEL, TOKEN, *SPATIAL) for role in roles) or len(set(roles)) != len(roles):
         whole = [i for i, role in enumerate(roles) if role == CHANNEL and _all_channels(axes[i])]
         named = roles.count(CHANNEL) == len(whole) == 1
