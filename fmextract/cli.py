@@ -8,8 +8,6 @@ import contextlib
 import faulthandler
 import gc
 import inspect
-import json
-import math
 import signal
 import sys
 import traceback
@@ -22,7 +20,7 @@ import typer
 
 from fmextract import __version__, tables, text
 from fmextract.capture.reducer_help import REDUCER_HELP
-from fmextract.common import streams
+from fmextract.common import streams, strict_json
 from fmextract.config import (
     DECODERS,
     EFFECTIVE_FIELDS,
@@ -923,7 +921,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _show(data: Any, render: Callable[[], str], as_json: bool) -> None:
-    _print(json.dumps(_valid(data), indent=2) if as_json else render())
+    _print(strict_json.dumps(data, indent=2) if as_json else render())
 
 
 def _print(lines: str) -> None:
@@ -936,17 +934,6 @@ def _print(lines: str) -> None:
         with contextlib.suppress(OSError):
             print(f"the result could not be printed: {error.strerror}", file=sys.stderr)
     streams.settle(sys.stdout)
-
-
-def _valid(data: Any) -> Any:
-    """What JSON can hold: NaN and infinities, which it cannot, become null."""
-    if isinstance(data, Mapping):
-        return {str(key): _valid(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_valid(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return None
-    return data
 
 
 if __name__ == "__main__":

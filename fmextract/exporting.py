@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fmextract import codecs, index, output, reader, store
+from fmextract.common import strict_json
 from fmextract.dissimilarity import METRICS, dissimilarities
 from fmextract.errors import ConfigError, MissingExtra, NoSpace, OutputError
 from fmextract.look.select import select_layers
@@ -280,7 +281,7 @@ def _write_npy(job: _Job, folder: Path) -> list[ExportedLayer]:
         csv.writer(text, lineterminator="\n").writerows(itertools.chain([columns], zip(*columns.values(), strict=True)))
         text.detach()
     with _durable(folder / "index.json") as file:
-        file.write(json.dumps(job.about(written), indent=1).encode())
+        file.write(strict_json.dumps(job.about(written), indent=1).encode())
     return written
 
 
@@ -310,13 +311,13 @@ def _write_safetensors(job: _Job, path: Path) -> list[ExportedLayer]:
     if (labels := job.labels) is not None:
         columns["labels"] = labels
     metadata = {_ABOUT: job.about(written), **columns}
-    header: dict[str, Any] = {"__metadata__": {name: json.dumps(value) for name, value in metadata.items()}}
+    header: dict[str, Any] = {"__metadata__": {name: strict_json.dumps(value) for name, value in metadata.items()}}
     end = 0
     for layer in layers:
         kind = f"{_SAFETENSORS[layer.dtype.name.rstrip('0123456789')]}{8 * layer.dtype.itemsize}"
         start, end = end, end + layer.nbytes
         header[places[layer.name]] = {"dtype": kind, "shape": layer.shape, "data_offsets": [start, end]}
-    said = json.dumps(header).encode()
+    said = strict_json.dumps(header).encode()
     said += b" " * (-len(said) % 8)
     if len(said) > MOST_HEADER_BYTES:
         raise ConfigError(
@@ -360,9 +361,13 @@ def _write_parquet(job: _Job, path: Path) -> list[ExportedLayer]:
     fields = [arrow.field(name, kind) for name, kind in kinds.items()]
     for layer, dtype, place in zip(layers, dtypes, places, strict=True):
         kind = arrow.list_(arrow.from_numpy_dtype(dtype), math.prod(layer.shape[1:]))
-        said = {"layer": layer.name, "shape": json.dumps(layer.shape[1:]), "axes": json.dumps(layer.axes[1:])}
-        fields.append(arrow.field(place, kind, metadata=said))
-    schema = arrow.schema(fields, metadata={_ABOUT: json.dumps(job.about(written))})
+        said = {
+            "layer": layer.name,
+            "shape": strict_json.dumps(layer.shape[1:]),
+            "axes": strict_json.dumps(layer.axes[1:]),
+        }
+        fields.append(arrow.field(place, kind, metadata={"layer": layer.name} | said))
+    schema = arrow.schema(fields, metadata={_ABOUT: strict_json.dumps(job.about(written))})
     with (
         _durable(path) as file,
         parquet.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer,
@@ -483,7 +488,7 @@ def _write_rdm(job: _Job, path: Path) -> list[ExportedLayer]:
         {layer.name: job.matrix(layer, rows) for layer in job.layers},
         pairs,
         METRICS[job.metric],
-        said | {_ABOUT: json.dumps(about)},
+        said | {_ABOUT: strict_json.dumps(about)},
         patterns,
     )
     return written

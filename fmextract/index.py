@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fmextract.common import strict_json
 from fmextract.errors import DamagedError, FormatError, OutputError
 from fmextract.records import FORMAT_VERSION
 from fmextract.store import disk_error
@@ -63,7 +64,7 @@ def write_json(path: Path, obj: Any) -> None:
     """Write `obj` so that `path` holds either what it held or all of `obj`, durably. Raises NoSpace, OutputError."""
     temporary = temporary_name(path)
     try:
-        temporary.write_text(json.dumps(obj, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(strict_json.dumps(obj, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         publish(temporary, path)
     except OSError as error:
         raise disk_error(path, error) from error

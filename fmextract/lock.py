@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from fmextract.common import strict_json
 from fmextract.errors import OutputError
 from fmextract.store import disk_error
 
@@ -128,7 +129,7 @@ def _refusal(directory: Path, owner: Owner) -> str:
 
 def _create(path: Path, owner: Owner) -> None:
     """The lock appears with its content or not at all, and never over another. Raises FileExistsError."""
-    content = json.dumps(asdict(owner)).encode()
+    content = strict_json.dumps(asdict(owner)).encode()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(content)

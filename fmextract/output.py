@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fmextract import index, planning, reader, store
+from fmextract.common import strict_json
 from fmextract.common.folders import base_of, moved
 from fmextract.config import check_out, is_single_file
 from fmextract.errors import ConfigError, FormatError, OutputError, OutputLost
@@ -71,7 +71,7 @@ class Output:
 
         Raises OutputError, naming each field that differs, where another run was begun or finished there.
         """
-        identity = json.loads(json.dumps(identity))
+        identity = strict_json.plain(identity)
         if self._single and self._is_finished() and not self._overwrite:
             self._compare_finished(identity)
             return None

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import math
 import os
 import re
@@ -30,6 +29,7 @@ import h5py
 import numpy as np
 
 from fmextract.codecs import CODECS, Array, Codec, Stored, codec_named, encode, fill_value
+from fmextract.common import strict_json
 from fmextract.errors import DamagedError, FmextractError, FormatError, LayerError, NoSpace, OutputError
 from fmextract.moments import COVARIANCE
 from fmextract.records import (
@@ -471,7 +471,7 @@ def _attr_value(value: Any) -> Any:
     if isinstance(value, bool | np.bool_):
         return np.int8(value)  # HDF5 has no booleans, and h5py's stand-in is not netCDF
     if isinstance(value, Mapping):
-        return _text(json.dumps(value, sort_keys=True, ensure_ascii=False))
+        return _text(strict_json.dumps(value, sort_keys=True, ensure_ascii=False))
     array = np.asarray(value)
     if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
         raise ValueError(f"expected a text, a number, a mapping or an array of numbers as attribute, got {value!r}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fmextract import index, moments, reader, store
+from fmextract.common import strict_json
 from fmextract.errors import ConfigError, FormatError, OutputError
 from fmextract.index import INDEX, PLAN, ShardRecord
 from fmextract.planning import Plan, differences
@@ -429,7 +429,7 @@ def _rerun(check: _Check, count: int, model: Any, source: Any, seed: int | None,
         options = _options(acts)
         model, source = _named(acts, model, source)
         with prepare.prepare(source, model, Config.of(**options), progress or Quiet()) as prepared:
-            now = json.loads(json.dumps(prepare.identity(prepared)))
+            now = strict_json.plain(prepare.identity(prepared))
             changed = list(differences({**acts.config["identity"], "device": now["device"]}, now))
             if changed:
                 listed = "; ".join(f"{name}: {old!r} then, {new!r} now" for name, old, new in changed)

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "fmextract"
 ORDER = re.findall(
     r"\S+",
     """
-    errors records
+    errors records common.strict_json
     text config progress channel pool selection heaps moments boxes kernels
     codecs
     storage.schema storage store index lock watch feeding reader
@@ -85,6 +85,14 @@ def test_the_list_of_rooms_is_complete() -> None:
     named = {name for line in rooms.splitlines() if line.startswith("|") for name in re.findall(r"`(\w+)`", line)}
     plain = {name.partition(".")[0] for name in MODULES} - {"__init__", "__main__"}
     assert plain <= named
+
+
+def test_only_one_module_writes_json() -> None:
+    """Which knows no NaN and no infinity."""
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in ("dumps", "dump") and ast.unparse(node.value) == "json":
+                assert name == "common.strict_json", f"{name}.py line {node.lineno} writes JSON by itself"
 
 
 def test_only_store_writes_hdf5() -> None:

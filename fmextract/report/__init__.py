@@ -13,7 +13,6 @@ import base64
 import dataclasses
 import hashlib
 import html
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ import numpy as np
 
 import fmextract.report.numbers as numbers
 from fmextract import reader
+from fmextract.common import strict_json
 from fmextract.errors import ConfigError
 from fmextract.look.photos import input_size
 from fmextract.report.photos import Photos
@@ -144,7 +144,7 @@ def _hash(text: str) -> str:
 
 def _json(data: Any) -> str:
     """JSON that cannot end the script element it stands in, with null for what is not finite."""
-    text = json.dumps(numbers.plain(data), allow_nan=False, separators=(",", ":"))
+    text = strict_json.dumps(numbers.plain(data), separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

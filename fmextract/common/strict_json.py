@@ -1,0 +1,30 @@
+"""JSON that every reader takes: NaN and infinities, which it cannot hold, become null. Nothing here writes another."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """Return `value` as JSON text; `options` are those of `json.dumps`."""
+    return json.dumps(plain(value), allow_nan=False, **options)
+
+
+def plain(value: Any) -> Any:
+    """Return what JSON holds of `value`: numpy's types as Python's, tuples as lists, null for what is not finite."""
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(one) for one in value]
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
