@@ -341,7 +341,8 @@ def _flop_per_second(prepared: Prepared, made: Plan) -> float:
     size = 2048 if prepared.device.type == "cpu" else 8192
     kind = precision.AUTOCAST.get(made.precision, torch.float32)
     random = torch.Generator().manual_seed(0)
-    left, right = (torch.randn((size, size), generator=random).to(prepared.device, kind) for _ in range(2))
+    factors = torch.randn((2, size, size), generator=random, dtype=torch.float32)
+    left, right = factors.to(prepared.device, kind)
 
     def work() -> None:
         _drop(left @ right)

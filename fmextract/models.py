@@ -42,6 +42,7 @@ class LoadedModel:
     `module` is on the CPU and in eval mode where it was built here; a caller's own module is left as it is.
     `preprocess` is None where the images must be the model's inputs already (float tensors). `weights` says where the
     values came from, `weights_sha256` what they are. `origin` is JSON-able: provider, name, library.
+    `input_dtype`: what inputs are cast to, the type of the first floating-point parameter.
     """
 
     module: nn.Module
@@ -50,9 +51,14 @@ class LoadedModel:
     weights: str
     weights_sha256: str
     origin: Mapping[str, Any]
+    input_dtype: torch.dtype = torch.float32
 
     def forward(self, batch: Tensor) -> Any:
-        """The forward pass over `batch` (B, …). Torchvision's detection models take a list of images."""
+        """The forward pass over `batch` (B, …), in the type of the model's inputs.
+
+        Torchvision's detection models take a list of images.
+        """
+        batch = batch.to(self.input_dtype)
         transform = getattr(self.module, "transform", None)
         return self.module(list(batch) if isinstance(transform, GeneralizedRCNNTransform) else batch)
 
@@ -139,7 +145,17 @@ def load_model(
         weights=f"file:{Path(wanted.value).name}" if wanted.kind == "file" else built.weights,
         weights_sha256=weights_digest(built.module),
         origin={"provider": provider, "model": name, **built.origin},
+        input_dtype=_input_dtype(built.module),
     )
+
+
+_INPUTS = (torch.float16, torch.bfloat16, torch.float64)
+
+
+def _input_dtype(module: nn.Module) -> torch.dtype:
+    """The type that a model computes in: that of its first floating-point parameter, where it is a type of images."""
+    first = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return first if first in _INPUTS else torch.float32
 
 
 def guessed_input(module: nn.Module) -> Preprocess:

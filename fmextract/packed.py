@@ -62,7 +62,7 @@ def _works() -> bool:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     conv = nn.Conv2d(16, 16, 3, stride=2, padding=1, device="meta")
-    x, weight = (torch.linspace(-1, 1, n * 16 * 9).view(n, 16, 3, 3).to(HALF) for n in (2, 16))
+    x, weight = (torch.linspace(-1, 1, n * 16 * 9, dtype=torch.float32).view(n, 16, 3, 3).to(HALF) for n in (2, 16))
     bias, flat = weight[:, 0, 0, 0].contiguous(), weight.flatten(1)
     try:
         with torch.no_grad():

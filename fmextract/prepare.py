@@ -42,7 +42,7 @@ from fmextract.capture import probe
 from fmextract.common.folders import remembered
 from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
-from fmextract.errors import FmextractError, LayerError, SampleError, SourceError
+from fmextract.errors import ConfigError, FmextractError, LayerError, SampleError, SourceError
 from fmextract.inputs.sources import folder_of, notes_of, open_source
 from fmextract.model.modes import Subject
 from fmextract.planning import Plan
@@ -110,6 +110,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
     input_shape, ready = _input_shape(opened, loaded, config)
     if config.decode == "device":
         images.check_fits_on_device(loaded.preprocess)
+    own = _own_type(config.precision, loaded.input_dtype)
     if where.type == "cpu":
         precision.keep_freed_memory()
     with precision.lent(loaded.module, where), precision.numerics("fp32", where):
@@ -117,6 +118,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         reductions = tuple(_reduction(p) for p in probed)
         fields = _fields(loaded, probed, reductions, stop, input_shape, where)
     notes = [*notes_of(opened), *notes]
+    notes = [*own, *notes]
     for note in notes:
         progress.note(note)
     yield Prepared(
@@ -170,8 +172,20 @@ def _probe(
     return tuple(probed), seen.stop_before([p.tap for p in probed]), largest, notes
 
 
+def _own_type(wanted: str, dtype: torch.dtype) -> list[str]:
+    """What is to be said of a model in another type than float32. Raises ConfigError for a precision of float32."""
+    if dtype == torch.float32:
+        return []
+    name = str(dtype).removeprefix("torch.")
+    if wanted == "tf32" or (dtype == torch.float64 and wanted in precision.AUTOCAST):
+        raise ConfigError(f"--precision {wanted}: the model is in {name}, which it does not change. Leave it out.")
+    runs = f"autocast to {wanted}" if wanted in precision.AUTOCAST else "which precision fp32 means there"
+    return [f"the model is in {name}: its inputs are cast to it, and it computes in it, {runs}"]
+
+
 def _noise(input_shape: Sequence[int], where: torch.device) -> torch.Tensor:
-    return torch.randn((2, *input_shape), generator=torch.Generator().manual_seed(0)).to(where)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn((2, *input_shape), generator=generator, dtype=torch.float32).to(where)
 
 
 def _fields(
@@ -185,7 +199,7 @@ def _fields(
     """Theoretical receptive fields of what each layer stores."""
     if len(input_shape) != 3:
         return (None,) * len(probed)
-    batch = torch.zeros((2, *input_shape), device=where)
+    batch = torch.zeros((2, *input_shape), dtype=torch.float32, device=where)
     return tuple(geometry.trace_fields(loaded.module, loaded.forward, probed, batch, _kept(reductions), stop))
 
 
@@ -239,7 +253,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
         choose.Question(
             subject=_subject(prepared),
             inputs=lambda n: _sample_inputs(prepared, n)[0],
-            precision=config.precision,
+            precision=_asked(prepared),
             max_error=config.max_error,
             memory_format=config.memory_format,
             batch_size=config.batch_size,
@@ -296,6 +310,12 @@ def _images(source: Source, out: Path) -> dict[str, Any]:
     folder = folder_of(source)
     base = out.parent if is_single_file(out) else out
     return {} if folder is None else {"images": remembered(folder, base)}
+
+
+def _asked(prepared: Prepared) -> str:
+    """The precision to choose: of a model in another type than float32 its own, if none is named."""
+    own = prepared.loaded.input_dtype != torch.float32
+    return "fp32" if own and prepared.config.precision == "auto" else prepared.config.precision
 
 
 def _subject(prepared: Prepared) -> Subject:
@@ -563,6 +583,7 @@ def _describe_run(prepared: Prepared) -> dict[str, Any]:
         "weights": loaded.weights,
         "weights_sha256": loaded.weights_sha256,
         "origin": dict(loaded.origin),
+        "input_dtype": str(loaded.input_dtype).removeprefix("torch."),
         "preprocess": models.describe_preprocess(loaded.preprocess),
         "created": now,
     }
@@ -625,8 +646,7 @@ def describe(
     shape = _described_input(loaded, model, size)
     cpu = torch.device("cpu")
     with precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
-        noise = torch.randn((2, *shape), generator=torch.Generator().manual_seed(0))
-        seen = _surveyed(loaded, noise)
+        seen = _surveyed(loaded, _noise(shape, cpu))
         wanted = taps.resolve(selectors or ["**", "."], seen)
         with _failing_on(shape):
             probed, refused = probe.probe(loaded.module, loaded.forward, wanted, shape, cpu)

@@ -210,7 +210,7 @@ def _compile(prepared: Prepared, made: Plan, capture: taps.Capture) -> None:
 
     Raises ConfigError for what cannot be compiled. Where memory does not suffice, the engine takes smaller batches.
     """
-    batch = torch.zeros((made.batch_size, *prepared.input_shape), device=prepared.device)
+    batch = torch.zeros((made.batch_size, *prepared.input_shape), dtype=torch.float32, device=prepared.device)
     with precision.numerics(made.precision, prepared.device):
         try:
             capture.forward(prepared.forward, precision.to_memory_format(batch, made.memory_format))
@@ -250,6 +250,7 @@ def _file_info(made: Plan) -> FileInfo:
     info = made.info
     config = {"options": made.config, "identity": made.identity, "batch_size": made.batch_size, "device": made.device}
     config |= {"memory_format": made.memory_format, "weights": info["weights"], "origin": info["origin"]}
+    config |= {"input_dtype": info["input_dtype"]}
     config |= {"run_id": made.run_id, "forward_threads": made.forward_threads}
     config |= {"fused": [list(pair) for pair in made.fused], "pooling": made.pooling, "prepacked": made.prepacked}
     config |= {"notes": list(made.notes)}

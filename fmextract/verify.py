@@ -492,7 +492,8 @@ def _plan_of(acts: reader.Activations, prepared: Prepared) -> Plan:
         shard_rows=len(acts),
         identity=config["identity"],
         config=options,
-        info={**info, "preprocess": acts.preprocess, "weights": config["weights"], "origin": config["origin"]},
+        info={**info, "preprocess": acts.preprocess}
+        | {name: config.get(name) for name in ("weights", "origin", "input_dtype")},
         versions=acts.versions,
         fused=tuple((conv, norm) for conv, norm in config.get("fused", ())),
         pooling=bool(config.get("pooling")),

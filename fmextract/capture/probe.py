@@ -161,8 +161,8 @@ def _defined(model: nn.Module, tap: Tap, layout: RowLayout, axes: tuple[str, ...
 def _distinct_noise(image_shape: Sequence[int], device: torch.device) -> torch.Tensor:
     """Four images that even a network of random weights keeps apart: other noise, contrast, colour and gradient."""
     generator = torch.Generator().manual_seed(20_240_229)
-    noise = torch.randn((4, *image_shape), generator=generator)
-    ramp = torch.linspace(-1, 1, image_shape[-1])
+    noise = torch.randn((4, *image_shape), generator=generator, dtype=torch.float32)
+    ramp = torch.linspace(-1, 1, image_shape[-1], dtype=torch.float32)
     for i, (contrast, tilt) in enumerate([(0.4, 1.5), (1.0, -1.0), (1.6, 0.2), (0.7, -0.4)]):
         noise[i] = noise[i] * contrast + tilt * ramp
         noise[i, i % image_shape[0]] += 1.5

@@ -150,7 +150,8 @@ def _resolved(loaded: models.LoadedModel, layer: str, modules: dict[str, nn.Modu
     preprocess = loaded.preprocess
     if preprocess is None or preprocess.size is None:
         raise ConfigError(f"{layer!r} is found by a forward pass, whose input size is not known: give --size N")
-    noise = torch.randn((2, COLOUR, *preprocess.size), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((2, COLOUR, *preprocess.size), generator=generator, dtype=torch.float32)
     found = taps.resolve([layer], taps.survey(loaded.module, loaded.forward, noise))
     named = list(dict.fromkeys(tap.module for tap in found))
     if len(named) > 1:

@@ -23,12 +23,12 @@ from fmextract.device import is_out_of_memory
 from fmextract.errors import CaptureError
 from fmextract.precision import PLAIN, Lending, Mode
 
-ROUNDING = 1e-4
-"""Relative L2 distance, in fp32, of an image's layer in another memory format; measured: 3e-6 at most."""
+ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+"""Relative L2 distance of an image's layer in another memory format, by its type; measured in float32: 3e-6 at most."""
 FUSED_ROUNDING = 1e-5
-"""The same with norms in the convolutions before them."""
-OF_ONE_VALUE = 1e-3
-"""Of the root mean square: what one value may differ by. Where rounding tips a threshold or an argmax, it is more."""
+"""The same with norms in the convolutions before them, which are in float32."""
+OF_ONE_VALUE = 10
+"""Times that, of the root mean square: what one value may differ by. Where rounding tips a threshold, it is more."""
 ROUGHER = 1.5
 """Times the error under plain autocast that a layer may have in half precision; that of its best layers, at least:"""
 LEAST_ERROR = 5e-3
@@ -199,11 +199,12 @@ def within_rounding(subject: Subject, reference: Trial) -> Judge:
     weights there is none."""
 
     def judge(trial: Trial) -> str:
-        if trial.mode.memory_format == "contiguous" and not trial.mode.fused:
-            most = 0.0
-        else:
-            most = FUSED_ROUNDING if trial.mode.fused else ROUNDING
         for i, (rows, others) in enumerate(zip(trial.tensors, reference.tensors, strict=True)):
+            most = ROUNDING.get(others.dtype, 0.0)
+            if trial.mode.fused:
+                most = min(most, FUSED_ROUNDING)
+            elif trial.mode.memory_format == "contiguous":
+                most = 0.0
             for row, other in zip(rows, others, strict=True):
                 if told := _apart(row, other, most):
                     return f"layer {subject.probed[i].tap.name!r} is not what it is in the model as written: {told}"
@@ -229,7 +230,8 @@ def _apart(row: torch.Tensor, other: torch.Tensor, most: float) -> str:
     away = row[finite].double() - exact
     scale = float(exact.norm())
     far, farthest = float(away.norm()), float(away.abs().amax()) if away.numel() else 0.0
-    if far <= most * scale and farthest <= OF_ONE_VALUE * scale / max(1, exact.numel()) ** 0.5:
+    of_one = OF_ONE_VALUE * ROUNDING.get(row.dtype, 0.0) * scale / max(1, exact.numel()) ** 0.5
+    if far <= most * scale and farthest <= of_one:
         return ""
     return f"relative L2 distance {far / scale:.2g}" if scale else "it is zero there"
 
