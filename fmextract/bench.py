@@ -33,6 +33,7 @@ import torch
 from fmextract import chunks, codecs, engine, images, index, precision, run, taps, text
 from fmextract.config import Config
 from fmextract.errors import ConfigError, MissingExtra
+from fmextract.inputs.reading import content
 from fmextract.inputs.sources import on_disk
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, cores, lent, plan_for, prepare, reduce_functions
@@ -243,28 +244,33 @@ def _threads(made: Plan) -> Iterator[Callable[[Sequence[Callable[[], Any]]], lis
 
 def _decode(prepared: Prepared, made: Plan, workers: Workers | None) -> Stage:
     rows = range(min(len(prepared.source), max(64, 16 * made.threads)))
-    data = [prepared.source.load(row) for row in rows]
-    jpegs, preprocess, exif = run.jpegs(prepared, workers), prepared.loaded.preprocess, prepared.config.exif
+    jpegs, reader = run.jpegs(prepared, workers), prepared.reader
     step = engine.rows_a_task(len(rows), made.threads, jpegs)
+    tasks = [rows[at : at + step] for at in range(0, len(rows), step)]
     into = None if prepared.ready else torch.zeros((len(rows), *prepared.input_shape), dtype=torch.uint8)
 
     def load(row: int) -> Any:
         file = on_disk(prepared.source, row) if isinstance(jpegs, Jpegs) else None
-        return prepared.source.load(row) if file is None else file
+        return reader.load(row) if file is None else file
 
-    def ours(some: range) -> None:
-        loaded = [load(row) for row in some]
-        if jpegs is None or into is None:
-            sizes: list[Any] = [None] * len(some)
-        else:
-            sizes = jpegs.decode(loaded, preprocess, into[some.start : some.stop])
-        for row, size in zip(some, sizes, strict=True):
+    def ours(some: range, read: Sequence[Any] | None = None) -> None:
+        loaded = [load(row) for row in some] if read is None else read
+        sizes: Sequence[Any] = [None] * len(some)
+        if jpegs is not None and into is not None:
+            sizes = jpegs.decode(loaded, prepared.loaded.preprocess, into[some.start : some.stop])
+        for item, size in zip(loaded, sizes, strict=True):
             if size is None:
-                images.decode(prepared.source.load(row), preprocess, exif=exif)
+                reader.decode(content(item))
 
-    tasks = [partial(ours, rows[at : at + step]) for at in range(0, len(rows), step)]
+    def read_and_decode() -> list[Any]:
+        if not reader.serial:
+            return run_all([partial(ours, some) for some in tasks])
+        read = reader.ahead(rows)
+        return run_all([partial(ours, some, [next(read) for _ in some]) for some in tasks])
+
+    data = list(reader.ahead(rows)) if reader.serial else [reader.load(row) for row in rows]
     with _threads(made) as run_all:
-        rate = _rate(lambda: _drop(run_all(tasks)), len(rows))
+        rate = _rate(lambda: _drop(read_and_decode()), len(rows))
         bare = _rate(lambda: _drop(run_all([partial(_bare_decode, item) for item in data])), len(rows))
     return Stage("decode", rate, bare, "libjpeg-turbo alone, without resizing")
 
@@ -355,7 +361,7 @@ def _flop_per_second(prepared: Prepared, made: Plan) -> float:
 def _pixels(prepared: Prepared, count: int) -> torch.Tensor:
     """The first `count` images of the source, over again where it has fewer, on the host."""
     rows = [row % len(prepared.source) for row in range(count)]
-    return torch.stack([images.decode(prepared.source.load(r), prepared.loaded.preprocess).pixels for r in rows])
+    return torch.stack([prepared.reader.image(row).pixels for row in rows])
 
 
 def _normalised(prepared: Prepared, pixels: torch.Tensor) -> torch.Tensor:

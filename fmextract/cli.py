@@ -210,8 +210,13 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
         "|".join(WORKER_KINDS),
         "Threads, or processes, which do not wait for each other; auto: from 5 on in long runs. [default: auto]",
     ),
+    "dataset_workers": (
+        int,
+        "N",
+        "Processes that read a Dataset, and run a preprocessing of your own; 0: one thread does. [default: 0]",
+    ),
     "limit": (int, "N", "Only the first N images. [default: all]"),
-    "seed": (int, "N", "What is random in the model's forward begins from this number. [default: 0]"),
+    "seed": (int, "N", "What is random begins from this number: in a forward pass, and in each row. [default: 0]"),
     "top": (int, "K", "Strongest images kept for each channel. [default: 9]"),
     "effective_fields": (
         str,

@@ -99,6 +99,7 @@ class Config:
     shard_size: int | None = None
     workers: int | None = None
     worker_kind: str = "auto"
+    dataset_workers: int = 0
     limit: int | None = None
     seed: int = 0
     top: int = 9
@@ -121,6 +122,7 @@ class Config:
         for option, value, least in (
             ("--batch-size", self.batch_size, 1),
             ("--workers", self.workers, 1),
+            ("--dataset-workers", self.dataset_workers, 0),
             ("--limit", self.limit, 1),
             ("--top", self.top, 0),
             ("--shard-size", self.shard_size, 1),
@@ -190,6 +192,7 @@ _PARSERS: Mapping[str, Any] = {
     "batch_size": _auto_int("--batch-size"),
     "workers": _auto_int("--workers"),
     "level": _auto_int("--level"),
+    "dataset_workers": lambda value: _auto_int("--dataset-workers")(value) or 0,
     "shard_size": lambda value: None if value in (None, "auto") else parse_size(value),
     "max_error": lambda value: parse_share(value, "--max-error"),
     "max_failures": FailureBudget.parse,

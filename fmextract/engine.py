@@ -14,10 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fmextract.channel import Channel, Closed
 from fmextract.config import FailureBudget
 from fmextract.device import TOO_SMALL, Download, Transfers, is_out_of_memory, lost, transfers
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
-from fmextract.inputs.files import OnDisk, stamp_of
+from fmextract.inputs.reading import Reader, content, stamp
 from fmextract.inputs.sources import on_disk
 from fmextract.moments import settled
 from fmextract.planning import Plan
@@ -71,8 +72,8 @@ class Work:
     plan: Plan
     info: FileInfo
     source: Source
+    reader: Reader
     preprocess: images.Preprocessing | None
-    exif: bool
     jpegs: images.DeviceJpegs | Jpegs | None  # what decodes plain JPEGs elsewhere; None: the threads here do
     workers: Workers | None  # processes that encode; None: the threads here do
     input_shape: tuple[int, ...]
@@ -197,13 +198,20 @@ class _Decoding:
 
 
 class _Decoder:
-    """Decodes rows into batch buffers on a pool of threads, before they are needed."""
+    """Decodes rows into batch buffers on a pool of threads, before they are needed.
+
+    Where the source bears it these threads read the rows as well. Else the caller's thread does, or waits for the
+    processes that do, one batch ahead: while a device computes, or the codec works on the batch before.
+    """
 
     def __init__(self, work: Work, pool: Pool, moves: Transfers, in_flight: InFlight, tally: Tally) -> None:
         self._work, self._pool, self._moves, self._in_flight, self._tally = work, pool, moves, in_flight, tally
         self._shape = (work.plan.batch_size, *work.input_shape)
         self._ahead: deque[_Decoding] = deque()
         self._to_come: Iterator[range] = iter(())
+        self._serial = work.reader.serial
+        self._read: Iterator[Any] = iter(())
+        self._under_way: deque[Future[Any]] = deque()  # what was read by this thread, and may not be decoded yet
 
     def start(self, shards: Sequence[range]) -> None:
         """The batches to decode: those of the shards in order, none crossing a shard."""
@@ -211,16 +219,28 @@ class _Decoder:
         self._to_come = (
             range(a, min(a + size, shard.stop)) for shard in shards for a in range(shard.start, shard.stop, size)
         )
+        if self._serial:
+            self._read = self._work.reader.ahead(chain.from_iterable(shards))
+            self._schedule_next()
         self.go_on()
 
     def go_on(self) -> None:
         """Start decoding the batches that should be under way now."""
-        while len(self._ahead) < self._moves.ahead and (rows := next(self._to_come, None)) is not None:
-            self._ahead.append(self._schedule(rows))
+        while not self._serial and len(self._ahead) < self._moves.ahead and self._schedule_next():
+            pass
 
     def take(self) -> _Decoding:
         """The next batch, finished or not."""
+        if self._serial:
+            self._schedule_next()
         return self._ahead.popleft()
+
+    def _schedule_next(self) -> bool:
+        """Whether there was another batch."""
+        rows = next(self._to_come, None)
+        if rows is not None:
+            self._ahead.append(self._schedule(rows))
+        return rows is not None
 
     def _schedule(self, rows: range) -> _Decoding:
         buffer = self._moves.input_buffer(self._shape, torch.float32 if self._work.ready else torch.uint8)
@@ -228,21 +248,44 @@ class _Decoder:
         # Several rows a task: of tiny images the hand-over would cost as much as the decoding.
         step = rows_a_task(len(rows), self._work.plan.threads, self._work.jpegs)
         tasks = [rows[at : at + step] for at in range(0, len(rows), step)]
-        return _Decoding(
-            rows, buffer, [self._pool.submit(self._decode_all, t, buffer[t.start - rows.start :]) for t in tasks]
-        )
+        return _Decoding(rows, buffer, [self._submit(task, buffer[task.start - rows.start :]) for task in tasks])
 
-    def _decode_all(self, rows: range, into: torch.Tensor) -> list[_Outcome]:
-        if self._work.jpegs is None or self._work.ready:
-            return [self._decode(row, into[i]) for i, row in enumerate(rows)]
-        loaded = [self._loaded(row) for row in rows]
+    def _submit(self, rows: range, into: torch.Tensor) -> Future[list[_Outcome]]:
+        if not self._serial:
+            return self._pool.submit(self._load_and_decode, rows, into)
+        if len(self._under_way) > 2 * self._work.plan.threads:  # or what was read would gather here
+            wait([self._under_way.popleft()])
+        task = self._pool.submit(self._decode_all, rows, into, [self._read_next(row) for row in rows])
+        self._under_way.append(task)
+        return task
+
+    def _read_next(self, row: int) -> Any:
+        """What the user's code gives for `row`."""
         started = time.perf_counter()
-        self._in_flight.begin(*rows)
+        self._in_flight.begin(row)
         try:
-            decoded = self._work.jpegs.decode(loaded, self._work.preprocess, into)
+            return next(self._read)
         finally:
             self._in_flight.end()
-            self._tally.add("decode", time.perf_counter() - started)
+            self._tally.add("read", time.perf_counter() - started)
+
+    # ---- the threads of the pool
+
+    def _load_and_decode(self, rows: range, into: torch.Tensor) -> list[_Outcome]:
+        if self._work.jpegs is None or self._work.ready:
+            return [self._decode(row, into[i], self._loaded(row)) for i, row in enumerate(rows)]
+        return self._decode_all(rows, into, [self._loaded(row) for row in rows])
+
+    def _decode_all(self, rows: range, into: torch.Tensor, loaded: Sequence[Any]) -> list[_Outcome]:
+        decoded: Sequence[images.Decoded | None] = [None] * len(rows)
+        if self._work.jpegs is not None and not self._work.ready:
+            started = time.perf_counter()
+            self._in_flight.begin(*rows)
+            try:
+                decoded = self._work.jpegs.decode(loaded, self._work.preprocess, into)
+            finally:
+                self._in_flight.end()
+                self._tally.add("decode", time.perf_counter() - started)
         return [
             _Outcome(*made) if made is not None else self._decode(row, into[i], loaded[i])
             for i, (row, made) in enumerate(zip(rows, decoded, strict=True))
@@ -255,22 +298,20 @@ class _Decoder:
         started = time.perf_counter()
         self._in_flight.begin(row)
         try:
-            return self._work.source.load(row)
+            return self._work.reader.load(row)
         except SampleError as error:
             return error
         finally:
             self._in_flight.end()
             self._tally.add("decode", time.perf_counter() - started)
 
-    def _decode(self, row: int, into: torch.Tensor, loaded: Any = None) -> _Outcome:
+    def _decode(self, row: int, into: torch.Tensor, loaded: Any) -> _Outcome:
         started, file = time.perf_counter(), FileStamp()
         self._in_flight.begin(row)
         try:
-            if isinstance(loaded, SampleError):
-                raise loaded
-            data = self._work.source.load(row) if loaded is None or isinstance(loaded, OnDisk) else loaded
-            file = stamp_of(data)
-            image = images.decode(data, self._work.preprocess, exif=self._work.exif)
+            data = content(loaded)
+            file = stamp(data)
+            image = self._work.reader.decode(data)
             if image.ready != self._work.ready or image.pixels.shape != into.shape:
                 raise SampleError(
                     Status.UNDECODABLE,
@@ -485,7 +526,7 @@ class _Pipeline:
         self._decode_pool = thread_pool("fmextract-decode", plan.threads)
         self._encode_pool = thread_pool("fmextract-encode", plan.threads)
         tally.threads |= {"decode": plan.threads, "forward": 1, "encode": plan.threads, "write": 1, "publish": 1}
-        tally.threads |= {"statistics": plan.threads}
+        tally.threads |= {"statistics": plan.threads, "read": 1}
         self._captured: Channel[_Captured | _ShardEnd | None] = Channel(DEPTH + 1)
         self._pending: Channel[_Pending | _ShardEnd | None] = Channel(most_pending(plan.threads))
         self._finished: Channel[_Finished | None] = Channel(1)

@@ -15,6 +15,7 @@
     - OutputLost                     4  the output became read-only, went away or stopped taking data during the run
     - DeviceLost                     4
     - CaptureError                   4  a forward pass did not do what the probe saw
+    - SourceLost                     4  a process that reads the images ended
   x SampleError                      -  one image failed; becomes the status and message of its row
 
 A message says what was wrong, where (image key, layer, file), and what to do.
@@ -99,9 +100,16 @@ class CaptureError(RunStopped):
     """A forward pass did something else than the probe saw: the rows cannot be trusted."""
 
 
+class SourceLost(RunStopped):
+    """A process that was reading a Dataset ended before its time."""
+
+
 class SampleError(FmextractError):
     """One image failed. `status` is the code of the row (see `records.Status`)."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[int, str]]:
+        return SampleError, (self.status, str(self))

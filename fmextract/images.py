@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import simplejpeg
 import torch
 from numpy.typing import NDArray
@@ -27,7 +28,7 @@ from torchvision.transforms.v2 import functional as transforms
 from fmextract.boxes import Span, crop_span, resized_size
 from fmextract.device import is_out_of_memory
 from fmextract.errors import ConfigError, DeviceLost, MissingExtra, SampleError
-from fmextract.inputs.files import stamp_of
+from fmextract.inputs.files import OnDisk, stamp_of
 from fmextract.inputs.pictures import (
     Pixels,
     decode_file,
@@ -52,7 +53,11 @@ __all__ = [
     "device_decoder",
     "normalise",
     "parse_preprocess",
+    "snapshot",
 ]
+
+
+_LOADING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +88,14 @@ class Decoded(NamedTuple):
 class CustomPreprocess:
     """A user's own preprocessing: RGB PIL image to float tensor (channels, height, width), the model's input.
 
-    `size` is the (height, width) that it gives, None where that is not known.
+    `size` is the (height, width) that it gives, None where that is not known. `thread_safe`: several threads may call
+    it at once.
     """
 
     function: Callable[[PIL.Image.Image], Tensor]
     origin: str
     size: tuple[int, int] | None = None
+    thread_safe: bool = False
 
 
 Preprocessing = Preprocess | CustomPreprocess
@@ -119,6 +126,28 @@ def decode(data: Any, preprocess: Preprocessing | None, *, exif: bool = False) -
         return Image(_fit(picture, preprocess), height, width, decoder)
 
 
+def snapshot(data: Any) -> Any:
+    """`data` as nothing can change it any more: a Dataset may use its buffer, or an open file, for the next item.
+
+    Raises SampleError(Status.UNDECODABLE) for a picture that only now is read, and cannot be, and what is no image.
+    """
+    if isinstance(data, PIL.Image.Image):
+        with undecodable():
+            refuse_bomb(*data.size)
+            return data.copy()  # reads it, where that was left for later
+    if isinstance(data, np.ndarray):
+        if data.dtype.hasobject:
+            raise _no_image(data)
+        return np.array(data)
+    if isinstance(data, Tensor):
+        return data.detach().clone()
+    if isinstance(data, (bytearray, memoryview)):
+        return bytes(data)
+    if isinstance(data, (bytes, OnDisk)):
+        return data
+    raise _no_image(data)
+
+
 def normalise(batch: Tensor, preprocess: Preprocess, dtype: torch.dtype = torch.float32) -> Tensor:
     """(pixel / 255 - mean) / std of a uint8 batch (B, 3, H, W), on its device, in its memory format.
 
@@ -143,12 +172,18 @@ def _picture(data: Any, exif: bool) -> tuple[Pixels, str]:
     if isinstance(data, (bytes, bytearray, memoryview)):
         return decode_file(data if isinstance(data, bytes) else bytes(data), exif)
     if isinstance(data, PIL.Image.Image):
-        return from_pil(data, exif), "array"
+        # One may be read only now, and share its open file, or all of itself, with another row.
+        with _LOADING if isinstance(data, PIL.ImageFile.ImageFile) else nullcontext():
+            return from_pil(data, exif), "array"
     if isinstance(data, Tensor):
         return _from_array(data.detach().cpu().numpy(), first=True), "array"
     if isinstance(data, np.ndarray):
         return _from_array(data, first=False), "array"
-    raise SampleError(Status.UNDECODABLE, f"expected bytes, an array, a tensor or a PIL image, got {_kind(data)}")
+    raise _no_image(data)
+
+
+def _no_image(data: Any) -> SampleError:
+    return SampleError(Status.UNDECODABLE, f"expected bytes, an array, a tensor or a PIL image, got {_kind(data)}")
 
 
 def _from_array(values: NDArray[Any], *, first: bool) -> Pixels:

@@ -30,6 +30,7 @@ from torchvision.transforms import InterpolationMode
 from fmextract.common.imports import import_object
 from fmextract.errors import ConfigError, MissingExtra, ModelError
 from fmextract.images import PREPROCESS_HELP, CustomPreprocess, Preprocessing, apply_size, parse_preprocess
+from fmextract.inputs.seeding import seeded
 from fmextract.records import Preprocess
 
 __all__ = ["LoadedModel", "describe_preprocess", "load_model", "weights_digest"]
@@ -279,7 +280,8 @@ def _measured(custom: CustomPreprocess) -> CustomPreprocess:
     if custom.size is not None:
         return custom
     try:
-        shape = custom.function(PIL.Image.new("RGB", (320, 256), (128, 128, 128))).shape
+        with seeded(0, 0):
+            shape = custom.function(PIL.Image.new("RGB", (320, 256), (128, 128, 128))).shape
         _channels, height, width = shape
     except Exception as error:  # a user's function: it may raise anything
         raise ConfigError(
@@ -459,7 +461,8 @@ def _timm_preprocess(config: Mapping[str, Any], origin: str) -> Preprocessing:
     mode, share, kind = config["crop_mode"], config["crop_pct"], config["interpolation"]
     ours = kind in ("nearest", "bilinear", "bicubic") and len(config["mean"]) == 3
     if not ours or mode not in ("center", "squash") or (mode == "center" and height != width):
-        return CustomPreprocess(_timm().data.create_transform(**config, is_training=False), origin, (height, width))
+        made = _timm().data.create_transform(**config, is_training=False)
+        return CustomPreprocess(made, origin, (height, width), thread_safe=True)
     scaled = (math.floor(height / share), math.floor(width / share))
     return Preprocess(
         resize=scaled[0] if mode == "center" else scaled,

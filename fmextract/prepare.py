@@ -43,6 +43,7 @@ from fmextract.common.folders import remembered
 from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
 from fmextract.errors import ConfigError, FmextractError, LayerError, SampleError, SourceError
+from fmextract.inputs.reading import Reader, reading
 from fmextract.inputs.sources import folder_of, notes_of, open_source
 from fmextract.model.modes import Subject
 from fmextract.planning import Plan
@@ -63,6 +64,7 @@ class Prepared:
 
     config: Config
     source: Source
+    reader: Reader
     loaded: models.LoadedModel
     device: torch.device
     input_shape: tuple[int, ...]
@@ -107,7 +109,26 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         hidden=config.hidden,
     )
     loaded = models.load_model(model, config.weights, config.preprocess, config.size)
-    input_shape, ready = _input_shape(opened, loaded, config)
+    with reading(
+        opened,
+        loaded.preprocess,
+        exif=config.exif,
+        seed=config.seed,
+        workers=config.dataset_workers,
+        say=progress.note,
+    ) as reader:
+        yield _prepared(opened, reader, loaded, where, config, progress)
+
+
+def _prepared(
+    opened: Source,
+    reader: Reader,
+    loaded: models.LoadedModel,
+    where: torch.device,
+    config: Config,
+    progress: Progress,
+) -> Prepared:
+    input_shape, ready = _input_shape(opened, reader, loaded)
     if config.decode == "device":
         images.check_fits_on_device(loaded.preprocess)
     own = _own_type(config.precision, loaded.input_dtype)
@@ -117,13 +138,13 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         probed, stop, largest, notes = _probe(loaded, config.layers, input_shape, where)
         reductions = tuple(_reduction(p) for p in probed)
         fields = _fields(loaded, probed, reductions, stop, input_shape, where)
-    notes = [*notes_of(opened), *notes]
-    notes = [*own, *notes]
+    notes = [*own, *notes_of(opened), *notes]
     for note in notes:
         progress.note(note)
-    yield Prepared(
+    return Prepared(
         config,
         opened,
+        reader,
         loaded,
         where,
         input_shape,
@@ -137,7 +158,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
     )
 
 
-def _input_shape(source: Source, loaded: models.LoadedModel, config: Config) -> tuple[tuple[int, ...], bool]:
+def _input_shape(source: Source, reader: Reader, loaded: models.LoadedModel) -> tuple[tuple[int, ...], bool]:
     """(channel, y, x) of the model's input, and whether images are inputs as they come.
 
     Looks at the first image that can be read, since a Dataset may give finished tensors of any shape.
@@ -146,7 +167,7 @@ def _input_shape(source: Source, loaded: models.LoadedModel, config: Config) -> 
     first: SampleError | None = None
     for row in range(min(len(source), 100)):
         try:
-            image = images.decode(source.load(row), preprocess, exif=config.exif)
+            image = reader.first(row)
             return tuple(image.pixels.shape), image.ready
         except SampleError as error:
             first = first or error
@@ -301,7 +322,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
         info={**_describe_run(prepared), **_images(prepared.source, out)},
         versions=versions(),
         estimate=cost,
-        notes=(*prepared.notes, *notes),
+        notes=(*prepared.notes, *prepared.reader.notes, *notes),
     )
 
 
@@ -355,7 +376,7 @@ def _estimate(
         for tensor, captured in zip(chosen.sample, prepared.captured, strict=True)
     ]
     stored, encode = estimate.encode_sample(layers, stored_values, config.codec, level, config.keep_bits)
-    decode = _sample_inputs(prepared, 4)[1]
+    decode = _decoding_seconds(prepared, threads)
     statistics = estimate.describe_sample(layers, prepared.captured, chosen.sample, config.top)
     costs = estimate.Costs(decode, chosen.seconds_per_image, statistics, encode, stored)
     return estimate.estimate(
@@ -369,6 +390,15 @@ def _estimate(
         kept=_kept_bytes(prepared, chosen),
         processes=partial(workers.are_processes, threads, config.worker_kind),
     )
+
+
+def _decoding_seconds(prepared: Prepared, threads: int) -> float:
+    """Seconds an image as if `threads` shared all of it, of which one thread, or the processes, run the user's code."""
+    reader = prepared.reader
+    before = reader.seconds
+    seconds = _sample_inputs(prepared, 4)[1]
+    alone = min(seconds, (reader.seconds - before) / 4) if reader.serial else 0.0
+    return seconds - alone + alone * threads / max(1, reader.workers)
 
 
 def _on_disk(cost: planning.Estimate, layers: Sequence[LayerSpec], shards: int, out: Path) -> tuple[int, int]:
@@ -416,7 +446,7 @@ def _sample_inputs(prepared: Prepared, n: int) -> tuple[torch.Tensor, float]:
             break
         tried += 1
         try:
-            image = images.decode(source.load(row), preprocess, exif=prepared.config.exif)
+            image = prepared.reader.image(row)
         except SampleError:
             continue
         if image.pixels.shape == prepared.input_shape:

@@ -28,7 +28,9 @@ ORDER = re.findall(
     common.folders common.imports common.streams common.relative_error common
     inputs.files inputs.pictures inputs.tables inputs.labels inputs.items inputs.kinds inputs.given
     inputs.folders inputs.manifests inputs.attributes inputs.datasets inputs.sources inputs
-    capture.reducer_help capture.atoms capture images models axes taps capture.probe geometry effective reducers stats
+    capture.reducer_help capture.atoms capture images
+    inputs.seeding inputs.thread_safety inputs.dataset_workers inputs.reading
+    models axes taps capture.probe geometry effective reducers stats
     packed fusion planning chunks workers compiled precision model.modes model choose
     engine estimate prepare replay output
     run verify launch

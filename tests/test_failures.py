@@ -374,7 +374,9 @@ def test_a_lost_device_stops_and_resumes(photos: Path, tmp_path: Path) -> None:
 
 
 class Slow:
-    """A Dataset of which one image takes until it is let go."""
+    """A Dataset of which one image takes until it is let go, in a thread of the run."""
+
+    thread_safe = True
 
     def __init__(self) -> None:
         self.go = threading.Event()
@@ -403,6 +405,32 @@ def test_a_stall_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.Monk
     assert "waiting for images to be read and decoded: '000009' (for " in notes
     with reader.open(tmp_path / "out") as acts:
         assert not acts.status.any()  # time never decides what is stored
+
+
+class SlowHere:
+    """A Dataset that only the thread of the caller reads, of which one image takes until it is let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, row: int) -> np.ndarray:  # type: ignore[type-arg]
+        if row == 10:  # the plan looks at others
+            self.go.wait(30)
+        return np.full((8, 8, 3), row, np.uint8)
+
+
+def test_a_dataset_that_the_caller_s_thread_reads_stalls_no_less_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "PATIENCE", 0.2)
+    data, notes = SlowHere(), Notes()
+    telling = notes.note
+    notes.note = lambda text: (telling(text), data.go.set() if "'000010' (for " in text else None)[0]  # type: ignore[method-assign]
+    extract(data, tmp_path / "out", notes=notes)
+    assert "waiting for images to be read and decoded: '000010' (for " in notes
 
 
 def test_a_disk_that_stalls_at_the_end_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -561,6 +589,7 @@ sys.path.insert(0, {str(Path(runs.__file__).parent)!r})
 import numpy as np, runs
 from pathlib import Path
 class Crashing:
+    thread_safe = True
     def __len__(self): return 12
     def __getitem__(self, row):
         # The plan looks at it too, on the main thread.

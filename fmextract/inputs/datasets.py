@@ -12,7 +12,7 @@ from typing import Any
 
 from fmextract.errors import SampleError, SourceError
 from fmextract.inputs.attributes import kept_by
-from fmextract.inputs.files import FileSource, Names, Options, read_file, refuse_duplicates
+from fmextract.inputs.files import FileSource, Names, OnDisk, Options, refuse_duplicates
 from fmextract.inputs.given import FOLDER, function_of, given_keys, given_labels, with_given
 from fmextract.inputs.items import IMAGE_NAMES, PATH_NAMES, UnclearItem, is_pair, is_path, named, split
 from fmextract.inputs.labels import NotALabel, as_column, as_label
@@ -59,11 +59,26 @@ class DatasetSource:
             return None
         return self._as_label(row, self.labels[row])
 
+    def learnt(self, row: int) -> tuple[Label, Sequence[str], frozenset[str]]:
+        """What loading a row showed beside its image; for `learn`, of this source or of one that it is a copy of."""
+        return self.seen.pop(row, None), tuple(self.notes), frozenset(self.looked_at)
+
+    def learn(self, row: int, learnt: tuple[Label, Sequence[str], frozenset[str]]) -> None:
+        """As if the row had been loaded here."""
+        self.seen[row], notes, looked_at = learnt
+        self.notes.extend(note for note in notes if note not in self.notes)
+        self.looked_at.update(looked_at)
+
     def load(self, row: int) -> Any:
         """The image of an item. Raises SampleError(Status.UNREADABLE) with what `__getitem__` raised.
 
         Raises SourceError where the very first item is none that an image could be found in.
         """
+        image = self.fetch(row)
+        return image.read() if isinstance(image, OnDisk) else image
+
+    def fetch(self, row: int) -> Any:
+        """As `load`, but where the item is a path, the file that any thread or process may read."""
         if not 0 <= row < len(self):
             raise IndexError(f"expected a row from 0 to {len(self) - 1}, got {row}")
         self.seen[row] = None
@@ -82,7 +97,7 @@ class DatasetSource:
         if "items" not in self.looked_at:
             self.looked_at.add("items")
             self._look_at(row, parts.rest)
-        return read_file(os.fsencode(parts.image)) if is_path(parts.image) else parts.image
+        return OnDisk(os.fsencode(parts.image)) if is_path(parts.image) else parts.image
 
     def _picked(self, row: int, item: Any) -> Any:
         assert self.pick is not None

@@ -24,7 +24,7 @@ from fmextract.inputs.kinds import kind_of
 from fmextract.inputs.manifests import MANIFESTS, open_manifest
 from fmextract.records import Label, Source
 
-__all__ = ["folder_of", "notes_of", "on_disk", "open_source"]
+__all__ = ["folder_of", "notes_of", "on_disk", "open_source", "unlimited"]
 
 
 def open_source(
@@ -167,10 +167,14 @@ def notes_of(source: Source) -> Sequence[str]:
     return [str(note) for note in found] if isinstance(found, (list, tuple)) else []
 
 
+def unlimited(source: Source) -> Source:
+    """The source itself, where only its first rows are taken. Rows are the same."""
+    return unlimited(source.source) if isinstance(source, _First) else source
+
+
 def on_disk(source: Source, row: int) -> OnDisk | None:
     """The file that `source.load(row)` reads, if it is called a JPEG; None for whatever else a source may load."""
-    if isinstance(source, _First):
-        return on_disk(source.source, row)
+    source = unlimited(source)
     if not isinstance(source, FileSource):
         return None
     path = os.path.join(source.root, source.paths[row])  # noqa: PTH118  as in `load`

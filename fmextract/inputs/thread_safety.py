@@ -1,0 +1,106 @@
+"""Which code of a user's bears being called from several threads at once: what is known to, and what says so.
+
+Most Datasets do not (a shared file, a decoder with a position), and nobody told their authors to make them. So one
+thread reads what is not known here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
+
+from fmextract.images import CustomPreprocess, Preprocessing
+from fmextract.inputs.datasets import DatasetSource
+from fmextract.inputs.files import FileSource
+from fmextract.inputs.sources import unlimited
+from fmextract.records import Source
+
+_IN_MEMORY = (list, tuple, np.ndarray, np.memmap, torch.Tensor, TensorDataset)
+_FOLDERS = {"ImageFolder", "DatasetFolder"}
+_LOADERS = {("torchvision.datasets.folder", name) for name in ("default_loader", "pil_loader")}
+_CONVERSIONS = {
+    ("open_clip.transform", "_convert_to_rgb"),
+    ("clip.clip", "_convert_image_to_rgb"),
+}
+_COMPOSE = {("torchvision.transforms.transforms", "Compose"), ("torchvision.transforms.v2._container", "Compose")}
+# By where they are defined, as asking for the classes would import timm. None of them draws a random number or keeps
+# anything of an image.
+_PLAIN = {
+    "torchvision.transforms.transforms": {
+        *("ToTensor", "PILToTensor", "ConvertImageDtype", "ToPILImage", "Normalize", "Resize", "CenterCrop", "Pad"),
+        *("Grayscale",),
+    },
+    "torchvision.transforms.v2._geometry": {"Resize", "CenterCrop", "Pad"},
+    "torchvision.transforms.v2._color": {"Grayscale", "RGB"},
+    "torchvision.transforms.v2._misc": {"Identity", "Normalize", "ToDtype", "ConvertImageDtype"},
+    "torchvision.transforms.v2._type_conversion": {"PILToTensor", "ToImage", "ToPILImage", "ToPureTensor"},
+    "torchvision.transforms.v2._deprecated": {"ToTensor"},
+    "torchvision.transforms._presets": {"ImageClassification", "ObjectDetection", "SemanticSegmentation"},
+    "timm.data.transforms": {"MaybeToTensor", "MaybePILToTensor", "ToNumpy", "ToTensor", "CenterCropOrPad"},
+}
+
+
+def source_is_known(source: Source) -> bool:
+    """Whether what `source` runs is our code and that of libraries, known to bear threads."""
+    source = unlimited(source)
+    if isinstance(source, DatasetSource):
+        return data_is_known(source.data) and source.pick is None
+    return isinstance(source, FileSource)
+
+
+def source_says_so(source: Source) -> bool:
+    """Whether a Source or a Dataset says `thread_safe = True`."""
+    source = unlimited(source)
+    return _says_so(source.data if isinstance(source, DatasetSource) else source)
+
+
+def data_is_known(data: Any) -> bool:
+    """Whether a Dataset is a sequence in memory, one of torchvision's folders with its own loader, or parts of such."""
+    if type(data) in _IN_MEMORY:
+        return True
+    if type(data) is Subset:
+        return data_is_known(data.dataset) or _says_so(data.dataset)
+    if type(data) is ConcatDataset:
+        return all(data_is_known(part) or _says_so(part) for part in data.datasets)
+    place, name = _where(type(data))
+    if place != "torchvision.datasets.folder" or name not in _FOLDERS:
+        return False
+    transforms = (getattr(data, "transform", None), getattr(data, "target_transform", None))
+    return _where(data.loader) in _LOADERS and all(one is None or transform_is_known(one) for one in transforms)
+
+
+def preprocess_is_known(preprocess: Preprocessing | None) -> bool:
+    """Whether preprocessing is ours, a library's for its model, or made of transforms that are known."""
+    if not isinstance(preprocess, CustomPreprocess) or preprocess.thread_safe:
+        return True
+    return transform_is_known(preprocess.function)
+
+
+def preprocess_says_so(preprocess: Preprocessing | None) -> bool:
+    """Whether a function of the user's says `thread_safe = True`."""
+    return isinstance(preprocess, CustomPreprocess) and _says_so(preprocess.function)
+
+
+def transform_is_known(transform: Any) -> bool:
+    """Whether a transform is one of torchvision's or timm's that keep no state and draw nothing, or made of such."""
+    place, name = _where(type(transform))
+    if (place, name) in _COMPOSE:
+        return all(map(transform_is_known, transform.transforms))
+    return name in _PLAIN.get(place, ()) or _where(transform) in _CONVERSIONS
+
+
+def needs_no_process(source: Source) -> bool:
+    """Whether a source reads files, or memory, by code of ours: processes would do nothing faster."""
+    source = unlimited(source)
+    return isinstance(source, FileSource) or (isinstance(source, DatasetSource) and type(source.data) in _IN_MEMORY)
+
+
+def _says_so(thing: Any) -> bool:
+    return getattr(thing, "thread_safe", False) is True
+
+
+def _where(thing: Any) -> tuple[str, str]:
+    return getattr(thing, "__module__", ""), getattr(thing, "__qualname__", "")

@@ -1,0 +1,398 @@
+"""Datasets and preprocessing of users' own: every row is that row's image, whoever reads it, and as often as one likes.
+
+What a row must be is told by the Dataset itself, asked here row by row, by one thread, with nothing else going on.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import torchvision.transforms as v1
+import users
+from runs import Ended, Notes, extract, make_photos
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+from users import Array, pixels
+
+from fmextract import reader
+from fmextract.errors import ConfigError, SampleError, SourceLost
+from fmextract.images import CustomPreprocess, Image
+from fmextract.inputs.reading import Reader, content
+from fmextract.inputs.seeding import own_generators, seeded
+from fmextract.inputs.sources import open_source
+from fmextract.inputs.thread_safety import data_is_known, transform_is_known
+from fmextract.records import Preprocess
+
+# A Dataset that keeps its file open says nowhere when to close it.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+PLAIN = Preprocess(8, (8, 8))
+
+
+def inputs(data: Any, preprocess: Any = PLAIN, **options: Any) -> tuple[list[Any], list[Any], Reader]:
+    """(of each row its pixels or its error, the labels, the reader), as in a run: read here, decoded by threads."""
+    source = open_source(data)
+    made = Reader(source, preprocess, **options)
+    try:
+        return [*_decoded(made, range(len(source)))], [source.label(row) for row in range(len(source))], made
+    finally:
+        made.close()
+
+
+def _decoded(made: Reader, rows: range) -> Iterator[Any]:
+    def decode(data: Any) -> Any:
+        try:
+            return made.decode(content(data)).pixels.numpy()
+        except SampleError as error:
+            return error.status, str(error)
+
+    if not made.serial:
+        yield from ThreadPoolExecutor(8).map(lambda row: decode(made.load(row)), rows)
+        return
+    with ThreadPoolExecutor(8) as pool:
+        yield from [future.result() for future in [pool.submit(decode, data) for data in made.ahead(rows)]]
+
+
+def same(found: list[Any], expected: list[Any]) -> None:
+    assert len(found) == len(expected)
+    for row, (one, other) in enumerate(zip(found, expected, strict=True)):
+        np.testing.assert_equal(one, other, err_msg=f"row {row}")
+
+
+def channels_first(rows: int) -> list[Array]:
+    return [pixels(row).transpose(2, 0, 1) for row in range(rows)]
+
+
+# --------------------------------------------------------------------------------- what two threads must not use
+
+
+def h5_file(path: Path, rows: int) -> Path:
+    with h5py.File(path, "w") as file:
+        file["images"] = np.stack([pixels(row) for row in range(rows)])
+    return path
+
+
+DATASETS: dict[str, Any] = {
+    "an open file": lambda folder: users.OpenFile(users.OpenFile.write(folder / "raw", 60), 60),
+    "a position and a buffer": lambda folder: users.Position(60),
+    "sqlite3": lambda folder: users.Table(":memory:", 60),
+    "h5py": lambda folder: h5py.File(h5_file(folder / "x.h5", 60))["images"],
+    "h5py, opened later": lambda folder: users.LaterOpened(h5_file(folder / "x.h5", 60), 60),
+    "pages of a TIFF": lambda folder: users.Pages(folder / "x.tif", 60),
+    "a part of one": lambda folder: Subset(users.Position(80), range(60)),
+    "one picture, many times": lambda folder: [PIL.Image.open(png(folder / "x.png"))] * 60,
+}
+
+
+def png(path: Path) -> Path:
+    PIL.Image.fromarray(pixels(0)).save(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_every_row_is_its_own_image(kind: str, tmp_path: Path) -> None:
+    found, _, _ = inputs(DATASETS[kind](tmp_path))
+    same(found, channels_first(1) * 60 if kind == "one picture, many times" else channels_first(60))
+
+
+def test_a_run_stores_the_images_of_a_dataset_with_an_open_file(tmp_path: Path) -> None:
+    path = users.OpenFile.write(tmp_path / "raw", 48)
+    extract(users.OpenFile(path, 48), tmp_path / "out.h5", workers=4, shard_size="auto")
+    extract([pixels(row) for row in range(48)], tmp_path / "expected.h5", shard_size="auto")
+    with reader.open(tmp_path / "out.h5") as acts, reader.open(tmp_path / "expected.h5") as expected:
+        np.testing.assert_array_equal(acts["conv"][:], expected["conv"][:])
+
+
+def test_one_thread_reads_and_labels_come_along(tmp_path: Path) -> None:
+    """sqlite3 refuses any other thread than the one that made the connection: the probes, the run, a resume."""
+    data = users.Table(":memory:", 20)
+    notes = Notes(lambda done: _end() if done >= 8 else None)
+    with pytest.raises(Ended):
+        extract(data, tmp_path / "out.h5", notes=notes)
+    assert extract(data, tmp_path / "out.h5").failed == 0
+    with reader.open(tmp_path / "out.h5") as acts:
+        assert acts.labels.tolist() == [f"label {row}" for row in range(20)]
+
+
+def _end() -> None:
+    raise Ended
+
+
+def test_files_and_memory_are_read_by_threads(tmp_path: Path) -> None:
+    photos = make_photos(tmp_path / "photos", 4)
+    (tmp_path / "classes").mkdir()
+    photos.rename(tmp_path / "classes" / "cat")
+    folder = ImageFolder(str(tmp_path / "classes"))
+    plain = v1.Compose([v1.Resize(4), v2.Compose([v2.ToImage(), v2.Normalize([0.0], [1.0])])])
+    for data in (
+        [pixels(0)],
+        (b"x",),
+        np.zeros((2, 8, 8, 3), np.uint8),
+        torch.zeros(2, 3, 8, 8),
+        TensorDataset(torch.zeros(2, 3, 8, 8)),
+        folder,
+        ImageFolder(str(tmp_path / "classes"), transform=plain),
+        Subset(folder, [0]),
+        ConcatDataset([folder, Subset(folder, [1])]),
+        Subset(users.Threaded(2), [0]),
+    ):
+        assert data_is_known(data), data
+        assert not Reader(open_source(data), PLAIN).serial
+    for data in (
+        users.Position(2),
+        Subset(users.Position(2), [0]),
+        ConcatDataset([folder, users.Position(2)]),
+        ImageFolder(str(tmp_path / "classes"), transform=lambda image: image),
+        ImageFolder(str(tmp_path / "classes"), transform=v1.RandomCrop(4)),
+        ImageFolder(str(tmp_path / "classes"), target_transform=str),
+        ImageFolder(str(tmp_path / "classes"), loader=PIL.Image.open),
+        type("Mine", (ImageFolder,), {})(str(tmp_path / "classes")),
+        type("Mine", (list,), {})([1]),
+    ):
+        assert not data_is_known(data), data
+
+
+def test_a_dataset_that_says_so_is_read_by_threads(tmp_path: Path) -> None:
+    data = users.Threaded(24)
+    extract(data, tmp_path / "out.h5", workers=4)
+    assert len(data.threads) > 1
+
+
+@pytest.mark.parametrize("transform", [v1.ToTensor(), v1.CenterCrop(3), v2.Identity(), v2.ToDtype(torch.float32)])
+def test_transforms_that_keep_nothing_are_known(transform: Any) -> None:
+    assert transform_is_known(transform)
+    assert transform_is_known(v1.Compose([v2.Compose([transform]), transform]))
+    assert not transform_is_known(v1.Compose([transform, v1.RandomHorizontalFlip()]))
+    assert not transform_is_known(v1.Compose([transform, str]))
+
+
+def test_a_preprocessing_of_the_users_own_runs_in_one_thread() -> None:
+    """One that fills the same tensor again gives each row its own, of files that threads could read as well."""
+    data = [pixels(row) for row in range(60)]
+    found, _, made = inputs(data, CustomPreprocess(users.Buffered(), "mine", (8, 8)))
+    assert made.serial
+    same(found, [image.transpose(2, 0, 1).astype(np.float32) for image in data])
+    known = CustomPreprocess(v1.Compose([v1.ToTensor(), v1.Normalize([0.5], [0.5])]), "mine", (8, 8))
+    assert not Reader(open_source(data), known).serial
+
+
+# ------------------------------------------------------------------------------------------------- random numbers
+
+
+def test_the_callers_generators_are_as_before() -> None:
+    def states() -> list[Any]:
+        return [torch.get_rng_state().tolist(), random.getstate(), [*map(str, np.random.get_state())]]
+
+    before = states()
+    for make in (lambda: inputs(users.Augmented(8)), lambda: inputs([pixels(0)], training_preprocess())):
+        make()
+        assert states() == before
+
+
+def training_preprocess() -> CustomPreprocess:
+    return CustomPreprocess(users.training, "users:training", (4, 4))
+
+
+def test_numbers_of_a_row_begin_from_the_seed_and_its_number() -> None:
+    def drawn(*place: int) -> list[float]:
+        with seeded(*place):
+            return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    assert drawn(1, 2) == drawn(1, 2)
+    seen = [
+        number for place in ((1, 2), (1, 3), (2, 2), (-1, 2), (1, 2, 1), (1 + (2 << 32), 0)) for number in drawn(*place)
+    ]
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("data", [users.Augmented(20), users.SaysSo(20)])
+def test_augmentation_is_the_same_in_any_order(data: Any) -> None:
+    """Also where the Dataset says that threads may read it: they would draw from each other's generators."""
+    source = open_source(data)
+    made = Reader(source, PLAIN)
+    made.first(3)
+    assert made.serial
+    assert [note for note in made.notes if "draws random numbers" in note]
+    forwards = [*_decoded(made, range(20))]
+    labels = [source.label(row) for row in range(20)]
+    random.seed(7)
+    np.random.seed(7)
+    torch.manual_seed(7)
+    backwards = [next(_decoded(made, range(row, row + 1))) for row in reversed(range(20))]
+    same(forwards, backwards[::-1])
+    assert labels == [source.label(row) for row in range(20)]
+    assert forwards[5] == (1, "KeyError: 'no such thing'")
+    assert not np.array_equal(forwards[0], next(_decoded(Reader(source, PLAIN, seed=1), range(1))))
+
+
+def test_a_random_preprocessing_is_the_same_in_any_run_and_told(tmp_path: Path) -> None:
+    """A training pipeline by mistake: of files, whose rows threads read otherwise."""
+    photos = make_photos(tmp_path / "photos", 20)
+    notes = Notes()
+    options = {"preprocess": users.training, "notes": notes, "workers": 4}
+    extract(photos, tmp_path / "whole.h5", **options)
+    assert "the preprocessing draws random numbers" in notes
+    stopping = Notes(lambda done: _end() if done >= 8 else None)
+    with pytest.raises(Ended):
+        extract(photos, tmp_path / "resumed.h5", **{**options, "notes": stopping})
+    extract(photos, tmp_path / "resumed.h5", **{**options, "workers": 1})
+    extract(photos, tmp_path / "other.h5", **options, seed=1)
+    with (
+        reader.open(tmp_path / "whole.h5") as whole,
+        reader.open(tmp_path / "resumed.h5") as resumed,
+        reader.open(tmp_path / "other.h5") as other,
+    ):
+        np.testing.assert_array_equal(whole["conv"][:], resumed["conv"][:])
+        assert not np.array_equal(whole["conv"][:], other["conv"][:])
+        assert any("draws random numbers" in note for note in whole.config["notes"])
+
+
+def test_what_is_not_random_is_not_told(tmp_path: Path) -> None:
+    notes = Notes()
+    extract(users.Position(8), tmp_path / "out.h5", notes=notes)
+    assert not [note for note in notes.notes if "random" in note or "differently" in note]
+
+
+def test_generators_of_a_datasets_own_are_named() -> None:
+    assert own_generators(users.OwnGenerator(2)) == ["rng", "transforms[0]['noise']"]
+    made = Reader(open_source(users.OwnGenerator(2)), PLAIN)
+    assert re.search(
+        r"OwnGenerator has random generators of its own \(rng, transforms\[0\]\['noise'\]\)", made.notes[0]
+    )
+    made.first(0)
+    assert "'000000' comes out differently each time it is read" in made.notes[-1]
+
+    rng, default = random.Random(0), np.random.RandomState(0)
+
+    def jitter(image: Any, other: Any = default) -> Any:
+        return rng, other
+
+    assert own_generators(jitter) == ["rng", "default 0"]
+    assert own_generators(v1.Compose([v1.Lambda(jitter)])) == [
+        "transforms[0].lambd.rng",
+        "transforms[0].lambd.default 0",
+    ]
+
+
+def test_items_that_are_never_the_same_are_told() -> None:
+    made = Reader(open_source(users.Clock(3)), PLAIN)
+    assert isinstance(made.first(1), Image)
+    (note,) = made.notes
+    assert "'000001' comes out differently each time it is read, from the same random seeds" in note
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+
+def test_processes_give_what_one_thread_gives(tmp_path: Path) -> None:
+    """Images and labels of all kinds, random ones, and what fails."""
+    png(tmp_path / "photo.png")
+    data = ConcatDataset([users.Augmented(20), users.Odd(18, tmp_path)])
+    here, labels, _ = inputs(data)
+    there, same_labels, made = inputs(data, workers=3)
+    same(there, here)
+    assert same_labels == labels
+    assert labels[20:] == ([None] * 4 + ["cat"] + [None] * 4) * 2
+    assert [row for row, one in enumerate(here) if isinstance(one, tuple)] == [5, 26, 27, 35, 36]
+    assert any("ConcatDataset draws random numbers" in note for note in made.notes)
+
+
+def test_each_process_opens_its_own_files(tmp_path: Path) -> None:
+    """A file that the Dataset opens later is opened there, since nothing is read here before; it inherits none."""
+    data = users.LaterOpened(h5_file(tmp_path / "x.h5", 12), 12)
+    with (tmp_path / "open").open("w+b") as held:
+        held.write(b"x")
+        extract(data, tmp_path / "out.h5", dataset_workers=2)
+        assert data.file is None
+        found, _, _ = inputs(users.Worker(4, tmp_path / "open"), workers=2)
+        same(
+            found, [np.broadcast_to(np.array([row % 2, 2, 0], np.uint8)[:, None, None], (3, 8, 8)) for row in range(4)]
+        )
+    with reader.open(tmp_path / "out.h5") as acts:
+        assert acts.labels.tolist() == [10 * row for row in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("data", "culprit"),
+    [
+        (lambda folder: users.OpenFile(users.OpenFile.write(folder / "raw", 2), 2), r"file \(_io.FileIO\)"),
+        (lambda folder: users.Table(":memory:", 2), r"connection \(sqlite3.Connection\)"),
+        (lambda folder: Subset(users.Table(":memory:", 2), [0]), r"dataset.connection \(sqlite3.Connection\)"),
+        (
+            lambda folder: ImageFolder(str(folder), transform=lambda image: image),
+            r"transform \(builtins.function .*<lambda>\)",
+        ),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_by_name(data: Any, culprit: str, tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    png(tmp_path / "cat" / "x.png")
+    with pytest.raises(ConfigError, match=rf"--dataset-workers 2: {culprit} cannot be sent to another process"):
+        extract(data(tmp_path), tmp_path / "out.h5", dataset_workers=2)
+
+
+def test_a_process_that_is_killed_names_its_row_and_the_run_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "deadly").touch()
+    data = users.Deadly(20, 13, tmp_path / "deadly")
+    with pytest.raises(SourceLost, match=r"ended while it read '000013' \(row 13\): killed by SIGKILL"):
+        extract(data, tmp_path / "out.h5", dataset_workers=1)
+    (tmp_path / "deadly").unlink()
+    extract(data, tmp_path / "out.h5")
+    extract([pixels(row) for row in range(20)], tmp_path / "expected.h5")
+    with reader.open(tmp_path / "out.h5") as acts, reader.open(tmp_path / "expected.h5") as expected:
+        np.testing.assert_array_equal(acts["conv"][:], expected["conv"][:])
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import runs, users
+class Mine(users.Augmented):
+    pass
+{guard}runs.extract(Mine(8), Path(sys.argv[1]), dataset_workers=1)
+"""
+
+
+def test_a_script_of_the_users_needs_its_guard(tmp_path: Path) -> None:
+    """The process imports the script for its classes; without the usual guard it would start the run again."""
+    tests = Path(users.__file__).parent
+    for guard, message in (("if __name__ == '__main__': ", ""), ("", "must stand under `if __name__ == '__main__':`")):
+        (tmp_path / "script.py").write_text(SCRIPT.format(guard=guard))
+        command = [sys.executable, "script.py", str(tmp_path / "out.h5")]
+        environment = {"PYTHONPATH": f"{tests}:{tests.parent}", "PATH": "", "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert (ended.returncode == 0) == (not message), ended.stderr
+        assert message in ended.stderr
+        (tmp_path / "out.h5").unlink(missing_ok=True)
+
+
+def test_a_dataset_in_a_file_of_its_own_is_found_by_the_process_and_preprocessed_there(tmp_path: Path) -> None:
+    """`path/file.py:callable`, in a folder where no import looks."""
+    (tmp_path / "code").mkdir()
+    text = "import users\nclass Mine(users.Augmented):\n    pass\ndef make():\n    return Mine(8)\n"
+    (tmp_path / "code" / "of_mine.py").write_text(text)
+    here, _, _ = inputs(users.Augmented(8), training_preprocess())
+    there, _, _ = inputs(f"{tmp_path}/code/of_mine.py:make", training_preprocess(), workers=1)
+    same(there, here)
+
+
+def test_processes_are_not_started_where_there_is_nothing_for_them(tmp_path: Path) -> None:
+    for data in (make_photos(tmp_path / "photos", 2), [pixels(0)]):
+        made = Reader(open_source(data), PLAIN, workers=2)
+        assert made.workers == 0
+        assert "has nothing to do" in made.notes[0]
+    with pytest.raises(ConfigError, match="--dataset-workers -1: expected 0 or more"):
+        extract(tmp_path / "photos", tmp_path / "out.h5", dataset_workers=-1)
