@@ -197,11 +197,12 @@ class Odd(Rows):
     def __init__(self, count: int, folder: Path) -> None:
         super().__init__(count)
         self.folder = folder
+        for name in ("photo.png", "lazy.bmp"):
+            PIL.Image.fromarray(pixels(0)).save(folder / name)
 
     def __getitem__(self, row: int) -> Any:
         image = pixels(row)
         path = self.folder / "photo.png"
-        PIL.Image.fromarray(image).save(self.folder / "lazy.bmp")
         return (
             image,
             torch.from_numpy(image),

@@ -299,7 +299,6 @@ def test_items_that_are_never_the_same_are_told() -> None:
 
 def test_processes_give_what_one_thread_gives(tmp_path: Path) -> None:
     """Images and labels of all kinds, random ones, and what fails."""
-    png(tmp_path / "photo.png")
     data = ConcatDataset([users.Augmented(20), users.Odd(18, tmp_path)])
     here, labels, _ = inputs(data)
     there, same_labels, made = inputs(data, workers=3)
@@ -312,17 +311,17 @@ def test_processes_give_what_one_thread_gives(tmp_path: Path) -> None:
 
 def test_each_process_opens_its_own_files(tmp_path: Path) -> None:
     """A file that the Dataset opens later is opened there, since nothing is read here before; it inherits none."""
-    data = users.LaterOpened(h5_file(tmp_path / "x.h5", 12), 12)
+    later = users.LaterOpened(h5_file(tmp_path / "x.h5", 12), 12)
     with (tmp_path / "open").open("w+b") as held:
         held.write(b"x")
-        extract(data, tmp_path / "out.h5", dataset_workers=2)
-        assert data.file is None
-        found, _, _ = inputs(users.Worker(4, tmp_path / "open"), workers=2)
-        same(
-            found, [np.broadcast_to(np.array([row % 2, 2, 0], np.uint8)[:, None, None], (3, 8, 8)) for row in range(4)]
-        )
-    with reader.open(tmp_path / "out.h5") as acts:
-        assert acts.labels.tolist() == [10 * row for row in range(12)]
+        data = ConcatDataset([later, users.Worker(4, tmp_path / "open")])
+        found, labels, _ = inputs(data, workers=2)
+    assert later.file is None
+    same(found[:12], channels_first(12))
+    same(
+        found[12:], [np.broadcast_to(np.array([row % 2, 2, 0], np.uint8)[:, None, None], (3, 8, 8)) for row in range(4)]
+    )
+    assert labels == [10 * row for row in range(12)] + [None] * 4
 
 
 @pytest.mark.parametrize(
