@@ -462,19 +462,44 @@ def verify(
     rerun: Annotated[
         int, _option("--rerun", metavar="K", help="Run K random images through the model again. [default: 0]")
     ] = 0,
+    model: Annotated[
+        str | None, _option("--model", "-m", metavar="MODEL", help="For --rerun. [default: what the file names]")
+    ] = None,
+    source: Annotated[
+        str | None, _option("--source", metavar="SOURCE", help="For --rerun. [default: what the file names]")
+    ] = None,
+    preprocess: Annotated[
+        str | None, _option("--preprocess", metavar="HOW", help="For --rerun. [default: what the file says]")
+    ] = None,
+    weights: Annotated[
+        str | None, _option("--weights", "-w", metavar="WEIGHTS", help="For --rerun. [default: what the file names]")
+    ] = None,
+    trust: Annotated[
+        bool, _option("--trust", help="Let --rerun import code, and download weights, that only the file names.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
     """Check an output: checksums, every chunk, rows, statistics.
 
-    Exit code 5 where something is not as it was written.
+    Exit code 5 where something is not as it was written. Code that a file names is run only if you name it again, or
+    with --trust.
 
     fmextract verify acts.h5 --rerun 20
     """
     with _working():
         from fmextract.verify import verify as check
 
-        report = check(out, rerun=rerun, progress=TerminalProgress())
+        report = check(
+            out,
+            rerun=rerun,
+            model=model,
+            source=source,
+            preprocess=preprocess,
+            weights=weights,
+            trust=trust,
+            progress=TerminalProgress(),
+        )
     _show(report.as_json(), lambda: tables.verification(report), as_json)
     return 0 if report.ok else MISMATCH
 

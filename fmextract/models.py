@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import InterpolationMode
 
+from fmextract import index
+from fmextract.common import trust
 from fmextract.common.imports import import_object
 from fmextract.errors import ConfigError, MissingExtra, ModelError
 from fmextract.images import PREPROCESS_HELP, CustomPreprocess, Preprocessing, apply_size, parse_preprocess
@@ -137,15 +140,16 @@ def load_model(
         provider, name = _find_provider(model)
         built = PROVIDERS[provider].build(name, wanted)
         built.module.eval()
+    origin = {"provider": provider, "model": name, **built.origin}
     if wanted.kind == "file":
-        _load_file(built.module, Path(wanted.value))
+        origin["weights_file_sha256"] = _load_file(built.module, Path(wanted.value))
     return LoadedModel(
         module=built.module,
         name=model if isinstance(model, str) else name,
         preprocess=_settle(preprocess, built.preprocess, model, size),
         weights=f"file:{Path(wanted.value).name}" if wanted.kind == "file" else built.weights,
         weights_sha256=weights_digest(built.module),
-        origin={"provider": provider, "model": name, **built.origin},
+        origin=origin,
         input_dtype=_input_dtype(built.module),
     )
 
@@ -302,6 +306,11 @@ def _find_provider(model: str) -> tuple[str, str]:
     return ("python", model) if colon else ("torchvision", model)
 
 
+def is_code(model: str) -> bool:
+    """Whether a text names code of somebody's own, as a model or as its preprocessing (where it is not in words)."""
+    return "=" not in model and _find_provider(model)[0] == "python"
+
+
 @contextlib.contextmanager
 def _building(name: str, weights: Weights) -> Iterator[None]:
     """Seeds where random weights are wanted, leaves the caller's random state as it was, and keeps stdout clean."""
@@ -381,8 +390,10 @@ def _download_explained(name: str, chosen: Any) -> Iterator[None]:
     if chosen is None:
         yield
         return
-    cached = Path(torch.hub.get_dir(), "checkpoints", chosen.url.rpartition("/")[2])
+    cached = _in_torch_cache(chosen.url)
     was_there = cached.exists()
+    if not was_there:
+        trust.check_download(name)
     try:
         yield
     except Exception as error:
@@ -392,6 +403,10 @@ def _download_explained(name: str, chosen: Any) -> Iterator[None]:
             f"the weights of {name!r} could not be downloaded from {chosen.url} ({error}). Without a network: put that "
             f"file at {cached}, or give a file with --weights FILE, or take untrained weights with --weights random:0"
         ) from error
+
+
+def _in_torch_cache(url: str) -> Path:
+    return Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
 
 
 def _build_timm(name: str, weights: Weights) -> Built:
@@ -406,7 +421,15 @@ def _build_timm(name: str, weights: Weights) -> Built:
     ):
         warnings.simplefilter("ignore")
         try:
+            if (
+                trained
+                and not trust.downloads_are_allowed()
+                and not _timm_is_on_this_disk(timm.get_pretrained_cfg(full))
+            ):
+                trust.check_download(f"timm:{full}")
             module = timm.create_model(full, pretrained=trained)
+        except ConfigError:
+            raise
         except Exception as error:
             hint = ". Without a network: --weights FILE (.safetensors, .pth), or --weights random:0" if trained else ""
             raise ModelError(f"timm could not build {full!r}: {str(error).rstrip('.')}{hint}") from error
@@ -418,7 +441,10 @@ def _build_timm(name: str, weights: Weights) -> Built:
 
 @contextlib.contextmanager
 def _hub_asked_once() -> Iterator[None]:
-    """Where its hub does not answer, huggingface_hub looks into its cache alone, instead of trying for a minute."""
+    """Where its hub does not answer, huggingface_hub looks into its cache alone, instead of trying for a minute.
+
+    So it does where downloads are not allowed, without being asked.
+    """
     try:
         from huggingface_hub import constants
 
@@ -427,15 +453,32 @@ def _hub_asked_once() -> Iterator[None]:
         yield
         return
     before = constants.HF_HUB_OFFLINE
-    try:
-        utils.get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception as error:  # whatever its HTTP library raises; an answer of any kind raises nothing
-        print(f"{constants.ENDPOINT} does not answer ({error}): only weights that are here already", file=sys.stderr)
+    if not trust.downloads_are_allowed():
         constants.HF_HUB_OFFLINE = True
+    else:
+        try:
+            utils.get_session().head(constants.ENDPOINT, timeout=5)
+        except Exception as error:  # whatever its HTTP library raises; an answer of any kind raises nothing
+            print(
+                f"{constants.ENDPOINT} does not answer ({error}): only weights that are here already", file=sys.stderr
+            )
+            constants.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def _timm_is_on_this_disk(config: Any) -> bool:
+    """Whether the weights of timm's `config` are in the cache from which it takes them."""
+    repository = getattr(config, "hf_hub_id", None)
+    if repository and find_spec("huggingface_hub") is not None:
+        from huggingface_hub import try_to_load_from_cache
+
+        names = (config.hf_hub_filename, "model.safetensors", "pytorch_model.bin")
+        return any(isinstance(try_to_load_from_cache(repository, name), str) for name in names if name)
+    url = getattr(config, "url", None)
+    return url is not None and _in_torch_cache(url).is_file()
 
 
 def _timm() -> Any:
@@ -527,8 +570,13 @@ PROVIDERS: dict[str, Provider] = {
 # ------------------------------------------------------------------------------------------------ weight files
 
 
-def _load_file(module: nn.Module, path: Path) -> None:
-    """Every tensor of the file into the module. Raises ModelError unless names and shapes fit exactly."""
+def _load_file(module: nn.Module, path: Path) -> str:
+    """Every tensor of the file into the module. Gives the file's SHA-256.
+
+    Raises ModelError unless names and shapes fit exactly.
+    """
+    sha256 = index.file_sha256(path) if path.is_file() else ""
+    trust.check_weights_file(str(path), sha256)
     state = _unwrapped(_read_file(path), path, set(module.state_dict()))
     try:
         missing, unexpected = module.load_state_dict(state, strict=False)
@@ -541,6 +589,7 @@ def _load_file(module: nn.Module, path: Path) -> None:
     ]
     if problems:
         raise ModelError(f"the weights in {path} do not fit the model: {'; '.join(problems)}")
+    return sha256
 
 
 def _read_file(path: Path) -> Any:

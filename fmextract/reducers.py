@@ -53,13 +53,13 @@ def reduction(text: str, shape: Shape, axes: Axes) -> Reduction:
 
     Raises LayerError for an unknown name, a wrong argument, and a layer that lacks the axes it needs.
     """
-    name, colon, argument = text.partition(":")
+    name, _, argument = text.partition(":")
     if name in REDUCERS:
         factory = REDUCERS[name]
         if argument and ":" not in REDUCER_HELP[name].usage:
             raise LayerError(f"reducer {name!r} takes no argument, got {text!r}")
         new_shape, new_axes, apply = factory(argument, shape, axes)
-    elif colon and not argument[:1].isdigit():
+    elif is_code(text):
         new_shape, new_axes, apply = _users(text, shape, axes)
     else:
         usages = {known: REDUCER_HELP[known].usage for known in REDUCERS}
@@ -69,6 +69,12 @@ def reduction(text: str, shape: Shape, axes: Axes) -> Reduction:
             f"unknown reducer {text!r}.{closest} There are: {', '.join(usages.values())}, and module:callable"
         )
     return Reduction(text, new_shape, new_axes, _own(apply), stores=name != "top")
+
+
+def is_code(text: str) -> bool:
+    """Whether a reducer is a function of somebody's own, `module:callable`."""
+    name, colon, argument = text.partition(":")
+    return name not in REDUCERS and bool(colon) and not argument[:1].isdigit()
 
 
 def _own(apply: Apply) -> Apply:

@@ -15,19 +15,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fmextract import index, moments, reader, store
-from fmextract.common import strict_json
-from fmextract.errors import ConfigError, FormatError, OutputError
+from fmextract.errors import FormatError, OutputError
 from fmextract.index import INDEX, PLAN, ShardRecord
-from fmextract.planning import Plan, differences
+from fmextract.planning import Plan
 from fmextract.records import Progress, Status
-
-if TYPE_CHECKING:
-    from fmextract.prepare import Prepared
 
 Array = reader.Array
 BLOCK_BYTES = 32 << 20
@@ -83,21 +79,28 @@ def verify(
     rerun: int = 0,
     model: Any = None,
     source: Any = None,
+    preprocess: Any = None,
+    weights: str | None = None,
+    trust: bool = False,
     seed: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Compare a finished output with everything it says of itself, and `rerun` random images with the model.
 
-    `model` and `source` are needed for `rerun` where they were not named by a text that is in the file. `seed` chooses
-    the images. Raises OutputError or FormatError for what is no finished output, ConfigError where images cannot be
-    run again. What is damaged is no exception but a problem in the report.
+    What `rerun` needs is what the file names, unless it is given here: `model`, `source`, `preprocess`, `weights`. Code
+    that only the file names is not run, and nothing is downloaded for it, unless `trust` says that the file is known to
+    be harmless: models of the libraries whose weights are on this disk, and photos, are used without that. `seed`
+    chooses the images.
+
+    Raises OutputError or FormatError for what is no finished output, ConfigError where images cannot be run again. What
+    is damaged is no exception but a problem in the report.
     """
     place = Path(path)
     check = _Check(place)
     check.run()
     largest = None
     if rerun and not check.problems:
-        largest = _rerun(check, rerun, model, source, seed, progress)
+        largest = _rerun(check, rerun, (model, source, preprocess, weights, trust), seed, progress)
     return Report(
         path=str(place),
         files=check.files,
@@ -416,86 +419,13 @@ def _moments(values: Array, near_zero_below: float | None) -> dict[str, Array]:
 # ----------------------------------------------------------------------------------------------------------- run again
 
 
-def _rerun(check: _Check, count: int, model: Any, source: Any, seed: int | None, progress: Progress | None) -> float:
+def _rerun(check: _Check, count: int, said: tuple[Any, ...], seed: int | None, progress: Progress | None) -> float:
     """Run `count` random images again; notes what does not agree, returns the largest error."""
-    from fmextract import prepare, replay, run
-    from fmextract.config import Config
-    from fmextract.progress import Quiet
+    from fmextract.rerun import Said, rerun
 
     with reader.open(check.place) as acts:
-        first = acts._files[0].start
-        there = np.flatnonzero(acts.keys != "")
-        chosen = np.random.default_rng(seed).choice(there, min(count, len(there)), replace=False)
-        options = _options(acts)
-        model, source = _named(acts, model, source)
-        with prepare.prepare(source, model, Config.of(**options), progress or Quiet()) as prepared:
-            now = strict_json.plain(prepare.identity(prepared))
-            changed = list(differences({**acts.config["identity"], "device": now["device"]}, now))
-            if changed:
-                listed = "; ".join(f"{name}: {old!r} then, {new!r} now" for name, old, new in changed)
-                raise ConfigError(f"cannot run images of {check.place} again: {listed}")
-            with run.working(prepared, _plan_of(acts, prepared)) as work:
-                found = replay.differences(work, acts, first, [first + int(row) for row in chosen])
+        found = rerun(acts, count, Said(*said), seed, progress)
     for difference in itertools.filterfalse(lambda d: d.tolerated, found):
         rows = range(difference.row, difference.row + 1)
         check._wrong(check.place, f"{difference.key!r} run again: {difference.message}", difference.layer, rows)
     return max((difference.error for difference in found), default=0.0)
-
-
-def _options(acts: reader.Activations) -> dict[str, Any]:
-    options = dict(acts.config.get("options", {}))
-    if not isinstance(options.get("preprocess"), str):
-        raise ConfigError(f"{acts.path} does not say how its images were preprocessed")
-    return options
-
-
-def _named(acts: reader.Activations, model: Any, source: Any) -> tuple[Any, Any]:
-    """The model and the source: those given, else by the names in the file."""
-    name, place = str(acts.attrs.get("model")), str(acts.attrs.get("source"))
-    if model is None:
-        if acts.config.get("origin", {}).get("provider") == "python" and ":" not in name:
-            raise ConfigError(f"{acts.path}: the model {name} was an object in a program; give it as model=…")
-        model = name
-    if source is None:
-        if not Path(place).exists() and ":" not in place:
-            raise ConfigError(
-                f"{acts.path}: the source {place!r} is not there; go to its folder, or give it as source=…"
-            )
-        source = place
-    return model, source
-
-
-def _plan_of(acts: reader.Activations, prepared: Prepared) -> Plan:
-    """The plan that an output was made by, from what the output says."""
-    config, attrs = acts.config, acts.attrs
-    options = config["options"]
-    layers = tuple(acts[name].spec for name in acts.layers)
-    from fmextract import codecs
-
-    info = {name: attrs.get(name) for name in ("title", "source", "history", "model", "weights_sha256", "created")}
-    return Plan(
-        run_id=str(config.get("run_id", "")),
-        rows=acts._files[0].start + len(acts),
-        layers=layers,
-        precision=str(attrs["precision"]),
-        memory_format=config["memory_format"],
-        batch_size=config["batch_size"],
-        device=str(prepared.device),
-        threads=1,
-        forward_threads=config["forward_threads"],
-        codec=options["codec"],
-        level=codecs.codec_named(options["codec"]).checked_level(options["level"]),
-        store=options["store"],
-        keep_bits=options["keep_bits"],
-        clip=options["clip"],
-        top=options["top"],
-        shard_rows=len(acts),
-        identity=config["identity"],
-        config=options,
-        info={**info, "preprocess": acts.preprocess}
-        | {name: config.get(name) for name in ("weights", "origin", "input_dtype")},
-        versions=acts.versions,
-        fused=tuple((conv, norm) for conv, norm in config.get("fused", ())),
-        pooling=bool(config.get("pooling")),
-        prepacked=bool(config.get("prepacked")),
-    )

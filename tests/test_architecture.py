@@ -25,7 +25,7 @@ ORDER = re.findall(
     codecs
     storage.schema storage store index lock watch feeding reader
     device
-    common.folders common.imports common.streams common.relative_error common
+    common.folders common.trust common.imports common.streams common.relative_error common
     inputs.files inputs.pictures inputs.tables inputs.labels inputs.items inputs.kinds inputs.given
     inputs.folders inputs.manifests inputs.attributes inputs.datasets inputs.sources inputs
     capture.reducer_help capture.atoms capture images
@@ -33,7 +33,7 @@ ORDER = re.findall(
     models axes taps capture.probe geometry effective reducers stats
     packed fusion planning chunks workers compiled precision model.modes model choose
     engine estimate prepare replay output
-    run verify launch
+    run rerun verify launch
     similarity dissimilarity comparison
     look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where look.depth
     look.differences

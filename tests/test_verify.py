@@ -248,7 +248,7 @@ def test_verify_needs_something_finished(photos: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["whole", "whole.h5"])
 def test_images_run_again_agree(photos: Path, whole: Path, whole_file: Path, name: str) -> None:
-    report = verify(photos.parent / name, rerun=6, seed=0)
+    report = verify(photos.parent / name, rerun=6, seed=0, model=MODEL)
     assert report.problems == ()
     assert (report.rerun, report.largest_error) == (6, 0.0)
 
@@ -261,7 +261,7 @@ def test_images_that_were_stored_in_another_place_are_found(photos: Path, tmp_pa
             layer["activation"][[2, 3]] = layer["activation"][[2, 3]][::-1]
         file.attrs["content_digest"] = store._content_digest(file, {})
     assert verify(tmp_path / "out.h5").ok
-    problems = verify(tmp_path / "out.h5", rerun=ROWS).problems
+    problems = verify(tmp_path / "out.h5", rerun=ROWS, model=MODEL).problems
     assert {problem.rows for problem in problems} == {"2-2", "3-3"}
     assert {problem.layer for problem in problems} == set(runs.LAYERS)
 
@@ -283,7 +283,7 @@ def test_a_model_given_as_an_object_has_to_be_given_again(photos: Path, tmp_path
 def test_the_command_line(whole: Path, whole_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(whole_file)]) == 0
     assert "whole" in capsys.readouterr().out
-    assert cli.main(["verify", str(whole), "--rerun", "2", "--json"]) == 0
+    assert cli.main(["verify", str(whole), "--rerun", "2", "-m", MODEL, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["ok"], said["rerun"], said["problems"]) == (True, 2, [])
     out = copied(whole, tmp_path / "out")

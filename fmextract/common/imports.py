@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fmextract.common import trust
 from fmextract.errors import ConfigError
 
 __all__ = ["import_object"]
@@ -17,8 +18,10 @@ __all__ = ["import_object"]
 def import_object(text: str, error: type[ConfigError], purpose: str) -> Any:
     """What `module:name` or `path/file.py:name` names; `name` may have dots. `purpose` begins the error's message.
 
-    A module is looked for where Python does, and in the working directory.
+    A module is looked for where Python does, and in the working directory. Where names come out of a file, only what
+    the user gave again is imported (`trust`).
     """
+    trust.check_import(text, purpose)
     place, _, name = text.rpartition(":")
     if not place or not name:
         raise error(f"{purpose}: expected module:name or path/file.py:name, got {text!r}")

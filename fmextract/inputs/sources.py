@@ -24,7 +24,7 @@ from fmextract.inputs.kinds import kind_of
 from fmextract.inputs.manifests import MANIFESTS, open_manifest
 from fmextract.records import Label, Source
 
-__all__ = ["folder_of", "notes_of", "on_disk", "open_source", "unlimited"]
+__all__ = ["folder_of", "is_code", "notes_of", "on_disk", "open_source", "unlimited"]
 
 
 def open_source(
@@ -72,11 +72,11 @@ def _open_text(text: str, options: Options) -> Source:
         return with_given(opener(path, options), options)
     if path.exists():
         return _open_file(text, options)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+    if _is_address(text):
         raise SourceError(f"{text!r} is an address: images are read from files. Download them, and give their folder")
     if _is_pattern(text):
         return _open_pattern(text, options)
-    if ":" in text:
+    if is_code(text):
         found = import_object(text, SourceError, "the source")
         needs_call = callable(found) and not hasattr(found, "__getitem__")
         return _open_object(_call(found, text) if needs_call else found, text, options)
@@ -98,6 +98,10 @@ def _open_file(text: str, options: Options) -> Source:
     raise SourceError(f"{text!r} is {kind}. {instead or _SOURCES}")
 
 
+def _is_address(text: str) -> bool:
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) is not None
+
+
 def _is_pattern(text: str) -> bool:
     return glob.has_magic(text)
 
@@ -117,6 +121,11 @@ def _open_pattern(pattern: str, options: Options) -> Source:
     source = files_named(images, pattern, options)
     source.notes.extend([f"{pattern}: passed over {passed}"] * bool(passed) + passed.recognised_note(pattern))
     return source
+
+
+def is_code(text: str) -> bool:
+    """Whether a text names code that gives a Dataset."""
+    return ":" in text and not (Path(text).exists() or _is_address(text) or _is_pattern(text))
 
 
 def _call(factory: Callable[[], Any], text: str) -> Any:

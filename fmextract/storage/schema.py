@@ -265,7 +265,7 @@ CONFIG = fields(
     device=text,
     memory_format=text,
     weights=optional(text),
-    origin=fields(provider=text),
+    origin=fields(provider=text, weights_file_sha256=text),
     input_dtype=text,
     run_id=text,
     forward_threads=whole(1, 10**6),

@@ -1,0 +1,172 @@
+"""Run images of a finished output again: what that needs is what the file names, unless the user says it.
+
+A file may name anything. Code that it names is not run, and nothing is downloaded for it, unless the user gives the
+name again or trusts the file; see `common.trust`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fmextract import codecs, models, prepare, reader, reducers, replay, run, taps
+from fmextract.common import strict_json
+from fmextract.common.trust import names_from_a_file
+from fmextract.config import Config
+from fmextract.errors import ConfigError
+from fmextract.inputs import sources
+from fmextract.planning import Plan, differences
+from fmextract.prepare import Prepared
+from fmextract.progress import Quiet
+from fmextract.records import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the user says of the run; None for what the file is to say. `trust`: the file is known to be harmless."""
+
+    model: Any = None
+    source: Any = None
+    preprocess: Any = None
+    weights: str | None = None
+    trust: bool = False
+
+    def names(self) -> list[str]:
+        return [one for one in (self.model, self.source, self.preprocess, self.weights) if isinstance(one, str)]
+
+
+def rerun(
+    acts: reader.Activations, count: int, said: Said, seed: int | None, progress: Progress | None
+) -> list[replay.Difference]:
+    """Run `count` random images again, which `seed` chooses; gives what differs. Raises ConfigError where it cannot."""
+    first = acts._files[0].start
+    there = np.flatnonzero(acts.keys != "")
+    chosen = np.random.default_rng(seed).choice(there, min(count, len(there)), replace=False)
+    with (
+        _limited(acts, said),
+        prepare.prepare(
+            _source(acts, said), _model(acts, said), Config.of(**_options(acts, said)), progress or Quiet()
+        ) as prepared,
+    ):
+        now = strict_json.plain(prepare.identity(prepared))
+        changed = list(differences({**acts.config["identity"], "device": now["device"]}, now))
+        if changed:
+            listed = "; ".join(f"{name}: {old!r} then, {new!r} now" for name, old, new in changed)
+            raise ConfigError(f"cannot run images of {acts.path} again: {listed}")
+        with run.working(prepared, _plan_of(acts, prepared)) as work:
+            return replay.differences(work, acts, first, [first + int(row) for row in chosen])
+
+
+def _limited(acts: reader.Activations, said: Said) -> contextlib.AbstractContextManager[None]:
+    """While it lasts, a name in the file becomes code, or weights out of a network, only if the user said so.
+
+    Raises ConfigError that says all that has to be given.
+    """
+    if said.trust:
+        return contextlib.nullcontext()
+    named = list(_code(acts, said))
+    if named:
+        again = [f"{option} {name}" for option, name in named if option != "="]
+        raise ConfigError(
+            f"{acts.path} names code: {', '.join(repr(name) for _, name in named)}. What a file names is not run unless"
+            " you say so: "
+            + (f"give it again ({' '.join(again)}), or " if len(again) == len(named) else "")
+            + "say --trust (trust=True) if you know where the file is from"
+        )
+    recorded = acts.config.get("origin", {}).get("weights_file_sha256", "")
+    return names_from_a_file(
+        acts.path, said.names(), downloads=said.model is not None, weights_file_sha256=str(recorded)
+    )
+
+
+def _code(acts: reader.Activations, said: Said) -> Iterator[tuple[str, str]]:
+    """What the file names that would be imported, each with the option that gives it (`=`: a reducer; none does)."""
+    options = acts.config.get("options", {})
+    if said.model is None and models.is_code(str(acts.attrs["model"])):
+        yield "-m", str(acts.attrs["model"])
+    if said.source is None and sources.is_code(str(acts.attrs["source"])):
+        yield "--source", str(acts.attrs["source"])
+    if said.preprocess is None and models.is_code(str(options.get("preprocess"))):
+        yield "--preprocess", str(options.get("preprocess"))
+    for selector in options.get("layers", []):
+        reducer = taps.Selector.parse(selector).reducer
+        if reducers.is_code(reducer):
+            yield "=", reducer
+
+
+def _options(acts: reader.Activations, said: Said) -> dict[str, Any]:
+    options = dict(acts.config.get("options", {}))
+    if said.preprocess is not None:
+        options["preprocess"] = said.preprocess
+    elif _was_an_object(acts, options):
+        raise ConfigError(
+            f"{acts.path}: its images were preprocessed by an object of a program; give it as preprocess=…"
+        )
+    if said.weights is not None or isinstance(said.model, nn.Module):
+        options["weights"] = said.weights or "default"
+    return options
+
+
+def _was_an_object(acts: reader.Activations, options: Mapping[str, Any]) -> bool:
+    """Whether the preprocessing was none that has a name."""
+    how = options.get("preprocess")
+    own = acts.preprocess.get("kind") == "custom" and not models.is_code(str(how)) and how != "model"
+    return own or not isinstance(how, str) or how.startswith("Preprocess(")
+
+
+def _model(acts: reader.Activations, said: Said) -> Any:
+    name = str(acts.attrs["model"])
+    if said.model is None and acts.config.get("origin", {}).get("provider") == "python" and ":" not in name:
+        raise ConfigError(f"{acts.path}: the model {name} was an object in a program; give it as model=…")
+    return name if said.model is None else said.model
+
+
+def _source(acts: reader.Activations, said: Said) -> Any:
+    place = str(acts.attrs["source"])
+    there = Path(place).exists() or glob.has_magic(place) or sources.is_code(place)
+    if said.source is None and not there:
+        raise ConfigError(
+            f"{acts.path}: the source {place!r} is not there; go to its folder, or give it with --source (source=)"
+        )
+    return place if said.source is None else said.source
+
+
+def _plan_of(acts: reader.Activations, prepared: Prepared) -> Plan:
+    """The plan that an output was made by, from what the output says."""
+    config, attrs = acts.config, acts.attrs
+    options = config["options"]
+    layers = tuple(acts[name].spec for name in acts.layers)
+    info = {name: attrs.get(name) for name in ("title", "source", "history", "model", "weights_sha256", "created")}
+    return Plan(
+        run_id=str(config.get("run_id", "")),
+        rows=acts._files[0].start + len(acts),
+        layers=layers,
+        precision=str(attrs["precision"]),
+        memory_format=config["memory_format"],
+        batch_size=config["batch_size"],
+        device=str(prepared.device),
+        threads=1,
+        forward_threads=config["forward_threads"],
+        codec=options["codec"],
+        level=codecs.codec_named(options["codec"]).checked_level(options["level"]),
+        store=options["store"],
+        keep_bits=options["keep_bits"],
+        clip=options["clip"],
+        top=options["top"],
+        shard_rows=len(acts),
+        identity=config["identity"],
+        config=options,
+        info={**info, "preprocess": acts.preprocess}
+        | {name: config.get(name) for name in ("weights", "origin", "input_dtype")},
+        versions=acts.versions,
+        fused=tuple((conv, norm) for conv, norm in config.get("fused", ())),
+        pooling=bool(config.get("pooling")),
+        prepacked=bool(config.get("prepacked")),
+    )
