@@ -39,8 +39,8 @@ class CompiledCapture(Capture):
         super().__init__(*args)
         self._passes: dict[torch.Size, Callable[[torch.Tensor], Outcome]] = {}
 
-    def forward(self, forward: Forward, batch: torch.Tensor) -> list[torch.Tensor]:
-        """As `Capture.forward`. The first pass over a shape compiles, which takes seconds to minutes.
+    def _run(self, forward: Forward, batch: torch.Tensor) -> list[torch.Tensor]:
+        """The first pass over a shape compiles, which takes seconds to minutes.
 
         Raises ConfigError where that fails, since the model cannot be compiled or this machine cannot compile.
         """
@@ -72,7 +72,7 @@ class CompiledCapture(Capture):
 
     def _pass(self, forward: Forward) -> Callable[[torch.Tensor], Outcome]:
         def run(batch: torch.Tensor) -> Outcome:
-            self._batch, self._kept = len(batch), {}
+            self._kept = {}
             self._hooks.run(forward, batch)
             kept, self._kept = self._kept, {}
             return [kept.get(i) for i in range(len(self._taps))], self._hooks.counts, torch.compiler.is_compiling()
@@ -82,7 +82,7 @@ class CompiledCapture(Capture):
     def _take(self, i: int, tensor: torch.Tensor | None) -> None:
         """Called by the hooks while they are traced. Always a copy: it costs nothing where nothing overwrites it."""
         if tensor is not None:
-            rows, reduce = self._taps[i].rows(tensor, self._batch), self._reducers[i]
+            rows, reduce = self._own_rows(self._taps[i], tensor), self._reducers[i]
             self._kept[i] = rows.clone() if reduce is None else reduce(rows)
 
     def _checked(self, outcome: Outcome) -> list[torch.Tensor]:

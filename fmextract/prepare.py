@@ -42,6 +42,7 @@ from fmextract.capture import probe
 from fmextract.common.folders import remembered
 from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
+from fmextract.device import is_out_of_memory
 from fmextract.errors import ConfigError, FmextractError, LayerError, SampleError, SourceError
 from fmextract.inputs.reading import Reader, reading
 from fmextract.inputs.sources import folder_of, notes_of, open_source
@@ -52,6 +53,7 @@ from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress,
 EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
 EFFECTIVE_SHARE = 0.04  # of a run that measuring may take
 EFFECTIVE_SECONDS = 0.3  # that it may take of any run, however short
+FEW_PHOTOS = 2  # up to which number any of the source will do
 NEAR_ZERO = 0.01  # of the root mean square of a layer's values: what is not above it counts as near zero
 
 
@@ -135,7 +137,8 @@ def _prepared(
     if where.type == "cpu":
         precision.keep_freed_memory()
     with precision.lent(loaded.module, where), precision.numerics("fp32", where):
-        probed, stop, largest, notes = _probe(loaded, config.layers, input_shape, where)
+        photos = partial(_photos, reader, len(opened), loaded, input_shape, ready, where)
+        probed, stop, largest, notes = _probe(loaded, config.layers, input_shape, where, photos)
         reductions = tuple(_reduction(p) for p in probed)
         fields = _fields(loaded, probed, reductions, stop, input_shape, where)
     notes = [*own, *notes_of(opened), *notes]
@@ -177,13 +180,17 @@ def _input_shape(source: Source, reader: Reader, loaded: models.LoadedModel) -> 
 
 
 def _probe(
-    loaded: models.LoadedModel, selectors: Sequence[str], input_shape: tuple[int, ...], where: torch.device
+    loaded: models.LoadedModel,
+    selectors: Sequence[str],
+    input_shape: tuple[int, ...],
+    where: torch.device,
+    photos: probe.Photos,
 ) -> tuple[tuple[taps.Probed, ...], taps.Event | None, int, list[str]]:
     noise = _noise(input_shape, where)
     seen = _surveyed(loaded, noise)
     wanted = taps.resolve(selectors or taps.default_selectors(loaded.module, seen), seen)
     with _failing_on(input_shape):
-        probed, refused = probe.probe(loaded.module, loaded.forward, wanted, input_shape, where)
+        probed, refused = _with_photos_or_without(loaded, wanted, input_shape, where, photos)
     notes = []
     for refusal in refused:
         if (selectors and refusal.tap.explicit) or not probed:
@@ -202,6 +209,22 @@ def _own_type(wanted: str, dtype: torch.dtype) -> list[str]:
         raise ConfigError(f"--precision {wanted}: the model is in {name}, which it does not change. Leave it out.")
     runs = f"autocast to {wanted}" if wanted in precision.AUTOCAST else "which precision fp32 means there"
     return [f"the model is in {name}: its inputs are cast to it, and it computes in it, {runs}"]
+
+
+def _with_photos_or_without(
+    loaded: models.LoadedModel,
+    wanted: Sequence[taps.Tap],
+    input_shape: tuple[int, ...],
+    where: torch.device,
+    photos: probe.Photos,
+) -> tuple[list[taps.Probed], list[taps.Refused]]:
+    """The probe with images of the source; with noise alone where the model fails on one, which is a failed row's."""
+    try:
+        return probe.probe(loaded.module, loaded.forward, wanted, input_shape, where, photos)
+    except Exception as error:
+        if isinstance(error, FmextractError) or is_out_of_memory(error):
+            raise
+    return probe.probe(loaded.module, loaded.forward, wanted, input_shape, where)
 
 
 def _noise(input_shape: Sequence[int], where: torch.device) -> torch.Tensor:
@@ -438,27 +461,66 @@ def _sample_inputs(prepared: Prepared, n: int) -> tuple[torch.Tensor, float]:
 
     Images that fail are passed over; where fewer can be read than are asked for, they are repeated.
     """
+    made, seconds = _some_images(prepared.reader, len(prepared.source), prepared.input_shape, n)
+    if not made:
+        made = [torch.zeros(prepared.input_shape, dtype=torch.float32 if prepared.ready else torch.uint8)]
+    made = [made[i % len(made)] for i in range(n)]
+    batch = _as_inputs(made, prepared.loaded, prepared.ready, prepared.device)
+    return batch, seconds
+
+
+def _some_images(reader: Reader, rows: int, shape: Sequence[int], n: int) -> tuple[list[torch.Tensor], float]:
+    """(the pixels of up to `n` images spread over the source that can be read, seconds that decoding one took)."""
     made: list[torch.Tensor] = []
-    source, preprocess = prepared.source, prepared.loaded.preprocess
     tried, started = 0, time.perf_counter()
-    for row in _spread(len(source), 4 * n):
+    for row in _spread(rows, 4 * n):
         if len(made) == n:
             break
         tried += 1
         try:
-            image = prepared.reader.image(row)
+            image = reader.image(row)
         except SampleError:
             continue
-        if image.pixels.shape == prepared.input_shape:
+        if image.pixels.shape == tuple(shape):
             made.append(image.pixels)
-    seconds = (time.perf_counter() - started) / max(1, tried)
+    return made, (time.perf_counter() - started) / max(1, tried)
+
+
+def _as_inputs(
+    pixels: Sequence[torch.Tensor], loaded: models.LoadedModel, ready: bool, where: torch.device
+) -> torch.Tensor:
+    batch = torch.stack(list(pixels)).to(where)
+    if ready:
+        return batch
+    assert isinstance(loaded.preprocess, Preprocess)
+    return images.normalise(batch, loaded.preprocess)
+
+
+def _photos(
+    reader: Reader,
+    rows: int,
+    loaded: models.LoadedModel,
+    shape: Sequence[int],
+    ready: bool,
+    where: torch.device,
+    n: int,
+) -> torch.Tensor:
+    """Up to `n` images of the source as inputs of the model; those that are most unlike, where many are asked for."""
+    made, _ = _some_images(reader, rows, shape, n if n <= FEW_PHOTOS else 4 * n)
     if not made:
-        made = [torch.zeros(prepared.input_shape, dtype=torch.float32 if prepared.ready else torch.uint8)]
-    batch = torch.stack([made[i % len(made)] for i in range(n)]).to(prepared.device)
-    if not prepared.ready:
-        assert isinstance(preprocess, Preprocess)
-        batch = images.normalise(batch, preprocess)
-    return batch, seconds
+        return torch.empty((0, *shape), device=where)
+    return _most_unlike(_as_inputs(made, loaded, ready, where), n)
+
+
+def _most_unlike(batch: torch.Tensor, n: int) -> torch.Tensor:
+    """`n` of a batch: the first, and each time the one that is farthest from all that were taken."""
+    flat = batch.flatten(1).double()
+    taken = [0]
+    away = (flat - flat[0]).norm(dim=1)
+    while len(taken) < min(n, len(batch)):
+        taken.append(int(away.argmax()))
+        away = torch.minimum(away, (flat - flat[taken[-1]]).norm(dim=1))
+    return batch[taken]
 
 
 def _spread(rows: int, tries: int) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,8 @@ def _plan_of(acts: reader.Activations, prepared: Prepared) -> Plan:
     """The plan that an output was made by, from what the output says."""
     config, attrs = acts.config, acts.attrs
     options = config["options"]
-    layers = tuple(acts[name].spec for name in acts.layers)
+    # Every layer is copied in its hook: what was overwritten for some image alone, and was stored so, differs then.
+    layers = tuple(replace(acts[name].spec, copied=True) for name in acts.layers)
     info = {name: attrs.get(name) for name in ("title", "source", "history", "model", "weights_sha256", "created")}
     return Plan(
         run_id=str(config.get("run_id", "")),

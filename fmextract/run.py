@@ -174,6 +174,7 @@ def working(
             reduce_functions(prepared),
             prepared.stop,
             prepared.capture_kind,
+            asking=True,
         ) as capture,
     ):
         if prepared.config.compile:

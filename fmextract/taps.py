@@ -15,13 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
 
+from fmextract.capture.independence import kinds, leaking, same
 from fmextract.errors import CaptureError, LayerError
 from fmextract.text import some
 
@@ -476,7 +477,11 @@ class RowLayout:
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """What the probe learned of a tap. `shape` and `axes` are those of one image, before the reducer."""
+    """What the probe learned of a tap. `shape` and `axes` are those of one image, before the reducer.
+
+    `alone`: a batch of one image gives what it gives in a larger one. `undecided`: it was the same for every image, so
+    that nothing told whether its rows are of one image each: a run asks again when they are not the same any more.
+    """
 
     tap: Tap
     layout: RowLayout
@@ -484,6 +489,8 @@ class Probed:
     axes: tuple[str, ...]
     dtype: torch.dtype
     overwritten: bool
+    alone: bool = True
+    undecided: bool = False
 
     def rows(self, tensor: torch.Tensor, batch: int) -> torch.Tensor:
         """What the tap saw of `batch` images as (batch, …). Raises CaptureError for another shape than the probe's."""
@@ -605,22 +612,43 @@ class Capture:
     reference, and their version counters are compared when the pass has ended.
     """
 
-    def __init__(self, taps: Sequence[Probed], reducers: Sequence[Reduce | None], stop: Event | None) -> None:
+    def __init__(
+        self, taps: Sequence[Probed], reducers: Sequence[Reduce | None], stop: Event | None, asking: bool = False
+    ) -> None:
         self._taps = taps
         self._reducers = reducers
         self._hooks = Hooks([p.tap for p in taps], self._take, stop)
         self._kept: dict[int, torch.Tensor] = {}
         self._watched: dict[int, tuple[torch.Tensor, int]] = {}
-        self._batch = 0
+        self._batch = self._wanted = 0
+        self._gradients = False
         self._error: Exception | None = None
+        self._pads = not all(p.alone for p in taps)
+        self._undecided = {i for i, p in enumerate(taps) if asking and p.undecided}
+        self._usual: dict[int, torch.Tensor] = {}
 
     def forward(self, forward: Forward, batch: torch.Tensor) -> list[torch.Tensor]:
         """One forward pass over `batch` (B, …); one tensor (B, …) a tap, in the order of the taps.
 
-        The tensors may be the model's own: read them only. The next pass leaves them as they are.
+        The tensors may be the model's own: read them only. The next pass leaves them as they are. A single image is run
+        twice side by side where the probe says that the model does something else with one.
         Raises CaptureError when the pass does something else than the probe saw, and whatever the model raises.
         """
-        self._batch, self._error = batch.shape[0], None
+        asked = batch.clone() if self._undecided and len(batch) > 1 else None  # a model may write into its input
+        rows = self._rows(forward, batch)
+        if asked is not None:
+            self._ask_again(forward, asked, rows)
+        return rows
+
+    def _rows(self, forward: Forward, batch: torch.Tensor) -> list[torch.Tensor]:
+        self._wanted = len(batch)
+        if self._pads and len(batch) == 1:
+            batch = torch.cat([batch, batch])
+        self._batch, self._gradients = len(batch), torch.is_grad_enabled()
+        return self._run(forward, batch)
+
+    def _run(self, forward: Forward, batch: torch.Tensor) -> list[torch.Tensor]:
+        self._error = None
         try:
             self._hooks.run(forward, batch)
             if self._error is not None:
@@ -631,6 +659,30 @@ class Capture:
         finally:
             self._kept.clear()
             self._watched.clear()
+
+    def _ask_again(self, forward: Forward, batch: torch.Tensor, rows: Sequence[torch.Tensor]) -> None:
+        """Whether the rows of undecided layers are of one image each, once they are not what they were all the time.
+
+        Raises CaptureError where they are not.
+        """
+        changed = {i: rows[i] for i in self._undecided if not self._is_usual(i, rows[i])}
+        if not changed:
+            return
+        leaks = leaking(partial(self._rows, forward), batch, batch.roll(1, 0), changed)
+        if leaks:
+            raise CaptureError(
+                f"layer {self._taps[min(leaks)].tap.name!r} was the same for every image that the probe tried; now it"
+                " is not, and its rows change with the other images of the batch, or at random: they cannot be stored"
+            )
+        for i, values in changed.items():
+            found = kinds(values)
+            if found >= min(3, len(values)):
+                self._undecided.discard(i)
+            elif found == 1:
+                self._usual[i] = values[:1].clone()
+
+    def _is_usual(self, i: int, rows: torch.Tensor) -> bool:
+        return i in self._usual and same(rows, self._usual[i].expand_as(rows))
 
     def _take(self, i: int, tensor: torch.Tensor | None) -> None:
         """Called by the hooks. Never raises an Exception: a model could swallow it and go on."""
@@ -648,15 +700,23 @@ class Capture:
         probed, reduce = self._taps[i], self._reducers[i]
         if tensor is None or not is_plain(tensor):
             raise CaptureError("the model gives no plain tensor here")
-        rows = probed.rows(tensor, self._batch)
-        if reduce is not None:
-            return reduce(rows)
-        if tensor.is_quantized:  # made plain: a copy already
-            return rows
-        if probed.overwritten or tensor.is_inference():
-            return rows.clone()
+        with torch.set_grad_enabled(self._gradients):  # a model may have enabled gradients that nobody asked for
+            rows = self._own_rows(probed, tensor)
+            if reduce is not None:
+                return reduce(rows)
+            if tensor.is_quantized:  # made plain: a copy already
+                return rows
+            if probed.overwritten or tensor.is_inference():
+                return rows.clone()
         self._watched[i] = (tensor, tensor._version)
         return rows
+
+    def _own_rows(self, probed: Probed, tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of the images that were asked for, without gradients unless the caller wants them."""
+        if tensor.requires_grad and not self._gradients:
+            tensor = tensor.detach()
+        rows = probed.rows(tensor, self._batch)
+        return rows if self._wanted == self._batch else rows[: self._wanted]
 
     def _check_counts(self, counts: Mapping[tuple[str, str], int]) -> None:
         for probed in self._taps:
@@ -684,12 +744,14 @@ def tapped(
     reducers: Sequence[Reduce | None] | None = None,
     stop: Event | None = None,
     kind: type[Capture] = Capture,
+    asking: bool = False,
 ) -> Iterator[Capture]:
     """Hooks on `model` for as long as the block lasts; they are gone on every way out.
 
     `reducers[i]` maps the (B, …) tensor of tap i to what is kept of it, on its device, before anything is copied.
     `stop` (from `Survey.stop_before`) is the call before which a forward pass may end. `kind` is how passes are run.
+    `asking`: of undecided layers it is asked whether their rows are of one image each as soon as they are unlike.
     """
-    capture = kind(taps, reducers or [None] * len(taps), stop)
+    capture = kind(taps, reducers or [None] * len(taps), stop, asking)
     with capture._hooks.on(model):
         yield capture

@@ -1,33 +1,45 @@
 """The probe: small batches run through a model to learn where the rows of each wanted tensor are, and what it is.
 
 Shapes propose where the batch is in a tensor, values decide. A tap whose rows would not belong to one image each is
-refused. What is overwritten after a hook saw it is found out, and what each axis means.
+refused. What is overwritten after a hook saw it is found out, and what each axis means. Where the values of noise say
+nothing, since a layer is the same for every image, it is looked at again with images of the source and stronger ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from fmextract.axes import AxisTracer
 from fmextract.capture.atoms import image_axes, name_axes, without_batch
+from fmextract.capture.independence import finite, kinds, leaking, same
+from fmextract.capture.writes import Writes, digest, memory
+from fmextract.device import is_out_of_memory
 from fmextract.errors import CaptureError
-from fmextract.taps import ROOT, Forward, Hooks, Probed, Refused, RowLayout, Tap, is_plain, plain
+from fmextract.taps import ROOT, Forward, Hooks, Probed, Refused, RowLayout, Tap, is_plain, plain, tapped
 
 _SAMPLED = 1 << 14  # values of a row that are compared: more than enough to tell two images apart
+_MOVED = 1e-2  # relative L2 distance of a row among other images, or at another place, that kernels explain
+_ALIKE = 1e-4  # of two rows of a network of random weights, which may be that of any two of its images
 
-Layouts = Mapping[int, Sequence["RowLayout"]]
+Layouts = Mapping[int, Sequence[RowLayout]]
+Photos = Callable[[int], torch.Tensor]
+"""Up to n images (n, channel, y, x) of the source as inputs of the model, as unlike each other as there are."""
+
+LEAKING = "its rows change with the other images of the batch, or at random: no row belongs to one image alone"
 
 
 class _Watch:
     """One forward pass over `batch` with every wanted tensor watched.
 
-    Of each it takes samples in the hook, since what is written later is lost: of the whole, to see whether that
-    happens, and of its rows, in each of the layouts that are given or, where they are not, that the survey's shape and
-    this one allow.
+    Of each it takes in the hook, since what is written later is lost: a digest of all of it, to see whether that
+    happens, and samples of its rows, in each of the layouts that are given or, where they are not, that the survey's
+    shape and this one allow. `keeps`: a row that is kept whole. `seen`: this pass sees every operation, and so what
+    writes in place whatever it writes.
     """
 
     def __init__(
@@ -37,16 +49,21 @@ class _Watch:
         taps: Sequence[Tap],
         batch: torch.Tensor,
         layouts: Layouts | None = None,
+        keeps: int | None = None,
+        seen: bool = False,
     ) -> None:
         self.tensors: dict[int, torch.Tensor] = {}
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.flaws: dict[int, str] = {}
         self.layouts: dict[int, Sequence[RowLayout]] = {}
         self.rows: dict[tuple[int, RowLayout], list[torch.Tensor]] = {}
-        self._taps, self._given, self._images = taps, layouts, len(batch)
-        self._before: dict[int, tuple[int, torch.Tensor]] = {}
+        self.whole: dict[tuple[int, RowLayout], torch.Tensor] = {}
+        self._taps, self._given, self._images, self._keeps = taps, layouts, len(batch), keeps
+        self._before: dict[int, tuple[int, int]] = {}
+        self._at: dict[int, set[int]] = {}
+        self._written: set[int] = set()
         hooks = Hooks(taps, self._take)
-        with hooks.on(model), torch.no_grad():
+        with hooks.on(model), torch.no_grad(), Writes(self._note_write) if seen else nullcontext():
             hooks.run(forward, batch)
         self.counts = hooks.counts
 
@@ -55,8 +72,10 @@ class _Watch:
         if tensor is None or flaw:
             self.flaws[i] = flaw
             return
+        tensor = tensor.detach() if tensor.requires_grad else tensor
         self.tensors[i], self.shapes[i] = tensor, tuple(tensor.shape)
-        self._before[i] = (-1 if tensor.is_inference() else tensor._version, _sampled(tensor))
+        self._before[i] = (-1 if tensor.is_inference() else tensor._version, digest(tensor))
+        self._at.setdefault(memory(tensor), set()).add(i)
         if self._given is None:
             self.layouts[i] = _proposed_layouts(self._taps[i].shape, self.shapes[i])
         else:
@@ -65,27 +84,30 @@ class _Watch:
             with suppress(CaptureError):  # another shape than proposed: `_judge` says so
                 rows = layout.rows_first(plain(tensor), self._images)
                 self.rows[i, layout] = [_sampled(row) for row in rows]
+                if self._keeps is not None:
+                    self.whole[i, layout] = rows[self._keeps].clone()
+
+    def _note_write(self, tensor: torch.Tensor) -> None:
+        self._written |= self._at.get(memory(tensor), set())
 
     def overwritten(self) -> set[int]:
-        """Taps whose tensor was written after the hook saw it: by its version counter, or by its values.
+        """Taps whose tensor was written after the hook saw it: by its version counter, by its values, or as seen.
 
-        The values also show writes through `.data` or foreign memory, which leave the counter as it was.
+        The values also show writes through foreign memory, which leave no other trace.
         """
-        return {i for i, (version, sample) in self._before.items() if _changed(self.tensors[i], version, sample)}
+        return self._written | {i for i, before in self._before.items() if _changed(self.tensors[i], *before)}
 
     def lasting(self, earlier: _Watch) -> set[int]:
         """Taps whose memory an earlier pass used too, though its tensors are still alive: a buffer of the model's own.
 
         What is kept of it must be copied, since the next pass writes it while this one's values are on their way.
         """
-        used = {_storage(tensor) for tensor in earlier.tensors.values()} - {0}
-        return {i for i, tensor in self.tensors.items() if _storage(tensor) in used}
+        used = {memory(tensor) for tensor in earlier.tensors.values()} - {0}
+        return {i for i, tensor in self.tensors.items() if memory(tensor) in used}
 
 
-def _changed(tensor: torch.Tensor, version: int, sample: torch.Tensor) -> bool:
-    if tensor.is_inference() or tensor._version != version:
-        return True
-    return not torch.equal(_sampled(tensor).nan_to_num(), sample.nan_to_num())
+def _changed(tensor: torch.Tensor, version: int, before: int) -> bool:
+    return tensor.is_inference() or tensor._version != version or digest(tensor) != before
 
 
 def _flaw(tensor: torch.Tensor | None) -> str:
@@ -99,34 +121,46 @@ def _flaw(tensor: torch.Tensor | None) -> str:
     return ""
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    """The address of its memory; 0 where it has none."""
-    return tensor.untyped_storage().data_ptr()
-
-
 def _sampled(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of some _SAMPLED values spread over the tensor, in float32 or wider."""
-    flat = plain(tensor.detach()).reshape(-1)
+    flat = plain(tensor).reshape(-1)
     flat = flat[:: max(1, flat.numel() // _SAMPLED)]
     return flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32, copy=True)
 
 
+def overwritten(model: nn.Module, forward: Forward, taps: Sequence[Tap], batch: torch.Tensor) -> set[int]:
+    """Indices of the taps whose tensor is written in place after the hook saw it, in a pass over `batch`.
+
+    Asked again in the precision of the run: what autocast copies in one precision it may not in another.
+    """
+    return _Watch(model, forward, taps, batch, seen=True).overwritten()
+
+
+# ------------------------------------------------------------------------------------------------ four passes
+
+
 def probe(
-    model: nn.Module, forward: Forward, taps: Sequence[Tap], image_shape: Sequence[int], device: torch.device
+    model: nn.Module,
+    forward: Forward,
+    taps: Sequence[Tap],
+    image_shape: Sequence[int],
+    device: torch.device,
+    photos: Photos | None = None,
 ) -> tuple[list[Probed], list[Refused]]:
     """Decide for each tap where its rows are, what its axes mean and whether it is overwritten later.
 
-    Four noise images run as (A, B), (B, C, A) and (D, C, B). Shapes at the two batch sizes propose the axis of the
-    batch; values decide, since each image must come out the same at any place among any neighbours.
-    `image_shape` is (channel, y, x). The model must already be in the mode in which it will run, and runs in its own
-    precision under `no_grad`.
+    Two images of noise and two of the source run as (A, B), (B, P, A), (Q, P, B) and (A): shapes at two batch sizes
+    propose the axis of the batch; values decide, since each image must come out the same at any place among any
+    neighbours. Without `photos` noise stands for them. `image_shape` is (channel, y, x). The model must already be in
+    the mode in which it will run, and runs in its own precision under `no_grad`. Raises what the forward raises.
     """
     noise = _distinct_noise(image_shape, device)
-    three = _Watch(model, forward, taps, noise[[1, 2, 0]])
+    p, q = _filled(photos, 2, noise[2:])
+    three = _Watch(model, forward, taps, torch.stack([noise[1], p, noise[0]]), keeps=1)
     with AxisTracer() as tracer:
-        traced = noise[[3, 2, 1]]
+        traced = torch.stack([q, p, noise[1]])
         tracer.seed(traced, image_axes(traced.shape))
-        others = _Watch(model, forward, taps, traced, three.layouts)
+        others = _Watch(model, forward, taps, traced, three.layouts, keeps=1, seen=True)
     copied = three.overwritten() | others.overwritten() | others.lasting(three)
     traces = {i: tracer.axes(tensor) for i, tensor in others.tensors.items()}
     dtypes = {i: torch.float32 if t.is_quantized else t.dtype for i, t in others.tensors.items()}
@@ -134,17 +168,27 @@ def probe(
         watch.tensors.clear()
     pair = _Watch(model, forward, taps, noise[[0, 1]], three.layouts)
     copied |= pair.overwritten()
-    probed: list[Probed] = []
-    refused: list[Refused] = []
-    for i, tap in enumerate(taps):
-        layout = _judge(tap, i, pair, three, others)
-        if isinstance(layout, Refused):
-            refused.append(layout)
-            continue
+    pair.tensors.clear()
+    alone = _same_alone(model, forward, taps, noise[:1], pair)
+
+    def described(i: int, layout: RowLayout, undecided: bool) -> Probed:
         shape = tuple(layout.rows_first(torch.empty(others.shapes[i], device="meta"), 3).shape[1:])
         per_image = without_batch(traces[i], layout.axis, layout.k, layout.outer)
-        axes = _defined(model, tap, layout, name_axes(per_image, len(shape)))
-        probed.append(Probed(tap, layout, shape, axes, dtypes[i], overwritten=i in copied))
+        axes = _defined(model, taps[i], layout, name_axes(per_image, len(shape)))
+        # A write over values that are always the same may leave no trace.
+        return Probed(taps[i], layout, shape, axes, dtypes[i], undecided or i in copied, i in alone, undecided)
+
+    verdicts = [_judge(tap, i, pair, three, others) for i, tap in enumerate(taps)]
+    tries = {(i, layout): described(i, layout, True) for i, v in enumerate(verdicts) for layout in v.undecided}
+    settled, refuted = _look_again(model, forward, tries, _stronger(photos, noise)) if tries else (set(), set())
+    probed: list[Probed] = []
+    refused: list[Refused] = []
+    for i, verdict in enumerate(verdicts):
+        verdict = verdict.after({one for n, one in settled if n == i}, {one for n, one in refuted if n == i})
+        if verdict.layout is None:
+            refused.append(Refused(taps[i], verdict.why))
+        else:
+            probed.append(described(i, verdict.layout, bool(verdict.undecided)))
     return probed, refused
 
 
@@ -159,55 +203,106 @@ def _defined(model: nn.Module, tap: Tap, layout: RowLayout, axes: tuple[str, ...
 
 
 def _distinct_noise(image_shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Four images that even a network of random weights keeps apart: other noise, contrast, colour and gradient."""
+    """Images that even a network of random weights keeps apart: other noise, contrast, colour and gradient."""
     generator = torch.Generator().manual_seed(20_240_229)
-    noise = torch.randn((4, *image_shape), generator=generator, dtype=torch.float32)
+    kinds_of = [(0.4, 1.5), (1.0, -1.0), (1.6, 0.2), (0.7, -0.4), (1.3, 0.8), (0.5, -1.7), (2.0, 0.5), (0.9, 1.2)]
+    noise = torch.randn((len(kinds_of), *image_shape), generator=generator, dtype=torch.float32)
     ramp = torch.linspace(-1, 1, image_shape[-1], dtype=torch.float32)
-    for i, (contrast, tilt) in enumerate([(0.4, 1.5), (1.0, -1.0), (1.6, 0.2), (0.7, -0.4)]):
+    for i, (contrast, tilt) in enumerate(kinds_of):
         noise[i] = noise[i] * contrast + tilt * ramp
         noise[i, i % image_shape[0]] += 1.5
     return noise.to(device)
 
 
-def overwritten(model: nn.Module, forward: Forward, taps: Sequence[Tap], batch: torch.Tensor) -> set[int]:
-    """Indices of the taps whose tensor is written in place after the hook saw it, in a pass over `batch`.
+def _filled(photos: Photos | None, count: int, noise: torch.Tensor) -> list[torch.Tensor]:
+    """`count` images: of the source, and of noise where it has not as many."""
+    return [*(photos(count) if photos is not None else ()), *noise][:count]
 
-    Asked again in the precision of the run: what autocast copies in one precision it may not in another.
+
+def _same_alone(model: nn.Module, forward: Forward, taps: Sequence[Tap], one: torch.Tensor, pair: _Watch) -> set[int]:
+    """The taps for which a batch of one image gives what its first row is in `pair`, of the same shape.
+
+    Not those behind a `squeeze()`, whose axes move; none at all of a model that fails on a single image.
     """
-    return _Watch(model, forward, taps, batch).overwritten()
+    try:
+        single = _Watch(model, forward, taps, one, pair.layouts)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return set()  # whatever it was, it is not an error of the run's, which takes two
+    found = set()
+    for i, layout in ((i, layout) for i, layouts in pair.layouts.items() for layout in layouts):
+        rows, shape = single.rows.get((i, layout)), list(pair.shapes.get(i, ()))
+        if rows is None or i not in single.shapes or single.counts != pair.counts:
+            continue
+        shape[layout.axis] = layout.k
+        if list(single.shapes[i]) == shape and same(pair.rows[i, layout][0], rows[0], _MOVED):
+            found.add(i)
+    return found
 
 
-def _judge(tap: Tap, i: int, pair: _Watch, three: _Watch, others: _Watch) -> RowLayout | Refused:
-    """The layout of one tap's rows, from what it was in the passes over (A, B), (B, C, A) and (D, C, B)."""
+# --------------------------------------------------------------------------------------------------- judging
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """Where the rows of a tap are; or, without a `layout`, why it has none. `undecided`: the layouts that may be it."""
+
+    layout: RowLayout | None
+    why: str = ""
+    undecided: tuple[RowLayout, ...] = ()
+
+    def after(self, settled: set[RowLayout], refuted: set[RowLayout]) -> _Verdict:
+        """The last word, once it was looked at again."""
+        if not self.undecided:
+            return self
+        left = tuple(layout for layout in self.undecided if layout not in refuted)
+        if decided := [layout for layout in left if layout in settled]:
+            return _Verdict(decided[0])
+        if not left:
+            return _Verdict(None, LEAKING)
+        if len(left) == 1:
+            return _Verdict(left[0], undecided=left)
+        return _Verdict(
+            None,
+            "it is the same for every image that was tried, noise and some of the source, so that nothing tells which"
+            " of its rows belong to which image",
+        )
+
+
+def _judge(tap: Tap, i: int, pair: _Watch, three: _Watch, others: _Watch) -> _Verdict:
+    """The layout of one tap's rows, from what it was in the passes over (A, B), (B, P, A) and (Q, P, B)."""
     passes = (pair, three, others)
     counts = [tap.calls, *(watch.counts[tap.module, tap.tap] for watch in passes)]
     if len(set(counts)) > 1:
         times = ", ".join(map(str, counts))
-        return Refused(tap, f"{tap.module!r} is called a varying number of times: {times} times in four forward passes")
+        return _Verdict(
+            None, f"{tap.module!r} is called a varying number of times: {times} times in four forward passes"
+        )
     flaw = next((watch.flaws[i] for watch in passes if i in watch.flaws), "")
     if flaw:
-        return Refused(tap, flaw)
+        return _Verdict(None, flaw)
     two, shape = tap.shape, three.shapes[i]
     if not three.layouts[i]:
-        return Refused(tap, f"its shape does not follow the batch: {two} for 2 images and {shape} for 3")
+        return _Verdict(None, f"its shape does not follow the batch: {two} for 2 images and {shape} for 3")
     for watch, usual, images in ((pair, two, 2), (others, shape, 3)):
         if watch.shapes[i] != usual:
-            return Refused(tap, f"its shape changes with the images: {usual} and {watch.shapes[i]} for {images} each")
+            return _Verdict(None, f"its shape changes with the images: {usual} and {watch.shapes[i]} for {images} each")
     if 0 in shape:
-        return Refused(tap, f"it holds no values: its shape is {two} for 2 images")
+        return _Verdict(None, f"it holds no values: its shape is {two} for 2 images")
+    possible = []
     for layout in three.layouts[i]:
-        few, rows, again = (watch.rows[i, layout] for watch in passes)
         # The size of the batch changes last bits, which deep networks amplify, and so does the place in it for some
-        # kernels; other neighbours alone change none. So C, which keeps its place, must come out the same.
-        if (
-            _rows_agree(few, rows, [(0, 2), (1, 0)], 1e-2)
-            and _rows_agree(rows, again, [(0, 2)], 1e-2)
-            and _rows_agree(rows, again, [(1, 1)], 1e-6)
-        ):
-            return layout
-    return Refused(
-        tap, "its rows change with the other images of the batch, or at random: no row belongs to one image alone"
-    )
+        # kernels; other neighbours alone change none. So P, which keeps its place, must come out the same.
+        if not same(three.whole[i, layout], others.whole[i, layout]):
+            continue
+        few, rows, again = (watch.rows[i, layout] for watch in passes)
+        moved = _moved(few, rows, {0: 2, 1: 0}), _moved(rows, again, {0: 2})
+        if all(moved):
+            return _Verdict(layout)
+        if False not in moved:
+            possible.append(layout)
+    return _Verdict(possible[0] if possible else None, LEAKING, tuple(possible))
 
 
 def _proposed_layouts(two: tuple[int, ...], three: tuple[int, ...]) -> list[RowLayout]:
@@ -221,22 +316,91 @@ def _proposed_layouts(two: tuple[int, ...], three: tuple[int, ...]) -> list[RowL
     return [RowLayout(axis)] if k == 1 else [RowLayout(axis, k, outer=True), RowLayout(axis, k, outer=False)]
 
 
-def _rows_agree(
-    rows: Sequence[torch.Tensor], others: Sequence[torch.Tensor], same: Sequence[tuple[int, int]], tolerance: float
-) -> bool:
-    """Whether row i of `rows` is row j of `others`, for (i, j) in `same`: by far closer to it than to any other.
+def _moved(rows: Sequence[torch.Tensor], others: Sequence[torch.Tensor], to: Mapping[int, int]) -> bool | None:
+    """Whether row i of `rows` is row `to[i]` of `others`: by far closer to it than to any other.
 
-    `tolerance` is relative. It is not all, since rows of an untrained network may be nearly alike themselves.
+    None where they are too much alike to tell, as those of an untrained network may be.
     """
-    for i, j in same:
-        row = _finite(rows[i])
+    decided = True
+    for i, j in to.items():
+        row = finite(rows[i])
         scale = float(row.norm())
-        away = [float((row - _finite(other)).norm()) for other in others]
+        away = [float((row - finite(other)).norm()) for other in others]
         to_self = away.pop(j)
-        if to_self > tolerance * scale or to_self > max(0.25 * min(away), 1e-4 * scale):
+        if to_self > _MOVED * scale:
             return False
-    return True
+        if to_self > 0.25 * min(away) or not min(away):
+            if to_self > _ALIKE * scale:
+                return False
+            decided = False
+    return decided or None
 
 
-def _finite(sample: torch.Tensor) -> torch.Tensor:
-    return sample.double().nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
+# ----------------------------------------------------------------------------------------------- a second look
+
+
+def _stronger(photos: Photos | None, noise: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Six images at a time, ever more unlike what the first passes saw: of the source, then with other contrast."""
+    base = torch.stack(_filled(photos, 6, noise))
+    spread = float(base.double().std()) or 1.0
+    yield base
+    for factor, brighter in ((4, 0), (-4, 0), (1, 4), (1, -4), (30, 0), (-30, 0)):
+        yield base * factor + brighter * spread
+
+
+def _look_again(
+    model: nn.Module, forward: Forward, tries: Mapping[tuple[int, RowLayout], Probed], images: Iterator[torch.Tensor]
+) -> tuple[set[tuple[int, RowLayout]], set[tuple[int, RowLayout]]]:
+    """Of the taps by their number, each with a layout that it may have: (those that are right, those that are wrong).
+
+    For neither nothing was found that tells its rows apart.
+    """
+    settled: set[tuple[int, RowLayout]] = set()
+    refuted: set[tuple[int, RowLayout]] = set()
+    usual: dict[tuple[int, RowLayout], torch.Tensor] = {}
+    for six in images:
+        open_ = [key for key in tries if key not in refuted and key[0] not in {i for i, _ in settled}]
+        if not open_:
+            break
+        try:
+            decided, leaks = _independent(model, forward, {key: tries[key] for key in open_}, six, usual)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            continue  # not images for this model; the next may be
+        settled |= decided
+        refuted |= leaks
+    return settled, refuted
+
+
+def _independent(
+    model: nn.Module,
+    forward: Forward,
+    tries: Mapping[tuple[int, RowLayout], Probed],
+    six: torch.Tensor,
+    usual: dict[tuple[int, RowLayout], torch.Tensor],
+) -> tuple[set[tuple[int, RowLayout]], set[tuple[int, RowLayout]]]:
+    """(those that follow each of the first three images and nothing else, those that follow another one too).
+
+    `usual`: a row of each as it was for the first images, which is put down here.
+    """
+    keys = list(tries)
+    with tapped(model, list(tries.values())) as capture, torch.no_grad():
+
+        def run(batch: torch.Tensor) -> list[torch.Tensor]:
+            return capture.forward(forward, batch.clone())
+
+        rows = run(six[:3])
+        unlike = {n: kinds(values) for n, values in enumerate(rows)}
+        # Where all rows are alike, but not as before, something of the images is in them: perhaps of all of them.
+        telling = {
+            n: values
+            for n, values in enumerate(rows)
+            if unlike[n] > 1 or not same(values[0], usual.setdefault(keys[n], values[0].clone()))
+        }
+        if not telling:
+            return set(), set()
+        leaks = leaking(run, six[:3], six[3:], telling)
+        fewer = run(six[:2])
+        leaks |= {n for n, values in telling.items() if not same(values[:2], fewer[n], _MOVED)}
+    return {keys[n] for n in telling if unlike[n] == 3 and n not in leaks}, {keys[n] for n in leaks}

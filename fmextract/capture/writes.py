@@ -1,0 +1,79 @@
+"""Finding out what is written in place: by its values, all of them, and by watching every operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_BLOCK = 1 << 20  # values that are weighted at once
+_AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def digest(tensor: torch.Tensor) -> int:
+    """A number of 64 bits over all bits of a dense tensor, in whatever order it lies in memory.
+
+    One that differs in a single value has another digest for certain, any other one but by a chance of 2^-32.
+    """
+    bits = _bits(tensor.detach())
+    weights = _weights(bits.device)
+    sums = torch.stack([(block * weights[: len(block)]).sum() for block in bits.split(_BLOCK)])
+    return int((sums * weights[: len(sums)]).sum())
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """All values as one row of int64, two or more of them in one where they fill it."""
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    # In the order of memory no copy is needed, unless there are gaps.
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
+    flat = tensor.permute(order).reshape(-1)
+    size = flat.element_size()
+    if flat.is_contiguous() and not flat.numel() * size % 8 and not flat.storage_offset() * size % 8:
+        return flat.view(torch.int64)
+    return flat.view(_AS_INTEGERS[size]).to(torch.int64)
+
+
+@lru_cache
+def _weights(device: torch.device) -> torch.Tensor:
+    """Random odd numbers: a multiple of one is zero only where its factor is, so that no changed value is lost."""
+    generator = torch.Generator().manual_seed(7)
+    weights = torch.randint(-(2**62), 2**62, (_BLOCK,), generator=generator, dtype=torch.int64)
+    return (2 * weights + 1).to(device)
+
+
+class Writes(TorchDispatchMode):
+    """Tells of every tensor that an operation of torch is about to write, also through `.data` or another view.
+
+    What is written past torch (numpy, DLPack, code of one's own) it cannot see.
+    """
+
+    def __init__(self, tell: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._tell = tell
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        if schema.is_mutable:
+            given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+            for argument in schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    for value in tree_leaves(given.get(argument.name)):
+                        if isinstance(value, torch.Tensor):
+                            self._tell(value)
+        return func(*args, **kwargs)
+
+
+def memory(tensor: torch.Tensor) -> int:
+    """The address of the memory that a tensor is a view of; 0 where it has none."""
+    return tensor.untyped_storage().data_ptr()
