@@ -138,21 +138,26 @@ def differences(a: h5py.File, b: h5py.File, new: set[str]) -> Iterator[str]:
         for key in node.attrs:
             if key not in theirs[name].attrs:
                 yield f"{name}@{key} is gone"
-            elif described(node, key) != described(theirs[name], key):
-                yield f"{name}@{key}: {described(node, key)} → {described(theirs[name], key)}"[:300]
+            else:
+                then, now = described(node, key), described(theirs[name], key)
+                new |= {f"{key}.{part}" for part in now.keys() - then.keys()}
+                changed = [f"{part}: {then[part]} → {now.get(part)}" for part in then if then[part] != now.get(part)]
+                yield from (f"{name}@{key} {line}"[:300] for line in changed)
         if isinstance(node, h5py.Dataset) and stored(node) != stored(theirs[name]):
             yield f"{name}: {stored(node)} → {stored(theirs[name])}"[:300]
 
 
-def described(node: Any, key: str) -> Any:
-    """An attribute as what can be compared; None for what may differ."""
+def described(node: Any, key: str) -> Mapping[str, Any]:
+    """The parts of an attribute that can be compared: those of JSON by name, else the whole; none of what may differ."""
     if key in MAY_DIFFER or key in ("DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Coordinates"):
-        return None
+        return {}
     value = node.attrs[key]
-    if key == "fmextract_config":
-        told: Mapping[str, Any] = json.loads(value)
-        return {name: part for name, part in told.items() if name not in CONFIG_MAY_DIFFER}
-    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value
+    if key != "fmextract_config":
+        return {"": value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value}
+    told = json.loads(value)
+    parts = {name: part for name, part in told.items() if name != "options"}
+    parts |= {f"options.{name}": part for name, part in told["options"].items()}
+    return {name: part for name, part in parts.items() if name not in CONFIG_MAY_DIFFER}
 
 
 def stored(node: h5py.Dataset) -> tuple[Any, ...]:

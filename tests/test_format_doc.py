@@ -13,6 +13,7 @@ from shardfiles import layer, table, values
 
 from fmextract import codecs, store
 from fmextract.records import Field
+from fmextract.storage import schema
 
 DOC = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
 CONV = layer(
@@ -69,3 +70,8 @@ def test_every_codec_and_its_filters_are_documented() -> None:
 def test_the_digest_is_as_documented(path: Path) -> None:
     assert "BLAKE2b (32 bytes, hex)" in DOC
     assert len(bytes.fromhex(store.content_digest(path))) == 32
+
+
+@pytest.mark.parametrize(("then", "now"), [(False, []), (True, []), ([["conv1", "bn1"]], [["conv1", "bn1"]])])
+def test_what_was_fused_is_read_as_the_first_files_said_it_too(then: object, now: object) -> None:
+    assert schema.CONFIG({"fused": then})["fused"] == now

@@ -244,6 +244,11 @@ class Statistic:
     integers: bool = False
 
 
+def _pairs(value: Any) -> list[list[str]]:
+    """(convolution, batch norm) by path. The first files said only whether there were any."""
+    return [] if type(value) is bool else many(many(text, 2))(value)
+
+
 _PIXELS = number(-1e9, 1e9)
 _OPTIONS = fields(
     layers=many(text),
@@ -269,7 +274,7 @@ CONFIG = fields(
     input_dtype=text,
     run_id=text,
     forward_threads=whole(1, 10**6),
-    fused=many(many(text, 2)),
+    fused=_pairs,
     pooling=flag,
     prepacked=flag,
     notes=many(text),
@@ -446,7 +451,7 @@ PLAN = fields(
         images=IMAGES,
     ),
     versions=table_of(text),
-    fused=many(many(text, 2)),
+    fused=_pairs,
     pooling=flag,
     prepacked=flag,
     estimate=table_of(optional(either(number(), table_of(number())))),
