@@ -148,7 +148,7 @@ def differences(a: h5py.File, b: h5py.File, new: set[str]) -> Iterator[str]:
 
 
 def described(node: Any, key: str) -> Mapping[str, Any]:
-    """The parts of an attribute that can be compared: those of JSON by name, else the whole; none of what may differ."""
+    """What can be compared of an attribute: the parts of JSON by name, else the whole; nothing of what may differ."""
     if key in MAY_DIFFER or key in ("DIMENSION_LIST", "REFERENCE_LIST", "_Netcdf4Coordinates"):
         return {}
     value = node.attrs[key]
