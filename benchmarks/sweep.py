@@ -214,7 +214,13 @@ def check(model: nn.Module, shape: Sequence[int], memory_format: str = "contiguo
     laid_out = {"channels_last": torch.channels_last}.get(memory_format, torch.contiguous_format)
     other = copy.deepcopy(model).to(memory_format=laid_out) if memory_format == "channels_last" else model
     notes = Notes()
-    options = {"precision": "fp32", "batch_size": BATCH, "memory_format": memory_format, "codec": "none", "top": 1}
+    options: dict[str, Any] = {
+        "precision": "fp32",
+        "batch_size": BATCH,
+        "memory_format": memory_format,
+        "codec": "none",
+        "top": 1,
+    }
     with (
         tempfile.TemporaryDirectory() as folder,
         fm.extract(list(inputs), model, Path(folder, "x.h5"), layers=["**"], progress=notes, **options) as acts,

@@ -322,6 +322,10 @@ def extract(
     model: Model,
     out: Out,
     *,
+    plan_file: Annotated[
+        Path | None,
+        _option("--plan", metavar="FILE", help="Do what `fmextract plan … --save FILE` showed; measure nothing again."),
+    ] = None,
     dry_run: Annotated[bool, _option("--dry-run", help="Print the plan and stop, as `fmextract plan` does.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -332,13 +336,13 @@ def extract(
     fmextract extract photos/ -m resnet50 -l 'conv#0' -l 'layer*' -o acts.h5
     """
     if dry_run:
-        return plan(source, model, out, as_json=as_json, debug=debug, **options)
+        return _plan(source, model, out, options, as_json, given=plan_file)
     config = _config(options)
     with _working(hint=lambda: _what_is_kept(out)):
         with _importing():
             from fmextract.run import run
 
-        result = run(source, model, out, config, TerminalProgress())
+        result = run(source, model, out, config, TerminalProgress(), plan=plan_file)
     _show(result.as_json(), lambda: tables.summary(result), as_json)
     if not result.failed:
         return 0
@@ -356,25 +360,43 @@ def plan(
         "acts.h5"
     ),
     *,
+    save: Annotated[
+        Path | None, _option("--save", metavar="FILE", help="Keep the plan in a file, for `extract --plan FILE`.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
     **options: Any,
 ) -> int:
     """Say what `extract` would do, and what it would cost.
 
-    Takes the same options, measures on the first images, and writes nothing. Exits with 4 where the disk is too small.
+    Takes the same options, measures on the first images, and writes nothing but the plan with --save. Exits with 4
+    where the disk is too small.
 
     fmextract plan photos/ -m resnet50 -l 'layer*'
     """
+    return _plan(source, model, out, options, as_json, save=save)
+
+
+def _plan(
+    source: str,
+    model: str,
+    out: Path,
+    options: Mapping[str, Any],
+    as_json: bool,
+    *,
+    given: Path | None = None,
+    save: Path | None = None,
+) -> int:
     config = _config(options)
     with _working():
         with _importing():
+            from fmextract.estimate import check_space
             from fmextract.run import make_plan
 
-        made = make_plan(source, model, out, config, TerminalProgress())
+        made = make_plan(source, model, out, config, TerminalProgress(), plan=given)
+        if save is not None:
+            made.save(save)
     _show(made.as_json(), lambda: tables.plan(made), as_json)
-    from fmextract.estimate import check_space
-
     check_space(made.estimate.bytes_needed, made.estimate.bytes_free, out)
     return 0
 

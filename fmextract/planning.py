@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fmextract import index
 from fmextract.errors import FormatError
 from fmextract.records import FORMAT_VERSION, Field, LayerSpec
 
@@ -92,6 +95,15 @@ class Plan:
         made["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
         made["shards"] = [[part.start, part.stop] for part in self.shards]
         return {"format": PLAN_FORMAT, "format_version": FORMAT_VERSION, **made}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file, for `extract(…, plan=path)`. Raises OutputError, NoSpace."""
+        index.write_json(Path(path).expanduser(), self.as_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """What was saved there. Raises OutputError where nothing is there, FormatError where it is no plan."""
+        return cls.from_json(index.read_json(Path(path)))
 
     @classmethod
     def from_json(cls, obj: Any) -> Plan:
@@ -191,5 +203,10 @@ def shard_length(layers: Sequence[LayerSpec], batch_size: int, rows: int, wanted
 
     So batches never cross a shard, and shards can be packed chunk by chunk without decoding.
     """
-    step = math.lcm(batch_size, *(layer.chunk[0] for layer in layers))
-    return min(max(step, wanted // step * step), -(-rows // step) * step)
+    least = step(layers, batch_size)
+    return min(max(least, wanted // least * least), -(-rows // least) * least)
+
+
+def step(layers: Sequence[LayerSpec], batch_size: int) -> int:
+    """Rows that are whole batches, and whole chunks of every layer."""
+    return math.lcm(batch_size, *(layer.chunk[0] for layer in layers))

@@ -287,6 +287,29 @@ def lent(prepared: Prepared, made: Plan) -> AbstractContextManager[torch.nn.Modu
     return precision.lent(module, torch.device(made.device), made.precision, mode)
 
 
+def captured_types(prepared: Prepared, made: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of what is stored of each layer, as a pass over two images shows that runs as planned."""
+    inputs = precision.to_memory_format(_sample_inputs(prepared, 2)[0], made.memory_format)
+    with (
+        lent(prepared, made) as module,
+        precision.numerics(made.precision, prepared.device),
+        taps.tapped(module, copied_as_planned(prepared, made), reduce_functions(prepared), prepared.stop) as capture,
+    ):
+        rows = capture.forward(prepared.forward, inputs)
+        stored = [t if c.finish is None else c.finish(t) for t, c in zip(rows, prepared.captured, strict=True)]
+        return {
+            p.tap.name: (str(t.dtype).removeprefix("torch."), tuple(t.shape[1:]))
+            for p, t in zip(prepared.probed, stored, strict=True)
+        }
+
+
+def copied_as_planned(prepared: Prepared, made: Plan) -> list[taps.Probed]:
+    """The taps, those marked as overwritten that the plan says are: in the run's precision as in fp32."""
+    return [
+        replace(probed, overwritten=layer.copied) for probed, layer in zip(prepared.probed, made.layers, strict=True)
+    ]
+
+
 # ----------------------------------------------------------------------------------------------- plan
 
 
@@ -342,7 +365,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
         shard_rows=shard_rows,
         identity=identity(prepared),
         config=config.as_json(),
-        info={**_describe_run(prepared), **_images(prepared.source, out)},
+        info=describe_run(prepared, out),
         versions=versions(),
         estimate=cost,
         notes=(*prepared.notes, *prepared.reader.notes, *notes),
@@ -664,7 +687,8 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _describe_run(prepared: Prepared) -> dict[str, Any]:
+def describe_run(prepared: Prepared, out: Path) -> dict[str, Any]:
+    """What the file says of a run into `out`."""
     loaded = prepared.loaded
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return {
@@ -678,6 +702,7 @@ def _describe_run(prepared: Prepared) -> dict[str, Any]:
         "input_dtype": str(loaded.input_dtype).removeprefix("torch."),
         "preprocess": models.describe_preprocess(loaded.preprocess),
         "created": now,
+        **_images(prepared.source, out),
     }
 
 

@@ -8,7 +8,7 @@ fold:    one file, or the directory with its index
 
 from __future__ import annotations
 
-import dataclasses
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import engine, estimate, images, index, precision, reader, replay, taps
+from fmextract import engine, estimate, following, images, index, precision, reader, replay, taps
 from fmextract.config import Config, check_out
 from fmextract.device import is_out_of_memory
 from fmextract.errors import TooManyFailures
 from fmextract.output import Output, resumable
 from fmextract.planning import Plan
-from fmextract.prepare import Prepared, describe, identity, lent, plan_for, prepare, reduce_functions
+from fmextract.prepare import Prepared, copied_as_planned, describe, identity, lent, plan_for, prepare, reduce_functions
 from fmextract.progress import Quiet
 from fmextract.records import FileInfo, LayerResult, Progress, Result
 from fmextract.workers import Jpegs, Workers, hired
@@ -32,12 +32,20 @@ from fmextract.workers import Jpegs, Workers, hired
 __all__ = ["describe", "extract", "make_plan", "run"]
 
 
-def make_plan(source: Any, model: Any, out: Any, config: Config, progress: Progress | None = None) -> Plan:
-    """What `run` with the same arguments would do. Writes nothing."""
+Saved = Plan | str | os.PathLike[str]
+"""A plan, or where one was saved."""
+
+
+def make_plan(
+    source: Any, model: Any, out: Any, config: Config, progress: Progress | None = None, *, plan: Saved | None = None
+) -> Plan:
+    """What `run` with the same arguments would do. Writes nothing; `Plan.save` does, for `extract(…, plan=…)`."""
+    given = following.loaded(plan)
     progress = progress or Quiet()
     check_out(Path(out).expanduser())
     with prepare(source, model, config, progress) as prepared:
-        return plan_for(prepared, Path(out).expanduser(), progress)
+        target = Path(out).expanduser()
+        return plan_for(prepared, target, progress) if given is None else following.followed(given, prepared, target)
 
 
 def extract(
@@ -47,18 +55,21 @@ def extract(
     *,
     layers: Sequence[str] | str = (),
     progress: Progress | None = None,
+    plan: Saved | None = None,
     **options: Any,
 ) -> reader.Activations:
     """Run `source` through `model` and store the activations of `layers` in `out`; gives what `open(out)` gives.
 
     `source`: a folder, a manifest, a map-style Dataset or a sequence of images. `model`: a name (`resnet50`), or an
     `nn.Module`, which is left exactly as it was. `out`: `name.h5` or a directory of shards. Options are those of the
-    command line (`batch_size=`, `precision=`, `keep_bits=` …; see `Config`).
+    command line (`batch_size=`, `precision=`, `keep_bits=` …; see `Config`). `plan`: one that `plan` made for the same
+    arguments, or a file that it was saved to: the run does what it says, and measures nothing.
 
     Raises ConfigError and its kin for what cannot be done, RunStopped for a run that ended early and can be resumed.
     Failed images are no exception: they are rows with a status.
     """
-    run(source, model, out, Config.of(layers=layers, **options), progress or _default_progress())
+    config = Config.of(layers=layers, **options)
+    run(source, model, out, config, progress or _default_progress(), plan=plan)
     return reader.open(out)
 
 
@@ -68,17 +79,20 @@ def _default_progress() -> Progress:
     return TerminalProgress()
 
 
-def run(source: Any, model: Any, out: Any, config: Config, progress: Progress) -> Result:
+def run(source: Any, model: Any, out: Any, config: Config, progress: Progress, *, plan: Saved | None = None) -> Result:
     """Do what `fmextract extract` does. Raises as `extract`."""
     started = time.perf_counter()
-    target = Path(out).expanduser()
+    target, given = Path(out).expanduser(), following.loaded(plan)
     tally = engine.Tally()
     resumed = 0
     with (
         Output(target, progress, overwrite=config.overwrite, break_lock=config.break_lock) as output,
         prepare(source, model, config, progress) as prepared,
     ):
-        made = output.begin(identity(prepared), lambda: _affordable(prepared, target, progress))
+        if given is not None:
+            following.check(given, prepared)
+        made = output.begin(identity(prepared), lambda: _affordable(prepared, target, progress, given))
+        _check_followed(given, made, target)
         if made is not None:
             _tell_crash(prepared, output, progress)
             resumed = sum(len(record.rows) for record in output.records)
@@ -92,11 +106,21 @@ def run(source: Any, model: Any, out: Any, config: Config, progress: Progress) -
     return result
 
 
-def _affordable(prepared: Prepared, target: Path, progress: Progress) -> Plan:
-    """A new plan. Raises NoSpace where the disk cannot hold what it will write."""
-    made = plan_for(prepared, target, progress)
+def _affordable(prepared: Prepared, target: Path, progress: Progress, given: Plan | None) -> Plan:
+    """A new plan, or the `given` one. Raises NoSpace where the disk cannot hold what it will write."""
+    made = plan_for(prepared, target, progress) if given is None else following.followed(given, prepared, target)
     estimate.check_space(made.estimate.bytes_needed, made.estimate.bytes_free, target)
     return made
+
+
+def _check_followed(given: Plan | None, made: Plan | None, target: Path) -> None:
+    """Raises OutputError where a run is taken up, or complete, that does something else than the `given` plan says."""
+    if given is None:
+        return
+    if made is None:
+        following.check_finished(given, target)
+    else:
+        following.check_begun(given, made, target)
 
 
 def _tell_crash(prepared: Prepared, output: Output, progress: Progress) -> None:
@@ -170,7 +194,7 @@ def working(
         lent(prepared, made) as module,
         taps.tapped(
             module,
-            _copied_as_planned(prepared, made),
+            copied_as_planned(prepared, made),
             reduce_functions(prepared),
             prepared.stop,
             prepared.capture_kind,
@@ -237,14 +261,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _copied_as_planned(prepared: Prepared, made: Plan) -> list[taps.Probed]:
-    """The taps, those marked as overwritten that the plan says are: in the run's precision as in fp32."""
-    return [
-        dataclasses.replace(probed, overwritten=layer.copied)
-        for probed, layer in zip(prepared.probed, made.layers, strict=True)
-    ]
 
 
 def _file_info(made: Plan) -> FileInfo:

@@ -32,7 +32,7 @@ ORDER = re.findall(
     inputs.seeding inputs.thread_safety inputs.dataset_workers inputs.reading
     models capture.independence capture.writes axes taps capture.probe geometry effective reducers stats
     packed fusion planning chunks workers compiled precision model.modes model choose
-    engine estimate prepare replay output
+    engine estimate prepare following replay output
     run rerun verify launch
     similarity dissimilarity comparison
     look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where look.depth

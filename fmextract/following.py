@@ -1,0 +1,99 @@
+"""Run what a plan says that was made before: nothing is measured again, and nothing else is done under its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fmextract import estimate, planning, prepare, reader
+from fmextract.common import strict_json
+from fmextract.errors import ConfigError, OutputError
+from fmextract.planning import Plan
+from fmextract.prepare import Prepared
+
+SHOWN = 5  # differences that a message tells
+_OF_FILE = ("batch_size", "memory_format", "forward_threads", "pooling", "prepacked")
+
+
+def loaded(plan: Plan | str | os.PathLike[str] | None) -> Plan | None:
+    """The plan, or what is saved at this path. Raises OutputError, FormatError."""
+    return plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan).expanduser())
+
+
+def check(plan: Plan, prepared: Prepared) -> None:
+    """Raises ConfigError where the plan was made for another run."""
+    now = prepare.identity(prepared) | {"device": str(prepared.device), "rows": len(prepared.source)}
+    then = {**plan.identity, "device": plan.device, "rows": plan.rows}
+    changed = list(planning.differences(then, strict_json.plain(now)))
+    if changed:
+        raise ConfigError(
+            f"the plan was made for another run ({_told(changed, 'in the plan', 'here')}). Give the arguments that it"
+            " was made with, or plan again with these."
+        )
+    given = {layer.name: (layer.compute_dtype, layer.shape) for layer in plan.layers}
+    changed = list(planning.differences(given, prepare.captured_types(prepared, plan)))
+    if changed:
+        raise ConfigError(f"the plan does not fit ({_told(changed, 'in the plan', 'here')}): plan again.")
+    if plan.shard_rows % planning.step(plan.layers, plan.batch_size):
+        raise ConfigError(
+            f"the plan does not fit: shards of {plan.shard_rows} rows do not hold whole batches of {plan.batch_size}"
+            " and whole chunks: plan again."
+        )
+
+
+def followed(plan: Plan, prepared: Prepared, target: Path) -> Plan:
+    """The plan for a new run into `target`. Raises ConfigError where it was made for another one."""
+    check(plan, prepared)
+    return dataclasses.replace(
+        plan,
+        run_id=uuid.uuid4().hex,
+        config=prepared.config.as_json(),
+        info=prepare.describe_run(prepared, target),
+        versions=prepare.versions(),
+        estimate=dataclasses.replace(plan.estimate, bytes_free=estimate.free_space(target)),
+    )
+
+
+def check_begun(plan: Plan, begun: Plan, target: Path) -> None:
+    """Raises OutputError where the run that goes on there is not what `plan` says."""
+    _compare({**_decisions(begun), "shard_rows": begun.shard_rows}, plan, target)
+
+
+def check_finished(plan: Plan, target: Path) -> None:
+    """Raises OutputError where the output that is complete there is not what `plan` says."""
+    with reader.open(target) as acts:
+        config = acts.config
+        there = {name: config.get(name) for name in _OF_FILE}
+        there |= {"precision": acts.attrs.get("precision"), "fused": len(config.get("fused", ()))}
+    _compare(there, plan, target)
+
+
+def _decisions(plan: Plan) -> dict[str, Any]:
+    """What was decided by measuring, and changes values."""
+    decided = {name: getattr(plan, name) for name in _OF_FILE}
+    return decided | {"precision": plan.precision, "fused": len(plan.fused)}
+
+
+def _compare(there: Mapping[str, Any], plan: Plan, target: Path) -> None:
+    wanted = {**_decisions(plan), "shard_rows": plan.shard_rows}
+    changed = list(planning.differences(there, {name: wanted[name] for name in there}))
+    if changed:
+        raise OutputError(
+            f"{target} was made by another plan ({_told(changed, 'there', 'in the plan')}). Leave the plan out to keep"
+            " it, --overwrite replaces it, -o names another."
+        )
+
+
+def _told(changed: list[tuple[str, Any, Any]], old: str, new: str) -> str:
+    told = [f"{name}: {_short(a)} {old}, {_short(b)} {new}" for name, a, b in changed[:SHOWN]]
+    more = len(changed) - SHOWN
+    return "; ".join([*told, f"and {more} more"] if more > 0 else told)
+
+
+def _short(value: Any) -> str:
+    said = "not set" if value is None else repr(value)
+    return said if len(said) <= 60 else f"{said[:28]} … {said[-28:]}"
