@@ -76,6 +76,7 @@ class Prepared:
     fields: tuple[Field | None, ...]
     largest: int  # bytes of the largest tensor that a module gives for one image in fp32
     stop: taps.Event | None
+    random: bool  # whether the images were seen to be random, so that the seed decides what they are
     notes: tuple[str, ...]
 
     def forward(self, batch: torch.Tensor) -> Any:
@@ -157,6 +158,7 @@ def _prepared(
         fields,
         largest,
         stop,
+        reader.random,
         tuple(notes),
     )
 
@@ -684,6 +686,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "level": config.level,
         "top": config.top,
         "source": dict(prepared.source.fingerprint()),
+        **({"seed": config.seed} if prepared.random else {}),
     }
 
 

@@ -27,6 +27,8 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+import PIL.Image
+import PIL.ImageFile
 import torch
 from torch.utils.data._utils import worker as torch_worker
 
@@ -48,7 +50,7 @@ class DatasetWorkers:
     def __init__(self, make: Make, count: int, key: Callable[[int], str]) -> None:
         """Starts them, and returns before they are there. Raises ConfigError for what cannot be sent."""
         _refuse_in_import()
-        message = _pickled(make, count)
+        message = _pickled((_settings(), make), count)
         self._key = key
         self._workers: list[_Worker] = []
         try:
@@ -188,6 +190,16 @@ def _refuse_in_import() -> None:
         )
 
 
+def _settings() -> tuple[Any, ...]:
+    """Of libraries, for the whole process: what images and tensors become depends on them."""
+    return PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES, torch.get_default_dtype()
+
+
+def _set(settings: tuple[Any, ...]) -> None:
+    PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES, dtype = settings
+    torch.set_default_dtype(dtype)
+
+
 def _pickled(what: Any, count: int) -> tuple[dict[str, str], bytes]:
     """(the files of modules that no import finds, `what` pickled)."""
     file = io.BytesIO()
@@ -270,7 +282,8 @@ def _serve(channel: Connection, at: Any, number: int, count: int) -> None:
     with suppress(EOFError, OSError):  # the run has ended
         files, message = channel.recv(), channel.recv_bytes()
         try:
-            make = _Unpickler(io.BytesIO(message), files).load()
+            settings, make = _Unpickler(io.BytesIO(message), files).load()
+            _set(settings)
         except Exception as error:  # for the run, which refuses
             channel.send(f"{type(error).__name__}: {error}")
             return

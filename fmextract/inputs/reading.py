@@ -30,6 +30,8 @@ from fmextract.records import FileStamp, Source, Status
 
 WATCHED = 16
 """Rows of which it is looked whether they draw random numbers."""
+LOOKED_AT = 4
+"""Rows of which code that says it bears threads is asked before a run."""
 LOADING, PREPROCESSING = 0, 1
 """What is seeded by itself: the same numbers whether both happen in one place or not."""
 
@@ -74,6 +76,10 @@ class OwnCode:
     seed: int
 
     def __call__(self, row: int, watch: bool) -> Item:
+        with _one_torch_thread():
+            return self._item(row, watch)
+
+    def _item(self, row: int, watch: bool) -> Item:
         loading = preprocessing = False
         data: Any
         try:
@@ -110,6 +116,17 @@ class OwnCode:
             return Preprocessed(error.with_traceback(None), stamp_of(data))
         # The function may fill the same tensor for the next row.
         return Preprocessed(replace(image, pixels=image.pixels.clone()), stamp_of(data))
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """As in a process: a sum over several threads has other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def content(data: Any) -> Any:
@@ -195,6 +212,8 @@ class Reader:
     def first(self, row: int) -> images.Image:
         """As `image`; a row that does not come out alike a second time, from the same seeds, is worth a note."""
         image = self.image(row)
+        if not self.serial and any(code is not None for code in self._users.values()):
+            self._look_at_others()
         if any(code is not None for code in self._users.values()):
             again = self.image(row)
             if not torch.equal(image.pixels.nan_to_num(), again.pixels.nan_to_num()):
@@ -203,6 +222,13 @@ class Reader:
                     " what is stored cannot be made again"
                 )
         return image
+
+    def _look_at_others(self) -> None:
+        """Whether code that says it bears threads draws random numbers, which not every row may do."""
+        count = len(self._source)
+        for _ in self._items(range(0, count, -(-count // LOOKED_AT)), self._all):
+            if self.serial:
+                return
 
     def _items(self, rows: Iterable[int], own: OwnCode) -> Iterator[Any]:
         rows, again = itertools.tee(rows)
@@ -232,7 +258,15 @@ class Reader:
         self._drew.add(name)
         # Threads share the generators: whatever it says of itself, they would draw from each other's.
         self.serial, self._own = True, self._all
-        self._note(f"{name} draws random numbers, as for training: those of a row begin from --seed and its number")
+        self._note(
+            f"{name} is random, as for training: where it does not seed them itself, the numbers that it draws for a row"
+            " begin from --seed and the row's own number"
+        )
+
+    @property
+    def random(self) -> bool:
+        """Whether the user's code was seen to draw random numbers."""
+        return bool(self._drew)
 
     def _note(self, text: str) -> None:
         self.notes.append(text)

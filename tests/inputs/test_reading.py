@@ -225,7 +225,7 @@ def test_augmentation_is_the_same_in_any_order(data: Any) -> None:
     made = Reader(source, PLAIN)
     made.first(3)
     assert made.serial
-    assert [note for note in made.notes if "draws random numbers" in note]
+    assert [note for note in made.notes if "is random, as for training" in note]
     forwards = [*_decoded(made, range(20))]
     labels = [source.label(row) for row in range(20)]
     random.seed(7)
@@ -244,7 +244,7 @@ def test_a_random_preprocessing_is_the_same_in_any_run_and_told(tmp_path: Path) 
     notes = Notes()
     options = {"preprocess": users.training, "notes": notes, "workers": 4}
     extract(photos, tmp_path / "whole.h5", **options)
-    assert "the preprocessing draws random numbers" in notes
+    assert "the preprocessing is random" in notes
     stopping = Notes(lambda done: _end() if done >= 8 else None)
     with pytest.raises(Ended):
         extract(photos, tmp_path / "resumed.h5", **{**options, "notes": stopping})
@@ -257,7 +257,7 @@ def test_a_random_preprocessing_is_the_same_in_any_run_and_told(tmp_path: Path) 
     ):
         np.testing.assert_array_equal(whole["conv"][:], resumed["conv"][:])
         assert not np.array_equal(whole["conv"][:], other["conv"][:])
-        assert any("draws random numbers" in note for note in whole.config["notes"])
+        assert any("is random" in note for note in whole.config["notes"])
 
 
 def test_what_is_not_random_is_not_told(tmp_path: Path) -> None:
@@ -306,7 +306,7 @@ def test_processes_give_what_one_thread_gives(tmp_path: Path) -> None:
     assert same_labels == labels
     assert labels[20:] == ([None] * 4 + ["cat"] + [None] * 4) * 2
     assert [row for row, one in enumerate(here) if isinstance(one, tuple)] == [5, 26, 27, 35, 36]
-    assert any("ConcatDataset draws random numbers" in note for note in made.notes)
+    assert any("ConcatDataset is random" in note for note in made.notes)
 
 
 def test_each_process_opens_its_own_files(tmp_path: Path) -> None:
