@@ -102,7 +102,7 @@ def _code(acts: reader.Activations, said: Said) -> Iterator[tuple[str, str]]:
 
 
 def _options(acts: reader.Activations, said: Said) -> dict[str, Any]:
-    options = dict(acts.config.get("options", {}))
+    options = {**acts.config.get("options", {}), "dataset_workers": 0}  # a few rows; and a file starts no processes
     if said.preprocess is not None:
         options["preprocess"] = said.preprocess
     elif _was_an_object(acts, options):

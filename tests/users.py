@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import torch
 from torch.utils.data import get_worker_info
 
@@ -122,6 +123,24 @@ class Augmented(Rows):
         noise = np.random.randint(0, 64, (8, 8, 3))
         noise += random.randrange(64) + int(torch.randint(0, 64, ()))
         return (pixels(row) // 4 + noise).astype(np.uint8), random.randrange(1000)
+
+
+class SometimesRandom(Rows):
+    """Draws for every other row, and says that threads may read it."""
+
+    thread_safe = True
+
+    def __getitem__(self, row: int) -> Array:
+        return pixels(row) // 2 + (random.randrange(128) if row % 2 else 0)
+
+
+class Settings(Rows):
+    """A picture of what libraries were told for the whole process."""
+
+    def __getitem__(self, row: int) -> Array:
+        threads, bits = torch.get_num_threads(), torch.get_default_dtype().itemsize
+        shown = (threads, bits, (PIL.Image.MAX_IMAGE_PIXELS or 0) % 256 + int(PIL.ImageFile.LOAD_TRUNCATED_IMAGES))
+        return np.broadcast_to(np.array(shown, np.uint8), (8, 8, 3))
 
 
 class SaysSo(Augmented):

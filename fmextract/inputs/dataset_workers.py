@@ -50,7 +50,7 @@ class DatasetWorkers:
     def __init__(self, make: Make, count: int, key: Callable[[int], str]) -> None:
         """Starts them, and returns before they are there. Raises ConfigError for what cannot be sent."""
         _refuse_in_import()
-        message = _pickled((_settings(), make), count)
+        message = _pickled(make, count)
         self._key = key
         self._workers: list[_Worker] = []
         try:
@@ -141,7 +141,7 @@ class _Worker:
 
     def begin(self, files: Mapping[str, str], message: bytes) -> str:
         """Give it its copy of what it runs; "" or why it cannot have one."""
-        self._channel.send(files)
+        self._channel.send((files, _settings()))
         self._channel.send_bytes(message)
         said: str = self._channel.recv()
         self.begun = True
@@ -280,10 +280,10 @@ def _serve(channel: Connection, at: Any, number: int, count: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the run's, which then ends them
     torch.set_num_threads(1)
     with suppress(EOFError, OSError):  # the run has ended
-        files, message = channel.recv(), channel.recv_bytes()
+        (files, settings), message = channel.recv(), channel.recv_bytes()
         try:
-            settings, make = _Unpickler(io.BytesIO(message), files).load()
-            _set(settings)
+            make = _Unpickler(io.BytesIO(message), files).load()
+            _set(settings)  # after the imports, which may have a mind of their own
         except Exception as error:  # for the run, which refuses
             channel.send(f"{type(error).__name__}: {error}")
             return

@@ -259,8 +259,8 @@ class Reader:
         # Threads share the generators: whatever it says of itself, they would draw from each other's.
         self.serial, self._own = True, self._all
         self._note(
-            f"{name} is random, as for training: where it does not seed them itself, the numbers that it draws for a row"
-            " begin from --seed and the row's own number"
+            f"{name} is random, as for training: the numbers that it draws for a row, where it does not seed them"
+            " itself, begin from --seed and the row's own number"
         )
 
     @property

@@ -9,7 +9,7 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,27 @@ from typing import Any
 import h5py
 import numpy as np
 import PIL.Image
+import PIL.ImageFile
 import pytest
 import torch
 import torchvision.transforms as v1
 import users
-from runs import Ended, Notes, extract, make_photos
+from runs import Ended, Notes, Tiny, extract, make_photos
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from users import Array, pixels
 
 from fmextract import reader
-from fmextract.errors import ConfigError, SampleError, SourceLost
+from fmextract.errors import ConfigError, OutputError, SampleError, SourceLost
 from fmextract.images import CustomPreprocess, Image
+from fmextract.inputs import reading
 from fmextract.inputs.reading import Reader, content
 from fmextract.inputs.seeding import own_generators, seeded
 from fmextract.inputs.sources import open_source
 from fmextract.inputs.thread_safety import data_is_known, transform_is_known
 from fmextract.records import Preprocess
+from fmextract.verify import verify
 
 # A Dataset that keeps its file open says nowhere when to close it.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -218,6 +221,13 @@ def test_numbers_of_a_row_begin_from_the_seed_and_its_number() -> None:
     assert len(set(seen)) == len(seen)
 
 
+def test_a_dataset_that_is_random_now_and_then_is_found_out() -> None:
+    made = Reader(open_source(users.SometimesRandom(20)), PLAIN)
+    made.first(0)
+    assert made.serial
+    assert made.random
+
+
 @pytest.mark.parametrize("data", [users.Augmented(20), users.SaysSo(20)])
 def test_augmentation_is_the_same_in_any_order(data: Any) -> None:
     """Also where the Dataset says that threads may read it: they would draw from each other's generators."""
@@ -250,6 +260,8 @@ def test_a_random_preprocessing_is_the_same_in_any_run_and_told(tmp_path: Path) 
         extract(photos, tmp_path / "resumed.h5", **{**options, "notes": stopping})
     extract(photos, tmp_path / "resumed.h5", **{**options, "workers": 1})
     extract(photos, tmp_path / "other.h5", **options, seed=1)
+    with pytest.raises(OutputError, match="seed: 0 there, 1 now"):
+        extract(photos, tmp_path / "whole.h5", **options, seed=1)
     with (
         reader.open(tmp_path / "whole.h5") as whole,
         reader.open(tmp_path / "resumed.h5") as resumed,
@@ -297,14 +309,17 @@ def test_items_that_are_never_the_same_are_told() -> None:
 # ------------------------------------------------------------------------------------------------------ processes
 
 
-def test_processes_give_what_one_thread_gives(tmp_path: Path) -> None:
-    """Images and labels of all kinds, random ones, and what fails."""
-    data = ConcatDataset([users.Augmented(20), users.Odd(18, tmp_path)])
+def test_processes_give_what_one_thread_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images and labels of all kinds, random ones, and what fails; and what depends on settings of the process."""
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
+    monkeypatch.setattr(PIL.ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = ConcatDataset([users.Augmented(20), users.Odd(18, tmp_path), users.Settings(1)])
     here, labels, _ = inputs(data)
     there, same_labels, made = inputs(data, workers=3)
     same(there, here)
     assert same_labels == labels
-    assert labels[20:] == ([None] * 4 + ["cat"] + [None] * 4) * 2
+    assert labels[20:38] == ([None] * 4 + ["cat"] + [None] * 4) * 2
+    assert here[38][:, 0, 0].tolist() == [1, 4, 1000 % 256 + 1]
     assert [row for row, one in enumerate(here) if isinstance(one, tuple)] == [5, 26, 27, 35, 36]
     assert any("ConcatDataset is random" in note for note in made.notes)
 
@@ -386,6 +401,26 @@ def test_a_dataset_in_a_file_of_its_own_is_found_by_the_process_and_preprocessed
     here, _, _ = inputs(users.Augmented(8), training_preprocess())
     there, _, _ = inputs(f"{tmp_path}/code/of_mine.py:make", training_preprocess(), workers=1)
     same(there, here)
+
+
+def test_a_file_starts_no_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it says of the run that made it, its rows are run again by one thread."""
+
+    class Here:
+        def __init__(self, make: Any, count: int, key: Any) -> None:
+            self.make = make
+
+        def each(self, rows: Iterable[int], watch: Any) -> Iterator[Any]:
+            return (self.make(row, watch()) for row in rows)
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(reading, "DatasetWorkers", Here)
+    extract(users.Augmented(8), tmp_path / "out.h5", dataset_workers=1000)
+    monkeypatch.setattr(reading, "DatasetWorkers", pytest.fail)
+    said = verify(tmp_path / "out.h5", rerun=4, model=Tiny(), source=users.Augmented(8))
+    assert said.ok
+    assert said.largest_error == 0
 
 
 def test_processes_are_not_started_where_there_is_nothing_for_them(tmp_path: Path) -> None:
