@@ -282,6 +282,8 @@ class _Decoder:
             started = time.perf_counter()
             self._in_flight.begin(*rows)
             try:
+                if not isinstance(self._work.jpegs, Jpegs):  # those processes read files themselves
+                    loaded = [_in_memory(item) for item in loaded]
                 decoded = self._work.jpegs.decode(loaded, self._work.preprocess, into)
             finally:
                 self._in_flight.end()
@@ -325,6 +327,14 @@ class _Decoder:
         finally:
             self._in_flight.end()
             self._tally.add("decode", time.perf_counter() - started)
+
+
+def _in_memory(item: Any) -> Any:
+    """What a row holds, read where it is a file, or the SampleError that says why it cannot be had."""
+    try:
+        return content(item)
+    except SampleError as error:
+        return error
 
 
 # ------------------------------------------------------------------------------------------------ write

@@ -334,7 +334,8 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
     layers = tuple(_layer_spec(prepared, i, chosen, rows, sizes) for i in range(len(prepared.probed)))
     level = codecs.codec_named(config.codec).checked_level(config.level)
     threads = config.workers or cores()
-    cost = _estimate(prepared, chosen, layers, level, threads)
+    reading_seconds, decoding_seconds = _decoding(prepared, threads)
+    cost = _estimate(prepared, chosen, layers, level, threads, decoding_seconds)
     needed = planning.rows_of_shard(cost, rows, config.shard_size, is_single_file(out))
     layers = tuple(planning.within_shard(layer, needed) for layer in layers)
     shard_rows = planning.shard_length(layers, chosen.batch_size, rows, needed)
@@ -342,6 +343,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
     stored, needed = _on_disk(cost, layers, -(-rows // shard_rows), out)
     cost = replace(cost, bytes_stored=stored, bytes_needed=needed, bytes_free=free)
     left_out += _without_statistics(prepared)
+    left_out += _slow_reading(prepared, reading_seconds, chosen.seconds_per_image)
     notes = [*chosen.notes, *left_out, *_not_compiled(prepared.device), *estimate.advice(layers, cost, rows, free)]
     for note in notes:
         progress.note(note)
@@ -416,7 +418,7 @@ def _not_compiled(where: torch.device) -> list[str]:
 
 
 def _estimate(
-    prepared: Prepared, chosen: choose.Chosen, layers: Sequence[LayerSpec], level: int, threads: int
+    prepared: Prepared, chosen: choose.Chosen, layers: Sequence[LayerSpec], level: int, threads: int, decode: float
 ) -> planning.Estimate:
     config = prepared.config
     stored_values = [
@@ -424,7 +426,6 @@ def _estimate(
         for tensor, captured in zip(chosen.sample, prepared.captured, strict=True)
     ]
     stored, encode = estimate.encode_sample(layers, stored_values, config.codec, level, config.keep_bits)
-    decode = _decoding_seconds(prepared, threads)
     statistics = estimate.describe_sample(layers, prepared.captured, chosen.sample, config.top)
     costs = estimate.Costs(decode, chosen.seconds_per_image, statistics, encode, stored)
     return estimate.estimate(
@@ -440,13 +441,22 @@ def _estimate(
     )
 
 
-def _decoding_seconds(prepared: Prepared, threads: int) -> float:
-    """Seconds an image as if `threads` shared all of it, of which one thread, or the processes, run the user's code."""
+def _decoding(prepared: Prepared, threads: int) -> tuple[float, float]:
+    """Seconds an image that the user's code takes by itself, and that all of decoding would, shared by `threads`."""
     reader = prepared.reader
     before = reader.seconds
     seconds = _sample_inputs(prepared, 4)[1]
-    alone = min(seconds, (reader.seconds - before) / 4) if reader.serial else 0.0
-    return seconds - alone + alone * threads / max(1, reader.workers)
+    alone = min(seconds, (reader.seconds - before) / 4) / max(1, reader.workers) if reader.serial else 0.0
+    return alone, seconds - alone * max(1, reader.workers) + alone * threads
+
+
+def _slow_reading(prepared: Prepared, seconds: float, forward: float) -> list[str]:
+    """What to do where the user's code takes longer than the forward pass, and the run is long enough for it."""
+    if prepared.reader.workers or seconds < forward or seconds * len(prepared.source) < workers.WORTH:
+        return []
+    pace = f"at {seconds * 1000:.3g} ms an image; the forward pass takes {forward * 1000:.3g} ms"
+    what_to_do = "--dataset-workers N reads it in N processes, threads do where its class says thread_safe = True"
+    return [f"one thread reads {prepared.source.name}, {pace}. {what_to_do}"]
 
 
 def _on_disk(cost: planning.Estimate, layers: Sequence[LayerSpec], shards: int, out: Path) -> tuple[int, int]:

@@ -163,7 +163,7 @@ def test_a_mixed_run_gives_what_the_cpu_gives(
     """Statuses, messages and sizes are equal; pixels of odd rows equal, of plain ones within two levels."""
     seen: dict[str, dict[int, torch.Tensor]] = {"cpu": {}, "device": {}}
     taken: set[int] = set()
-    plain = engine._Decoder._decode_all
+    plain = engine._Decoder._load_and_decode
     monkeypatch.setattr(images, "device_decoder", lambda device: stand_in)
     for where in seen:
 
@@ -175,7 +175,7 @@ def test_a_mixed_run_gives_what_the_cpu_gives(
                 taken.update(row for row, size in zip(rows, sizes, strict=True) if size is not None)
             return outcomes
 
-        monkeypatch.setattr(engine._Decoder, "_decode_all", noting)
+        monkeypatch.setattr(engine._Decoder, "_load_and_decode", noting)
         options = {**OPTIONS, "decode": where, "exif": exif, "batch_size": 64}  # several rows a task
         runs.extract(mixed, tmp_path / f"{where}.h5", **options)
     with reader.open(tmp_path / "cpu.h5") as a, reader.open(tmp_path / "device.h5") as b:
@@ -200,6 +200,27 @@ def test_a_source_that_cannot_load_a_row_says_why(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(images, "device_decoder", lambda device: stand_in)
     result = runs.extract(Photos(), tmp_path / "out.h5", decode="device", **OPTIONS)
     assert [message for _, message in result.failures] == ["OSError: the disk is on fire"]
+
+
+def test_files_that_a_dataset_names_are_decoded_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Paths:
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, row: int) -> Path:
+            return tmp_path / ("missing.jpg" if row == 5 else "photo.jpg")
+
+    there: list[bytes] = []
+
+    def counting(data: list[bytes]) -> list[torch.Tensor]:
+        there.extend(data)
+        return stand_in(data)
+
+    (tmp_path / "photo.jpg").write_bytes(jpeg())
+    monkeypatch.setattr(images, "device_decoder", lambda device: counting)
+    result = runs.extract(Paths(), tmp_path / "out.h5", decode="device", **OPTIONS)
+    assert len(there) == 7
+    assert [message for _, message in result.failures] == ["No such file or directory"]
 
 
 def test_a_resume_with_the_other_decoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

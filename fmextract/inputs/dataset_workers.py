@@ -21,6 +21,7 @@ import queue
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -84,8 +85,9 @@ class DatasetWorkers:
         """End them, also those in the middle of something."""
         for worker in self._workers:
             worker.leave()
+        deadline = time.monotonic() + PATIENCE
         for worker in self._workers:
-            worker.end()
+            worker.end(deadline - time.monotonic())
 
     def _give_copies(self) -> None:
         message, self._message = self._message, None
@@ -174,8 +176,8 @@ class _Worker:
     def leave(self) -> None:
         self._channel.close()
 
-    def end(self) -> None:
-        self._process.join(PATIENCE)
+    def end(self, patience: float) -> None:
+        self._process.join(max(0.0, patience))
         if self._process.is_alive():
             self._process.kill()
             self._process.join()

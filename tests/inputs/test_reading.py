@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +29,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from users import Array, pixels
 
-from fmextract import reader
+from fmextract import reader, workers
 from fmextract.errors import ConfigError, OutputError, SampleError, SourceLost
 from fmextract.images import CustomPreprocess, Image
 from fmextract.inputs import reading
@@ -172,6 +173,20 @@ def test_a_dataset_that_says_so_is_read_by_threads(tmp_path: Path) -> None:
     data = users.Threaded(24)
     extract(data, tmp_path / "out.h5", workers=4)
     assert len(data.threads) > 1
+
+
+def test_what_is_slow_to_read_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(users.Rows):
+        def __getitem__(self, row: int) -> Array:
+            time.sleep(0.02)
+            return pixels(row)
+
+    monkeypatch.setattr(workers, "WORTH", 0.01)
+    notes = Notes()
+    result = extract(Slow(4), tmp_path / "out.h5", notes=notes)
+    assert "one thread reads Slow, at 2" in notes
+    assert "--dataset-workers N" in notes
+    assert result.stages["read"]["busy_seconds"] >= 0.08
 
 
 @pytest.mark.parametrize("transform", [v1.ToTensor(), v1.CenterCrop(3), v2.Identity(), v2.ToDtype(torch.float32)])
