@@ -478,7 +478,7 @@ def wrong(name: str, arguments: list[str], target: Path) -> str | None:
     said = err.getvalue()
     if code not in (0, 2, 3, 4, 5):
         return f"{name}: exit status {code}: {_end(said)}"
-    if code in (2, 4) and target.name not in said.rpartition("error:")[2]:
+    if code in (2, 4) and target.name not in said.partition("error: ")[2]:
         return f"{name}: does not name the file: {said.rpartition('error:')[2].strip()[:300]}"
     if "--json" in arguments and out.getvalue():
         try:

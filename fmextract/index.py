@@ -25,6 +25,7 @@ from typing import Any
 from fmextract.common import strict_json
 from fmextract.errors import DamagedError, FormatError, OutputError
 from fmextract.records import FORMAT_VERSION
+from fmextract.storage import schema
 from fmextract.store import disk_error
 
 INDEX, PLAN = "index.json", "plan.json"
@@ -95,12 +96,12 @@ def fsync(path: Path) -> None:
 def read_json(path: Path) -> Any:
     """What `path` holds. Raises OutputError where it is not there, FormatError where it is not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return schema.load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise OutputError(f"there is no file {path}") from error
     except OSError as error:
         raise OutputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise FormatError(f"{path} is not valid JSON: {error}") from error
 
 
@@ -129,8 +130,7 @@ class ShardRecord:
 
     def __post_init__(self) -> None:
         numbers = (self.start, self.stop, self.bytes, self.batch_size, *self.statuses.values())
-        # bool is an int to Python, not to us.
-        if any(type(number) is not int or number < 0 for number in numbers) or self.stop <= self.start:
+        if min(numbers) < 0 or self.stop <= self.start:
             raise FormatError(f"{self.name!r}: expected counts of at least 0 and start < stop, got {numbers}")
         if not _NAME.fullmatch(self.name):
             raise FormatError(f"expected a shard's name as {shard_name(0)!r}, without a folder, got {self.name!r}")
@@ -155,14 +155,13 @@ class ShardRecord:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, obj: Any) -> ShardRecord:
+    def from_json(cls, obj: Any, where: Path | str = "the record of a shard") -> ShardRecord:
         """Raises FormatError for anything but what `to_json` gives; fields of later versions are ignored."""
+        known = schema.checked(obj, schema.RECORD, str(where))
         try:
-            known = {name: obj[name] for name in cls.__slots__}
-            known["statuses"], known["extra"] = dict(obj["statuses"]), dict(obj["extra"])
-            return cls(**known)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(f"not the record of a shard: {type(error).__name__}: {error}") from error
+            return cls(**{name: known[name] for name in cls.__slots__})
+        except FormatError as error:
+            raise FormatError(f"{where} is damaged: {error}") from None
 
 
 def record_shard(
@@ -211,7 +210,7 @@ def load_records(directory: Path) -> list[ShardRecord]:
     """
     records = []
     for path in directory.glob("shard-*.json"):
-        record = ShardRecord.from_json(read_json(path))
+        record = ShardRecord.from_json(read_json(path), path)
         if record.name != path.with_suffix(".h5").name:
             raise FormatError(f"{path} is the record of {record.name}")
         if _size(directory / record.name) == record.bytes:
@@ -235,7 +234,7 @@ def fold_index(directory: Path, plan: Mapping[str, Any]) -> list[ShardRecord]:
     `plan` is the content of plan.json, of which `shards`, the list of [start, stop] of every shard, is used.
     """
     records = load_records(directory)
-    missing = list(_missing(plan, records))
+    missing = list(_missing(directory, plan, records))
     if missing:
         raise OutputError(_unfinished(directory, missing))
     rows = sum(len(record.rows) for record in records)
@@ -267,7 +266,7 @@ def load_index(directory: Path) -> list[ShardRecord]:
         plan = read_json(directory / PLAN) if (directory / PLAN).exists() else None
         if plan is None:
             raise OutputError(f"{directory} is not an fmextract output: it has neither {INDEX} nor {PLAN}")
-        missing = list(_missing(plan, load_records(directory)))
+        missing = list(_missing(directory, plan, load_records(directory)))
         raise OutputError(_unfinished(directory, missing))
     records = read_index(directory)
     for record in records:
@@ -305,7 +304,8 @@ def _parse_index(directory: Path) -> tuple[list[ShardRecord], int]:
             f"{path} has format version {version}, and this fmextract knows versions up to {FORMAT_VERSION}: "
             "upgrade fmextract to read it"
         )
-    return sorted((ShardRecord.from_json(shard) for shard in shards), key=lambda record: record.start), rows
+    records = (ShardRecord.from_json(shard, f"{path}, shard {number}") for number, shard in enumerate(shards))
+    return sorted(records, key=lambda record: record.start), rows
 
 
 def _check_rows(directory: Path, records: Sequence[ShardRecord], rows: int) -> None:
@@ -321,13 +321,13 @@ def _check_rows(directory: Path, records: Sequence[ShardRecord], rows: int) -> N
         raise FormatError(f"{directory}: expected {rows} rows, the shards have {end}")
 
 
-def _missing(plan: Mapping[str, Any], records: Sequence[ShardRecord]) -> Iterator[tuple[str, range]]:
+def _missing(directory: Path, plan: Mapping[str, Any], records: Sequence[ShardRecord]) -> Iterator[tuple[str, range]]:
     """The shards of the plan that are not done: name and rows."""
     done = {record.name: record.rows for record in records}
     try:
-        planned = [range(int(start), int(stop)) for start, stop in plan["shards"]]
+        planned = [range(start, stop) for start, stop in plan["shards"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise FormatError(f"{PLAN} lists no shards: {error}") from error
+        raise FormatError(f"{directory / PLAN} lists no shards: {error}") from error
     for i, rows in enumerate(planned):
         if done.get(shard_name(i)) != rows:
             yield shard_name(i), rows

@@ -76,7 +76,7 @@ class Output:
             self._compare_finished(identity)
             return None
         if (self.directory / PLAN).exists():
-            earlier = Plan.from_json(index.read_json(self.directory / PLAN))
+            earlier = Plan.from_json(index.read_json(self.directory / PLAN), self.directory / PLAN)
             changed = list(planning.differences(earlier.identity, identity))
             if changed and not self._overwrite:
                 raise OutputError(_refusal(self._target, changed))
@@ -134,7 +134,7 @@ class Output:
                 " --overwrite replaces it, -o names another."
             )
         if (self.directory / PLAN).exists():  # the run was ended between publishing and tidying up
-            earlier = Plan.from_json(index.read_json(self.directory / PLAN))
+            earlier = Plan.from_json(index.read_json(self.directory / PLAN), self.directory / PLAN)
             if earlier.run_id == config.get("run_id"):
                 self._remove(earlier)
             else:
@@ -323,7 +323,7 @@ def _parts(directory: Path, leave_out: Sequence[range]) -> list[Path | range]:
     """The shards of a directory, and the rows that are left out, in the order of their rows."""
     if not leave_out:
         return [directory / record.name for record in index.load_index(directory)]
-    plan = Plan.from_json(index.read_json(directory / PLAN))
+    plan = Plan.from_json(index.read_json(directory / PLAN), directory / PLAN)
     there = {record.name for record in index.load_records(directory)}
     parts: list[Path | range] = []
     for i, rows in enumerate(plan.shards):

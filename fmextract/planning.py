@@ -19,6 +19,7 @@ import numpy as np
 from fmextract import index
 from fmextract.errors import FormatError
 from fmextract.records import FORMAT_VERSION, Field, LayerSpec
+from fmextract.storage import schema
 
 PLAN_FORMAT = "fmextract-plan"
 
@@ -106,23 +107,29 @@ class Plan:
         return cls.from_json(index.read_json(Path(path)))
 
     @classmethod
-    def from_json(cls, obj: Any) -> Plan:
+    def from_json(cls, obj: Any, where: Path | str = "plan.json") -> Plan:
         """Raises FormatError for anything but what `as_json` gives."""
         if not isinstance(obj, dict) or obj.get("format") != PLAN_FORMAT:
-            raise FormatError("plan.json is not the plan of an fmextract run")
+            raise FormatError(f"{where} is not the plan of an fmextract run")
         if obj.get("format_version") != FORMAT_VERSION:
-            raise FormatError(
-                f"plan.json is of version {obj.get('format_version')}, this program knows {FORMAT_VERSION}"
-            )
+            raise FormatError(f"{where} is of version {obj.get('format_version')}, this program knows {FORMAT_VERSION}")
+        obj = schema.checked(obj, schema.PLAN, str(where))
         try:
             known = {f.name: obj[f.name] for f in dataclasses.fields(cls)}
             known["fused"] = tuple((str(conv), str(norm)) for conv, norm in obj["fused"])
             known["layers"] = tuple(_layer_from_json(layer) for layer in obj["layers"])
             known["estimate"] = Estimate(**obj["estimate"])
             known["notes"] = tuple(obj["notes"])
-            return cls(**known)
+            listed = obj["shards"]
+            # Counted first: a plan of few bytes may speak of more shards than there is memory for.
+            if len(listed) != -(-obj["rows"] // obj["shard_rows"]):
+                raise ValueError(f"{len(listed)} shards do not make {obj['rows']} rows")
+            plan = cls(**known)
+            if [[rows.start, rows.stop] for rows in plan.shards] != listed:
+                raise ValueError("its shards do not follow one another")
+            return plan
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError(f"plan.json is damaged: {type(error).__name__}: {error}") from error
+            raise FormatError(f"{where} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _layer_from_json(obj: Mapping[str, Any]) -> LayerSpec:

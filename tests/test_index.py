@@ -234,7 +234,7 @@ def test_rows_of_the_index_must_be_whole(finished: Path) -> None:
         ({"format_version": None}, "is damaged"),
         ({"rows": "19"}, "is damaged"),
         ({"shards": {}}, "is damaged"),
-        ({"shards": [3]}, "not the record of a shard"),
+        ({"shards": [3]}, "shard 0 is damaged: expected a JSON object"),
     ],
 )
 def test_a_damaged_index_is_refused(finished: Path, change: dict[str, Any], message: str) -> None:
