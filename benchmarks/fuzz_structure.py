@@ -149,7 +149,9 @@ def edited_json(random: Random, value: Any) -> Any:
 def json_text(random: Random, said: str) -> str:
     """A JSON text with one change."""
     if random.random() < 0.1:
-        return random.choice(["", "{", "NaN", "[NaN]", "[" * 100_000, '{"a": Infinity}', "7", "null", said[:-1], "\ufeff{}"])
+        return random.choice(
+            ["", "{", "NaN", "[NaN]", "[" * 100_000, '{"a": Infinity}', "7", "null", said[:-1], "\ufeff{}"]
+        )
     try:
         return json.dumps(edited_json(random, json.loads(said)))
     except ValueError:
@@ -179,7 +181,9 @@ def attribute_of_another_kind(random: Random, file: h5py.File) -> None:
 
 def attribute_of_a_layer(random: Random, file: h5py.File) -> None:
     group = file["layers"][random.choice(list(file["layers"]))]
-    name = random.choice([*group.attrs, "erf_size", "nonfinite", "clipped", "mantissa", "effective_dimension", "rf_whole"])
+    name = random.choice(
+        [*group.attrs, "erf_size", "nonfinite", "clipped", "mantissa", "effective_dimension", "rf_whole"]
+    )
     group.attrs[name] = odd_attribute(random, file)
 
 
@@ -191,7 +195,9 @@ def attribute_removed(random: Random, file: h5py.File) -> None:
 def attribute_renamed(random: Random, file: h5py.File) -> None:
     node, name = some_attribute(random, file)
     if name in node.attrs:
-        h5py.h5a.rename(node.id, name.encode(), random.choice([b"CLASS", b"NAME", b"format", b"\xff\xfe", b"a/b", b"x"]))
+        h5py.h5a.rename(
+            node.id, name.encode(), random.choice([b"CLASS", b"NAME", b"format", b"\xff\xfe", b"a/b", b"x"])
+        )
 
 
 def attribute_large(random: Random, file: h5py.File) -> None:
@@ -239,7 +245,9 @@ def removed(random: Random, file: h5py.File) -> None:
 def renamed(random: Random, file: h5py.File) -> None:
     path = random.choice(nodes(file)[1:])
     parent = file[path].parent
-    name = random.choice([b"a%2", b"%zz", b"..x", b"\xff\xfe", b"x" * 400, b" ", b"-o", b"stats", b"activation", b"a:2=mean"])
+    name = random.choice(
+        [b"a%2", b"%zz", b"..x", b"\xff\xfe", b"x" * 400, b" ", b"-o", b"stats", b"activation", b"a:2=mean"]
+    )
     with contextlib.suppress(ValueError, RuntimeError, OSError, KeyError):
         parent.id.links.move(path.rpartition("/")[2].encode("utf-8", "surrogateescape"), parent.id, name)
 
@@ -262,7 +270,9 @@ def another_dataset(random: Random, file: h5py.File) -> None:
     options: dict[str, Any] = {}
     if shape and 0 not in shape and random.random() < 0.6:
         options["chunks"] = random.choice([True, tuple(max(1, n // 2) for n in shape), (1,) * len(shape)])
-        options |= random.choice([{}, {"compression": "gzip"}, {"compression": "lzf"}, {"fletcher32": True}, {"shuffle": True}])
+        options |= random.choice(
+            [{}, {"compression": "gzip"}, {"compression": "lzf"}, {"fletcher32": True}, {"shuffle": True}]
+        )
     with contextlib.suppress(TypeError, ValueError, OSError, RuntimeError):
         if random.random() < 0.3:
             options["fillvalue"] = random.choice([1, -1, np.nan])
@@ -331,6 +341,7 @@ def values(random: Random, file: h5py.File) -> None:
     """Values that a type allows and nobody expects."""
     data = file[random.choice(datasets(file))]
     with contextlib.suppress(TypeError, ValueError, OSError, RuntimeError, OverflowError):
+        odd: Any
         if data.dtype.kind == "O":
             odd = random.choice(["", "../../etc/passwd", "x" * 5000, b"\xff\xfe", "a\nb\u202e", "/", "\x7f"])
         elif data.dtype.kind == "f":
@@ -347,8 +358,10 @@ def values(random: Random, file: h5py.File) -> None:
 def a_skipped_filter(random: Random, file: h5py.File) -> None:
     data = file["layers"][random.choice(list(file["layers"]))]["activation"]
     offset = (0,) * data.ndim
-    mask, payload = data.id.read_direct_chunk(offset)
-    data.id.write_direct_chunk(offset, random.choice([payload, payload[:5], b"", bytes(99)]), random.choice([1, 2, 3, 2**32 - 1]))
+    _, payload = data.id.read_direct_chunk(offset)
+    data.id.write_direct_chunk(
+        offset, random.choice([payload, payload[:5], b"", bytes(99)]), random.choice([1, 2, 3, 2**32 - 1])
+    )
 
 
 EDITS: tuple[Callable[[Random, h5py.File], None], ...] = (
@@ -433,14 +446,25 @@ def read(target: Path) -> None:
             with contextlib.suppress(ConfigError):  # it has none
                 layer.top(0)
         list(acts.batches(size=5))
-        list(acts.dataset())
+        data = acts.dataset()
+        _ = [data[item] for item in range(len(data))]
 
 
 def commands(target: Path, base: Path, out: Path) -> dict[str, list[str]]:
     """What reads an output, by name; a directory can be packed, and a run can go on in both."""
     sample = ["--image", "1.png", "-l", "conv", "-o"]
     photos = ["--images", str(base / "photos")]
-    run = ["extract", str(base / "photos"), "-m", f"{base}/model.py:small", "--max-failures", "3", *RUN, "-o", str(target)]
+    run = [
+        "extract",
+        str(base / "photos"),
+        "-m",
+        f"{base}/model.py:small",
+        "--max-failures",
+        "3",
+        *RUN,
+        "-o",
+        str(target),
+    ]
     made = {
         "info": ["info", str(target), "--json"],
         "info table": ["info", str(target)],
@@ -459,7 +483,8 @@ def commands(target: Path, base: Path, out: Path) -> dict[str, list[str]]:
     made |= {
         f"export {to}": ["export", str(target), "--to", to, "-o", str(out / name), "--json"]
         for to, name in (
-            ("npy", "npy"), ("safetensors", "x.safetensors"), ("parquet", "x.parquet"), ("netcdf", "x.nc"), ("rdm", "x.h5")
+            ("npy", "npy"), ("safetensors", "x.safetensors"), ("parquet", "x.parquet"), ("netcdf", "x.nc"),
+            ("rdm", "x.h5"),
         )
     }  # fmt: skip
     if target.is_dir():
@@ -563,10 +588,12 @@ class Readers:
 
     def findings(self, seed: int) -> tuple[Any, list[str]]:
         """(the mutant, what went wrong)."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(f"{seed}\n")
         self._process.stdin.flush()
-        mutant, found = None, []
+        mutant: Any = None
+        found: list[str] = []
         for line in self._process.stdout:
             said = json.loads(line)
             if "done" in said:
@@ -584,7 +611,9 @@ class Readers:
         self._process.communicate()
 
 
-def search(seeds: Iterator[int], seconds: float, base: Path, entries: int | None) -> Iterator[tuple[int, Any, list[str]]]:
+def search(
+    seeds: Iterator[int], seconds: float, base: Path, entries: int | None
+) -> Iterator[tuple[int, Any, list[str]]]:
     """(seed, mutant, findings) of each mutant until the time is over."""
     until = time.monotonic() + seconds
     readers = Readers(base, entries)

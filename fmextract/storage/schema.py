@@ -152,7 +152,7 @@ def many(kind: Kind, length: int | None = None) -> Kind:
     """A list of values of one kind."""
 
     def check(value: Any) -> list[Any]:
-        if not isinstance(value, list) or (length is not None and len(value) != length):
+        if not isinstance(value, list | tuple) or (length is not None and len(value) != length):
             raise Wrong(f"a list of {length}" if length is not None else "a list", value)
         made = []
         for number, one in enumerate(value):
