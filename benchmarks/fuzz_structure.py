@@ -603,9 +603,9 @@ class Readers:
             else:
                 mutant = said
         _, trace = self._process.communicate()
-        self._process = self._start()
+        status, self._process = self._process.returncode, self._start()
         place = next((line.strip() for line in trace.splitlines() if "/fmextract/" in line), "")
-        return mutant, [*found, f"ended the process, status {self._process.returncode}: {trace[:60]!r} {place}"]
+        return mutant, [*found, f"ended the process, status {status}: {trace[:60]!r} {place}"]
 
     def close(self) -> None:
         self._process.communicate()
@@ -638,9 +638,10 @@ def main() -> int:
     if given.serve is not None:
         serve(given.serve, entries)
         return 0
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+    with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        make_subjects(base)
+        with contextlib.redirect_stdout(sys.stderr):
+            make_subjects(base)
         if given.one is not None:
             with tempfile.TemporaryDirectory() as work:
                 found = list(findings(Random(given.one), base, Path(work), entries))

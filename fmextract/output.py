@@ -17,7 +17,7 @@ from fmextract import index, planning, reader, store
 from fmextract.common import strict_json
 from fmextract.common.folders import base_of, moved
 from fmextract.config import check_out, is_single_file
-from fmextract.errors import ConfigError, FormatError, OutputError, OutputLost
+from fmextract.errors import ConfigError, DamagedError, FormatError, OutputError, OutputLost
 from fmextract.index import INDEX, PLAN, ShardRecord
 from fmextract.lock import NAME as LOCK
 from fmextract.lock import Lock
@@ -391,6 +391,13 @@ def _throughput(shards: Sequence[Path]) -> Mapping[str, Any] | None:
         return reader.total_throughput(acts._files[0].contents.said.get("throughput") for acts in opened)
 
 
+def _joined_stats(path: Path, layer: str, before: Any, part: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return part if before is None else merge([before, part])
+    except (KeyError, ValueError) as error:
+        raise DamagedError(f"{path}: the statistics of {layer} do not fit those of other shards: {error}") from error
+
+
 def merged(
     shards: Sequence[Path], layers: Sequence[str] | None = None
 ) -> tuple[dict[str, dict[str, np.ndarray[Any, Any]]], dict[str, dict[str, Any]], dict[str, int]]:
@@ -409,7 +416,7 @@ def merged(
                 layer = acts[name]
                 counts.update({(name, key): int(layer.attrs[key]) for key in COUNTED if key in layer.attrs})
                 if part := acts._files[0].stats(name, covariance=True):
-                    stats[name] = merge([stats[name], part]) if name in stats else part
+                    stats[name] = _joined_stats(path, name, stats.get(name), part)
                 if len(shards) == 1 and (known := layer.effective_dimension):
                     attrs[name] = known.as_attrs()
     for name, found in stats.items():

@@ -365,6 +365,9 @@ class _Recount:
         if not self._seen:
             return
         told = self._stats
+        if missing := [name for name in moments.MOMENTS if name not in told]:
+            yield f"has no statistics {', '.join(missing)}"
+            return
         scale = np.fmax(np.abs(told["min"]), np.abs(told["max"]))
         near = scale * (ROUNDING + self._rounding) + (1e-7 if self._flushes else 0.0)
         slack: dict[str, Array] = {
