@@ -16,6 +16,7 @@ import difflib
 import functools
 import itertools
 import math
+import operator
 import os
 import stat
 import threading
@@ -38,6 +39,7 @@ from fmextract.heaps import check_heaps
 from fmextract.records import Field, LayerSpec
 from fmextract.selection import AxisIndex, Part, Selection, count, crossing, cut, per_axis, selection_of, stretches
 from fmextract.storage import schema
+from fmextract.text import byte_count
 
 if TYPE_CHECKING:
     from fmextract.feeding import LayerDataset
@@ -58,6 +60,10 @@ SEEK_BYTES = 32 * 2**10
 """What one more read of a stretch of a chunk costs, in bytes read (3 µs at 10 GB/s, from the page cache)."""
 FEW = 4
 """Of the values of a chunk at most one in so many: these alone are picked when the chunk is met for the first time."""
+
+
+class NotInMemory(ConfigError):
+    """A reduction of a layer, which is no array in memory; the message says what to use."""
 
 
 class UnknownStatistic(ConfigError, AttributeError):
@@ -88,12 +94,14 @@ def open(path: str | os.PathLike[str], *, threads: int | None = None, cache: int
 class Activations:
     """What `open` returns: the layers by name, and the columns with one entry a row (an image). A context manager.
 
-    Safe to use from several threads. Columns are numpy arrays, loaded when first asked for.
+    Safe to use from several threads. Columns are numpy arrays, loaded when first asked for. It can be pickled, as can
+    its layers: the path travels, and the files are opened again on the other side.
     """
 
     def __init__(self, path: Path, parts: Sequence[tuple[Path, range | None]], threads: int | None, cache: int) -> None:
         self.path = path
         self._files = _Files(parts)
+        self._given_threads = threads
         self._threads = threads or _cpus()
         self._recent = _Recent(cache)
         self._made: dict[str, Layer] = {}
@@ -112,6 +120,10 @@ class Activations:
         """Close the files and forget what is kept of them; reading afterwards raises ConfigError."""
         self._files.close()
         self._recent.clear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        content = self._files[0].contents.attrs.get("content_digest")
+        return _opened_again, (self.path.absolute(), self._given_threads, self._recent.nbytes, content)
 
     def __len__(self) -> int:
         """Rows, failed ones included."""
@@ -268,7 +280,7 @@ class Activations:
         shared = [layer for layer in layers if layer.chunks[0] > 1]
         together = max((layer.chunks[0] for layer in shared), default=1)
         return LayerDataset(
-            functools.partial(_open_shared, self.path, self._threads, cache),
+            functools.partial(_open_shared, self.path.absolute(), self._threads, cache),
             [layer.name for layer in layers],
             wanted,
             fits=len(wanted) * sum(of_a_row.values()) <= cache,
@@ -449,11 +461,25 @@ class Layer:
         """The receptive field, None where it is not defined."""
         return self.spec.field
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return operator.getitem, (self._acts, self.name)
+
     def __len__(self) -> int:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[Array]:
         return (self[row] for row in range(len(self)))
+
+    def _not_in_memory(self, *args: Any, **options: Any) -> Any:
+        """What `numpy.mean(layer)` calls: it would read all of it at once, with failed rows, which are NaN."""
+        name = f"acts[{self.name!r}]"
+        raise NotInMemory(
+            f"{name} is read from its file when indexed, and has no reductions of its own. Over all images that did "
+            f"not fail, by channel: {name}.stats.mean (or std, min, max, …). Part by part: for rows, values in "
+            f"{name}.batches(). Of everything at once, {byte_count(self.nbytes)}: {name}[acts.rows()].mean()"
+        )
+
+    mean = std = var = sum = min = max = prod = any = all = argmin = argmax = _not_in_memory
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
         if copy is False:
@@ -1110,6 +1136,14 @@ def _closest(name: object, names: Iterable[str]) -> str:
     holding = [known for known in some if str(name).lower() in known.lower()]  # `tom` for `cats/tom.jpg`
     close = holding[:3] or difflib.get_close_matches(str(name), some, n=3, cutoff=0.5)
     return f"; the closest are {', '.join(close)}" if close else ""
+
+
+def _opened_again(path: Path, threads: int | None, cache: int, content: Any) -> Activations:
+    """What was pickled. Raises FormatError where the files are others by now."""
+    acts = open(path, threads=threads, cache=cache)
+    if acts._files[0].contents.attrs.get("content_digest") != content:
+        raise FormatError(f"{path} is not the output that was pickled: it was replaced since")
+    return acts
 
 
 def _open_shared(path: Path, threads: int, cache: int, processes: int) -> Activations:

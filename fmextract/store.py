@@ -469,7 +469,7 @@ def _attr_value(value: Any) -> Any:
     if isinstance(value, str):
         return _text(value)
     if isinstance(value, bool | np.bool_):
-        return np.int8(value)  # HDF5 has no booleans, and h5py's stand-in is not netCDF
+        return np.uint8(value)  # HDF5 has no booleans, and h5py's stand-in, an enumeration, is not netCDF
     if isinstance(value, Mapping):
         return _text(strict_json.dumps(value, sort_keys=True, ensure_ascii=False))
     array = np.asarray(value)

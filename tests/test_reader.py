@@ -7,7 +7,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -624,3 +624,57 @@ def test_pipelines_that_are_not_ours_go_through_libhdf5(tmp_path: Path) -> None:
         assert acts["maps"].codec is None
         for key in (..., (slice(None, None, -2), [5, 0]), ([3, 21], 4)):
             np.testing.assert_array_equal(acts["maps"][key], ARRAYS["maps"][key])
+
+
+# ------------------------------------------------------------------------------------------------- in other processes
+
+SOME = ARRAYS["maps"]
+UNPICKLE = (
+    "import pickle, sys; acts, layer = pickle.load(sys.stdin.buffer); print(len(acts), layer[1].sum(), layer.name)"
+)
+
+
+def test_what_is_open_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its path alone, though that was relative; the other process opens the files itself."""
+    monkeypatch.chdir(tmp_path)
+    make_shards(Path("acts"), {"maps": SOME}, (4,))
+    with reader.open("acts", threads=1, cache=77) as acts:
+        sent = pickle.dumps((acts, acts["maps"]))
+        assert len(sent) < 1000
+        again, layer = pickle.loads(sent)
+        assert layer._acts is again
+        assert (again._threads, again._recent.nbytes) == (1, 77)
+        np.testing.assert_array_equal(layer[:], SOME)
+    ran = subprocess.run([sys.executable, "-c", UNPICKLE], input=sent, capture_output=True, cwd="/", check=True)
+    rows, total, name = ran.stdout.decode().split()
+    assert (int(rows), name) == (len(SOME), "maps")
+    assert float(total) == pytest.approx(SOME[1].sum(), rel=1e-6)
+
+
+def test_what_was_replaced_is_not_unpickled(tmp_path: Path) -> None:
+    make_file(tmp_path / "a.h5", {"maps": SOME})
+    with reader.open(tmp_path / "a.h5") as acts:
+        sent = pickle.dumps(acts)
+    make_file(tmp_path / "a.h5", {"maps": SOME + 1})
+    with pytest.raises(FormatError, match="replaced since"):
+        pickle.loads(sent)
+
+
+def test_what_is_closed_does_not_pickle(tmp_path: Path) -> None:
+    make_file(tmp_path / "a.h5", {"maps": SOME})
+    with reader.open(tmp_path / "a.h5") as acts:
+        pass
+    with pytest.raises(ConfigError, match="closed"):
+        pickle.dumps(acts)
+
+
+@pytest.mark.parametrize("reduce", [np.mean, np.std, np.var, np.sum, np.min, np.max, np.argmax])
+def test_reductions_say_what_to_do(tmp_path: Path, reduce: Callable[[Any], Any]) -> None:
+    """To take them of the array would read all of it, and give NaN for one failed row."""
+    make_file(tmp_path / "a.h5", {"maps": SOME})
+    with reader.open(tmp_path / "a.h5") as acts:
+        with pytest.raises(ConfigError, match=r"acts\['maps'\]\.stats.*batches.*acts\['maps'\]\[acts\.rows\(\)\]"):
+            reduce(acts["maps"])
+        with pytest.raises(ConfigError):
+            getattr(acts["maps"], reduce.__name__)(axis=0)
+        np.testing.assert_array_equal(np.asarray(acts["maps"]), SOME)

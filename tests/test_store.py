@@ -75,7 +75,7 @@ def test_layout(path: Path) -> None:
         assert conv.attrs["module"] == "layer1/0"
         assert "member" not in conv.attrs
         assert file.attrs["warm"] == 1
-        assert file.attrs["warm"].dtype == np.int8
+        assert file.attrs["warm"].dtype == np.uint8
         assert file["layers/fc=mean"].attrs["sparsity"] == 0.5
         assert json.loads(file.attrs["fmextract_config"]) == INFO.config
 
