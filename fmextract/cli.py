@@ -8,10 +8,12 @@ import contextlib
 import faulthandler
 import gc
 import inspect
+import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, TextIO, TypeVar, cast
@@ -79,7 +81,11 @@ def _at_home(argument: str) -> str:
     return f"{option}{equals}{Path(value).expanduser()}" if value.startswith("~/") else argument
 
 
+_ARGUMENTS: ContextVar[Sequence[str]] = ContextVar("arguments of the command line")
+
+
 def _run(arguments: list[str]) -> int:
+    _ARGUMENTS.set(arguments)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # a stream that a test or an embedding program put there
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
@@ -236,6 +242,12 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
     ),
     "hidden": (bool, None, "Take hidden files and folders too, and what computers put beside photos (@eaDir)."),
     "allow_outside": (bool, None, "Let a manifest name files that are not below its own folder."),
+    "recheck": (
+        bool,
+        None,
+        "Run no stored rows again before an earlier output is taken up or called complete. [default: a batch or two]",
+    ),
+    "keep_failures": (bool, None, "Leave images that failed in an earlier run; else they are tried again."),
     "overwrite": (bool, None, "Replace an earlier output of fmextract. Without it the same command resumes."),
     "break_lock": (bool, None, "Take over an output that another run, which is surely dead, still holds."),
 }
@@ -245,13 +257,15 @@ _SHORT = {"weights": ("-w",)}
 def _run_options() -> Iterator[inspect.Parameter]:
     """Every field of `Config` as a parameter that typer reads."""
     shared: dict[str, Any] = {"layers": Layers, "preprocess": Preprocessing, "size": Size}
-    for name in (field.name for field in fields(Config)):
+    for field in fields(Config):
+        name = field.name
         kind, default = shared.get(name), None
         if kind is None:
             plain, metavar, help = _OPTIONS[name]
-            option = _option(f"--{name.replace('_', '-')}", *_SHORT.get(name, ()), metavar=metavar, help=help)
+            prefix = " /--no-" if field.default is True else "--"  # what is usual can be left out
+            option = _option(f"{prefix}{name.replace('_', '-')}", *_SHORT.get(name, ()), metavar=metavar, help=help)
             kind = Annotated[bool, option] if plain is bool else Annotated[plain | None, option]
-            default = False if plain is bool else None
+            default = field.default if plain is bool else None
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
 
 
@@ -342,7 +356,8 @@ def extract(
         with _importing():
             from fmextract.run import run
 
-        result = run(source, model, out, config, TerminalProgress(), plan=plan_file)
+        command = shlex.join(["fmextract", *_ARGUMENTS.get()])
+        result = run(source, model, out, config, TerminalProgress(), plan=plan_file, command=command)
     _show(result.as_json(), lambda: tables.summary(result), as_json)
     if not result.failed:
         return 0

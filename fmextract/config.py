@@ -109,6 +109,8 @@ class Config:
     label: Any = None
     hidden: bool = False
     allow_outside: bool = False
+    recheck: bool = True
+    keep_failures: bool = False
     overwrite: bool = False
     break_lock: bool = False
 

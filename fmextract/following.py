@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fmextract import estimate, planning, prepare, reader
+from fmextract import estimate, planning, prepare, provenance, reader, resume
 from fmextract.common import strict_json
 from fmextract.errors import ConfigError, OutputError
 from fmextract.planning import Plan
@@ -24,11 +24,12 @@ def loaded(plan: Plan | str | os.PathLike[str] | None) -> Plan | None:
     return plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan).expanduser())
 
 
-def check(plan: Plan, prepared: Prepared) -> None:
-    """Raises ConfigError where the plan was made for another run."""
-    now = prepare.identity(prepared) | {"device": str(prepared.device), "rows": len(prepared.source)}
-    then = {**plan.identity, "device": plan.device, "rows": plan.rows}
-    changed = list(planning.differences(then, strict_json.plain(now)))
+def check(plan: Plan, prepared: Prepared, asked: Mapping[str, Any]) -> None:
+    """Raises ConfigError where the plan was made for another run than that with the identity `asked`."""
+    then, now = resume.comparable(plan.identity, strict_json.plain(asked))
+    then |= {"device": plan.device, "rows": plan.rows, "keys": plan.identity["source"].get("keys")}
+    now |= {"device": str(prepared.device), "rows": len(prepared.source), "keys": asked["source"].get("keys")}
+    changed = list(planning.differences(then, now))
     if changed:
         raise ConfigError(
             f"the plan was made for another run ({_told(changed, 'in the plan', 'here')}). Give the arguments that it"
@@ -45,15 +46,18 @@ def check(plan: Plan, prepared: Prepared) -> None:
         )
 
 
-def followed(plan: Plan, prepared: Prepared, target: Path) -> Plan:
+def followed(
+    plan: Plan, prepared: Prepared, target: Path, asked: Mapping[str, Any], command: str | None = None
+) -> Plan:
     """The plan for a new run into `target`. Raises ConfigError where it was made for another one."""
-    check(plan, prepared)
+    check(plan, prepared, asked)
     return dataclasses.replace(
         plan,
         run_id=uuid.uuid4().hex,
         config=prepared.config.as_json(),
-        info=prepare.describe_run(prepared, target),
-        versions=prepare.versions(),
+        identity=asked,
+        info=prepare.describe_run(prepared, target, command),
+        versions=provenance.versions_for(asked),
         estimate=dataclasses.replace(plan.estimate, bytes_free=estimate.free_space(target)),
     )
 

@@ -88,6 +88,11 @@ class Lock:
         self._path = directory / NAME
         self._me: Owner | None = None
 
+    @property
+    def is_held(self) -> bool:
+        """Whether it was acquired, and not released since."""
+        return self._me is not None
+
     def acquire(self, *, break_lock: bool) -> Owner | None:
         """Take the lock; returns the dead owner it was taken from, if any.
 

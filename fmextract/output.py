@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fmextract import index, planning, reader, store
-from fmextract.common import strict_json
+from fmextract import index, reader, resume, store
 from fmextract.common.folders import base_of, moved
 from fmextract.config import check_out, is_single_file
 from fmextract.errors import ConfigError, DamagedError, FormatError, OutputError, OutputLost
@@ -24,6 +23,7 @@ from fmextract.lock import Lock
 from fmextract.moments import merge, settled
 from fmextract.planning import Plan
 from fmextract.records import Progress
+from fmextract.resume import Asked
 from fmextract.watch import left_behind
 
 COUNTED = ("clipped", "nonfinite")
@@ -55,9 +55,7 @@ class Output:
         # Looking at a finished output needs no lock: the place may well be read-only.
         if self._overwrite or not self._is_finished() or (self._single and self.directory.exists()):
             self._make_directory()
-            dead = self._lock.acquire(break_lock=self._break_lock)
-            if dead is not None:
-                self._progress.note(f"taking {self._target} over from {dead}, which ended without finishing it")
+            self._acquire()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -66,27 +64,64 @@ class Output:
             for path in self._made or [self.directory] * self._single:
                 path.rmdir()
 
-    def begin(self, identity: Mapping[str, Any], make_plan: Callable[[], Plan]) -> Plan | None:
+    def begin(self, asked: Asked, make_plan: Callable[[], Plan]) -> Plan | None:
         """The plan to follow: that of a run begun earlier, else a new one, published. None: the output is complete.
 
-        Raises OutputError, naming each field that differs, where another run was begun or finished there.
+        Raises OutputError, naming each field and photo that differs, where another run was begun or finished there.
         """
-        identity = strict_json.plain(identity)
         if self._single and self._is_finished() and not self._overwrite:
-            self._compare_finished(identity)
+            self._compare_finished(asked)
             return None
-        if (self.directory / PLAN).exists():
-            earlier = Plan.from_json(index.read_json(self.directory / PLAN), self.directory / PLAN)
-            changed = list(planning.differences(earlier.identity, identity))
-            if changed and not self._overwrite:
-                raise OutputError(_refusal(self._target, changed))
-            if not changed and self._takes_up(earlier):
-                return None if self._is_complete() else self._resume(earlier)
-            self._remove(earlier)
+        return self._earlier() if self._continues(asked) else self._anew(make_plan)
+
+    def make_again(self, rows: Sequence[int], asked: Asked, make_plan: Callable[[], Plan]) -> Plan:
+        """The plan to follow where these rows of a finished output are to be had after all.
+
+        Of a directory the shards that hold them are made again. A single file is made anew, and stays until then.
+        """
+        self._make_directory()
+        self._acquire()
+        if self._single:
+            earlier = self._earlier() if self._continues(asked) else None
+            return earlier or self._anew(make_plan)
+        with _writing(self.directory):
+            (self.directory / INDEX).unlink()
+        self.records = index.load_records(self.directory)
+        self.drop(rows)
+        return Plan.from_json(index.read_json(self.directory / PLAN), self.directory / PLAN)
+
+    def drop(self, rows: Sequence[int]) -> None:
+        """Shards that hold one of these rows are not kept: they are made again."""
+        self.records = [record for record in self.records if not any(row in record.rows for row in rows)]
+
+    def _anew(self, make_plan: Callable[[], Plan]) -> Plan:
         made = make_plan()
         with _writing(self.directory):
             index.write_json(self.directory / PLAN, made.as_json())
         return made
+
+    def _continues(self, asked: Asked) -> bool:
+        """Whether an earlier run is there and is taken up; one that is not is removed. Raises OutputError."""
+        if not (self.directory / PLAN).exists():
+            return False
+        earlier = Plan.from_json(index.read_json(self.directory / PLAN), self.directory / PLAN)
+        records = self._records_of(earlier)
+        stored = [self.directory / record.name for record in records]
+        changed = resume.changed(earlier.identity, asked, stored, self._progress.note)
+        if changed and not self._overwrite and any(record.failed < len(record.rows) for record in records):
+            raise OutputError(
+                f"{self._target} was begun otherwise ({resume.listed(changed)})."
+                " The same arguments resume it, --overwrite starts anew."
+            )
+        if not changed and self._takes_up(earlier, records):
+            return True
+        self._remove(earlier)
+        return False
+
+    def _earlier(self) -> Plan | None:
+        """The plan of the run that is taken up; None where it is complete."""
+        earlier = Plan.from_json(index.read_json(self.directory / PLAN), self.directory / PLAN)
+        return None if self._is_complete() else self._resume(earlier)
 
     def is_one_shard(self, made: Plan) -> bool:
         """Whether the only shard becomes the output by its new name."""
@@ -124,13 +159,13 @@ class Output:
     def _is_finished(self) -> bool:
         return self._target.exists() if self._single else (self.directory / INDEX).exists()
 
-    def _compare_finished(self, identity: Mapping[str, Any]) -> None:
+    def _compare_finished(self, asked: Asked) -> None:
         with reader.open(self._target) as acts:
             config = acts.config
-        changed = list(planning.differences(config.get("identity", {}), identity))
+        changed = resume.changed(config.get("identity", {}), asked, [self._target], self._progress.note)
         if changed:
             raise OutputError(
-                f"{self._target} is finished, and was made otherwise ({_listed(changed)})."
+                f"{self._target} is finished, and was made otherwise ({resume.listed(changed)})."
                 " --overwrite replaces it, -o names another."
             )
         if (self.directory / PLAN).exists():  # the run was ended between publishing and tidying up
@@ -138,15 +173,20 @@ class Output:
             if earlier.run_id == config.get("run_id"):
                 self._remove(earlier)
             else:
-                self._progress.note(f"{self.directory} holds another, unfinished run; it is left alone")
-        self._progress.note(f"{self._target} is complete already")
+                self._progress.note(f"{self.directory} holds another, unfinished run")
 
-    def _takes_up(self, earlier: Plan) -> bool:
-        """Whether the run with the same identity is taken up. One begun with --overwrite is, by the same command."""
+    def _takes_up(self, earlier: Plan, records: Sequence[ShardRecord]) -> bool:
+        """Whether the run with the same identity is taken up. One begun with --overwrite is, by the same command, but
+        not where rows failed in it."""
         if not self._overwrite:
             return True
         unfinished = self._single or not self._is_finished()  # a single file may be the old one
-        return unfinished and bool(earlier.config.get("overwrite"))
+        return unfinished and bool(earlier.config.get("overwrite")) and not any(record.failed for record in records)
+
+    def _records_of(self, plan: Plan) -> list[ShardRecord]:
+        """The shards of a plan that are there."""
+        planned = {index.shard_name(i): rows for i, rows in enumerate(plan.shards)}
+        return [record for record in index.load_records(self.directory) if planned.get(record.name) == record.rows]
 
     def _is_complete(self) -> bool:
         """Whether a directory has its index and every file of it."""
@@ -156,23 +196,26 @@ class Output:
             index.load_index(self.directory)
         except FormatError as error:
             self._progress.note(f"{error}: its rows are extracted again")
-            self._acquire_late()
+            self._acquire()
             with _writing(self.directory):
                 (self.directory / INDEX).unlink()
             return False
-        self._progress.note(f"{self._target} is complete already")
         return True
 
-    def _acquire_late(self) -> None:
-        self._lock.acquire(break_lock=self._break_lock)
+    def _acquire(self) -> None:
+        """The output for this process alone, if it is not so already."""
+        if self._lock.is_held:
+            return
+        dead = self._lock.acquire(break_lock=self._break_lock)
+        if dead is not None:
+            self._progress.note(f"taking {self._target} over from {dead}, which ended without finishing it")
 
     def _resume(self, earlier: Plan) -> Plan:
         """Keep the shards that are whole; remove what a run that died left unfinished."""
         self.crashed_at = left_behind(self.directory)
         with _writing(self.directory):
             self._remove_temporaries()
-        planned = {index.shard_name(i): rows for i, rows in enumerate(earlier.shards)}
-        there = [record for record in index.load_records(self.directory) if planned.get(record.name) == record.rows]
+        there = self._records_of(earlier)
         with ThreadPoolExecutor(CHECKS) as pool:
             unchanged = pool.map(lambda record: _is_unchanged(self.directory / record.name, record), there)
             for record, same in zip(there, unchanged, strict=True):
@@ -180,7 +223,7 @@ class Output:
                     self.records.append(record)
                 else:
                     self._progress.note(f"{record.name} has changed since it was written; its rows are extracted again")
-        self._progress.note(f"resuming {self._target}: {len(self.records)} of {len(planned)} shards are there")
+        self._progress.note(f"resuming {self._target}: {len(self.records)} of {len(earlier.shards)} shards are there")
         return earlier
 
     # ---- what is changed
@@ -262,28 +305,6 @@ def resumable() -> Iterator[None]:
         yield
     except OutputError as error:
         raise OutputLost(f"{error}. What is done is kept; the same command resumes once that is mended.") from error
-
-
-def _refusal(target: Path, changed: Sequence[tuple[str, Any, Any]]) -> str:
-    return f"{target} was begun otherwise ({_listed(changed)}). The same arguments resume it, --overwrite starts anew."
-
-
-def _listed(changed: Sequence[tuple[str, Any, Any]]) -> str:
-    return "; ".join(f"{name}: {_change(old, new)}" for name, old, new in changed)
-
-
-def _change(old: Any, new: Any) -> str:
-    if isinstance(old, list) and isinstance(new, list) and len(f"{old}{new}") > 120:
-        # Long lists differ somewhere: say where.
-        gone, come = ([str(value) for value in a if value not in b] for a, b in ((old, new), (new, old)))
-        if gone or come:
-            return f"there also {_short(gone)}, now also {_short(come)}"
-    return f"{_short(old)} there, {_short(new)} now"
-
-
-def _short(value: Any) -> str:
-    text = "not set" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 # ------------------------------------------------------------------------------------------------------------- packing

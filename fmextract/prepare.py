@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +30,14 @@ from fmextract import (
     models,
     planning,
     precision,
+    provenance,
     reducers,
     taps,
     text,
     workers,
 )
 from fmextract.capture import probe
+from fmextract.common.facts import Told
 from fmextract.common.folders import remembered
 from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
@@ -78,6 +77,7 @@ class Prepared:
     stop: taps.Event | None
     random: bool  # whether the images were seen to be random, so that the seed decides what they are
     notes: tuple[str, ...]
+    before: Mapping[str, Told]  # what code and attributes were before the first forward pass
 
     def forward(self, batch: torch.Tensor) -> Any:
         """The model's forward pass."""
@@ -112,6 +112,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         hidden=config.hidden,
     )
     loaded = models.load_model(model, config.weights, config.preprocess, config.size)
+    before = provenance.code_of(loaded)
     with reading(
         opened,
         loaded.preprocess,
@@ -120,13 +121,14 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         workers=config.dataset_workers,
         say=progress.note,
     ) as reader:
-        yield _prepared(opened, reader, loaded, where, config, progress)
+        yield _prepared(opened, reader, loaded, before, where, config, progress)
 
 
 def _prepared(
     opened: Source,
     reader: Reader,
     loaded: models.LoadedModel,
+    before: Mapping[str, Told],
     where: torch.device,
     config: Config,
     progress: Progress,
@@ -160,6 +162,7 @@ def _prepared(
         stop,
         reader.random,
         tuple(notes),
+        before,
     )
 
 
@@ -315,8 +318,17 @@ def copied_as_planned(prepared: Prepared, made: Plan) -> list[taps.Probed]:
 # ----------------------------------------------------------------------------------------------- plan
 
 
-def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
-    """What a run of `prepared` into `out` will do. Measures what `auto` leaves open, and what the run will cost."""
+def plan_for(
+    prepared: Prepared,
+    out: Path,
+    progress: Progress,
+    asked: Mapping[str, Any] | None = None,
+    command: str | None = None,
+) -> Plan:
+    """What a run of `prepared` into `out` will do. Measures what `auto` leaves open, and what the run will cost.
+
+    `asked` is its identity, if that is known; `command` the line that asked for it.
+    """
     config, rows = prepared.config, len(prepared.source)
     chosen = choose.choose(
         choose.Question(
@@ -337,6 +349,7 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
     reading_seconds, decoding_seconds = _decoding(prepared, threads)
     cost = _estimate(prepared, chosen, layers, level, threads, decoding_seconds)
     needed = planning.rows_of_shard(cost, rows, config.shard_size, is_single_file(out))
+    said = identity(prepared) if asked is None else asked
     layers = tuple(planning.within_shard(layer, needed) for layer in layers)
     shard_rows = planning.shard_length(layers, chosen.batch_size, rows, needed)
     free = estimate.free_space(out)
@@ -367,10 +380,10 @@ def plan_for(prepared: Prepared, out: Path, progress: Progress) -> Plan:
         clip=config.clip,
         top=config.top,
         shard_rows=shard_rows,
-        identity=identity(prepared),
+        identity=said,
         config=config.as_json(),
-        info=describe_run(prepared, out),
-        versions=versions(),
+        info=describe_run(prepared, out, command),
+        versions=provenance.versions_for(said),
         estimate=cost,
         notes=(*prepared.notes, *prepared.reader.notes, *notes),
     )
@@ -676,6 +689,8 @@ def _near_zero_below(sample: torch.Tensor) -> float | None:
 def identity(prepared: Prepared) -> dict[str, Any]:
     """What must be the same for a run to be taken up again: everything that decides a stored value."""
     config, loaded = prepared.config, prepared.loaded
+    source = dict(prepared.source.fingerprint())
+    code, not_covered = provenance.code_facts(prepared.before, provenance.code_of(loaded), prepared.reductions, source)
     return {
         "model": loaded.name,
         "weights": loaded.weights_sha256,
@@ -695,56 +710,19 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "codec": config.codec,
         "level": config.level,
         "top": config.top,
-        "source": dict(prepared.source.fingerprint()),
-        **({"seed": config.seed} if prepared.random else {}),
+        "seed": config.seed,
+        "max_error": config.max_error if config.precision == "auto" else None,
+        "source": {name: value for name, value in source.items() if name not in ("packages", "not_covered")},
+        "code": code,
+        "not_covered": not_covered,
     }
 
 
-def describe_run(prepared: Prepared, out: Path) -> dict[str, Any]:
-    """What the file says of a run into `out`."""
-    loaded = prepared.loaded
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {
-        "title": f"Activations of {loaded.name} for {len(prepared.source)} images",
-        "source": prepared.source.name,
-        "history": f"{now} written by fmextract {_version('fmextract')}",
-        "model": loaded.name,
-        "weights": loaded.weights,
-        "weights_sha256": loaded.weights_sha256,
-        "origin": dict(loaded.origin),
-        "input_dtype": str(loaded.input_dtype).removeprefix("torch."),
-        "preprocess": models.describe_preprocess(loaded.preprocess),
-        "created": now,
-        **_images(prepared.source, out),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what makes the values: libraries that are installed, Python, the kind of machine."""
-    made_by = (
-        "fmextract",
-        "torch",
-        "torchvision",
-        "h5py",
-        "numpy",
-        "pillow",
-        "simplejpeg",
-        "torchcodec",
-        "isal",
-        "triton",
-    )
-    found = {name: _version(name) for name in made_by}
-    return {name: version for name, version in found.items() if version} | {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def describe_run(prepared: Prepared, out: Path, command: str | None = None) -> dict[str, Any]:
+    """What the file says of a run into `out`, which `command` asked for."""
+    loaded, source = prepared.loaded, prepared.source
+    said = provenance.describe_run(loaded, source.name, len(source), ready=prepared.ready, command=command)
+    return {**said, **_images(source, out)}
 
 
 def cores() -> int:

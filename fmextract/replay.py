@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fmextract import engine, index, prepare, reader
+from fmextract import codecs, engine, index, provenance, reader
 from fmextract.config import FailureBudget
-from fmextract.errors import OutputError
+from fmextract.errors import OutputError, SampleError
+from fmextract.planning import Plan
 from fmextract.progress import Quiet
 from fmextract.records import Progress, Status
 
@@ -102,29 +103,125 @@ def check_resume(work: engine.Work, directory: Path, records: Sequence[index.Sha
 
     What rounding explains is told. Raises OutputError for more, since the rest would not go with what is there.
     """
-    plan = work.plan
     # A shard that memory forced into smaller batches differs in its last bits anyway.
-    record = next((r for r in reversed(records) if r.batch_size == plan.batch_size), records[-1])
+    usual = [r for r in records if r.batch_size == work.plan.batch_size] or list(records)
+    record = next((r for r in reversed(usual) if r.failed < len(r.rows)), usual[-1])
     with reader.open(directory / record.name) as stored:
-        good = np.flatnonzero(stored.status == Status.OK)
-        first = record.start + int(good[0] if len(good) else 0)
-        start = first // plan.batch_size * plan.batch_size
-        rows = range(start, min(start + plan.batch_size, record.stop))
-        found = differences(work, stored, record.start, rows, index.temporary_name(directory / "again"))
+        good = np.flatnonzero(stored.status == Status.OK)[:1]
+        found = _batches_again(work, stored, good, index.temporary_name(directory / "again"))
+    _judge(
+        found,
+        work.plan,
+        directory,
+        "The rest would not go with it. Resume with the code, libraries and images it was begun with, or start anew"
+        " with --overwrite.",
+        progress,
+    )
+
+
+def check_finished(work: engine.Work, stored: reader.Activations, progress: Progress) -> None:
+    """Run the first and the last stored batch again before an output is called complete. As `check_resume`."""
+    good = np.flatnonzero(stored.status == Status.OK)
+    found = _batches_again(work, stored, good[[0, -1]] if len(good) else good)
+    _judge(
+        found,
+        work.plan,
+        stored.path,
+        "It is complete, but not what the same run gives now: --overwrite replaces it, -o names another, and"
+        " --no-recheck takes it as it is.",
+        progress,
+    )
+
+
+def _batches_again(
+    work: engine.Work, stored: reader.Activations, at: np.ndarray, scratch: Path | None = None
+) -> list[Difference]:
+    """What differs in the batches of the plan that hold these rows of `stored`, as far as it has them."""
+    first, size = stored._files[0].start, work.plan.batch_size
+    starts = {(first + int(row)) // size * size for row in at}
+    there = range(first, first + len(stored))
+    rows = [row for start in sorted(starts) for row in range(start, start + size) if row in there]
+    good = [row for row in rows if stored.status[row - first] == Status.OK]
+    return differences(work, stored, first, good, scratch)
+
+
+def _judge(found: Sequence[Difference], plan: Plan, place: Path, advice: str, progress: Progress) -> None:
+    """Tell what rounding explains. Raises OutputError for what it does not."""
     if not found:
         return
     worst = max(found, key=lambda difference: difference.error)
     where = f"layer {worst.layer!r} of {worst.key!r} (row {worst.row})" if worst.layer else f"{worst.key!r}"
     told = f"{where} {worst.message}{_changed_versions(plan.versions)}"
     if any(not difference.tolerated for difference in found):
-        raise OutputError(
-            f"{directory}: what is stored cannot be made again: {told}. The rest would not go with it."
-            " Resume with the code, libraries and images it was begun with, or start anew with --overwrite."
-        )
+        raise OutputError(f"{place}: what is stored cannot be made again: {told}. {advice}")
     progress.note(f"the stored rows come out a little otherwise now, as rounding explains: {told}")
 
 
+# ------------------------------------------------------------------------------------------------ rows that failed
+
+
+def recovered(work: engine.Work, stored: reader.Activations) -> list[int]:
+    """Of the rows that failed, and that `stored` holds, those that would not fail now, as global numbers."""
+    first = stored._files[0].start
+    status = stored.status
+    failed = [(first + int(at), Status(status[at])) for at in np.flatnonzero(status != Status.OK)]
+    found = [row for row, what in failed if what != Status.FORWARD_FAILED and _is_decoded(work, row)]
+    in_forward = [row for row, what in failed if what == Status.FORWARD_FAILED]
+    size = work.plan.batch_size
+    for start in sorted({row // size * size for row in in_forward}):
+        batch = range(start, min(start + size, work.plan.rows))
+        with _run_again(work, batch, None) as again:
+            found += [row for row in in_forward if row in batch and again.status[row - start] == Status.OK]
+    return sorted(found)
+
+
+def _is_decoded(work: engine.Work, row: int) -> bool:
+    """Whether a row is an input of the model now."""
+    try:
+        image = work.reader.image(row)
+    except SampleError:
+        return False
+    return image.ready == work.ready and tuple(image.pixels.shape) == tuple(work.input_shape)
+
+
+# ------------------------------------------------------------------------------------------------------- the plan
+
+
+def plan_of(acts: reader.Activations, device: str) -> Plan:
+    """The plan that an output was made by, from what the output says."""
+    config, attrs = acts.config, acts.attrs
+    options = config["options"]
+    info = {name: attrs.get(name) for name in ("title", "source", "history", "model", "weights_sha256", "created")}
+    return Plan(
+        run_id=str(config.get("run_id", "")),
+        rows=acts._files[0].start + len(acts),
+        # Every layer is copied in its hook: what was overwritten for some image alone, and was stored so, differs then.
+        layers=tuple(replace(acts[name].spec, copied=True) for name in acts.layers),
+        precision=str(attrs["precision"]),
+        memory_format=config["memory_format"],
+        batch_size=config["batch_size"],
+        device=device,
+        threads=1,
+        forward_threads=config["forward_threads"],
+        codec=options["codec"],
+        level=codecs.codec_named(options["codec"]).checked_level(options["level"]),
+        store=options["store"],
+        keep_bits=options["keep_bits"],
+        clip=options["clip"],
+        top=options["top"],
+        shard_rows=len(acts),
+        identity=config["identity"],
+        config=options,
+        info={**info, "preprocess": acts.preprocess}
+        | {name: config.get(name) for name in ("weights", "origin", "input_dtype")},
+        versions=acts.versions,
+        fused=tuple((conv, norm) for conv, norm in config.get("fused", ())),
+        pooling=bool(config.get("pooling")),
+        prepacked=bool(config.get("prepacked")),
+    )
+
+
 def _changed_versions(then: Mapping[str, str]) -> str:
-    now = prepare.versions()
+    now = provenance.versions(then)
     changed = [f"{name} {then[name]} then, {now.get(name)} now" for name in then if now.get(name) != then[name]]
     return f"; {', '.join(changed)}" if changed else ""

@@ -9,21 +9,19 @@ from __future__ import annotations
 import contextlib
 import glob
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from fmextract import codecs, models, prepare, reader, reducers, replay, run, taps
+from fmextract import models, prepare, reader, reducers, replay, resume, run, taps
 from fmextract.common import strict_json
 from fmextract.common.trust import names_from_a_file
 from fmextract.config import Config
 from fmextract.errors import ConfigError
 from fmextract.inputs import sources
-from fmextract.planning import Plan, differences
-from fmextract.prepare import Prepared
 from fmextract.progress import Quiet
 from fmextract.records import Progress
 
@@ -56,11 +54,10 @@ def rerun(
         ) as prepared,
     ):
         now = strict_json.plain(prepare.identity(prepared))
-        changed = list(differences({**acts.config["identity"], "device": now["device"]}, now))
-        if changed:
-            listed = "; ".join(f"{name}: {old!r} then, {new!r} now" for name, old, new in changed)
-            raise ConfigError(f"cannot run images of {acts.path} again: {listed}")
-        with run.working(prepared, _plan_of(acts, prepared)) as work:
+        then = {**acts.config["identity"], "device": now["device"]}
+        if changed := resume.changed(then, resume.Asked(now, prepared.source), [], lambda text: None):
+            raise ConfigError(f"cannot run images of {acts.path} again: {resume.listed(changed)}")
+        with run.working(prepared, replay.plan_of(acts, str(prepared.device))) as work:
             return replay.differences(work, acts, first, [first + int(row) for row in chosen])
 
 
@@ -136,38 +133,3 @@ def _source(acts: reader.Activations, said: Said) -> Any:
             f"{acts.path}: the source {place!r} is not there; go to its folder, or give it with --source (source=)"
         )
     return place if said.source is None else said.source
-
-
-def _plan_of(acts: reader.Activations, prepared: Prepared) -> Plan:
-    """The plan that an output was made by, from what the output says."""
-    config, attrs = acts.config, acts.attrs
-    options = config["options"]
-    # Every layer is copied in its hook: what was overwritten for some image alone, and was stored so, differs then.
-    layers = tuple(replace(acts[name].spec, copied=True) for name in acts.layers)
-    info = {name: attrs.get(name) for name in ("title", "source", "history", "model", "weights_sha256", "created")}
-    return Plan(
-        run_id=str(config.get("run_id", "")),
-        rows=acts._files[0].start + len(acts),
-        layers=layers,
-        precision=str(attrs["precision"]),
-        memory_format=config["memory_format"],
-        batch_size=config["batch_size"],
-        device=str(prepared.device),
-        threads=1,
-        forward_threads=config["forward_threads"],
-        codec=options["codec"],
-        level=codecs.codec_named(options["codec"]).checked_level(options["level"]),
-        store=options["store"],
-        keep_bits=options["keep_bits"],
-        clip=options["clip"],
-        top=options["top"],
-        shard_rows=len(acts),
-        identity=config["identity"],
-        config=options,
-        info={**info, "preprocess": acts.preprocess}
-        | {name: config.get(name) for name in ("weights", "origin", "input_dtype")},
-        versions=acts.versions,
-        fused=tuple((conv, norm) for conv, norm in config.get("fused", ())),
-        pooling=bool(config.get("pooling")),
-        prepacked=bool(config.get("prepacked")),
-    )

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 
 from fmextract import engine, estimate, following, images, index, precision, reader, replay, taps
+from fmextract.common import strict_json
 from fmextract.config import Config, check_out
 from fmextract.device import is_out_of_memory
 from fmextract.errors import TooManyFailures
@@ -27,6 +29,7 @@ from fmextract.planning import Plan
 from fmextract.prepare import Prepared, copied_as_planned, describe, identity, lent, plan_for, prepare, reduce_functions
 from fmextract.progress import Quiet
 from fmextract.records import FileInfo, LayerResult, Progress, Result
+from fmextract.resume import Asked
 from fmextract.workers import Jpegs, Workers, hired
 
 __all__ = ["describe", "extract", "make_plan", "run"]
@@ -45,7 +48,11 @@ def make_plan(
     check_out(Path(out).expanduser())
     with prepare(source, model, config, progress) as prepared:
         target = Path(out).expanduser()
-        return plan_for(prepared, target, progress) if given is None else following.followed(given, prepared, target)
+        return (
+            plan_for(prepared, target, progress)
+            if given is None
+            else following.followed(given, prepared, target, identity(prepared))
+        )
 
 
 def extract(
@@ -79,8 +86,17 @@ def _default_progress() -> Progress:
     return TerminalProgress()
 
 
-def run(source: Any, model: Any, out: Any, config: Config, progress: Progress, *, plan: Saved | None = None) -> Result:
-    """Do what `fmextract extract` does. Raises as `extract`."""
+def run(
+    source: Any,
+    model: Any,
+    out: Any,
+    config: Config,
+    progress: Progress,
+    *,
+    plan: Saved | None = None,
+    command: str | None = None,
+) -> Result:
+    """Do what `fmextract extract` does; `command` is the line that asked for it. Raises as `extract`."""
     started = time.perf_counter()
     target, given = Path(out).expanduser(), following.loaded(plan)
     tally = engine.Tally()
@@ -89,15 +105,18 @@ def run(source: Any, model: Any, out: Any, config: Config, progress: Progress, *
         Output(target, progress, overwrite=config.overwrite, break_lock=config.break_lock) as output,
         prepare(source, model, config, progress) as prepared,
     ):
+        asked = Asked(strict_json.plain(identity(prepared)), prepared.source)
         if given is not None:
-            following.check(given, prepared)
-        made = output.begin(identity(prepared), lambda: _affordable(prepared, target, progress, given))
+            following.check(given, prepared, asked.identity)
+        new_plan = partial(_affordable, prepared, target, progress, given, asked.identity, command)
+        made = output.begin(asked, new_plan)
         _check_followed(given, made, target)
+        if made is None:
+            again = _look_again(prepared, target, progress)
+            made = output.make_again(again, asked, new_plan) if again else None
         if made is not None:
             _tell_crash(prepared, output, progress)
-            resumed = sum(len(record.rows) for record in output.records)
-            _count_earlier(tally, output.records)
-            _extract(prepared, made, output, resumed, progress, tally)
+            resumed = _extract(prepared, made, output, progress, tally)
             _check_failures(made, output.directory, tally, config)
             output.fold(made)
     result = _result(target, tally, time.perf_counter() - started, resumed if made is not None else None)
@@ -106,9 +125,45 @@ def run(source: Any, model: Any, out: Any, config: Config, progress: Progress, *
     return result
 
 
-def _affordable(prepared: Prepared, target: Path, progress: Progress, given: Plan | None) -> Plan:
+def _look_again(prepared: Prepared, target: Path, progress: Progress) -> list[int]:
+    """Rows of a complete output that failed and would not fail now. Raises OutputError where it is not what this run
+    gives."""
+    config = prepared.config
+    with reader.open(target) as acts:
+        failed = bool(acts.status.any()) and not config.keep_failures
+        if not config.recheck and not failed:
+            progress.note(f"{target} is complete already")
+            return []
+        with working(prepared, replay.plan_of(acts, str(prepared.device))) as work:
+            if config.recheck:
+                replay.check_finished(work, acts, progress)
+            again = replay.recovered(work, acts) if failed else []
+    _tell_recovered(again, prepared, progress)
+    if not again:
+        progress.note(f"{target} is complete already")
+    return again
+
+
+def _tell_recovered(rows: Sequence[int], prepared: Prepared, progress: Progress) -> None:
+    if rows:
+        keys = ", ".join(repr(prepared.source.key(row)) for row in rows[:5])
+        more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
+        progress.note(f"what failed before is there now, and is extracted: {keys}{more}")
+
+
+def _affordable(
+    prepared: Prepared,
+    target: Path,
+    progress: Progress,
+    given: Plan | None,
+    asked: Mapping[str, Any],
+    command: str | None,
+) -> Plan:
     """A new plan, or the `given` one. Raises NoSpace where the disk cannot hold what it will write."""
-    made = plan_for(prepared, target, progress) if given is None else following.followed(given, prepared, target)
+    if given is None:
+        made = plan_for(prepared, target, progress, asked, command)
+    else:
+        made = following.followed(given, prepared, target, asked, command)
     estimate.check_space(made.estimate.bytes_needed, made.estimate.bytes_free, target)
     return made
 
@@ -155,31 +210,41 @@ def _first_failure(shard: Path) -> tuple[str, str]:
         return str(acts.keys[0]), str(acts.messages[0])
 
 
-def _extract(
-    prepared: Prepared,
-    made: Plan,
-    output: Output,
-    resumed: int,
-    progress: Progress,
-    tally: engine.Tally,
-) -> None:
-    """The shards that are not there yet."""
-    done = {record.start for record in output.records}
-    todo = [part for part in made.shards if part.start not in done]
-    if not todo:
-        return
+def _extract(prepared: Prepared, made: Plan, output: Output, progress: Progress, tally: engine.Tally) -> int:
+    """The shards that are not there yet, or hold rows that failed and would not fail now; gives the rows of the others.
+
+    Raises OutputError where what is there cannot be made again.
+    """
     with (
         hired(made.threads, prepared.config.worker_kind, made.estimate.seconds, progress.note) as workers,
         working(prepared, made, workers, checksums=not output.is_one_shard(made)) as work,
     ):
-        if output.records:
+        if output.records and prepared.config.recheck:
             replay.check_resume(work, output.directory, output.records, progress)
-        progress.start(made.rows, resumed)
+        if not prepared.config.keep_failures:
+            _tell_recovered(again := _recovered(work, output), prepared, progress)
+            output.drop(again)
+        _count_earlier(tally, output.records)
+        done = {record.start: len(record.rows) for record in output.records}
+        todo = [part for part in made.shards if part.start not in done]
+        if not todo:
+            return made.rows
+        progress.start(made.rows, sum(done.values()))
         try:
             with resumable():
                 engine.run_shards(work, output.directory, todo, progress, tally)
         finally:
             progress.finish()
+    return sum(done.values())
+
+
+def _recovered(work: engine.Work, output: Output) -> list[int]:
+    """Rows of earlier shards that failed and would not fail now."""
+    found: list[int] = []
+    for record in (record for record in output.records if record.failed):
+        with reader.open(output.directory / record.name) as stored:
+            found += replay.recovered(work, stored)
+    return found
 
 
 @contextmanager

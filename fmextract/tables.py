@@ -39,10 +39,8 @@ def summary(result: Result) -> str:
     if result.stages:
         run.append(f"limited by {result.limiting_stage}")
     if result.bytes_stored:
-        times = result.bytes_raw / result.bytes_stored
-        run.append(
-            f"{text.byte_count(result.bytes_raw)} → {text.byte_count(result.bytes_stored)} ({times:.1f} times smaller)"
-        )
+        change = text.size_change(result.bytes_raw, result.bytes_stored)
+        run.append(f"{text.byte_count(result.bytes_raw)} → {text.byte_count(result.bytes_stored)} ({change})")
     rows = [
         (
             layer.name,

@@ -117,3 +117,11 @@ def _cut(text: str, width: int) -> str:
 def _padded(text: str, width: int, right: bool) -> str:
     space = " " * (width - _columns(text))
     return space + text if right else text + space
+
+
+def size_change(before: float, after: float) -> str:
+    """How many times as small, or as large, something became: `3.2 times smaller`, `1.4 times larger`."""
+    ratio = max(before, after) / max(1, min(before, after))
+    if round(ratio, 1) == 1.0:
+        return "no smaller"
+    return f"{ratio:.1f} times {'smaller' if after < before else 'larger'}"

@@ -21,18 +21,18 @@ ORDER = re.findall(
     r"\S+",
     """
     errors records common.strict_json
-    text config progress channel pool selection heaps moments boxes kernels
+    text config progress channel pool selection heaps moments boxes kernels common.facts
     codecs
     storage.schema storage store index lock watch feeding reader
     device
     common.folders common.trust common.imports common.streams common.relative_error common
-    inputs.files inputs.pictures inputs.tables inputs.labels inputs.items inputs.kinds inputs.given
+    inputs.contents inputs.files inputs.pictures inputs.tables inputs.labels inputs.items inputs.kinds inputs.given
     inputs.folders inputs.manifests inputs.attributes inputs.datasets inputs.sources inputs
     capture.reducer_help capture.atoms capture images
     inputs.seeding inputs.thread_safety inputs.dataset_workers inputs.reading
     models capture.independence capture.writes axes taps capture.probe geometry effective reducers stats
-    packed fusion planning chunks workers compiled precision model.modes model choose
-    engine estimate prepare following replay output
+    packed fusion planning chunks workers compiled precision model.modes model.structure model choose
+    engine estimate provenance prepare resume following replay output
     run rerun verify launch
     similarity dissimilarity comparison
     look.canvas look.photos look.places look.select look.maps look.live look.filters look.top look.where look.depth

@@ -144,7 +144,8 @@ def test_a_flipped_byte_of_one_file_is_found_if_anything_depends_on_it(small: Pa
 
 def all_that_is_seen(path: Path) -> list[Any]:
     with reader.open(path) as acts:
-        seen: list[Any] = [dict(acts.attrs), acts.keys.tolist(), acts.status.tolist(), acts.messages.tolist()]
+        attrs = {name: value for name, value in acts.attrs.items() if name != "throughput"}  # no digest is of it
+        seen: list[Any] = [attrs, acts.keys.tolist(), acts.status.tolist(), acts.messages.tolist()]
         for name in acts.layers:
             layer = acts[name]
             seen += [name, layer.axes, dict(layer.attrs), layer[:].tobytes()]

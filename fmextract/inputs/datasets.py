@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fmextract.common.facts import Told
 from fmextract.errors import SampleError, SourceError
 from fmextract.inputs.attributes import kept_by
+from fmextract.inputs.contents import contents_at_first, fingerprint_of, labels_digest
 from fmextract.inputs.files import FileSource, Names, OnDisk, Options, refuse_duplicates
 from fmextract.inputs.given import FOLDER, function_of, given_keys, given_labels, with_given
 from fmextract.inputs.items import IMAGE_NAMES, PATH_NAMES, UnclearItem, is_pair, is_path, named, split
@@ -39,6 +41,8 @@ class DatasetSource:
     notes: list[str] = field(default_factory=list)
     seen: dict[int, Label] = field(default_factory=dict, repr=False)
     looked_at: set[str] = field(default_factory=set, repr=False)
+    before: Told = field(default_factory=Told, repr=False)
+    """What `data` held when it was opened."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -130,10 +134,11 @@ class DatasetSource:
             return None
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Count, digest of the keys, type of the Dataset. What its items hold is not looked at."""
+        """Count, digests of the keys and labels, type of the Dataset, and what it holds, as far as that can be told."""
         keys = Names(key.encode("utf-8", "backslashreplace") for key in self.keys)
         kind = f"{type(self.data).__module__}.{type(self.data).__qualname__}"
-        return {"count": len(self), "keys": keys.digest(), "dataset": kind}
+        told = fingerprint_of(self.data, len(self), self.before)
+        return {"count": len(self), "keys": keys.digest(), "dataset": kind, **told, **labels_digest(self.labels)}
 
 
 def open_python(data: Any, name: str, options: Options) -> FileSource | DatasetSource:
@@ -220,11 +225,13 @@ def _of_dataset(data: Any, name: str, count: int, rows: int, options: Options) -
     notes: list[str] = []
     kept = kept_by(data, count, notes.append)
     keys = given_keys(options, rows) or (kept.keys[:rows] if kept.keys is not None else _numbers(count)[:rows])
+    before = contents_at_first(data)
     pick = _picker(options)
     if pick is not None:
-        return DatasetSource(name, data, keys, None, pick, notes=notes)
-    labels = given_labels(options, rows)
-    return DatasetSource(name, data, keys, kept.labels if labels is None else labels, None, labels is not None, notes)
+        return DatasetSource(name, data, keys, None, pick, notes=notes, before=before)
+    given = given_labels(options, rows)
+    labels = kept.labels if given is None else given
+    return DatasetSource(name, data, keys, labels, None, given is not None, notes, before=before)
 
 
 def _part(name: str, row: int, item: Any) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fmextract.errors import SampleError, SourceError
+from fmextract.inputs.contents import labels_digest, stamps
 from fmextract.records import FileStamp, Label, Status
 
 # Formats that Pillow registers but decodes only with a handler of the user's or a foreign program (Ghostscript for
@@ -106,12 +107,9 @@ class FileSource:
         return read_file(os.path.join(self.root, self.paths[row]))  # noqa: PTH118  bytes: pathlib knows only str
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Count, digest of the keys, digest of every file's size (-1 where there is none). Reads no file."""
-        sizes = array("q", (_size(os.path.join(self.root, path)) for path in self._each_path()))  # noqa: PTH118
-        if sys.byteorder != "little":
-            sizes.byteswap()
-        digest = hashlib.blake2b(sizes.tobytes(), digest_size=16).hexdigest()
-        return {"count": len(self), "keys": self.keys.digest(), "sizes": digest}
+        """Count, digests of the keys, of the labels, and of every file's size and time. Reads no file."""
+        stamped = stamps(os.path.join(self.root, path) for path in self._each_path())  # noqa: PTH118
+        return {"count": len(self), "keys": self.keys.digest(), **stamped, **labels_digest(self.labels, self.columns)}
 
     def _each_path(self) -> Iterator[bytes]:
         return (self.paths[row] for row in range(len(self)))
@@ -119,13 +117,6 @@ class FileSource:
 
 def shown_name(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace").replace("\0", "\\x00")
-
-
-def _size(path: bytes) -> int:
-    try:
-        return os.stat(path).st_size  # noqa: PTH116
-    except OSError:
-        return -1
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,10 @@ const bytes = (n) => {
   while (n >= 1000 && i < 4) { n /= 1024; i += 1; }
   return `${i === 0 || n >= 100 ? Math.round(n) : n.toFixed(1)} ${units[i]}`;
 };
+const sizeChange = (before, after) => {
+  const ratio = (Math.max(before, after) / Math.max(1, Math.min(before, after))).toFixed(1);
+  return ratio === "1.0" ? "no smaller" : `${ratio} times ${after < before ? "smaller" : "larger"}`;
+};
 const plural = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 const keyOf = (row) => data.keys[row] ?? `row ${row}`;
 const indexOf = (layer) => data.layers.indexOf(layer);
@@ -356,7 +360,7 @@ function drawRun() {
       ["images", run.rows.toLocaleString("en"), run.failed ? `${run.failed.toLocaleString("en")} failed` : "none failed"],
       ["layers", String(data.layers.length)],
       ["values", bytes(run.bytes_raw)],
-      ["on disk", bytes(run.bytes_stored), run.bytes_stored ? `${(run.bytes_raw / run.bytes_stored).toFixed(1)} times smaller` : ""],
+      ["on disk", bytes(run.bytes_stored), run.bytes_stored ? sizeChange(run.bytes_raw, run.bytes_stored) : ""],
       run.precision && ["precision", run.precision],
       errors.length && ["largest error against fp32", share(Math.max(...errors))],
     ]),

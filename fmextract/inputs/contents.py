@@ -1,0 +1,119 @@
+"""What a Dataset or a sequence holds, as facts: the content of what lies in memory, else its code and attributes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from fmextract.common.facts import Facts, Told, attributes_of, is_library, settled
+
+__all__ = ["contents_at_first", "fingerprint_of", "labels_digest", "stamps"]
+
+_ENTRIES = ("__getitem__", "__getitems__", "__len__", "__call__", "__getattr__")
+_FOLDERS = frozenset({"root", "samples", "imgs", "targets", "classes", "class_to_idx"})
+"""Attributes of torchvision's folder Datasets that say which files there are: told by keys, labels, sizes and times."""
+
+
+def contents_at_first(data: Any) -> Told:
+    """Facts of a Dataset before it was used; none of what lies in memory, which is looked at once."""
+    return Told() if _is_plain(data) else _of_dataset(data)
+
+
+def _of_dataset(data: Any) -> Told:
+    """Facts of code that nobody here knows, as far as they can be told."""
+    facts = Facts({id(data): "the data"})
+    groups: dict[type, list[tuple[str, Mapping[str, Any]]]] = {}
+    packages = set()
+    for number, part in enumerate(_parts(data)):
+        kept = attributes_of(part)
+        if kept is None:
+            facts.digest(type(part).__qualname__, part)  # names it as what cannot be told
+            kept = {}
+        if is_library(type(part).__module__):
+            packages.add(type(part).__module__.partition(".")[0])
+        files = _FOLDERS if {"samples", "root"} <= kept.keys() else frozenset()
+        held = {name: value for name, value in kept.items() if name not in files}
+        groups.setdefault(type(part), []).append((str(number), held))
+    facts.objects(groups, _ENTRIES)
+    told = facts.told()
+    return Told(told.facts, told.packages | packages, told.unknown)
+
+
+def fingerprint_of(data: Any, rows: int, before: Told) -> dict[str, Any]:
+    """What a source says of `data`, and of which what is other than `before` says nothing; as JSON."""
+    if _is_plain(data):
+        facts = Facts()
+        facts.value("content", facts.digest("content", _first(data, rows)))
+        now = facts.told()
+    else:
+        now = _of_dataset(data)
+        now = replace(now, facts=settled(before.facts, now.facts))
+    files = getattr(data, "samples", None) if hasattr(data, "root") else None
+    return {
+        "code": dict(now.facts),
+        "packages": sorted(now.packages),
+        "not_covered": list(now.unknown),
+        **(stamps(os.fsencode(path) for path, _ in files[:rows]) if isinstance(files, list) else {}),
+    }
+
+
+def stamps(paths: Iterable[bytes]) -> dict[str, str]:
+    """Digests of the sizes and of the times of files (-1 where there is none). Reads no file."""
+    sizes, times = array("q"), array("q")
+    for path in paths:
+        try:
+            status = os.stat(path)  # noqa: PTH116  bytes: pathlib knows only str
+            sizes.append(status.st_size)
+            times.append(status.st_mtime_ns)
+        except OSError:
+            sizes.append(-1)
+            times.append(-1)
+    return {"sizes": _digest(sizes), "times": _digest(times)}
+
+
+def labels_digest(labels: Sequence[Any] | None, columns: Mapping[str, Sequence[Any]] | None = None) -> dict[str, str]:
+    """A digest of the labels that a source lists, and of its other columns."""
+    if labels is None and not columns:
+        return {}
+    listed = {name: list(column) for name, column in (columns or {}).items()}
+    return {"labels": Facts().digest("labels", [None if labels is None else list(labels), listed])}
+
+
+def _digest(numbers: array[int]) -> str:
+    if sys.byteorder != "little":
+        numbers.byteswap()
+    return blake2b(numbers.tobytes(), digest_size=16).hexdigest()
+
+
+def _is_plain(data: Any) -> bool:
+    """Whether the items of `data` are all that there is to it."""
+    torch = sys.modules.get("torch")
+    tensor = torch is not None and isinstance(data, torch.Tensor)
+    kind = type(data).__module__.partition(".")[0]
+    return type(data) in (list, tuple) or isinstance(data, np.ndarray) or tensor or kind in ("pandas", "datasets")
+
+
+def _first(data: Any, rows: int) -> Any:
+    if rows >= len(data) or type(data).__module__.startswith("datasets"):
+        return data
+    return data.iloc[:rows] if hasattr(data, "iloc") else data[:rows]
+
+
+def _parts(data: Any) -> list[Any]:
+    """A Dataset and those that it is made of, as torch's Subset and ConcatDataset are."""
+    found, seen = [data], {id(data)}
+    for part in found:
+        held = attributes_of(part) or {}
+        inner = [held.get("dataset"), *(held.get("datasets") or ())]
+        for one in inner:
+            if one is not None and hasattr(type(one), "__getitem__") and not _is_plain(one) and id(one) not in seen:
+                seen.add(id(one))
+                found.append(one)
+    return found

@@ -1,0 +1,130 @@
+"""Where values come from: the code that decides them, the libraries that are installed, what a file says of its run."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import Any
+
+from fmextract import models
+from fmextract.common.facts import Facts, Told, interpreter, settled
+from fmextract.images import CustomPreprocess
+from fmextract.model.structure import structure
+from fmextract.reducers import REDUCERS, Reduction
+
+__all__ = ["code_facts", "code_of", "describe_run", "preprocess_facts", "versions", "versions_for"]
+
+_MADE_BY = (
+    "fmextract",
+    "torch",
+    "torchvision",
+    "h5py",
+    "numpy",
+    "pillow",
+    "simplejpeg",
+    "torchcodec",
+    "isal",
+    "triton",
+)
+
+
+def code_of(loaded: models.LoadedModel) -> dict[str, Told]:
+    """Facts of the network, and of the preprocessing where it is a user's, beside their weights and names."""
+    told = {"model": structure(loaded.module)}
+    if isinstance(loaded.preprocess, CustomPreprocess):
+        told["preprocess"] = preprocess_facts(loaded.preprocess)
+    return told
+
+
+def preprocess_facts(custom: CustomPreprocess) -> Told:
+    """Facts of a user's preprocessing: its code, and what it closes over."""
+    facts = Facts()
+    facts.value("the function", custom.function)
+    return facts.told()
+
+
+def code_facts(
+    before: Mapping[str, Told],
+    now: Mapping[str, Told],
+    reductions: Sequence[Reduction | None],
+    source: Mapping[str, Any],
+) -> tuple[dict[str, Any], list[str]]:
+    """(facts of all code of a run and the libraries that they can be compared by, what they do not cover).
+
+    What is other than it was `before` the first forward pass says nothing. `source` is a source's fingerprint.
+    """
+    own = Facts()
+    for reduction in reductions:
+        if reduction is not None and reduction.name.partition(":")[0] not in REDUCERS:
+            own.value(f"reducer {reduction.name}", reduction.apply)
+    told = {**now, "reducers": own.told()}
+    packages = set(source.get("packages", ())).union(*(part.packages for part in told.values()))
+    made: dict[str, Any] = {"by": {"python": interpreter(), **_versions_of(packages)}}
+    for name, part in told.items():
+        facts = settled(before[name].facts, part.facts) if name in before else dict(part.facts)
+        made |= {name: facts} if facts else {}
+    unknown = [f"{name}: {what}" for name, part in told.items() for what in part.unknown]
+    return made, [*unknown, *(f"source: {what}" for what in source.get("not_covered", ()))]
+
+
+def describe_run(
+    loaded: models.LoadedModel, source: str, images: int, *, ready: bool, command: str | None
+) -> dict[str, Any]:
+    """What a file says of its run. `ready`: images were the model's inputs as they came."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    by = f"written by fmextract {_version('fmextract')}"
+    return {
+        "title": f"Activations of {loaded.name} for {images} images",
+        "source": source,
+        "history": f"{now} {by}" + (f": {command}" if command else ""),
+        "model": loaded.name,
+        "weights": loaded.weights,
+        "weights_sha256": loaded.weights_sha256,
+        "origin": dict(loaded.origin),
+        "input_dtype": str(loaded.input_dtype).removeprefix("torch."),
+        "preprocess": models.describe_preprocess(None if ready else loaded.preprocess),
+        "created": now,
+    }
+
+
+def versions(packages: Iterable[str] = ()) -> dict[str, str]:
+    """Of what makes the values: libraries that are installed, those of the model too, Python, the kind of machine."""
+    found = {name: _version(name) for name in _MADE_BY}
+    return {name: version for name, version in found.items() if version} | {
+        **_versions_of(name for name in packages if name not in _DISTRIBUTIONS),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+    }
+
+
+def versions_for(identity: Mapping[str, Any]) -> dict[str, str]:
+    """Those of a run, by what its identity names."""
+    return versions(identity["code"]["by"].keys() - {"python"})
+
+
+_DISTRIBUTIONS = {"PIL": "pillow"}
+"""What packages are installed as, of those that are met in most runs: to find it out takes long."""
+
+
+def _versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Of installed libraries by the name that they are imported by; "unknown" where nothing says it."""
+    return {
+        name: _version(name) or _version(_DISTRIBUTIONS.get(name) or _distribution(name)) or "unknown"
+        for name in sorted(packages)
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except (metadata.PackageNotFoundError, ValueError):
+        return None
+
+
+@functools.cache
+def _distribution(package: str) -> str:
+    """What a package is installed as: `PIL` by pillow."""
+    return next(iter(metadata.packages_distributions().get(package, ())), package)

@@ -1,0 +1,212 @@
+"""Whether an earlier run is the one that is asked for: what it says of itself against what is asked, photo by photo.
+
+A field that earlier versions did not write is no difference. Nor is code where Python or a library is another one now:
+then the stored rows that are run again decide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fmextract import planning, reader
+from fmextract.common.facts import CHANGES
+from fmextract.errors import FormatError, SampleError
+from fmextract.inputs.files import stamp_of
+from fmextract.records import Source, Status
+
+SHOWN = 6  # differences, and photos, that a message names
+_SINCE = ("seed", "max_error", "code")
+"""Fields that the first versions did not write."""
+_DIGEST = re.compile(r"([0-9a-f]{16}|[0-9a-f]{32}|[0-9a-f]{64})")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a run is asked for: its identity, as JSON, and its images."""
+
+    identity: Mapping[str, Any]
+    source: Source
+
+
+def compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two identities, in words, but for which files there are."""
+    old, new = comparable(old, new)
+    return [_worded(name, a, b) for name, a, b in planning.differences(old, new)]
+
+
+def changed(earlier: Mapping[str, Any], asked: Asked, stored: Sequence[Path], tell: Callable[[str], None]) -> list[str]:
+    """What is asked for otherwise than in an earlier run, in words; empty where that one may go on.
+
+    `stored` are the files that hold its rows: they name the photos that differ. `tell` is told what is not compared.
+    """
+    found = compared(earlier, asked.identity)
+    old, new = earlier.get("source", {}), asked.identity.get("source", {})
+    if (old.get("keys"), old.get("count")) != (new.get("keys"), new.get("count")):
+        return [*found, *_other_rows(old, new, asked.source, stored)]
+    if found:
+        return found
+    for line in _not_compared(earlier, asked.identity):
+        tell(line)
+    if old.get("sizes") != new.get("sizes") or ("times" in old and old["times"] != new.get("times")):
+        return _other_files(old, new, asked.source, stored, tell)
+    return []
+
+
+# ------------------------------------------------------------------------------------------------------------ fields
+
+
+def comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both without what one of them cannot say, and without which files there are."""
+    left_out = {"not_covered", *(name for name in _SINCE if name not in old or name not in new)}
+    if "code" not in old:
+        left_out.add("memory_format")  # the first versions wrote what was chosen here, not what was asked for
+    of_source = {"keys", "count", "sizes", "times", *(() if "code" in old and "code" in new else ("labels", "code"))}
+    if _code_is_incomparable(old, new):
+        left_out.add("code")
+        of_source.add("code")
+    sides = []
+    for side in (old, new):
+        kept = {name: value for name, value in side.items() if name not in left_out}
+        source = kept.get("source")
+        if isinstance(source, Mapping):
+            kept["source"] = {name: value for name, value in source.items() if name not in of_source}
+        sides.append(kept)
+    return _without_changing(*sides)
+
+
+def _code_is_incomparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "code" in old and "code" in new and _by(old) != _by(new)
+
+
+def _by(identity: Mapping[str, Any]) -> dict[str, Any]:
+    code = identity.get("code")
+    by = code.get("by") if isinstance(code, Mapping) else None
+    return dict(by) if isinstance(by, Mapping) else {}
+
+
+def _without_changing(old: Any, new: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Both without what a run itself changes."""
+    kept: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for name in dict.fromkeys((*old, *new)):
+        a, b = old.get(name), new.get(name)
+        if CHANGES in (a, b):
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            a, b = _without_changing(a, b)
+        for side, given, value in zip(kept, (old, new), (a, b), strict=True):
+            if name in given:
+                side[name] = value
+    return kept
+
+
+def _not_compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    if _code_is_incomparable(old, new):
+        then, now = _by(old), _by(new)
+        others = [f"{name} {then.get(name, 'not there')} then, {now.get(name, 'not there')} now" for name in then | now]
+        listed = "; ".join(
+            line for line, name in zip(others, then | now, strict=True) if then.get(name) != now.get(name)
+        )
+        yield f"code and settings are not compared with the earlier run, as libraries differ ({listed})"
+    if unknown := new.get("not_covered"):
+        yield f"not compared with the earlier run, as nobody can tell what is in it: {_some(list(map(str, unknown)))}"
+
+
+def _worded(name: str, old: Any, new: Any) -> str:
+    name = name.removeprefix("code.")
+    if any(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (old, new)):
+        if old is None or new is None:
+            return (
+                f"{name}: {'not there' if old is None else 'there'} then, {'not there' if new is None else 'there'} now"
+            )
+        return f"{name}: other than it was"
+    if isinstance(old, list) and isinstance(new, list) and len(f"{old}{new}") > 120:
+        # Long lists differ somewhere: say where.
+        gone, come = ([str(value) for value in a if value not in b] for a, b in ((old, new), (new, old)))
+        if gone or come:
+            return f"{name}: there also {_short(gone)}, now also {_short(come)}"
+    return f"{name}: {_short(old)} there, {_short(new)} now"
+
+
+def _short(value: Any) -> str:
+    text = "not set" if value is None else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# ------------------------------------------------------------------------------------------------------------ photos
+
+
+def _rows_of(stored: Sequence[Path]) -> Iterator[tuple[int, str, int, str]]:
+    """(row, key, status, digest of its file or nothing) of every row that is stored."""
+    for path in stored:
+        try:
+            with reader.open(path) as acts:
+                first = acts._files[0].start
+                columns = zip(acts.keys, acts.status, acts.file_digests, strict=True)
+                for at, (key, status, digest) in enumerate(columns):
+                    yield first + at, str(key), int(status), str(digest)
+        except FormatError:
+            continue  # a damaged shard is made again, whatever it says
+
+
+def _other_rows(old: Mapping[str, Any], new: Mapping[str, Any], source: Source, stored: Sequence[Path]) -> list[str]:
+    """Which photos are new, and which are gone."""
+    words = []
+    if old.get("count") != new.get("count"):
+        words.append(f"source.count: {old.get('count')} there, {new.get('count')} now")
+    then = {row: key for row, key, *_ in _rows_of(stored) if key}
+    keys = [source.key(row) for row in range(len(source))]
+    now, known = set(keys), set(then.values())
+    gone = [key for key in then.values() if key not in now]
+    # Of a run that is not finished nobody knows how the others were called.
+    come = [key for key in keys if key not in known] if len(then) == old.get("count") else []
+    moved = [(row, key) for row, key in then.items() if row < len(keys) and keys[row] != key]
+    if gone:
+        words.append(f"gone is {_some(gone)}")
+    if come:
+        words.append(f"new is {_some(come)}")
+    if moved and not gone and not come:
+        row, key = moved[0]
+        words.append(f"row {row} was {key!r} and is {keys[row]!r} now")
+    if not words:
+        words.append("the rows that are stored are the same, among those to come others are named")
+    return [f"source.keys: {', '.join(words)}" if not words[0].startswith("source") else ", ".join(words)]
+
+
+def _other_files(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    source: Source,
+    stored: Sequence[Path],
+    tell: Callable[[str], None],
+) -> list[str]:
+    """Which photos have another content than their rows were made of. Rows that failed are tried again anyway."""
+    rows = [(row, key, digest) for row, key, status, digest in _rows_of(stored) if status == Status.OK]
+    known = [(row, key, digest) for row, key, digest in rows if digest]
+    if rows and not known and old.get("sizes") != new.get("sizes"):
+        return ["source.sizes: files have other sizes than they had"]
+    if known:
+        tell(f"some photos have another size or time than they had: {len(known):,} are compared with what was stored")
+    others = [key for row, key, digest in known if _digest_of(source, row) != digest]
+    return [f"source: another content has {_some(others)}"] if others else []
+
+
+def _digest_of(source: Source, row: int) -> str:
+    try:
+        return str(stamp_of(source.load(row)).digest)
+    except SampleError:
+        return ""
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(map(repr, names[:SHOWN]))
+    return f"{shown} and {len(names) - SHOWN:,} more" if len(names) > SHOWN else shown
+
+
+def listed(words: Sequence[str]) -> str:
+    """Differences for a message."""
+    more = f"; and {len(words) - SHOWN} more" if len(words) > SHOWN else ""
+    return "; ".join(words[:SHOWN]) + more
