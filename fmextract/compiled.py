@@ -18,6 +18,7 @@ import re
 import types
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -103,7 +104,12 @@ def _compile(function: Callable[[torch.Tensor], Outcome], graphed: bool) -> Call
         function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
     )
     mode = "reduce-overhead" if graphed else None
-    run: Callable[[torch.Tensor], Outcome] = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
+    compiled: Callable[[torch.Tensor], Outcome] = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
+
+    def run(batch: torch.Tensor) -> Outcome:
+        with _hooks_in_checkpoints():
+            return compiled(batch)
+
     if not graphed:
         return run
 
@@ -115,6 +121,16 @@ def _compile(function: Callable[[torch.Tensor], Outcome], graphed: bool) -> Call
         return [None if tensor is None else tensor.clone() for tensor in tensors], counts, traced
 
     return replayed
+
+
+def _hooks_in_checkpoints() -> AbstractContextManager[Any]:
+    """Lets hooks take what is computed under gradient checkpointing, which would run them again in a backward pass:
+    there is none here.
+    """
+    name = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    config: Any = torch._dynamo.config
+    patched: AbstractContextManager[Any] = config.patch(**{name: True}) if hasattr(config, name) else nullcontext()
+    return patched
 
 
 def _refusal(error: Exception) -> str:

@@ -89,7 +89,7 @@ def effective_sizes(
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Parameters that ask for no gradient, as long as the block lasts: only that of the image is wanted."""
-    wanted = [p for p in model.parameters() if p.requires_grad]
+    wanted = [p for p in model.parameters() if p.requires_grad and not nn.parameter.is_lazy(p)]
     try:
         for parameter in wanted:
             parameter.requires_grad_(False)

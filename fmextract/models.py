@@ -29,6 +29,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import InterpolationMode
 
 from fmextract import index
+from fmextract.capture.reach import is_unready
 from fmextract.common import trust
 from fmextract.common.imports import import_object
 from fmextract.errors import ConfigError, MissingExtra, ModelError
@@ -46,7 +47,8 @@ class LoadedModel:
     `module` is on the CPU and in eval mode where it was built here; a caller's own module is left as it is.
     `preprocess` is None where the images must be the model's inputs already (float tensors). `weights` says where the
     values came from, `weights_sha256` what they are. `origin` is JSON-able: provider, name, library.
-    `input_dtype`: what inputs are cast to, the type of the first floating-point parameter.
+    `input_dtype`: what inputs are cast to, the type of the first floating-point parameter. `unready`: modules whose
+    parameters are lazy and not initialised; a pass ends before the first of them, since what follows has no values yet.
     """
 
     module: nn.Module
@@ -56,6 +58,7 @@ class LoadedModel:
     weights_sha256: str
     origin: Mapping[str, Any]
     input_dtype: torch.dtype = torch.float32
+    unready: tuple[nn.Module, ...] = ()
 
     def forward(self, batch: Tensor) -> Any:
         """The forward pass over `batch` (B, …), in the type of the model's inputs.
@@ -64,7 +67,25 @@ class LoadedModel:
         """
         batch = batch.to(self.input_dtype)
         transform = getattr(self.module, "transform", None)
-        return self.module(list(batch) if isinstance(transform, GeneralizedRCNNTransform) else batch)
+        inputs = list(batch) if isinstance(transform, GeneralizedRCNNTransform) else batch
+        if not self.unready:
+            return self.module(inputs)
+        ends = [module.register_forward_pre_hook(_end, prepend=True) for module in self.unready]
+        try:
+            return self.module(inputs)
+        except _UnreadyError:
+            return None
+        finally:
+            for end in ends:
+                end.remove()
+
+
+class _UnreadyError(BaseException):
+    """A pass has come to a module without weights. Not an Exception, since models swallow those."""
+
+
+def _end(module: nn.Module, args: Any) -> None:
+    raise _UnreadyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +172,7 @@ def load_model(
         weights_sha256=weights_digest(built.module),
         origin=origin,
         input_dtype=_input_dtype(built.module),
+        unready=tuple(module for module in built.module.modules() if is_unready(module)),
     )
 
 
@@ -177,13 +199,38 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, Tensor):
-            digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-            plain = value.dequantize() if value.is_quantized else value
-            flat = plain.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
+            _digest_tensor(digest, name, value)
         else:  # the extra state of a module: quantised ones keep scales and types here
             digest.update(f"{name}\0{value!r}\0".encode())
     return digest.hexdigest()
+
+
+def _digest_tensor(digest: Any, name: str, value: Tensor) -> None:
+    if nn.parameter.is_lazy(value):
+        digest.update(f"{name}\0{value.dtype}\0not initialised\0".encode())
+        return
+    digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+    flatten = getattr(value, "__tensor_flatten__", None)
+    if flatten is not None:  # a tensor of several: its values are theirs
+        inner, context = flatten()
+        digest.update(f"{context!r}\0".encode())
+        parts = {part: getattr(value, part) for part in inner}
+    elif value.layout == torch.sparse_coo:
+        parts = {"indices": value.coalesce().indices(), "values": value.coalesce().values()}
+    elif value.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = {"rows": value.crow_indices(), "columns": value.col_indices(), "values": value.values()}
+    elif value.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = {"columns": value.ccol_indices(), "rows": value.row_indices(), "values": value.values()}
+    elif value.is_nested:
+        parts = {str(i): part for i, part in enumerate(value.unbind())}
+    else:
+        plain = value.detach().dequantize() if value.is_quantized else value.detach()
+        plain = plain.to_dense() if plain.layout != torch.strided else plain
+        flat = plain.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+        return
+    for part, tensor in parts.items():
+        _digest_tensor(digest, f"{name}\0{part}", tensor)
 
 
 def describe_preprocess(preprocess: Preprocessing | None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -117,9 +117,9 @@ class Lending:
 
     def __enter__(self) -> nn.Module:
         try:
-            self._training = {module: module.training for module in self._model.modules()}
+            self._training = {module: getattr(module, "training", False) for module in self._model.modules()}
             for module in self._training:
-                module.training = False
+                _set_mode(module, False)
             if self._forwards is None:
                 self._changed = self._laid_out()
             for tensor, changed in self._changed:
@@ -140,7 +140,7 @@ class Lending:
         for module in self._forwards or ():
             vars(module).pop("forward", None)
         for module, mode in self._training.items():
-            module.training = mode
+            _set_mode(module, mode)
         self._original.clear()
 
     def _laid_out(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -149,9 +149,13 @@ class Lending:
         left = {id(p) for module in self._ways if on_cpu for p in module.parameters(recurse=False)}
         found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for tensor in (*self._model.parameters(), *self._model.buffers()):
-            if tensor.is_quantized:
+            if nn.parameter.is_lazy(tensor) or tensor.is_quantized:
                 continue
             data = tensor.data
+            if data.layout != torch.strided:  # sparse, opaque: there is no other layout of those
+                if data.device != self._device:
+                    found.setdefault(id(tensor), (tensor, data.to(self._device)))
+                continue
             format_ = self._layout if data.dim() == 4 and id(tensor) not in left else torch.preserve_format
             changed = data.to(device=self._device, memory_format=format_)
             if changed is not data:
@@ -178,6 +182,16 @@ class Lending:
 
     def _packs(self, module: nn.Module) -> bool:
         return packed.has_kernel(module, self.mode.memory_format)
+
+
+def _set_mode(module: nn.Module, training: bool) -> None:
+    """Set its mode where that is another. What has none, or one that cannot be set, stays as it is: if that makes its
+    rows random or dependent on each other, the probe finds it.
+    """
+    if getattr(module, "training", training) == training:
+        return
+    with suppress(AttributeError, RuntimeError, TypeError):
+        module.training = training
 
 
 def _as_one(pair: Pair, half: torch.dtype | None, layout: torch.memory_format, packing: bool) -> Forward:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 
 from fmextract import (
     choose,
@@ -196,7 +197,7 @@ def _probe(
     wanted = taps.resolve(selectors or taps.default_selectors(loaded.module, seen), seen)
     with _failing_on(input_shape):
         probed, refused = _with_photos_or_without(loaded, wanted, input_shape, where, photos)
-    notes = []
+    notes = [f"left out {path!r}: {why}" for path, why in taps.left_out(selectors, seen).items()]
     for refusal in refused:
         if (selectors and refusal.tap.explicit) or not probed:
             raise LayerError(f"layer {refusal.tap.name!r} cannot be stored row by row: {refusal.why}")
@@ -483,7 +484,7 @@ def _on_disk(cost: planning.Estimate, layers: Sequence[LayerSpec], shards: int, 
 def _kept_bytes(prepared: Prepared, chosen: choose.Chosen) -> int:
     """Host memory that a run holds all the time: weights laid out or cast anew, and what was captured of the sample."""
     state = prepared.loaded.module.state_dict().values()
-    weights = sum(t.numel() * t.element_size() for t in state if isinstance(t, torch.Tensor))
+    weights = sum(t.numel() * t.element_size() for t in state if isinstance(t, torch.Tensor) and not is_lazy(t))
     as_it_is = chosen.mode in (precision.PLAIN, precision.Mode(pooling=True))
     # Twice: the reference in fp32 lives beside what the chosen precision captured.
     sample = 2 * sum(4 * t.numel() for t in chosen.sample)
@@ -808,6 +809,7 @@ def _module_rows(
     if everything:
         silent = [path for path in seen.types if path not in seen.counts]
         rows += [
-            ModuleRow(-1, path, seen.types[path], "", 0, None, (), "", 0, False, "never called") for path in silent
+            ModuleRow(-1, path, seen.types[path], "", 0, None, (), "", 0, False, seen.missed.get(path, "never called"))
+            for path in silent
         ]
     return rows

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from fmextract.capture.independence import kinds, leaking, same
+from fmextract.capture.reach import UNREADY, out_of_reach
 from fmextract.errors import CaptureError, LayerError
 from fmextract.text import some
 
@@ -91,6 +92,11 @@ class Selector:
         return cls(text, text, None, "out", (), "") if text in paths else cls.parse(text)
 
     @property
+    def wanted(self) -> str:
+        """The name of the class, of `type:torch.nn.ReLU`; of anything else the base."""
+        return self.base.rpartition(".")[2].removeprefix("type:") if self.base.startswith("type:") else self.base
+
+    @property
     def is_pattern(self) -> bool:
         """Whether it may stand for several modules."""
         return self.base.startswith("type:") or any(c in self.base for c in "*?")
@@ -138,7 +144,8 @@ class Survey:
     """What one forward pass did: the starts and ends of all calls as they came, with the tensors in and out.
 
     `types`, `kinds` and `lineage` (names of the classes it descends from) are of every module, called or not.
-    `aliases` are further paths of modules that have several, with the path that the others know them by.
+    `aliases` are further paths of modules that have several, with the path that the others know them by. `missed` says
+    of modules whose calls hooks do not see why that is.
     """
 
     tensors: Mapping[Event, tuple[TensorInfo, ...]]
@@ -146,6 +153,7 @@ class Survey:
     kinds: Mapping[str, str]
     lineage: Mapping[str, frozenset[str]]
     aliases: Mapping[str, str]
+    missed: Mapping[str, str]
 
     @cached_property
     def counts(self) -> Counter[str]:
@@ -205,28 +213,6 @@ def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
 
 
-# Where calls pass hooks by, or each replica sees a part of the batch; and the attribute that holds what is wrapped.
-_WRAPPERS = {
-    "DataParallel": "module",
-    "DistributedDataParallel": "module",
-    "FullyShardedDataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-}
-
-
-def check_hookable(model: nn.Module) -> None:
-    """Raises LayerError for wrappers whose forward would pass our hooks by, or split the batch between replicas."""
-    for path, module in model.named_modules():
-        name, shown = type(module).__name__, f"module {path!r}" if path else "the model"
-        if name in _WRAPPERS:
-            inner = ".".join(filter(None, ("model", path, _WRAPPERS[name])))
-            raise LayerError(f"{shown} is wrapped in {name}, where hooks miss calls; use what it wraps: {inner}")
-        if getattr(module, "_compiled_call_impl", None) is not None:
-            raise LayerError(
-                f"{shown} was compiled by its compile(), where hooks miss calls; use it before, with --compile"
-            )
-
-
 def _named_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {path or ROOT: module for path, module in model.named_modules()}
 
@@ -239,7 +225,7 @@ def survey(model: nn.Module, forward: Forward, batch: torch.Tensor) -> Survey:
 
     `batch` is (2, channel, y, x). Raises whatever the forward raises; hooks are gone on every way out.
     """
-    check_hookable(model)
+    missed = out_of_reach(model)
     modules = _named_modules(model)
     tensors: dict[Event, tuple[TensorInfo, ...]] = {}
     counts: Counter[tuple[str, str]] = Counter()
@@ -257,13 +243,24 @@ def survey(model: nn.Module, forward: Forward, batch: torch.Tensor) -> Survey:
     handles = []
     try:
         for path, module in modules.items():
-            handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(path)))
+            if path in missed:
+                continue
+            try:
+                handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
+                handles.append(module.register_forward_hook(after(path)))
+            except Exception as error:  # a class may forbid it, in ways of its own
+                missed[path] = f"it takes no hooks ({type(error).__name__}: {error})"
         with torch.no_grad():
             forward(batch)
     finally:
         for handle in handles:
             handle.remove()
+    for event in [event for event in tensors if event.module in missed]:  # it took one of the two
+        del tensors[event]
+    called = {event.module for event in tensors}
+    for path, module in modules.items():
+        if path not in called and path not in missed and type(module).__call__ is not nn.Module.__call__:
+            missed[path] = f"its class {type(module).__name__} has a __call__ of its own, which passes hooks by"
     known_by = {id(module): path for path, module in modules.items()}
     return Survey(
         tensors=tensors,
@@ -275,6 +272,7 @@ def survey(model: nn.Module, forward: Forward, batch: torch.Tensor) -> Survey:
             for path, module in model.named_modules(remove_duplicate=False)
             if path and path not in modules
         },
+        missed=missed,
     )
 
 
@@ -328,33 +326,54 @@ def resolve(selectors: Sequence[str], seen: Survey) -> list[Tap]:
 
 
 def _matching_modules(selector: Selector, seen: Survey) -> list[str]:
-    base = selector.base
-    paths = [path for path in (*seen.types, *seen.aliases) if path != ROOT]
-    numbered = re.fullmatch(r"(\w+)#(-?\d+)", base)
-    if base in paths:
-        matches, known = [base], paths
-    elif numbered:
+    numbered = re.fullmatch(r"(\w+)#(-?\d+)", selector.base)
+    if numbered and selector.base not in seen.types:
         return [_numbered_module(selector, numbered[1], int(numbered[2]), seen)]
-    elif base.startswith("type:"):
-        base = base[len("type:") :].rpartition(".")[2]
-        matches = [path for path, names in seen.lineage.items() if base in names and path != ROOT]
-        known = sorted({name for names in seen.lineage.values() for name in names})
-    elif base in (".", ROOT):
-        matches, known = [ROOT], paths
-    else:
-        pattern = _glob(base)
-        matches, known = [path for path in paths if pattern.fullmatch(path)], paths
+    matches, known = _matches(selector, seen)
     if not matches:
-        raise LayerError(f"no layer matches {selector.text!r}.{_closest(base, known)} `fmextract layers` lists all.")
+        close = _closest(selector.wanted, known)
+        raise LayerError(f"no layer matches {selector.text!r}.{close} `fmextract layers` lists all.")
     order = {path: i for i, path in enumerate(seen.order)}
     called = {seen.aliases.get(path, path) for path in matches} & set(order)
     if not called:
+        why = next((f"{path!r}: {seen.missed[path]}" for path in matches if path in seen.missed), "")
+        ends = next((path for path, why in seen.missed.items() if why == UNREADY), "")
+        if ends and not why:
+            why = f"The forward pass ends at {ends!r}: {UNREADY}"
+        if why:
+            raise LayerError(f"{selector.text!r} cannot be taken. {why}")
         raise LayerError(
             f"{selector.text!r} matches {some(matches)}, which the forward pass never calls"
             " (its parent may use the weights directly, or it is a part of another mode)."
-            f"{_closest(base, list(order))}"
+            f"{_closest(selector.base, list(order))}"
         )
     return sorted(called, key=lambda path: order[path])
+
+
+def _matches(selector: Selector, seen: Survey) -> tuple[list[str], Sequence[str]]:
+    """Paths of the modules, called or not, that a selector means by path, class or pattern; and what there is."""
+    base = selector.base
+    paths = [path for path in (*seen.types, *seen.aliases) if path != ROOT]
+    if base in paths:
+        return [base], paths
+    if base.startswith("type:"):
+        matches = [path for path, names in seen.lineage.items() if selector.wanted in names and path != ROOT]
+        return matches, sorted({name for names in seen.lineage.values() for name in names})
+    if base in (".", ROOT):
+        return [ROOT], paths
+    pattern = _glob(base)
+    return [path for path in paths if pattern.fullmatch(path)], paths
+
+
+def left_out(selectors: Sequence[str], seen: Survey) -> dict[str, str]:
+    """Why modules that patterns mean are not taken, by path; without selectors, of all. Of a module and those within it
+    the outermost.
+    """
+    meant = set(seen.missed)
+    if selectors:
+        parsed = [Selector.of(text, seen.types) for text in selectors]
+        meant &= {path for selector in parsed if selector.is_pattern for path in _matches(selector, seen)[0]}
+    return {path: seen.missed[path] for path in seen.missed if path in meant and path.rpartition(".")[0] not in meant}
 
 
 def _numbered_module(selector: Selector, kind: str, number: int, seen: Survey) -> str:
@@ -510,6 +529,11 @@ class Refused:
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if tensor.is_quantized else tensor
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether it stands for another one within torch.vmap or the like."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def is_plain(tensor: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ ORDER = re.findall(
     common.folders common.trust common.imports common.streams common.relative_error common
     inputs.contents inputs.files inputs.pictures inputs.tables inputs.labels inputs.items inputs.kinds inputs.given
     inputs.folders inputs.manifests inputs.attributes inputs.datasets inputs.sources inputs
-    capture.reducer_help capture.atoms capture images
+    capture.reducer_help capture.atoms capture.reach capture images
     inputs.seeding inputs.thread_safety inputs.dataset_workers inputs.reading
     models capture.independence capture.writes axes taps capture.probe geometry effective reducers stats
     packed fusion planning chunks workers compiled precision model.modes model.structure model choose

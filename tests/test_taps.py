@@ -288,18 +288,23 @@ class Function(nn.Module):
 
 
 @pytest.mark.parametrize("wrapper", ["DataParallel", "OptimizedModule"])
-def test_wrappers_that_hooks_miss_are_refused(wrapper: str) -> None:
+def test_what_wrappers_hide_is_out_of_reach(wrapper: str) -> None:
     wrapped = type(wrapper, (nn.Sequential,), {})(nn.ReLU())
-    with pytest.raises(LayerError, match=rf"^the model is wrapped in {wrapper}, where hooks miss .*: model\."):
+    with pytest.raises(LayerError, match=rf"^the model: it is wrapped in {wrapper}, where hooks miss .*: model\."):
         surveyed(wrapped)
-    with pytest.raises(LayerError, match=rf"^module '1' is wrapped in {wrapper}, where hooks miss .*: model\.1\."):
-        surveyed(nn.Sequential(nn.ReLU(), wrapped))
+    seen = surveyed(nn.Sequential(nn.ReLU(), wrapped))
+    assert list(seen.missed) == ["1.0"]
+    assert f"it is wrapped in {wrapper}, where hooks miss calls; use what it wraps: model.1." in seen.missed["1.0"]
 
 
 def test_a_compiled_module_is_refused() -> None:
     model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU()))
     model[1].compile()
-    with pytest.raises(LayerError, match=r"module '1' was compiled by its compile\(\), where hooks miss calls"):
+    assert set(surveyed(model).missed) == {"1", "1.0"}
+    with pytest.raises(LayerError, match=r"'1': it was compiled by its compile\(\), where hooks miss calls"):
+        taps.resolve(["1"], surveyed(model))
+    model.compile()
+    with pytest.raises(LayerError, match=r"the model: it was compiled by its compile\(\), where hooks miss calls"):
         surveyed(model)
 
 

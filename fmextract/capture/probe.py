@@ -20,7 +20,19 @@ from fmextract.capture.independence import finite, kinds, leaking, same
 from fmextract.capture.writes import Writes, digest, memory
 from fmextract.device import is_out_of_memory
 from fmextract.errors import CaptureError
-from fmextract.taps import ROOT, Forward, Hooks, Probed, Refused, RowLayout, Tap, is_plain, plain, tapped
+from fmextract.taps import (
+    ROOT,
+    Forward,
+    Hooks,
+    Probed,
+    Refused,
+    RowLayout,
+    Tap,
+    is_plain,
+    is_transformed,
+    plain,
+    tapped,
+)
 
 _SAMPLED = 1 << 14  # values of a row that are compared: more than enough to tell two images apart
 _MOVED = 1e-2  # relative L2 distance of a row among other images, or at another place, that kernels explain
@@ -114,6 +126,8 @@ def _flaw(tensor: torch.Tensor | None) -> str:
     """Why the values cannot be stored, "" where they can."""
     if tensor is None:
         return "it is not a tensor in every forward pass"
+    if is_transformed(tensor):
+        return "it is called inside torch.vmap or another transform of functions, where no tensor holds the batch"
     if not is_plain(tensor):
         return "it is a sparse or nested tensor"
     if tensor.is_complex():
