@@ -1025,11 +1025,16 @@ def _listed_shards(folder: Path) -> list[tuple[Path, range | None]]:
 
 
 def _in_progress(folder: Path, output: Path) -> FormatError:
+    """What to say of a run that is at work, or was ended: how many rows are stored, not only how many shards."""
     with _damage(folder):
-        there = len(index.load_records(folder))
-        total = len(index.read_json(folder / index.PLAN)["shards"])
+        records = index.load_records(folder)
+        shards = [range(*ends) for ends in index.read_json(folder / index.PLAN)["shards"]]
+        rows, total = sum(len(record.rows) for record in records), sum(map(len, shards))
+        failed = sum(record.failed for record in records)
+    said = f"{rows:,} of {total:,} images are stored" + (f", {failed:,} of them failed" if failed else "")
     return FormatError(
-        f"{output} is a run in progress: {there} of {total} shards are there. The same extract command resumes it"
+        f"{output} is a run in progress: {said} ({len(records)} of {len(shards)} shards). "
+        "The same extract command resumes it"
     )
 
 
