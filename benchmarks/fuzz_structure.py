@@ -1,6 +1,6 @@
 """Files that are sound HDF5 and whose structure is anything, given to everything that reads: only our own errors.
 
-    python benchmarks/fuzz_structure.py [--minutes 60] [--seed 0] [--one SEED] [--keep DIR]
+    python benchmarks/fuzz_structure.py [--minutes 60] [--seed 0] [--one SEED] [--entries N] [--edits NAME,NAME]
 
 A small run is made; copies of its file, its directory and its unfinished directory are changed in a few places (types,
 shapes, names, links, references, filters, values, the JSON within and beside), the digests are made again so that the
@@ -524,6 +524,12 @@ def _end(said: str) -> str:
     return f"{lines[-1] if lines else ''} [{places[-1] if places else ''}]"
 
 
+def use_edits(names: str) -> None:
+    """Only the edits of these names, all of them for an empty text."""
+    global EDITS
+    EDITS = tuple(edit for edit in EDITS if not names or edit.__name__ in names.split(","))
+
+
 def findings(random: Random, base: Path, work: Path, entries: int | None) -> Iterator[str]:
     """Make a mutant and give it to the readers, `entries` of the commands or all of them; yields what went wrong."""
     from fmextract.errors import FmextractError
@@ -580,7 +586,8 @@ class Readers:
     """A process that reads mutants, started again whenever one ends it."""
 
     def __init__(self, base: Path, entries: int | None) -> None:
-        arguments = [sys.executable, __file__, "--serve", str(base), "--entries", str(entries or 0)]
+        names = ",".join(edit.__name__ for edit in EDITS)
+        arguments = [sys.executable, __file__, "--serve", str(base), "--entries", str(entries or 0), "--edits", names]
         self._start = lambda: subprocess.Popen(
             arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -632,9 +639,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first mutant; the next has the next number")
     parser.add_argument("--one", type=int, help="only the mutant of this seed, here, with tracebacks")
     parser.add_argument("--entries", type=int, default=0, help="commands run on each mutant; 0: all of them")
+    parser.add_argument("--edits", default="", help="names of functions that change a file, with commas; all of them")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     entries = given.entries or None
+    use_edits(given.edits)
     if given.serve is not None:
         serve(given.serve, entries)
         return 0
