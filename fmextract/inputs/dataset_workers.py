@@ -297,14 +297,17 @@ def _serve(channel: Connection, at: Any, number: int, count: int) -> None:
 def _work(channel: Connection, make: Make, at: Any) -> None:
     """Rows, one after the other; a thread sends what they gave, so that the next is made meanwhile."""
     made: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    ended = threading.Event()
 
     def send() -> None:
-        with suppress(OSError):
+        try:
             while True:
                 channel.send_bytes(made.get())
+        except OSError:
+            ended.set()  # the run has, whatever it still asked for
 
     threading.Thread(target=send, name="fmextract-send", daemon=True).start()
-    while True:
+    while not ended.is_set():
         at.value = -1
         row, watch = channel.recv()
         at.value = row
@@ -314,9 +317,23 @@ def _work(channel: Connection, make: Make, at: Any) -> None:
 def _made(make: Make, row: int, watch: bool) -> bytes:
     """(what it raised, what it made), pickled."""
     try:
-        return pickle.dumps((None, make(row, watch)), pickle.HIGHEST_PROTOCOL)
+        file = io.BytesIO()
+        _ItemPickler(file, pickle.HIGHEST_PROTOCOL).dump((None, make(row, watch)))
+        return file.getvalue()
     except Exception as error:  # for the run, which raises it
         return pickle.dumps((RuntimeError(f"{type(error).__name__}: {error}"), None))
+
+
+class _ItemPickler(pickle.Pickler):
+    """Tensors go as arrays, which takes a seventh of the time."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is torch.Tensor and obj.dtype in _AS_ARRAYS and obj.layout is torch.strided:
+            return torch.as_tensor, (obj.numpy(force=True),)
+        return NotImplemented
+
+
+_AS_ARRAYS = (torch.float32, torch.float64, torch.float16, torch.uint8, torch.int64)
 
 
 class _Unpickler(pickle.Unpickler):

@@ -6,6 +6,7 @@ thread reads what is not known here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -52,24 +53,48 @@ def source_is_known(source: Source) -> bool:
 
 
 def source_says_so(source: Source) -> bool:
-    """Whether a Source or a Dataset says `thread_safe = True`."""
+    """Whether whatever is not known in a source says `thread_safe = True`."""
     source = unlimited(source)
-    return _says_so(source.data if isinstance(source, DatasetSource) else source)
+    if isinstance(source, DatasetSource):
+        return source.pick is None and _bears(source.data)
+    return _says_so(source)
 
 
 def data_is_known(data: Any) -> bool:
     """Whether a Dataset is a sequence in memory, one of torchvision's folders with its own loader, or parts of such."""
     if type(data) in _IN_MEMORY:
         return True
+    parts = _parts(data)
+    if parts is not None:
+        return all(map(data_is_known, parts))
+    return _is_folder(data) and all(map(transform_is_known, _transforms(data)))
+
+
+def _bears(data: Any) -> bool:
+    """Whether a Dataset, and all that it consists of, is known or says so."""
+    parts = _parts(data)
+    if _says_so(data) or data_is_known(data):
+        return True
+    if parts is not None:
+        return all(map(_bears, parts))
+    return _is_folder(data) and all(map(_transform_bears, _transforms(data)))
+
+
+def _parts(data: Any) -> Sequence[Any] | None:
+    """The Datasets that one of torch's is made of."""
     if type(data) is Subset:
-        return data_is_known(data.dataset) or _says_so(data.dataset)
-    if type(data) is ConcatDataset:
-        return all(data_is_known(part) or _says_so(part) for part in data.datasets)
+        return [data.dataset]
+    return data.datasets if type(data) is ConcatDataset else None
+
+
+def _is_folder(data: Any) -> bool:
     place, name = _where(type(data))
-    if place != "torchvision.datasets.folder" or name not in _FOLDERS:
-        return False
-    transforms = (getattr(data, "transform", None), getattr(data, "target_transform", None))
-    return _where(data.loader) in _LOADERS and all(one is None or transform_is_known(one) for one in transforms)
+    return place == "torchvision.datasets.folder" and name in _FOLDERS and _where(data.loader) in _LOADERS
+
+
+def _transforms(data: Any) -> list[Any]:
+    both = (getattr(data, "transform", None), getattr(data, "target_transform", None))
+    return [one for one in both if one is not None]
 
 
 def preprocess_is_known(preprocess: Preprocessing | None) -> bool:
@@ -80,8 +105,8 @@ def preprocess_is_known(preprocess: Preprocessing | None) -> bool:
 
 
 def preprocess_says_so(preprocess: Preprocessing | None) -> bool:
-    """Whether a function of the user's says `thread_safe = True`."""
-    return isinstance(preprocess, CustomPreprocess) and _says_so(preprocess.function)
+    """Whether whatever is not known in a function of the user's says `thread_safe = True`."""
+    return isinstance(preprocess, CustomPreprocess) and _transform_bears(preprocess.function)
 
 
 def transform_is_known(transform: Any) -> bool:
@@ -96,6 +121,13 @@ def needs_no_process(source: Source) -> bool:
     """Whether a source reads files, or memory, by code of ours: processes would do nothing faster."""
     source = unlimited(source)
     return isinstance(source, FileSource) or (isinstance(source, DatasetSource) and type(source.data) in _IN_MEMORY)
+
+
+def _transform_bears(transform: Any) -> bool:
+    """Whether a transform, and all that it consists of, is known or says so."""
+    if _where(type(transform)) in _COMPOSE:
+        return all(map(_transform_bears, transform.transforms))
+    return _says_so(transform) or transform_is_known(transform)
 
 
 def _says_so(thing: Any) -> bool:

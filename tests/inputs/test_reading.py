@@ -135,7 +135,7 @@ def _end() -> None:
     raise Ended
 
 
-def test_files_and_memory_are_read_by_threads(tmp_path: Path) -> None:
+def test_files_and_memory_are_read_by_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = make_photos(tmp_path / "photos", 4)
     (tmp_path / "classes").mkdir()
     photos.rename(tmp_path / "classes" / "cat")
@@ -151,9 +151,17 @@ def test_files_and_memory_are_read_by_threads(tmp_path: Path) -> None:
         ImageFolder(str(tmp_path / "classes"), transform=plain),
         Subset(folder, [0]),
         ConcatDataset([folder, Subset(folder, [1])]),
-        Subset(users.Threaded(2), [0]),
     ):
         assert data_is_known(data), data
+        assert not Reader(open_source(data), PLAIN).serial
+    says_so = users.training
+    monkeypatch.setattr(says_so, "thread_safe", True, raising=False)
+    for data in (
+        Subset(users.Threaded(2), [0]),
+        ConcatDataset([Subset(users.Threaded(2), [0]), folder]),
+        ImageFolder(str(tmp_path / "classes"), transform=v1.Compose([v1.Resize(4), says_so])),
+    ):
+        assert not data_is_known(data), data
         assert not Reader(open_source(data), PLAIN).serial
     for data in (
         users.Position(2),
@@ -167,6 +175,7 @@ def test_files_and_memory_are_read_by_threads(tmp_path: Path) -> None:
         type("Mine", (list,), {})([1]),
     ):
         assert not data_is_known(data), data
+        assert Reader(open_source(data), PLAIN).serial
 
 
 def test_a_dataset_that_says_so_is_read_by_threads(tmp_path: Path) -> None:
@@ -237,7 +246,7 @@ def test_numbers_of_a_row_begin_from_the_seed_and_its_number() -> None:
 
 
 def test_a_dataset_that_is_random_now_and_then_is_found_out() -> None:
-    made = Reader(open_source(users.SometimesRandom(20)), PLAIN)
+    made = Reader(open_source(Subset(users.SometimesRandom(20), range(20))), PLAIN)
     made.first(0)
     assert made.serial
     assert made.random
