@@ -628,6 +628,16 @@ def demo(
     return 0
 
 
+Theme = Annotated[
+    str, _option("--theme", metavar="dark|light", help="Of the picture; light for paper. [default: dark]")
+]
+Dpi = Annotated[int, _option("--dpi", metavar="N", help="Pixels an inch. [default: 150]")]
+Cmap = Annotated[
+    str | None,
+    _option("--cmap", metavar="NAME", help="A colour map of matplotlib. [default: magma; gray for kernels]"),
+]
+
+
 @app.command()
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="What counts as right.", show_default=False)],
@@ -639,6 +649,8 @@ def compare(
         Path | None, _option("--out", "-o", metavar="PICTURE", help="Draw it, too: name.png, name.pdf or name.svg.")
     ] = None,
     worst: Annotated[int, _option("--worst", metavar="K", help="Images named for each layer. [default: 3]")] = 3,
+    theme: Theme = "dark",
+    dpi: Dpi = 150,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -656,7 +668,7 @@ def compare(
         if out is not None:
             from fmextract.look import draw_comparison
 
-            draw_comparison(found, out)
+            draw_comparison(found, out, style=_style(theme, dpi))
     _show(found.as_json(), lambda: tables.comparison(found), as_json)
     return 0
 
@@ -727,6 +739,13 @@ Images = Annotated[
 ]
 
 
+def _style(theme: str, dpi: int, cmap: str | None = None) -> Any:
+    """How a picture is drawn, as `fmextract.look` takes it."""
+    from fmextract import look
+
+    return look.Style(theme, dpi, cmap)
+
+
 @show.command("filters")
 def show_filters(
     model: Model,
@@ -755,6 +774,9 @@ def show_filters(
         str,
         _option("--scale", metavar="each|shared", help="Black to white for each filter, or for all. [default: each]"),
     ] = "each",
+    theme: Theme = "dark",
+    dpi: Dpi = 150,
+    cmap: Cmap = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -780,6 +802,7 @@ def show_filters(
             filters=filters or (),
             inputs=drawing.parse_slice(inputs),
             scale=scale,
+            style=_style(theme, dpi, cmap),
         )
     _show(made.as_json(), lambda: text.printable(made.picture), as_json)
     return 0
@@ -822,6 +845,9 @@ def show_maps(
     overlay: Annotated[
         bool, _option("--overlay", help="Lay the maps over the photo, each cell where it looks.")
     ] = False,
+    theme: Theme = "dark",
+    dpi: Dpi = 150,
+    cmap: Cmap = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -835,6 +861,8 @@ def show_maps(
     drawing |= {"overlay": overlay, "layers": layers or ()}
     with _working():
         from fmextract import look, reader
+
+        drawing["style"] = _style(theme, dpi, cmap)
 
         if model is not None and input is not None and acts is None:
             how: dict[str, Any] = {"weights": weights, "preprocess": preprocess or "model", "size": size}
@@ -858,6 +886,8 @@ def show_depth(
         Path | None, _option("--out", "-o", metavar="PICTURE", help="Draw it, too: name.png, name.pdf or name.svg.")
     ] = None,
     layers: Stored = None,
+    theme: Theme = "dark",
+    dpi: Dpi = 150,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -874,7 +904,7 @@ def show_depth(
             if out is None:
                 rows = look.depth(stored, layers or ())
             else:
-                _, rows = look.show_depth(stored, out, layers=layers or ())
+                _, rows = look.show_depth(stored, out, layers=layers or (), style=_style(theme, dpi))
     _show([row.as_json() for row in rows], lambda: tables.depth(rows), as_json)
     return 0
 
@@ -887,6 +917,8 @@ def show_top(
     out: Picture,
     k: Annotated[int, _option("-k", metavar="K", help="Images a channel, as many as were kept. [default: 9]")] = 9,
     images: Images = None,
+    theme: Theme = "dark",
+    dpi: Dpi = 150,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -900,7 +932,7 @@ def show_top(
         from fmextract import look, reader
 
         with reader.open(acts) as stored:
-            found = look.show_top(stored, layer, channels, out, k=k, images=images)
+            found = look.show_top(stored, layer, channels, out, k=k, images=images, style=_style(theme, dpi))
     _show(look.top_picture(out, found), lambda: tables.examples(out, found), as_json)
     return 0
 
@@ -913,6 +945,9 @@ def show_where(
     out: Picture,
     k: Annotated[int, _option("-k", metavar="K", help="How many channels. [default: 5]")] = 5,
     images: Images = None,
+    theme: Theme = "dark",
+    dpi: Dpi = 150,
+    cmap: Cmap = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> int:
@@ -926,7 +961,7 @@ def show_where(
         from fmextract import look, reader
 
         with reader.open(acts) as stored:
-            found = look.show_where(stored, image, layer, out, k=k, images=images)
+            found = look.show_where(stored, image, layer, out, k=k, images=images, style=_style(theme, dpi, cmap))
     _show(look.where_picture(out, found), lambda: tables.where(out, found), as_json)
     return 0
 

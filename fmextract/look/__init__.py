@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fmextract.look.canvas import Style
 from fmextract.look.depth import LayerDepth, depth, show_depth
 from fmextract.look.differences import draw_comparison
 from fmextract.look.maps import MapPicture, draw_maps, show_maps
@@ -30,6 +31,7 @@ __all__ = [
     "Filters",
     "LayerDepth",
     "MapPicture",
+    "Style",
     "Where",
     "activations_of",
     "depth",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
 import os
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from fmextract.errors import MissingExtra, OutputError
+from fmextract.errors import ConfigError, MissingExtra, OutputError
 from fmextract.text import printable
 
 if TYPE_CHECKING:
@@ -22,18 +26,133 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-BACKGROUND = "#16161d"
-INK = "#e8e6e3"
-FAINT = "#9a98a0"
-ACCENT = "#ffd166"
-COLOURS = "magma"
-"""From dark, low, to bright, high; equal steps of the value look like equal steps."""
 GREYS = "gray"
 CELL, GAP = 112, 5
 """Pixels of one tile's side in a mosaic, and between two of them."""
 MOST_NAMES = 45
 """Names of layers that can be read side by side."""
+SLANTED = 24
+"""Of them, as many as are written slanting."""
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
+
+
+@dataclass(frozen=True, slots=True)
+class Theme:
+    """The colours of a picture. `box` is that of boxes on photos, `palette` of things that stand side by side.
+
+    `halo` stands out from all of the palette.
+    """
+
+    background: str
+    ink: str
+    faint: str
+    line: str
+    accent: str
+    blue: str
+    pale: str
+    orange: str
+    green: str
+    purple: str
+    palette: tuple[str, ...]
+    halo: str
+    box: str = "#ffd166"
+
+
+THEMES = {
+    "dark": Theme(
+        background="#16161d",
+        ink="#e8e6e3",
+        faint="#9a98a0",
+        line="#33333d",
+        accent="#ffd166",
+        blue="#4cc9f0",
+        pale="#3f7f9e",
+        orange="#fc8961",
+        green="#5ec962",
+        purple="#b5367a",
+        palette=("#ffd166", "#5ec962", "#4cc9f0", "#f72585", "#ff8c42", "#b8a1ff", "#f1f5f9", "#06d6a0"),
+        halo="black",
+    ),
+    "light": Theme(
+        background="#ffffff",
+        ink="#17171c",
+        faint="#5d5b66",
+        line="#dedee4",
+        accent="#a65500",
+        blue="#0072b2",
+        pale="#8cc3e0",
+        orange="#c8442d",
+        green="#1f8a3b",
+        purple="#b5367a",
+        palette=("#a65500", "#1f8a3b", "#0072b2", "#c2185b", "#d9541e", "#6a4fc9", "#44484f", "#00806a"),
+        halo="white",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a picture is drawn: on a dark or a light ground, with so many pixels an inch, in which colours.
+
+    `cmap` is the name of one of matplotlib's colour maps for values; without it magma for maps, in which equal steps
+    of the value look like equal steps, and grey for kernels. Raises ConfigError for what there is not.
+    """
+
+    theme: str = "dark"
+    dpi: int = 150
+    cmap: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.theme not in THEMES:
+            raise ConfigError(f"--theme {self.theme!r}: expected {' or '.join(THEMES)}")
+        if not 10 <= self.dpi <= 2400:
+            raise ConfigError(f"--dpi {self.dpi}: expected 10 to 2400 pixels an inch")
+        if self.cmap is not None:
+            _check_colour_map(self.cmap)
+
+
+def _check_colour_map(name: str) -> None:
+    colormaps = _matplotlib().colormaps
+    if name not in colormaps:
+        close = difflib.get_close_matches(name, list(colormaps), n=3) or ["magma", "viridis", "gray"]
+        raise ConfigError(f"--cmap {name!r}: matplotlib has no such colour map; the closest: {', '.join(close)}")
+
+
+PLAIN = Style()
+_style: ContextVar[Style] = ContextVar("style", default=PLAIN)
+_Draws = TypeVar("_Draws", bound=Callable[..., Any])
+
+
+def styled(draw: _Draws) -> _Draws:
+    """A function that draws: its keyword `style` holds for all that it draws."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any, **named: Any) -> Any:
+        before = _style.set(named.get("style", PLAIN))
+        try:
+            return draw(*args, **named)
+        finally:
+            _style.reset(before)
+
+    return drawn  # type: ignore[return-value]
+
+
+def theme() -> Theme:
+    """The colours of the picture that is being drawn."""
+    return THEMES[_style.get().theme]
+
+
+def colour_map(otherwise: str = "magma") -> str:
+    """The name of the colour map for values: the one that was asked for."""
+    return _style.get().cmap or otherwise
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtra("matplotlib", "look", "drawing pictures") from error
+    return matplotlib
 
 
 def figure(width: float, height: float) -> Figure:
@@ -43,21 +162,27 @@ def figure(width: float, height: float) -> Figure:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtra("matplotlib", "look", "drawing pictures") from error
-    made = Figure(figsize=(width, height), facecolor=BACKGROUND)
+    made = Figure(figsize=(width, height), facecolor=theme().background)
     FigureCanvasAgg(made)
     return made
 
 
-def save(made: Figure, out: str | os.PathLike[str], dpi: int = 150) -> Path:
+def save(made: Figure, out: str | os.PathLike[str]) -> Path:
     """Write a figure; the suffix of `out` says in which format. Raises OutputError."""
+    from matplotlib import rc_context
+
     path = Path(out)
     if path.suffix.lower() not in FORMATS:
         raise OutputError(f"{path}: a picture's name ends in one of {', '.join(FORMATS)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():  # a key may hold letters that the font has not: it shows a box for each
+        # Letters in a PDF are those of a font, not drawings of them: publishers want that.
+        with (
+            rc_context({"pdf.fonttype": 42}),
+            warnings.catch_warnings(),
+        ):  # a key may hold letters that the font has not: it shows a box for each
             warnings.filterwarnings("ignore", message="Glyph .* missing")
-            made.savefig(path, dpi=dpi, facecolor=BACKGROUND)
+            made.savefig(path, dpi=_style.get().dpi, facecolor=theme().background)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     return path
@@ -80,17 +205,24 @@ def short(text: object, most: int = 24) -> str:
     return safe(name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}")
 
 
+def local_name(text: object) -> str:
+    """A path as a caption: one that is absolute without the folders of this machine."""
+    name = str(text)
+    return PurePath(name).name if PurePath(name).is_absolute() else name
+
+
 def value_range(values: Array) -> tuple[float, float]:
     """Lowest and highest finite value, (0, 0) where there is none."""
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
 
-def paint(values: Array, low: float, high: float, colours: str = COLOURS) -> Array:
-    """Values (y, x) as pixels uint8 (y, x, 3), `low` to `high` from dark to bright; holes where they are not finite."""
-    import matplotlib
+def paint(values: Array, low: float, high: float, colours: str = "magma") -> Array:
+    """Values (y, x) as pixels uint8 (y, x, 3), `low` to `high` from dark to bright; holes where they are not finite.
 
-    table = matplotlib.colormaps[colours].with_extremes(bad=BACKGROUND)
+    `colours` where the style names none.
+    """
+    table = _matplotlib().colormaps[colour_map(colours)].with_extremes(bad=theme().background)
     scaled = np.ma.masked_invalid((np.asarray(values, np.float64) - low) / ((high - low) or 1))
     return np.ascontiguousarray(table(scaled, bytes=True)[..., :3])
 
@@ -103,7 +235,7 @@ def mosaic(tiles: Sequence[Array], columns: int, cell: tuple[int, int] = (CELL, 
     lines = math.ceil(len(tiles) / columns)
     height, width = cell
     size = columns * (width + gap) - gap, lines * (height + gap) - gap
-    picture = PIL.Image.new("RGB", size, BACKGROUND)
+    picture = PIL.Image.new("RGB", size, theme().background)
     for i, tile in enumerate(tiles):
         line, column = divmod(i, columns)
         enlarged = PIL.Image.fromarray(tile).resize((width, height), PIL.Image.Resampling.NEAREST)
@@ -134,34 +266,40 @@ def show_tiles(
         axis.text(x, y, safe(name), color="white", size=min(9.0, 3 + 4 * inches), path_effects=outlined)
 
 
-def colour_bar(axis: Axes, low: float, high: float, label: str, colours: str = COLOURS, words: bool = False) -> None:
+def colour_bar(axis: Axes, low: float, high: float, label: str, colours: str = "magma", words: bool = False) -> None:
     """A bar on an axis of its own that says what dark and bright mean; `words`: each tile has its own range."""
-    axis.imshow(np.linspace(1, 0, 256)[:, None], cmap=colours, aspect="auto", extent=(0, 1, 0, 1))
+    axis.imshow(np.linspace(1, 0, 256)[:, None], cmap=colour_map(colours), aspect="auto", extent=(0, 1, 0, 1))
     middle = [] if low < 0 < high else [(0.5, "")]
     if low < 0 < high:
         middle = [(-low / (high - low), "0")]
     ends = [(0.0, "lowest" if words else f"{low:.3g}"), (1.0, "highest" if words else f"{high:.3g}")]
     marks = ends + [mark for mark in middle if mark[1] and not words]
-    axis.set_yticks([at for at, _ in marks], [text for _, text in marks], color=FAINT, size=8)
+    axis.set_yticks([at for at, _ in marks], [text for _, text in marks], color=theme().faint, size=8)
     axis.set_xticks([])
     axis.yaxis.tick_right()
-    axis.tick_params(length=2, color=FAINT)
-    axis.set_title(safe(label), color=FAINT, size=8, pad=6, loc="left")
+    axis.tick_params(length=2, color=theme().faint)
+    axis.set_title(safe(label), color=theme().faint, size=8, pad=6, loc="left")
     for side in axis.spines.values():
-        side.set_visible(False)
+        side.set_color(theme().line)
 
 
 def plot_axis(made: Figure, box: tuple[float, float, float, float], title: str, ylabel: str = "") -> Axes:
-    """An axis for curves on the dark background: no frame, faint lines."""
-    axis: Axes = made.add_axes(box, facecolor=BACKGROUND)
-    axis.set_title(safe(title), color=INK, size=11, loc="left", weight="bold")
-    axis.set_ylabel(ylabel, color=FAINT, size=9)
-    axis.grid(axis="y", color="#33333d", linewidth=0.8)
+    """An axis for curves: no frame, faint lines."""
+    axis: Axes = made.add_axes(box, facecolor=theme().background)
+    axis.set_title(safe(title), color=theme().ink, size=11, loc="left", weight="bold")
+    axis.set_ylabel(ylabel, color=theme().faint, size=9)
+    axis.grid(axis="y", color=theme().line, linewidth=0.8)
     axis.set_axisbelow(True)
-    axis.tick_params(colors=FAINT, labelsize=8.5, length=0)
+    axis.tick_params(colors=theme().faint, labelsize=8.5, length=0)
     for side in axis.spines.values():
         side.set_visible(False)
     return axis
+
+
+def room_for_names(layers: Sequence[str]) -> float:
+    """Inches that `name_layers` takes below a plot."""
+    letters = max((len(short(layer, 18)) for layer in layers), default=0)
+    return 0.25 + 0.075 * letters * (0.7 if len(layers) <= SLANTED else 1.0)
 
 
 def name_layers(axis: Axes, layers: Sequence[str]) -> None:
@@ -169,11 +307,11 @@ def name_layers(axis: Axes, layers: Sequence[str]) -> None:
     every = -(-len(layers) // MOST_NAMES)
     names = [short(layer, 18) for layer in layers[::every]]
     slant: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-    axis.set_xticks(range(0, len(layers), every), names, **(slant if len(layers) <= 24 else {"rotation": 90}))
+    axis.set_xticks(range(0, len(layers), every), names, **(slant if len(layers) <= SLANTED else {"rotation": 90}))
     axis.set_xlim(-0.6, len(layers) - 0.4)
 
 
 def legend(axis: Axes) -> None:
     """Above the plot at its right, beside the title: on no curve."""
     place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 3, "borderaxespad": 0.2}
-    axis.legend(frameon=False, fontsize=8.5, labelcolor=FAINT, **place)
+    axis.legend(frameon=False, fontsize=8.5, labelcolor=theme().faint, **place)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
-from fmextract.look.canvas import safe
+from fmextract.look.canvas import Style, local_name, safe, styled
 from fmextract.look.select import select_layers
 from fmextract.moments import NEAR_ZERO
 
@@ -108,8 +108,14 @@ def _one(acts: Activations, name: str) -> LayerDepth:
     )
 
 
+@styled
 def show_depth(
-    acts: Activations, out: str | os.PathLike[str], *, layers: Sequence[str] = (), title: str = ""
+    acts: Activations,
+    out: str | os.PathLike[str],
+    *,
+    layers: Sequence[str] = (),
+    title: str = "",
+    style: Style = canvas.PLAIN,
 ) -> tuple[Path, list[LayerDepth]]:
     """Draw `depth` into `out` (.png, .pdf, .svg): zeros and dead channels, effective dimension, mean and spread.
 
@@ -117,10 +123,15 @@ def show_depth(
     """
     rows = depth(acts, layers)
     width = max(7.5, min(22.0, 2.2 + 0.42 * len(rows)))
-    figure = canvas.figure(width, 9.2)
+    panel, between = 1.84, 0.74
+    names = canvas.room_for_names([row.layer for row in rows])
+    height = 0.85 + 3 * panel + 2 * between + names
+    figure = canvas.figure(width, height)
     left, wide = 0.85 / width, 1 - 1.1 / width
-    figure.text(left, 0.968, safe(title or acts.attrs.get("model", "")), color=canvas.INK, size=13, weight="bold")
-    boxes = [(left, bottom, wide, 0.2) for bottom in (0.71, 0.43, 0.15)]
+    what = safe(title or local_name(acts.attrs.get("model", "")))
+    figure.text(left, 1 - 0.3 / height, what, color=canvas.theme().ink, size=13, weight="bold")
+    bottoms = [names + i * (panel + between) for i in (2, 1, 0)]
+    boxes = [(left, bottom / height, wide, panel / height) for bottom in bottoms]
     upper = canvas.plot_axis(figure, boxes[0], "Zeros and dead channels", "share, %")
     middle = canvas.plot_axis(figure, boxes[1], "Effective dimension", "dimensions")
     lower = canvas.plot_axis(figure, boxes[2], "Mean and spread of the values", "value")
@@ -136,12 +147,12 @@ def show_depth(
 
 def _draw_zeros(axis: Axes, rows: Sequence[LayerDepth]) -> None:
     places, zeros = range(len(rows)), [100 * row.zeros for row in rows]
-    axis.bar(places, zeros, 0.62, color="#4cc9f0", label="zeros")
+    axis.bar(places, zeros, 0.62, color=canvas.theme().blue, label="zeros")
     if any(row.near_zeros is not None for row in rows):
         near = [100 * (row.near_zeros or row.zeros) - exact for row, exact in zip(rows, zeros, strict=True)]
-        axis.bar(places, near, 0.62, bottom=zeros, color="#3f7f9e", label="near zeros")
+        axis.bar(places, near, 0.62, bottom=zeros, color=canvas.theme().pale, label="near zeros")
     dead = [100 * row.dead / row.channels for row in rows]
-    axis.plot(places, dead, "o", color=canvas.ACCENT, markersize=5, clip_on=False, label="dead channels")
+    axis.plot(places, dead, "o", color=canvas.theme().accent, markersize=5, clip_on=False, label="dead channels")
     axis.set_ylim(0, 100)
     canvas.legend(axis)
 
@@ -149,15 +160,15 @@ def _draw_zeros(axis: Axes, rows: Sequence[LayerDepth]) -> None:
 def _draw_dimension(axis: Axes, rows: Sequence[LayerDepth]) -> None:
     found = np.array([np.nan if row.effective_dimension is None else row.effective_dimension for row in rows])
     if not np.isfinite(found).any():
-        axis.text(0.5, 0.5, "not kept by this run", transform=axis.transAxes, color=canvas.FAINT, ha="center")
+        axis.text(0.5, 0.5, "not kept by this run", transform=axis.transAxes, color=canvas.theme().faint, ha="center")
         axis.set_yticks([])
         return
-    axis.plot(range(len(rows)), found, "-o", color="#80ed99", markersize=4, label="participation ratio")
+    axis.plot(range(len(rows)), found, "-o", color=canvas.theme().green, markersize=4, label="participation ratio")
     # So few images, or channels, cannot have more: near these marks the figure says little of the network.
     most = np.array([min(row.channels, (row.effective_dimension_rows or 1) - 1) for row in rows])
     top = 1.2 * np.nanmax(found)
     if most.min() <= top:
-        axis.plot(range(len(rows)), most, "_", color=canvas.FAINT, markersize=9, label="no more is possible")
+        axis.plot(range(len(rows)), most, "_", color=canvas.theme().faint, markersize=9, label="no more is possible")
     axis.set_ylim(0, top)
     canvas.legend(axis)
 
@@ -165,6 +176,6 @@ def _draw_dimension(axis: Axes, rows: Sequence[LayerDepth]) -> None:
 def _draw_values(axis: Axes, rows: Sequence[LayerDepth]) -> None:
     places = np.arange(len(rows))
     mean, std = (np.array([getattr(row, name) for row in rows]) for name in ("mean", "std"))
-    axis.fill_between(places, mean - std, mean + std, color="#b5367a", alpha=0.35, lw=0, label="± one std")
-    axis.plot(places, mean, "-o", color="#fc8961", markersize=4, label="mean")
+    axis.fill_between(places, mean - std, mean + std, color=canvas.theme().purple, alpha=0.35, lw=0, label="± one std")
+    axis.plot(places, mean, "-o", color=canvas.theme().orange, markersize=4, label="mean")
     canvas.legend(axis)

@@ -4,37 +4,43 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fmextract.comparison import Comparison
 from fmextract.look import canvas
-from fmextract.look.canvas import short
+from fmextract.look.canvas import Array, Style, short, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-def draw_comparison(found: Comparison, out: str | os.PathLike[str]) -> Path:
+@styled
+def draw_comparison(found: Comparison, out: str | os.PathLike[str], *, style: Style = canvas.PLAIN) -> Path:
     """Draw what `compare` found into `out` (.png, .pdf, .svg); returns the path. Raises MissingExtra, OutputError."""
     rows = found.layers
     places = np.arange(len(rows))
     width = max(7.5, min(22.0, 2.2 + 0.42 * len(rows)))
-    figure = canvas.figure(width, 6.6)
+    panel, between = 1.8, 0.8
+    names = canvas.room_for_names([row.layer for row in rows])
+    height = 0.95 + 2 * panel + between + names
+    figure = canvas.figure(width, height)
     left, wide = 0.95 / width, 1 - 1.2 / width
     title = f"{short(Path(found.b).name, 30)} against {short(Path(found.a).name, 30)}"
-    figure.text(left, 0.955, title, color=canvas.INK, size=13, weight="bold")
+    figure.text(left, 1 - 0.3 / height, title, color=canvas.theme().ink, size=13, weight="bold")
     words = f"{found.images:,} images"
-    figure.text(1 - 0.25 / width, 0.955, words, color=canvas.FAINT, size=10, ha="right")
-    upper = canvas.plot_axis(figure, (left, 0.6, wide, 0.27), "Relative L2 error", "share, %")
+    figure.text(1 - 0.25 / width, 1 - 0.3 / height, words, color=canvas.theme().faint, size=10, ha="right")
+    place = (left, (names + panel + between) / height, wide, panel / height)
+    upper = canvas.plot_axis(figure, place, "Relative L2 error", "share, %")
     median, most = (100 * np.array([getattr(row, name) for row in rows]) for name in ("median_error", "max_error"))
-    upper.plot(places, most, "o", color=canvas.ACCENT, markersize=5, label="worst image")
-    upper.plot(places, median, "-o", color="#fc8961", markersize=4, label="median image")
-    if (median > 0).any():
-        upper.set_yscale("log")
-        upper.yaxis.set_major_formatter("{x:g}")
-        upper.minorticks_off()
+    upper.plot(places, most, "o", color=canvas.theme().accent, markersize=5, label="worst image")
+    upper.plot(places, median, "-o", color=canvas.theme().orange, markersize=4, label="median image")
+    _scale_errors(upper, np.concatenate([median, most]))
     upper.set_xticks([])
-    lower = canvas.plot_axis(figure, (left, 0.2, wide, 0.27), "How alike they stay", "similarity")
-    lower.plot(places, [row.cosine for row in rows], "-o", color="#4cc9f0", markersize=4, label="cosine")
-    lower.plot(places, [row.cka for row in rows], "-o", color="#5ec962", markersize=4, label="linear CKA")
+    lower = canvas.plot_axis(figure, (left, names / height, wide, panel / height), "How alike they stay", "similarity")
+    lower.plot(places, [row.cosine for row in rows], "-o", color=canvas.theme().blue, markersize=4, label="cosine")
+    lower.plot(places, [row.cka for row in rows], "-o", color=canvas.theme().green, markersize=4, label="linear CKA")
     lower.margins(y=0.15)
     lower.ticklabel_format(axis="y", useOffset=False)
     canvas.name_layers(lower, [row.layer for row in rows])
@@ -42,3 +48,21 @@ def draw_comparison(found: Comparison, out: str | os.PathLike[str]) -> Path:
     canvas.legend(upper)
     canvas.legend(lower)
     return canvas.save(figure, out)
+
+
+def _scale_errors(axis: Axes, errors: Array) -> None:
+    """Decades where the errors span some, else a plain axis: with marks at least two of which can be read."""
+    above = errors[np.isfinite(errors) & (errors > 0)]
+    if above.size and above.max() >= 10 * above.min():
+        from matplotlib.ticker import LogLocator
+
+        axis.set_yscale("log", nonpositive="mask")
+        axis.set_ylim(above.min() / 1.6, above.max() * 1.6)
+        close = above.max() < 1000 * above.min()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if close else (1.0,), numticks=12))
+        axis.minorticks_off()
+    elif above.size:
+        axis.margins(y=0.2)
+    else:
+        axis.set_ylim(-0.05, 1)
+    axis.yaxis.set_major_formatter("{x:g}")

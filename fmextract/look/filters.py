@@ -18,7 +18,7 @@ from fmextract import models, taps
 from fmextract.errors import ConfigError, LayerError
 from fmextract.images import Preprocessing
 from fmextract.look import canvas
-from fmextract.look.canvas import Array, safe, short
+from fmextract.look.canvas import Array, Style, safe, short, styled
 from fmextract.look.live import activations_of
 from fmextract.look.photos import as_seen, load_photo
 from fmextract.look.places import read_maps
@@ -63,6 +63,7 @@ class Filters:
         }
 
 
+@styled
 def show_filters(
     model: str | nn.Module,
     layer: str,
@@ -77,6 +78,7 @@ def show_filters(
     filters: Sequence[int] = (),
     inputs: tuple[int, int] | None = None,
     scale: str = "each",
+    style: Style = canvas.PLAIN,
 ) -> Filters:
     """Draw the kernels of a convolution into `out` (.png, .pdf, .svg).
 
@@ -214,14 +216,14 @@ def _in_rows(tiles: Sequence[Array], numbers: Sequence[int], inputs: range) -> F
     figure = canvas.figure(width, 1.35 + side * lines)
     height = figure.get_figheight()
     axis = figure.add_axes((0.9 / width, 0.15 / height, side * columns / width, side * lines / height), anchor="NW")
-    axis.set_facecolor(canvas.BACKGROUND)
+    axis.set_facecolor(canvas.theme().background)
     axis.imshow(canvas.mosaic(tiles, columns), interpolation="none", aspect="auto")
     step = canvas.CELL + canvas.GAP
     axis.set_yticks([(i + 0.5) * step for i in range(lines)], [f"filter {n}" for n in numbers])
     every = max(1, math.ceil(columns / 16))
     axis.set_xticks([(i + 0.5) * step for i in range(0, columns, every)], [str(n) for n in inputs[::every]])
     axis.xaxis.tick_top()
-    axis.tick_params(length=0, colors=canvas.FAINT, labelsize=8)
+    axis.tick_params(length=0, colors=canvas.theme().faint, labelsize=8)
     for spine in axis.spines.values():
         spine.set_visible(False)
     return figure
@@ -254,7 +256,7 @@ def _beside(
             axis = figure.add_axes((0.03 + 0.29 * j, bottom, 0.27, (side - 0.32) / height), anchor="W")
             axis.imshow(pixels, interpolation="lanczos" if j == 1 else "none")
             axis.set_axis_off()
-            axis.set_title(text, color=canvas.FAINT, size=9, loc="left", pad=3)
+            axis.set_title(text, color=canvas.theme().faint, size=9, loc="left", pad=3)
     return figure, maps
 
 
@@ -262,14 +264,14 @@ def _frame(figure: Figure, path: str, title: str, most: float, scale: str, colou
     """Title above, and at the right what dark and bright mean."""
     width, height = figure.get_size_inches()
     top = 1 - 0.35 / height
-    figure.text(0.03, top, safe(path), color=canvas.INK, size=14, weight="bold", va="center")
-    figure.text(0.97, top, title, color=canvas.FAINT, size=9.5, va="center", ha="right")
+    figure.text(0.03, top, safe(path), color=canvas.theme().ink, size=14, weight="bold", va="center")
+    figure.text(0.97, top, title, color=canvas.theme().faint, size=9.5, va="center", ha="right")
     tall = min(3.0, height - 1.5)
     place = (1 - 0.66 / width, 1 - (0.98 + tall) / height, 0.13 / width, tall / height)
     bar = figure.add_axes(place)
     canvas.colour_bar(bar, -most, most, "weight", canvas.GREYS)
     if scale == "each":
         bar.set_yticks([0, 0.5, 1], ["−max", "0", "+max"])
-        bar.set_title("of each", color=canvas.FAINT, size=8, pad=6, loc="left")
+        bar.set_title("of each", color=canvas.theme().faint, size=8, pad=6, loc="left")
     if coloured:
-        bar.set_xlabel("R, G, B", color=canvas.FAINT, size=8)
+        bar.set_xlabel("R, G, B", color=canvas.theme().faint, size=8)

@@ -14,7 +14,7 @@ import PIL.Image
 
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
-from fmextract.look.canvas import Array, safe, short
+from fmextract.look.canvas import Array, Style, local_name, safe, short, styled
 from fmextract.look.photos import as_seen, check_traceable, load_photo
 from fmextract.look.places import Grid, Maps, pick_channels, read_maps
 from fmextract.look.select import select_layers
@@ -57,6 +57,7 @@ class MapPicture:
         }
 
 
+@styled
 def show_maps(
     acts: Activations,
     image: str,
@@ -69,6 +70,7 @@ def show_maps(
     channels: Sequence[int] = (),
     scale: str = "each",
     overlay: bool = False,
+    style: Style = canvas.PLAIN,
 ) -> list[MapPicture]:
     """Draw the maps of the image with the key `image`, one picture a layer into the folder `out`.
 
@@ -102,6 +104,7 @@ def show_maps(
     return made
 
 
+@styled
 def draw_maps(
     acts: Activations,
     row: int,
@@ -112,6 +115,7 @@ def draw_maps(
     channels: int = 16,
     columns: int = 4,
     title: str = "",
+    style: Style = canvas.PLAIN,
 ) -> Path:
     """Write one picture to `out` (.png, .pdf, .svg): the photo of a row as the network saw it, then a panel a layer.
 
@@ -190,12 +194,18 @@ def describe_field(layer: Layer) -> str:
 
 def _draw_one(shown: _Shown, photo: PIL.Image.Image, key: str, scale: str, overlay: bool) -> Figure:
     figure = canvas.figure(11.2, 5.9)
-    figure.text(0.03, 0.945, safe(shown.layer.name), color=canvas.INK, size=15, weight="bold", va="center")
-    figure.text(0.955, 0.945, describe_field(shown.layer), color=canvas.FAINT, size=11, va="center", ha="right")
+    figure.text(0.03, 0.945, safe(shown.layer.name), color=canvas.theme().ink, size=15, weight="bold", va="center")
+    figure.text(0.955, 0.945, describe_field(shown.layer), color=canvas.theme().faint, size=11, va="center", ha="right")
     axis = figure.add_axes((0.03, 0.15, 0.40, 0.75), anchor="NW")
     axis.imshow(np.asarray(photo), interpolation="lanczos")
     axis.set_axis_off()
-    figure.text(0.03, 0.115, f"{short(key, 40)}   {photo.height}×{photo.width}", color=canvas.FAINT, size=9.5)
+    figure.text(
+        0.03,
+        0.115,
+        f"{short(local_name(key), 40)}   {photo.height}×{photo.width}",
+        color=canvas.theme().faint,
+        size=9.5,
+    )
     grid = figure.add_axes((0.455, 0.03, 0.46, 0.87), anchor="NW")
     columns = math.ceil(math.sqrt(len(shown.channels)))
     cell = canvas.cell_like((photo.height, photo.width))
@@ -214,7 +224,7 @@ def _draw_apart(figure: Figure, box: tuple[float, float, float, float], name: st
     axis = figure.add_axes(box)
     axis.imshow(canvas.paint(values[None], *canvas.value_range(values)), aspect="auto", interpolation="none")
     axis.set_axis_off()
-    figure.text(box[0] - 0.005, box[1] + box[3] / 2, name, color=canvas.FAINT, size=8, ha="right", va="center")
+    figure.text(box[0] - 0.005, box[1] + box[3] / 2, name, color=canvas.theme().faint, size=8, ha="right", va="center")
 
 
 # ------------------------------------------------------------------------------------------- all layers in one
@@ -234,7 +244,7 @@ def _draw_overview(
     rows, columns = math.ceil((len(shown) + 1) / columns), min(columns, len(shown) + 1)
     figure = canvas.figure(PANEL * columns, PANEL * rows + (0.5 if title else 0))
     top, *panels = _panels(figure, rows, columns, bool(title))
-    _caption(top, key, f"input {photo.height}×{photo.width}")
+    _caption(top, local_name(key), f"input {photo.height}×{photo.width}")
     axis = _picture_axis(top)
     axis.imshow(np.asarray(photo), interpolation="lanczos")
     for panel, one in zip(panels, shown, strict=False):
@@ -245,7 +255,7 @@ def _draw_overview(
         canvas.show_tiles(_picture_axis(panel), one.tiles(photo if overlay else None), names, side, cell)
     if title:
         place = 1 - 0.28 / figure.get_figheight()
-        figure.text(0.5, place, safe(title), color=canvas.INK, size=13, ha="center", va="center")
+        figure.text(0.5, place, safe(title), color=canvas.theme().ink, size=13, ha="center", va="center")
     return canvas.save(figure, out)
 
 
@@ -255,7 +265,7 @@ def _panels(figure: Figure, rows: int, columns: int, titled: bool) -> list[SubFi
                                left=0, right=1, top=1, bottom=0)  # fmt: skip
     panels = [figure.add_subfigure(grid[row + len(ratio), column]) for row in range(rows) for column in range(columns)]
     for panel in panels:
-        panel.set_facecolor(canvas.BACKGROUND)
+        panel.set_facecolor(canvas.theme().background)
     return panels
 
 
@@ -267,5 +277,5 @@ def _picture_axis(panel: SubFigure) -> Any:
 
 def _caption(panel: SubFigure, name: str, detail: str) -> None:
     """The same place in every panel, so that the grids below line up."""
-    panel.text(0.05, 0.955, short(name), color=canvas.INK, size=10.5, weight="bold", va="center")
-    panel.text(0.95, 0.955, detail, color=canvas.FAINT, size=8.5, va="center", ha="right")
+    panel.text(0.05, 0.955, short(name), color=canvas.theme().ink, size=10.5, weight="bold", va="center")
+    panel.text(0.95, 0.955, detail, color=canvas.theme().faint, size=8.5, va="center", ha="right")

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmextract.look import canvas
-from fmextract.look.canvas import short
+from fmextract.look.canvas import Style, local_name, short, styled
 
 if TYPE_CHECKING:
     from fmextract.bench import Report
 
 
-def draw_stages(found: Report, out: str | os.PathLike[str]) -> Path:
+@styled
+def draw_stages(found: Report, out: str | os.PathLike[str], *, style: Style = canvas.PLAIN) -> Path:
     """Draw a benchmark into `out` (.png, .pdf, .svg); returns the path. Raises MissingExtra, OutputError.
 
     One bar a stage, milliseconds an image through the code of a run and by the bare library call; below them the limit
@@ -25,19 +26,20 @@ def draw_stages(found: Report, out: str | os.PathLike[str]) -> Path:
     bare = [1e3 / stage.bare if stage.bare else 0.0 for stage in stages] + [0.0, 0.0]
     figure = canvas.figure(8.5, 1.7 + 0.42 * len(names))
     height = figure.get_figheight()
-    title = f"{short(found.model, 30)}, {found.precision}, on {short(found.machine.get('processor', found.device), 40)}"
-    figure.text(0.02, 1 - 0.38 / height, title, color=canvas.INK, size=13, weight="bold")
+    machine = short(found.machine.get("processor", found.device), 40)
+    title = f"{short(local_name(found.model), 30)}, {found.precision}, on {machine}"
+    figure.text(0.02, 1 - 0.38 / height, title, color=canvas.theme().ink, size=13, weight="bold")
     words = f"{found.end_to_end:.3g} images/s, {found.share:.0%} of the limit; {found.limiting_stage} takes most"
     axis = canvas.plot_axis(figure, (0.14, 0.6 / height, 0.78, 1 - 1.7 / height), words)
     places = list(range(len(names)))[::-1]
-    colours = ["#4cc9f0"] * len(stages) + [canvas.FAINT, canvas.ACCENT]
+    colours = [canvas.theme().blue] * len(stages) + [canvas.theme().faint, canvas.theme().accent]
     axis.barh(places, ours, height=0.62, color=colours)
-    axis.barh(places, bare, height=0.2, color="#fc8961", label="bare library call")
+    axis.barh(places, bare, height=0.2, color=canvas.theme().orange, label="bare library call")
     for place, value in zip(places, ours, strict=True):
-        axis.text(value, place, f" {value:.3g}", color=canvas.INK, size=8.5, va="center")
+        axis.text(value, place, f" {value:.3g}", color=canvas.theme().ink, size=8.5, va="center")
     axis.set_yticks(places, names)
-    axis.set_xlabel("milliseconds an image, all threads", color=canvas.FAINT, size=9)
-    axis.grid(axis="x", color="#33333d", linewidth=0.8)
+    axis.set_xlabel("milliseconds an image, all threads", color=canvas.theme().faint, size=9)
+    axis.grid(axis="x", color=canvas.theme().line, linewidth=0.8)
     axis.grid(visible=False, axis="y")
     axis.margins(x=0.08)
     canvas.legend(axis)

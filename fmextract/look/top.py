@@ -15,7 +15,7 @@ import PIL.Image
 from fmextract.boxes import Box, photo_box
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
-from fmextract.look.canvas import safe, short
+from fmextract.look.canvas import Style, local_name, safe, short, styled
 from fmextract.look.photos import as_seen, input_size, load_photo
 from fmextract.look.places import Grid, Region, grid_of, has_maps
 
@@ -102,6 +102,7 @@ def _grid(acts: Activations, layer: Layer) -> Grid | None:
     return Grid((1, 1), size, 0, layer.field, layer.attrs.get("erf_size"))
 
 
+@styled
 def show_top(
     acts: Activations,
     layer: str,
@@ -110,6 +111,7 @@ def show_top(
     *,
     k: int = 9,
     images: str | os.PathLike[str] | None = None,
+    style: Style = canvas.PLAIN,
 ) -> list[Example]:
     """Draw the `k` strongest images of each of `channels` into `out` (.png, .pdf, .svg), with what drove them.
 
@@ -122,44 +124,55 @@ def show_top(
     if not channels:
         raise ConfigError("name at least one channel: --channel N")
     rows = [strongest(acts, layer, channel, k) for channel in channels]
-    lines = [line for examples in rows for line in _lines(examples)]
+    lines = [(line, first) for examples in rows for line, first in _lines(examples)]
     if not lines:
         raise ConfigError(f"no image has a value in these channels of {layer}")
-    across = max(map(len, lines))
-    paired = any(one.photo_box for one in lines[0])
-    side, above = 2.3, 0.95
+    across = max(len(line) for line, _ in lines)
+    paired = any(one.photo_box for one in lines[0][0])
+    side, above, heading = 2.3, 0.95, 0.32 if len(rows) > 1 else 0.0
     tall = side * (2 if paired else 1) + 0.62
-    width, height = max(6.5, side * across + 0.3), above + tall * len(lines)
+    width, height = max(6.5, side * across + 0.3), above + tall * len(lines) + heading * len(rows)
     figure = canvas.figure(width, height)
     named = ", ".join(map(str, channels))
     what = f"{layer}  ·  channel{'s' if len(channels) > 1 else ''} {named}"
-    figure.text(0.15 / width, 1 - 0.35 / height, safe(what), color=canvas.INK, size=14, weight="bold", va="center")
-    figure.text(0.15 / width, 1 - 0.68 / height, _legend(lines[0]), color=canvas.FAINT, size=9, va="center")
-    for i, line in enumerate(lines):
+    figure.text(
+        0.15 / width, 1 - 0.35 / height, safe(what), color=canvas.theme().ink, size=14, weight="bold", va="center"
+    )
+    figure.text(0.15 / width, 1 - 0.68 / height, _legend(lines[0][0]), color=canvas.theme().faint, size=9, va="center")
+    down = above
+    for line, is_first in lines:
+        if heading and is_first:
+            words = f"channel {line[0].channel}"
+            place = 0.15 / width, 1 - (down + 0.1) / height
+            figure.text(*place, words, color=canvas.theme().ink, size=11, weight="bold", va="center")
+            down += heading
         for j, example in enumerate(line):
-            left, top = (0.15 + side * j) / width, 1 - (above + tall * i + 0.42) / height
+            left, top = (0.15 + side * j) / width, 1 - (down + 0.42) / height
             photo = load_photo(acts, example.row, images)
             box = (left, top - (side - 0.1) / height, (side - 0.12) / width, (side - 0.1) / height)
             axis = figure.add_axes(box, anchor="N")
             # Where the box cannot be traced back to the photo, it cannot be drawn on it either.
             draw_region(axis, as_seen(photo, acts.preprocess), example.region if example.photo_box else None)
-            figure.text(left, top + 0.28 / height, f"{example.value:.3g}", color=canvas.ACCENT, size=10, va="center")
+            figure.text(
+                left, top + 0.28 / height, f"{example.value:.3g}", color=canvas.theme().accent, size=10, va="center"
+            )
             end = left + (side - 0.12) / width
-            detail = short(example.key, 22)
-            figure.text(end, top + 0.28 / height, detail, color=canvas.FAINT, size=8.5, va="center", ha="right")
+            detail = short(local_name(example.key), 22)
+            figure.text(end, top + 0.28 / height, detail, color=canvas.theme().faint, size=8.5, va="center", ha="right")
             if example.photo_box is not None:
                 lower = figure.add_axes((box[0], box[1] - side / height, *box[2:]), anchor="N")
                 lower.imshow(np.asarray(cropped(photo, example.photo_box)), interpolation="lanczos")
                 lower.set_axis_off()
+        down += tall
     canvas.save(figure, out)
     return [example for examples in rows for example in examples]
 
 
-def _lines(examples: list[Example]) -> list[list[Example]]:
-    """Of nearly the same length, at most ACROSS images each."""
+def _lines(examples: list[Example]) -> list[tuple[list[Example], bool]]:
+    """Of nearly the same length, at most ACROSS images each, and whether it is a channel's first."""
     lines = max(1, math.ceil(len(examples) / ACROSS))
     across = math.ceil(len(examples) / lines)
-    return [examples[i : i + across] for i in range(0, len(examples), across)]
+    return [(examples[i : i + across], i == 0) for i in range(0, len(examples), across)]
 
 
 def _legend(examples: Sequence[Example]) -> str:
@@ -172,24 +185,24 @@ def _legend(examples: Sequence[Example]) -> str:
     return "   ·   ".join(words)
 
 
-def draw_region(axis: Axes, photo: PIL.Image.Image, region: Region | None, colour: str = canvas.ACCENT) -> None:
+def draw_region(axis: Axes, photo: PIL.Image.Image, region: Region | None, colour: str = "") -> None:
     """A photo as the network saw it, with the boxes of a region."""
     axis.imshow(np.asarray(photo), interpolation="lanczos", extent=(0, photo.width, photo.height, 0))
     axis.set_axis_off()
     if region is not None:
-        outline(axis, region.box, colour)
+        outline(axis, region.box, colour or canvas.theme().box)
         if region.theoretical is not None:
-            outline(axis, region.theoretical, colour, dashed=True)
+            outline(axis, region.theoretical, colour or canvas.theme().box, dashed=True)
     axis.set_xlim(0, photo.width)
     axis.set_ylim(photo.height, 0)
 
 
-def outline(axis: Axes, box: Box, colour: str, dashed: bool = False) -> None:
-    """A box with a dark edge around its line, so that it shows on any photo."""
+def outline(axis: Axes, box: Box, colour: str, dashed: bool = False, halo: str = "black") -> None:
+    """A box with an edge of another colour around its line, so that it shows on any photo."""
     from matplotlib.patches import Rectangle
 
     y0, x0, y1, x1 = box
-    for edge, width in (("black", 3.2), (colour, 1.6)):
+    for edge, width in ((halo, 3.2), (colour, 1.6)):
         style = "--" if dashed else "-"
         axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=edge, lw=width, ls=style))
 

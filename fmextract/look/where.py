@@ -12,15 +12,13 @@ import numpy as np
 from fmextract.boxes import Box, photo_box
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
-from fmextract.look.canvas import Array, safe, short
+from fmextract.look.canvas import Array, Style, local_name, safe, short, styled
 from fmextract.look.photos import as_seen, check_traceable, load_photo
 from fmextract.look.places import Region, read_maps
 from fmextract.look.top import KINDS, cropped, draw_region, outline
 
 if TYPE_CHECKING:
     from fmextract.reader import Activations
-
-PALETTE = ("#ffd166", "#5ec962", "#4cc9f0", "#f72585", "#ff8c42", "#b8a1ff", "#f1f5f9", "#06d6a0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +103,7 @@ def where(acts: Activations, image: str, layer: str, k: int = 5) -> Where:
     return Where(layer, image, tuple(peaks), heat, cell, hottest, part, grid.over_input(heat))
 
 
+@styled
 def show_where(
     acts: Activations,
     image: str,
@@ -113,6 +112,7 @@ def show_where(
     *,
     k: int = 5,
     images: str | os.PathLike[str] | None = None,
+    style: Style = canvas.PLAIN,
 ) -> Where:
     """Draw `where` into `out` (.png, .pdf, .svg): the strongest channels' regions, crops, the heat over the photo.
 
@@ -125,30 +125,35 @@ def show_where(
     side, crops = 4.4, len(found.peaks)
     width, height = 2 * side + 0.45, side + 1.35 + (2 * side + 0.15) / max(crops, 4) + 0.35
     figure = canvas.figure(width, height)
-    figure.text(0.15 / width, 1 - 0.35 / height, safe(layer), color=canvas.INK, size=14, weight="bold", va="center")
-    named: dict[str, Any] = {"color": canvas.FAINT, "size": 10, "va": "center", "ha": "right"}
-    figure.text(1 - 0.15 / width, 1 - 0.35 / height, short(image, 40), **named)
+    figure.text(
+        0.15 / width, 1 - 0.35 / height, safe(layer), color=canvas.theme().ink, size=14, weight="bold", va="center"
+    )
+    named: dict[str, Any] = {"color": canvas.theme().faint, "size": 10, "va": "center", "ha": "right"}
+    figure.text(1 - 0.15 / width, 1 - 0.35 / height, short(local_name(image), 40), **named)
     bottom = (height - 1.0 - side) / height
     left = figure.add_axes((0.15 / width, bottom, side / width, side / height), anchor="N")
     draw_region(left, seen, None)
-    for peak, colour in zip(found.peaks, PALETTE * 9, strict=False):
-        outline(left, peak.region.box, colour)
+    palette = canvas.theme().palette * 9
+    for peak, colour in zip(found.peaks, palette, strict=False):
+        outline(left, peak.region.box, colour, halo=canvas.theme().halo)
         y0, x0, *_ = peak.region.box
         y0 += 15 * sum(other.cell == peak.cell for other in found.peaks[: found.peaks.index(peak)])
-        mark = {"boxstyle": "round,pad=0.15", "facecolor": "black", "edgecolor": "none", "alpha": 0.6}
+        mark = {"boxstyle": "round,pad=0.15", "facecolor": canvas.theme().halo, "edgecolor": "none", "alpha": 0.7}
         left.text(x0 + 2, y0 + 2, str(peak.channel), color=colour, size=8, va="top", bbox=mark)
     right = figure.add_axes(((0.3 + side) / width, bottom, side / width, side / height), anchor="N")
     draw_region(right, seen.convert("L").convert("RGB"), None)
     extent = (0, seen.width, seen.height, 0)
-    right.imshow(found.spread, cmap=canvas.COLOURS, alpha=0.6, extent=extent, interpolation="bilinear")
+    right.imshow(found.spread, cmap=canvas.colour_map(), alpha=0.6, extent=extent, interpolation="bilinear")
     outline(right, found.hottest.box, "white")
     above = 1 - 0.82 / height
     kind = KINDS[found.hottest.kind]
-    figure.text(0.15 / width, above, f"strongest channels   ·   {kind}", color=canvas.FAINT, size=9, va="center")
+    figure.text(
+        0.15 / width, above, f"strongest channels   ·   {kind}", color=canvas.theme().faint, size=9, va="center"
+    )
     words = "sum of all channels, and its peak"
-    figure.text((0.3 + side) / width, above, words, color=canvas.FAINT, size=9, va="center")
+    figure.text((0.3 + side) / width, above, words, color=canvas.theme().faint, size=9, va="center")
     each = (2 * side + 0.15) / max(crops, 4)
-    for i, (peak, colour) in enumerate(zip(found.peaks, PALETTE * 9, strict=False)):
+    for i, (peak, colour) in enumerate(zip(found.peaks, palette, strict=False)):
         place = ((0.15 + each * i) / width, 0.1 / height, (each - 0.1) / width, (each - 0.1) / height)
         axis = figure.add_axes(place, anchor="N")
         part = cropped(photo, peak.photo_box) if peak.photo_box else cropped(seen, peak.region.box)
