@@ -38,6 +38,7 @@ from fmextract import (
     workers,
 )
 from fmextract.capture import probe
+from fmextract.capture.untouched import State, untouched
 from fmextract.common.facts import Told
 from fmextract.common.folders import remembered
 from fmextract.compiled import CompiledCapture
@@ -114,15 +115,18 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
     )
     loaded = models.load_model(model, config.weights, config.preprocess, config.size)
     before = provenance.code_of(loaded)
-    with reading(
-        opened,
-        loaded.preprocess,
-        exif=config.exif,
-        seed=config.seed,
-        workers=config.dataset_workers,
-        say=progress.note,
-    ) as reader:
-        yield _prepared(opened, reader, loaded, before, where, config, progress)
+    with (
+        untouched(loaded.module) as found,
+        reading(
+            opened,
+            loaded.preprocess,
+            exif=config.exif,
+            seed=config.seed,
+            workers=config.dataset_workers,
+            say=progress.note,
+        ) as reader,
+    ):
+        yield _prepared(opened, reader, loaded, before, found, where, config, progress)
 
 
 def _prepared(
@@ -130,6 +134,7 @@ def _prepared(
     reader: Reader,
     loaded: models.LoadedModel,
     before: Mapping[str, Told],
+    found: State,
     where: torch.device,
     config: Config,
     progress: Progress,
@@ -142,9 +147,17 @@ def _prepared(
         precision.keep_freed_memory()
     with precision.lent(loaded.module, where), precision.numerics("fp32", where):
         photos = partial(_photos, reader, len(opened), loaded, input_shape, ready, where)
-        probed, stop, largest, notes = _probe(loaded, config.layers, input_shape, where, photos)
+        whole = State(loaded.module)
+        with found.guarded():
+            probed, stop, largest, notes = _probe(loaded, config.layers, input_shape, where, photos)
         reductions = tuple(_reduction(p) for p in probed)
+        usual, ended = whole.changed(), State(loaded.module)
         fields = _fields(loaded, probed, reductions, stop, input_shape, where)
+        if stop is not None and (left := ended.changed() - usual):
+            ended.restore(left)
+            places = text.some(sorted({place for place, _ in left}))
+            notes.append(f"passes run to their end, where the model tidies up what it did to {places}")
+            stop = None
     notes = [*own, *notes_of(opened), *notes]
     for note in notes:
         progress.note(note)
@@ -246,7 +259,10 @@ def _fields(
     input_shape: tuple[int, ...],
     where: torch.device,
 ) -> tuple[Field | None, ...]:
-    """Theoretical receptive fields of what each layer stores."""
+    """Theoretical receptive fields of what each layer stores. Takes a pass to `stop`, of whatever shape the input."""
+    if len(input_shape) != 3 and stop is not None:
+        with taps.tapped(loaded.module, probed, stop=stop) as capture:
+            capture.forward(loaded.forward, _noise(input_shape, where))
     if len(input_shape) != 3:
         return (None,) * len(probed)
     batch = torch.zeros((2, *input_shape), dtype=torch.float32, device=where)

@@ -669,7 +669,8 @@ class Capture:
         if self._pads and len(batch) == 1:
             batch = torch.cat([batch, batch])
         self._batch, self._gradients = len(batch), torch.is_grad_enabled()
-        return self._run(forward, batch)
+        with torch.set_grad_enabled(self._gradients):  # as it is, also after a model that sets it for good
+            return self._run(forward, batch)
 
     def _run(self, forward: Forward, batch: torch.Tensor) -> list[torch.Tensor]:
         self._error = None
