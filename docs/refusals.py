@@ -88,6 +88,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
             "DeviceLost",
             "NoSpace",
             "OutputLost",
+            "SourceLost",
             "TooManyFailures",
             "RunStopped",
         ),

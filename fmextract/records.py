@@ -32,10 +32,11 @@ Label: TypeAlias = int | float | str | list[Any] | dict[str, Any] | None
 
 @runtime_checkable
 class Source(Protocol):
-    """Where images come from: random access by row, safe to call from several threads at once.
+    """Where images come from: random access by row.
 
-    Rows are 0 .. len-1 in a fixed order; `key` is unique and never shortened. A source may also have `notes`, a list of
-    lines worth reading about what it took and what it passed over.
+    The thread that called the run calls it, or processes with copies of it; several threads at once where it has an
+    attribute `thread_safe` that is True. Rows are 0 .. len-1 in a fixed order; `key` is unique and never shortened. A
+    source may also have `notes`, a list of lines worth reading about what it took and what it passed over.
     """
 
     @property

@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a manifest, a Dataset. Random access by row, safe from several threads; no torch.
+"""Where images come from: a folder, a manifest, a Dataset. Random access by row; no torch.
 
 A source hands out encoded bytes (files) or whatever a Dataset returns; `images.decode` makes pixels of either. Every
 row has a key that is unique and never shortened. Bytes of a file name that are not UTF-8, and NUL, show as `\\xHH`.

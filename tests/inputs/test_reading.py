@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -182,6 +183,41 @@ def test_a_dataset_that_says_so_is_read_by_threads(tmp_path: Path) -> None:
     data = users.Threaded(24)
     extract(data, tmp_path / "out.h5", workers=4)
     assert len(data.threads) > 1
+
+
+class Mine:
+    """A Source of the user's own, which notes who calls it."""
+
+    name = "mine"
+
+    def __init__(self) -> None:
+        self.threads: set[int] = set()
+
+    def __len__(self) -> int:
+        return 8
+
+    def key(self, row: int) -> str:
+        return f"row {row}"
+
+    def label(self, row: int) -> int:
+        return -row
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {}
+
+    def load(self, row: int) -> Array:
+        self.threads.add(threading.get_ident())
+        if row == 3:
+            raise ZeroDivisionError("none of that")
+        return pixels(row)
+
+
+def test_a_source_of_the_users_own_is_read_by_one_thread_and_may_raise(tmp_path: Path) -> None:
+    data = Mine()
+    assert extract(data, tmp_path / "out.h5").failures == (("row 3", "ZeroDivisionError: none of that"),)
+    assert data.threads == {threading.get_ident()}
+    with reader.open(tmp_path / "out.h5") as acts:
+        assert acts.labels.tolist() == [-row for row in range(8)]
 
 
 def test_what_is_slow_to_read_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
