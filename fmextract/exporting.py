@@ -229,10 +229,13 @@ def _published(target: Path) -> Iterator[Path]:
     temporary, aside = index.temporary_name(target), index.temporary_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # A folder that was set aside may be all that is left of an earlier export.
+        index.remove_dead(target, directories=target.exists())
         yield temporary
         if target.is_dir():  # one that holds something is not replaced by a rename
             target.rename(aside)
         index.publish(temporary, target)
+        index.remove_dead(target, directories=True)
     except OSError as error:
         raise store.disk_error(target, error) from error
     except (NoSpace, OutputError) as error:

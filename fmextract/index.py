@@ -11,17 +11,18 @@ killed run leaves whole files or none. Names in an index never lead out of its d
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import re
-import uuid
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fmextract.common import strict_json
+from fmextract.common import processes, strict_json
 from fmextract.errors import DamagedError, FormatError, OutputError
 from fmextract.records import FORMAT_VERSION
 from fmextract.storage import schema
@@ -75,12 +76,23 @@ def write_json(path: Path, obj: Any) -> None:
 
 def temporary_name(path: Path) -> Path:
     """A new name beside `path`, which `is_temporary` knows: for a file that is not whole yet."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    return path.with_name(f".{path.name}.{processes.mark()}")
 
 
 def is_temporary(name: str) -> bool:
     """Whether a file of this name is what a run that died left unfinished."""
     return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_dead(path: Path, *, directories: bool) -> None:
+    """Remove what processes that surely run no more left unfinished of `path`; folders only if `directories`."""
+    begin = f".{path.name}."
+    for left in path.parent.glob(f"{glob.escape(begin)}*"):
+        if is_temporary(left.name) and processes.is_dead(left.name.removeprefix(begin)):
+            if not left.is_dir() or left.is_symlink():
+                left.unlink(missing_ok=True)
+            elif directories:
+                shutil.rmtree(left)
 
 
 def fsync(path: Path) -> None:
@@ -244,14 +256,23 @@ def fold_index(directory: Path, plan: Mapping[str, Any]) -> list[ShardRecord]:
             "format": INDEX_FORMAT,
             "format_version": FORMAT_VERSION,
             "rows": rows,
+            **({"plan_sha256": file_sha256(directory / PLAN)} if (directory / PLAN).exists() else {}),
             # Digests of single chunks are for `verify`, which reads the shards' own records.
-            "shards": [replace(record, extra=_without_chunks(record.extra)).to_json() for record in records],
+            "shards": [replace(record, extra=without_chunks(record.extra)).to_json() for record in records],
         },
     )
     return records
 
 
-def _without_chunks(extra: Mapping[str, Any]) -> dict[str, Any]:
+def plan_digest(directory: Path) -> str | None:
+    """The SHA-256 that plan.json had when the output was complete; None of one that an earlier version wrote."""
+    found = read_json(directory / INDEX).get("plan_sha256")
+    if found is not None and not (isinstance(found, str) and _SHA256.fullmatch(found)):
+        raise FormatError(f"{directory / INDEX} is damaged: expected plan_sha256 of 64 hex digits")
+    return found
+
+
+def without_chunks(extra: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in extra.items() if name != "chunks"}
 
 

@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from fmextract.common import strict_json
+from fmextract.common.processes import started
 from fmextract.errors import OutputError
 from fmextract.store import disk_error
 
@@ -37,7 +38,7 @@ class Owner:
     def myself(cls) -> Owner:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         pid = os.getpid()
-        return cls(pid, socket.gethostname(), _started(pid) or "", os.environ.get(RUN_ID, ""), now)
+        return cls(pid, socket.gethostname(), started(pid) or "", os.environ.get(RUN_ID, ""), now)
 
     @classmethod
     def read(cls, path: Path) -> Owner | None:
@@ -56,29 +57,10 @@ class Owner:
 
     def is_dead(self) -> bool:
         """Whether it surely works no more: only this host's processes can be looked at."""
-        return self.is_here and _started(self.pid) != self.started
+        return self.is_here and started(self.pid) != self.started
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
-
-
-def _started(pid: int) -> str | None:
-    """When a process began, in the kernel's words; "" where the system does not tell, None where there is none."""
-    try:
-        # The name in parentheses may hold anything; the state follows it, the start is field 22 of all.
-        state, *rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return None if state in "ZX" else rest[18]
-    except (OSError, ValueError, IndexError):
-        pass
-    try:
-        if pid < 1:
-            return None
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:  # it is there and somebody else's
-        pass
-    return ""
 
 
 class Lock:

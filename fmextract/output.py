@@ -326,6 +326,7 @@ def pack(directory: Path, out: Path, *, leave_out: Sequence[range] = (), overwri
             raise OutputError(f"{out} exists; --overwrite replaces it, -o names another")
     parts = _parts(directory, leave_out)
     with _writing(out):
+        index.remove_dead(out, directories=False)
         _pack(parts, out, out.parent)
 
 

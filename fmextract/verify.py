@@ -158,6 +158,8 @@ class _Check:
             planned = Plan.from_json(index.read_json(self.place / PLAN), self.place / PLAN)
             if records and planned.shards != [record.rows for record in records]:
                 self._wrong(self.place / PLAN, f"plans other shards than {INDEX} lists")
+            if (digest := index.plan_digest(self.place)) and index.file_sha256(self.place / PLAN) != digest:
+                self._wrong(self.place / PLAN, "has changed: its SHA-256 is not the recorded one")
         for record in records:
             path = self.place / record.name
             chunks = self._own_record(path, record)
@@ -177,7 +179,7 @@ class _Check:
         with self._looking_at(own, record.rows):
             said = ShardRecord.from_json(index.read_json(own), own)
             chunks = said.extra.get("chunks", {})
-            if replace(said, extra={}) != replace(record, extra={}):
+            if replace(said, extra=index.without_chunks(said.extra)) != record:
                 self._wrong(own, f"is another record than that in {INDEX}", rows=record.rows)
         return chunks
 
@@ -194,6 +196,8 @@ class _Check:
             self._same_run(path, acts, sound)
             start = acts._files[0].start
             before = len(self.problems)
+            if chunks and set(chunks) != set(acts.layers):
+                self._wrong(path.with_suffix(".json"), "has the digests of other layers", rows=rows)
             with self._looking_at(path, rows):
                 self._columns(path, acts, record, range(start, start + len(acts)))
             for name in acts.layers:

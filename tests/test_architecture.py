@@ -21,7 +21,7 @@ ORDER = re.findall(
     r"\S+",
     """
     errors records common.strict_json
-    text config progress channel pool selection heaps moments boxes kernels common.facts
+    text config progress channel pool selection heaps moments boxes kernels common.facts common.processes
     codecs
     storage.schema storage store index lock watch feeding reader
     device

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -17,7 +19,7 @@ import pytest
 import runs
 from runs import Tiny, extract, make_photos
 
-from fmextract import cli, index, output, reader, store
+from fmextract import cli, index, output, prepare, provenance, reader, store
 from fmextract.errors import ConfigError, FormatError, OutputError
 from fmextract.verify import verify
 
@@ -113,15 +115,50 @@ def test_any_flipped_byte_of_a_directory_is_found(small: Path, tmp_path: Path) -
 
 
 def json_means_the_same(file: Path, before: bytes) -> bool:
-    """White space, and what of a plan is there for people: its estimate, its notes, when it was made."""
-    free = ("estimate", "notes", "config", "info", "versions", "run_id", "identity", "extra")
+    """White space outside of a plan, whose digest the index knows."""
+    if file.name == "plan.json":
+        return False
     try:
         now, then = json.loads(file.read_bytes()), json.loads(before)
     except ValueError:
         return False
-    if file.name == "plan.json":
-        return bool({"shards": now.get("shards")} == {"shards": then["shards"]} and set(now) == set(then))
-    return bool({k: v for k, v in now.items() if k not in free} == {k: v for k, v in then.items() if k not in free})
+    return bool(now == then)
+
+
+def test_every_flipped_bit_of_a_plan_is_found(small: Path, tmp_path: Path) -> None:
+    out = copied(small, tmp_path / "out")
+    plan = out / "plan.json"
+    before = plan.read_bytes()
+    for byte in range(0, len(before), len(before) // 40):
+        flip(plan, byte, byte % 8)
+        assert "plan.json" in {Path(problem.file).name for problem in verify(out).problems}, f"byte {byte}"
+        plan.write_bytes(before)
+    assert verify(out).ok
+
+
+def test_an_output_whose_index_knows_no_digest_of_the_plan_still_verifies(small: Path, tmp_path: Path) -> None:
+    out = copied(small, tmp_path / "out")
+    index = json.loads((out / "index.json").read_text())
+    del index["plan_sha256"]
+    (out / "index.json").write_text(json.dumps(index))
+    assert verify(out).ok
+
+
+def test_two_runs_differ_in_their_digest_by_what_the_format_says(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/format.md: `created`, `history` and `run_id`, and nothing else."""
+
+    def digests(name: str) -> list[str]:
+        extract(photos, tmp_path / name, layers=["conv", "fc"], limit=6)
+        return [record.content_digest for record in index.load_index(tmp_path / name)]
+
+    one, other = digests("one"), digests("other")
+    assert set(one).isdisjoint(other)
+    now = datetime(2026, 1, 1, tzinfo=timezone.utc)
+    monkeypatch.setattr(provenance, "datetime", SimpleNamespace(now=lambda zone: now))
+    monkeypatch.setattr(prepare, "uuid", SimpleNamespace(uuid4=lambda: SimpleNamespace(hex="0" * 32)))
+    assert digests("third") == digests("fourth")
 
 
 def test_a_flipped_byte_of_one_file_is_found_if_anything_depends_on_it(small: Path, tmp_path: Path) -> None:
