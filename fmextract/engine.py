@@ -32,7 +32,7 @@ from fmextract.config import FailureBudget
 from fmextract.device import TOO_SMALL, Download, Transfers, is_out_of_memory, lost, transfers
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
 from fmextract.inputs.reading import Reader, content, stamp
-from fmextract.inputs.sources import on_disk
+from fmextract.inputs.sources import columns_of, on_disk
 from fmextract.moments import settled
 from fmextract.planning import Plan
 from fmextract.pool import Pool
@@ -571,6 +571,7 @@ class _Pipeline:
             check_budget(self._work.budget, self._tally)
         self._described()
         samples.labels = [source.label(r) for r in shard]  # a Dataset knows them once its items were loaded
+        samples.columns = {name: [column[r] for r in shard] for name, column in columns_of(source).items()}
         self._tally.smallest_batch = smallest
         self._captured.put(self._shard_end(shard, samples, stats, smallest))
 

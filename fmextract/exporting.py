@@ -37,7 +37,8 @@ from fmextract.errors import ConfigError, MissingExtra, NoSpace, OutputError
 from fmextract.look.select import select_layers
 from fmextract.progress import Quiet
 from fmextract.reader import Activations, Layer
-from fmextract.records import FileStamp, LayerSpec, Progress, SampleTable
+from fmextract.records import FileStamp, Label, LayerSpec, Progress, SampleTable
+from fmextract.storage.columns import form_of, stored_names
 from fmextract.text import byte_count, count
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -143,10 +144,17 @@ class _Job(NamedTuple):
         return [self.acts[name] for name in self.names]
 
     @property
-    def labels(self) -> list[int | str | None] | None:
+    def labels(self) -> list[Label] | None:
         """None for an image without a label, and in place of the list where no image has one."""
-        stored = self.acts.labels
-        return None if stored is None else [None if label in ("", -1) else label for label in stored.tolist()]
+        return self.acts.listed()
+
+    @property
+    def columns(self) -> dict[str, list[Label]]:
+        """The label, where there are any, and what else the source says of its images, None where it says nothing."""
+        made = {name: self.acts.listed(name) or [] for name in self.acts.columns}
+        labels = self.labels
+        names = stored_names(made)
+        return ({} if labels is None else {"label": labels}) | {names[name]: values for name, values in made.items()}
 
     def blocks(self, layers: Sequence[Layer]) -> Iterator[slice]:
         """The rows of `layers` in parts, see `_blocks`; the progress is told when the next part is asked for."""
@@ -276,9 +284,8 @@ def _write_npy(job: _Job, folder: Path) -> list[ExportedLayer]:
             np.lib.format.write_array_header_1_0(file, header)
             for rows in job.blocks([layer]):
                 file.write(layer[rows].data)
-    labels = job.labels
     columns: dict[str, Any] = {"sample": job.acts.samples, "key": job.acts.keys, "status": job.acts.status}
-    columns |= {} if labels is None else {"label": labels}
+    columns |= {name: list(map(_cell, values)) for name, values in job.columns.items()}
     with _durable(folder / "rows.csv") as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         csv.writer(text, lineterminator="\n").writerows(itertools.chain([columns], zip(*columns.values(), strict=True)))
@@ -286,6 +293,11 @@ def _write_npy(job: _Job, folder: Path) -> list[ExportedLayer]:
     with _durable(folder / "index.json") as file:
         file.write(strict_json.dumps(job.about(written), indent=1).encode())
     return written
+
+
+def _cell(value: Label) -> Any:
+    """Of a table of text: lists as JSON."""
+    return strict_json.dumps(value) if isinstance(value, (list, dict)) else value
 
 
 def _file_name(layer: str) -> str:
@@ -310,9 +322,15 @@ def _write_safetensors(job: _Job, path: Path) -> list[ExportedLayer]:
     layers = sorted(job.layers, key=lambda layer: -layer.dtype.itemsize)
     places = dict(zip(job.names, _distinct(job.names, ["__metadata__"]), strict=True))
     written = _written(job.layers, list(places.values()))
-    columns = {"keys": job.acts.keys.tolist(), "status": job.acts.status.tolist(), "sample": job.acts.samples.tolist()}
+    columns: dict[str, Any] = {
+        "keys": job.acts.keys.tolist(),
+        "status": job.acts.status.tolist(),
+        "sample": job.acts.samples.tolist(),
+    }
     if (labels := job.labels) is not None:
         columns["labels"] = labels
+    if others := {name: values for name, values in job.columns.items() if name != "label"}:
+        columns["columns"] = others
     metadata = {_ABOUT: job.about(written), **columns}
     header: dict[str, Any] = {"__metadata__": {name: strict_json.dumps(value) for name, value in metadata.items()}}
     end = 0
@@ -352,13 +370,12 @@ def _write_parquet(job: _Job, path: Path) -> list[ExportedLayer]:
     a row group.
     """
     arrow, parquet = _pyarrow()
-    layers, labels = job.layers, job.labels
+    layers = job.layers
     dtypes = ["float32" if layer.dtype == np.float16 else layer.dtype.name for layer in layers]
     columns: dict[str, Any] = {"sample": job.acts.samples, "key": job.acts.keys, "status": job.acts.status}
     kinds = {"sample": arrow.int64(), "key": arrow.string(), "status": arrow.uint8()}
-    if labels is not None:
-        columns["label"] = labels
-        kinds["label"] = arrow.string() if any(isinstance(label, str) for label in labels) else arrow.int64()
+    for name, values in job.columns.items():
+        columns[name], kinds[name] = _arrow_column(arrow, values)
     places = _distinct(job.names, list(columns))
     written = _written(layers, places, dtypes)
     fields = [arrow.field(name, kind) for name, kind in kinds.items()]
@@ -382,6 +399,16 @@ def _write_parquet(job: _Job, path: Path) -> list[ExportedLayer]:
                 arrays.append(arrow.FixedSizeListArray.from_arrays(values, type=field.type))
             writer.write_table(arrow.Table.from_arrays(arrays, schema=schema))
     return written
+
+
+def _arrow_column(arrow: Any, values: Sequence[Label]) -> tuple[list[Any], Any]:
+    """The values of a column that the source brought along as arrow takes them, and their type."""
+    form = form_of(values)
+    if form is None or not form.is_numeric:
+        texts = [value if value is None or isinstance(value, str) else str(_cell(value)) for value in values]
+        return texts, arrow.string()
+    kind = arrow.int64() if form.kind == "int" else arrow.float64()
+    return list(values), kind if form.length is None else arrow.list_(kind)
 
 
 def _pyarrow() -> tuple[Any, Any]:
@@ -422,7 +449,8 @@ def _write_netcdf(job: _Job, path: Path) -> list[ExportedLayer]:
     columns = [acts.status, acts.messages, acts.heights, acts.widths]
     status, message, height, width = (column.tolist() for column in columns)
     files = list(map(FileStamp, acts.file_sizes.tolist(), acts.file_digests))
-    table = SampleTable(rows.start, acts.keys.tolist(), job.labels, status, message, height, width, files)
+    brought = {name: acts.listed(name) or [] for name in acts.columns}
+    table = SampleTable(rows.start, acts.keys.tolist(), job.labels, status, message, height, width, files, brought)
     with (
         store.ShardWriter(path, rows, specs, replace(info, extra=extra), "gzip", None) as writer,
         ThreadPoolExecutor(acts._threads) as pool,
@@ -480,10 +508,12 @@ def _write_rdm(job: _Job, path: Path) -> list[ExportedLayer]:
             ". Name fewer layers with -l, or extract fewer images (--limit, or a manifest of those you want)"
         )
     written = [ExportedLayer(layer.name, (len(rows), len(rows)), "float64", layer.name) for layer in job.layers]
-    labels = job.acts.labels
     patterns: dict[str, Any] = {"key": job.acts.keys[rows].tolist(), "sample": job.acts.samples[rows]}
-    if labels is not None:
-        patterns["label"] = labels[rows] if labels.dtype.kind == "i" else labels[rows].tolist()
+    arrays = {} if job.acts.labels is None else {"label": job.acts.labels}
+    arrays |= dict(zip(stored_names(job.acts.columns).values(), job.acts.columns.values(), strict=True))
+    for name, values in arrays.items():
+        is_number = values.ndim == 1 and values.dtype.kind in "if"
+        patterns[name] = values[rows] if is_number else [str(_cell(value)) for value in values[rows].tolist()]
     about = job.about(written)
     said = {name: str(about[name]) for name in ("source", "model", "precision") if name in about}
     store.write_rdms(

@@ -23,7 +23,7 @@ Rows: TypeAlias = npt.NDArray[np.int64]
 
 
 class LayerDataset(Dataset[tuple[Any, ...]]):
-    """Items (row, one tensor a name); item i is row `rows[i]` of the file.
+    """Items (row, one tensor a name), and perhaps a label; item i is row `rows[i]` of the file.
 
     A list of items gives them at once: (rows int64 (n), one tensor (n, …) a name). It pickles, and opens the files
     anew in every process: once in each worker of a DataLoader.
@@ -38,17 +38,22 @@ class LayerDataset(Dataset[tuple[Any, ...]]):
         fits: bool,
         together: int,
         window: int,
+        targets: npt.NDArray[Any] | None = None,
+        classes: Sequence[str] = (),
     ) -> None:
         """`opened(n)` gives the layers by name to one of n processes that read at once.
 
         Where all of it `fits` into memory, it is read by the first batch. `together` rows lie in the same chunks,
-        counted from row 0; a shuffle takes its rows from `window` such stretches at a time.
+        counted from row 0; a shuffle takes its rows from `window` such stretches at a time. `targets`, one entry for
+        each row of the file, come last in every item; `classes` are what their numbers stand for, if they are texts.
         """
         self.names = tuple(names)
         self.rows = rows
         self.fits = fits
         self.together = together
         self.window = window
+        self.classes = tuple(classes)
+        self._targets = None if targets is None else torch.from_numpy(targets)
         self._opened = opened
         self._here: tuple[int, Any] | None = None
         self._held: list[torch.Tensor] | None = None
@@ -59,13 +64,15 @@ class LayerDataset(Dataset[tuple[Any, ...]]):
     def __getitem__(self, item: int | Sequence[int]) -> tuple[Any, ...]:
         if isinstance(item, (int, np.integer)):
             row = int(self.rows[item])
-            return (row, *(self._read(row) if self._held is None else [held[item].clone() for held in self._held]))
+            of_row = self._read(row) if self._held is None else [held[item].clone() for held in self._held]
+            return (row, *of_row, *([] if self._targets is None else [self._targets[row]]))
         items = np.asarray(item, np.int64)
         rows = self.rows[items]
         if self.fits and self._held is None:
             self._held = self._read(self.rows)
         tensors = self._read(rows) if self._held is None else [held[torch.from_numpy(items)] for held in self._held]
-        return (torch.from_numpy(rows), *tensors)
+        numbers = torch.from_numpy(rows)
+        return (numbers, *tensors, *([] if self._targets is None else [self._targets[numbers]]))
 
     def __getitems__(self, items: Sequence[int]) -> list[tuple[Any, ...]]:
         """Several items in one read; what a DataLoader with a batch size asks for."""

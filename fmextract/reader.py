@@ -36,9 +36,10 @@ from fmextract import codecs, index, moments, store
 from fmextract.boxes import cell_box
 from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
 from fmextract.heaps import check_heaps
-from fmextract.records import Field, LayerSpec
+from fmextract.records import Field, Label, LayerSpec
 from fmextract.selection import AxisIndex, Part, Selection, count, crossing, cut, per_axis, selection_of, stretches
 from fmextract.storage import schema
+from fmextract.storage.columns import Form, as_array, common_form, decode_column, encode_column
 from fmextract.text import byte_count
 
 if TYPE_CHECKING:
@@ -189,8 +190,23 @@ class Activations:
 
     @functools.cached_property
     def labels(self) -> Array | None:
-        """The source's labels (N), None where it has none."""
-        return self._column("label") if "label" in self._files[0].contents.columns else None
+        """The source's labels, None where it has none: int64 (N), float64 (N), or text (N) as objects.
+
+        Where an image has none: -1 (NaN, if there are labels of -1), NaN, an empty text. Lists of as many numbers each
+        are (N, number); other lists, and mappings, objects.
+        """
+        return self._brought_array(None) if None in self._brought else None
+
+    @functools.cached_property
+    def columns(self) -> Mapping[str, Array]:
+        """What the source says of its images besides, by name: as `labels`, but NaN where a number is missing."""
+        return {name: self._brought_array(name) for name in self._brought if name is not None}
+
+    def listed(self, name: str | None = None) -> list[Label] | None:
+        """One of `columns`, or the labels, as plain Python, None where there is none; None for what is not there."""
+        if name not in self._brought:
+            return None
+        return [value for file in self._files for value in file.brought(name)]
 
     def row(self, key: str) -> int:
         """The row of an image; raises UnknownName, a KeyError."""
@@ -257,10 +273,13 @@ class Activations:
         *names: str,
         rows: npt.ArrayLike | None = None,
         include_failed: bool = False,
+        labels: bool | str = False,
         cache: int = DATASET_BYTES,
     ) -> LayerDataset:
         """A map-style torch Dataset of (row, one tensor a name), all layers when there is none.
 
+        With `labels` the items end in the label of the row, or in its value of the column of that name: a number, or a
+        tensor; of text the number of the class among `dataset.classes`. Rows without one are left out.
         Of `rows` (numbers, or a mask), of all when None; those with a status other than 0 are left out unless asked
         for. Item i is row `dataset.rows[i]`. It pickles, and opens the files anew in every process. What is no larger
         than `cache` bytes is read by the first batch, and held; else batches are read as they come, and about `cache`
@@ -270,12 +289,15 @@ class Activations:
         from fmextract.feeding import LayerDataset
 
         layers = [self[name] for name in names or self.layers]
+        targets, classes, there = self._targets(None if labels is True else labels) if labels is not False else _NONE
         wanted = np.arange(len(self))
         if rows is not None:
             chosen = np.asarray(rows)
             wanted = wanted[chosen if chosen.size else chosen.astype(np.int64)]  # numpy takes [] for floats
         if not include_failed:
             wanted = wanted[self.status[wanted] == 0]
+        if there is not None:
+            wanted = wanted[there[wanted]]
         of_a_row = {layer: layer.nbytes // max(1, len(layer)) for layer in layers}
         shared = [layer for layer in layers if layer.chunks[0] > 1]
         together = max((layer.chunks[0] for layer in shared), default=1)
@@ -287,6 +309,31 @@ class Activations:
             together=together,
             # Half of what can be kept: a batch on the border between two windows needs the chunks of both.
             window=max(1, cache // max(1, 2 * together * sum(of_a_row[layer] for layer in shared))),
+            targets=targets,
+            classes=classes,
+        )
+
+    def _targets(self, name: str | None) -> tuple[Array, tuple[str, ...], npt.NDArray[np.bool_]]:
+        """A number, or as many for each row, what texts stand behind numbers, and which rows have a value at all."""
+        values = self.listed(name)
+        if values is None:
+            known = ", ".join(map(repr, self.columns)) or "none"
+            what = "labels" if name is None else f"column {name!r}"
+            raise ConfigError(f"{self.path} has no {what}. Columns of images: {known}")
+        form = self._brought[name]
+        if form.kind == "json":
+            raise ConfigError(f"{self.path}: labels that are lists of different lengths, or mappings, make no tensor")
+        there = np.array([value is not None for value in values])
+        classes: tuple[str, ...] = ()
+        if form.kind == "text":
+            classes = tuple(sorted({str(value) for value in values if value is not None}))
+            number: dict[Any, Label] = {text: place for place, text in enumerate(classes)}
+            values, form = [number.get(value) for value in values], Form("int")
+        nothing: Any = 0 if form.length is None else [0] * form.length
+        return (
+            np.asarray(encode_column([nothing if value is None else value for value in values], form)),
+            classes,
+            there,
         )
 
     def info(self) -> dict[str, Any]:
@@ -328,12 +375,36 @@ class Activations:
     def _row_of(self) -> dict[str, int]:
         return {key: row for row, key in enumerate(self.keys)}
 
+    @functools.cached_property
+    def _brought(self) -> Mapping[str | None, Form]:
+        """The forms of the columns that the source brought along, over all files; None is the labels'."""
+        titles = dict.fromkeys(title for file in self._files for title in file.contents.brought)
+        found: dict[str | None, Form] = {}
+        for title in titles:
+            there = [file.contents.brought[title] for file in self._files if title in file.contents.brought]
+            form = common_form(one.form for one in there)
+            assert form is not None
+            found[title] = form
+        return found
+
+    def _brought_array(self, name: str | None) -> Array:
+        form, whole = self._brought[name], name is None
+        there = [file.contents.brought.get(name) for file in self._files]
+        as_stored = form.kind != "json" and (form.kind != "int" or not form.gaps or (whole and form.missing == -1))
+        if as_stored and all(one is not None and one.form.kind == form.kind for one in there):
+            return np.concatenate([file.column(one.name) for file, one in zip(self._files, there, strict=True) if one])
+        return as_array(self.listed(name) or [], form, whole=whole)
+
     def _column(self, name: str) -> Array:
         return np.concatenate([file.column(name) for file in self._files])
 
     def _said(self, name: str) -> Mapping[str, Any]:
         """What a root attribute that holds JSON means."""
         return self._files[0].contents.said.get(name, {})  # type: ignore[no-any-return]
+
+
+_NONE: tuple[None, tuple[str, ...], None] = (None, (), None)
+"""No targets."""
 
 
 def _column_or(file: _File, name: str, missing: Any) -> Array:
@@ -821,6 +892,13 @@ class _File:
             strings = h5py.check_string_dtype(dataset.dtype) is not None
             values: Array = np.asarray(dataset.asstr()[:] if strings else dataset[:])
             return values
+
+    def brought(self, name: str | None) -> list[Label]:
+        """A column that the source brought along, None where there is no value, and for every row without a column."""
+        found = self.contents.brought.get(name)
+        if found is None:
+            return [None] * len(self.rows)
+        return decode_column(self.column(found.name), found.form, f"{self.path}: /{found.name}")
 
     def stats(self, layer: str, covariance: bool = False) -> dict[str, Array]:
         """The statistics of a layer by name, empty where it has none; its covariance, of megabytes, only on demand."""

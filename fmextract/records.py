@@ -200,7 +200,7 @@ class FileStamp:
 class SampleTable:
     """The columns that stand beside the activations, one entry a row of a shard. Filled while it runs.
 
-    `files` says of each row which content of a file it was made of.
+    `files` says of each row which content of a file it was made of; `columns` are those that the source brings along.
     """
 
     start: int
@@ -211,6 +211,7 @@ class SampleTable:
     height: list[int]
     width: list[int]
     files: list[FileStamp]
+    columns: Mapping[str, Sequence[Label]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, start: int, keys: list[str], labels: Sequence[Label] | None) -> SampleTable:

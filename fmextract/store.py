@@ -45,7 +45,10 @@ from fmextract.records import (
     Status,
 )
 from fmextract.storage import schema
+from fmextract.storage.columns import Form, common_form, decode_column, encode_column, form_of, stored_names
 
+Forms: TypeAlias = Mapping[str | None, Form | None]
+"""Of the columns that a source brought along, by their names; None is the labels'. A form of None: it has no value."""
 Stats: TypeAlias = Mapping[str, Mapping[str, Any]]
 """By layer, by statistic: an array whose first axis is the channel."""
 
@@ -186,12 +189,12 @@ class ShardWriter:
             raise ValueError(f"expected columns for rows {self.rows}, got {len(samples)} from {samples.start}")
         with self._whole_or_nothing():
             _set_attrs(self._open_file(), root_attrs or {})
-        return self._finish([samples], label_type(samples.labels), stats, layer_attrs, durable)
+        return self._finish([samples], _forms_of(samples), stats, layer_attrs, durable)
 
     def _finish(
         self,
         tables: Iterable[SampleTable],
-        labels: np.dtype[Any] | None,
+        forms: Forms,
         stats: Stats | None,
         layer_attrs: Mapping[str, Mapping[str, Any]] | None,
         durable: bool = True,
@@ -203,7 +206,7 @@ class ShardWriter:
                     raise ValueError(
                         f"{spec.name}: {math.prod(grid) - len(done)} of {math.prod(grid)} chunks are missing"
                     )
-            _write_columns(file, len(self.rows), tables, labels)
+            _write_columns(file, len(self.rows), tables, forms)
             self._write_extras(file, stats or {}, layer_attrs or {})
             known = {
                 f"/layers/{escape_name(spec.name)}/activation": digests
@@ -513,11 +516,13 @@ def _create_dataset(
     return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), kind, space, plist))
 
 
-def _create_column(file: h5py.File, name: str, rows: int, dtype: Any) -> h5py.Dataset:
+def _create_column(file: h5py.File, name: str, rows: int, dtype: Any, each: tuple[int, ...] = ()) -> h5py.Dataset:
+    """One value a row, or values of the shape `each`."""
     kind = np.dtype(dtype)
     # netCDF knows no filters on strings of variable length.
     filters = () if h5py.check_string_dtype(kind) else CODECS["gzip"].filters(kind.itemsize)
-    column = _create_dataset(file, name, (rows,), kind, (min(rows, COLUMN_CHUNK),), filters)
+    together = max(1, min(rows, COLUMN_CHUNK // math.prod(each)))
+    column = _create_dataset(file, name, (rows, *each), kind, (together, *each), filters)
     if name != "sample":
         column.dims[0].attach_scale(file["sample"])
     return column
@@ -571,17 +576,18 @@ def coordinate(field: Field | None, role: str, size: int) -> tuple[Array, dict[s
     return centres, {"long_name": "centre of the receptive field", "units": "pixel"}
 
 
-def label_type(labels: Sequence[Label] | None) -> np.dtype[Any] | None:
-    """The type of /label: int64 where every label is an integer or None (stored as -1), else utf-8 (None: empty)."""
-    if labels is None:
-        return None
-    whole = all(
-        label is None or (isinstance(label, int | np.integer) and -(2**63) <= label < 2**63) for label in labels
-    )
-    return np.dtype(np.int64) if whole else _STRING
+def _forms_of(samples: SampleTable) -> Forms:
+    """Of the columns that the source brought along."""
+    return {name: form_of(values) for name, values in _brought(samples)}
 
 
-def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], labels: np.dtype[Any] | None) -> None:
+def _brought(samples: SampleTable) -> Iterator[tuple[str | None, Sequence[Label] | None]]:
+    """The labels, whose name is None, and the other columns by their names."""
+    yield None, samples.labels
+    yield from samples.columns.items()
+
+
+def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], forms: Forms) -> None:
     columns = {
         name: _create_column(file, name, rows, dtype)
         for name, dtype in (
@@ -601,8 +607,7 @@ def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], la
         _set_attrs(columns[name], {"long_name": f"{name} of the original image", "units": "pixel"})
     _set_attrs(columns["file_size"], {"long_name": "size of the file that the row was made of", "units": "byte"})
     _set_attrs(columns["file_digest"], {"long_name": "XXH3 (128 bits) of the file that the row was made of"})
-    if labels is not None:
-        columns["label"] = _create_column(file, "label", rows, labels)
+    brought = _create_brought(file, rows, forms)
     at = 0
     for table in tables:
         part = slice(at, at + len(table))
@@ -613,18 +618,34 @@ def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], la
         columns["width"][part] = table.width
         columns["file_size"][part] = [stamp.size for stamp in table.files]
         columns["file_digest"][part] = [stamp.digest for stamp in table.files]
-        if labels is not None:
-            columns["label"][part] = _label_values(table, labels)
+        for title, (column, form) in brought.items():
+            values = table.labels if title is None else table.columns.get(title)
+            stored = encode_column([None] * len(table) if values is None else values, form)
+            column[part] = list(map(_text, stored)) if isinstance(stored, list) else stored
         at = part.stop
     if at != rows:
         raise ValueError(f"expected columns of {rows} rows, got {at}")
 
 
-def _label_values(table: SampleTable, dtype: np.dtype[Any]) -> Any:
-    labels = table.labels if table.labels is not None else [None] * len(table)
-    if dtype == np.int64:
-        return np.array([-1 if label is None else label for label in labels], np.int64)
-    return ["" if label is None else _text(str(label)) for label in labels]
+def _create_brought(file: h5py.File, rows: int, forms: Forms) -> dict[str | None, tuple[h5py.Dataset, Form]]:
+    """The datasets of the columns that the source brought along, by their names; None is the labels'."""
+    names = stored_names(name for name in forms if name is not None)
+    made: dict[str | None, tuple[h5py.Dataset, Form]] = {}
+    for title, form in forms.items():
+        if form is None:
+            continue
+        name = "label" if title is None else names[title]
+        kind = _STRING if form.dtype is None else form.dtype
+        column = _create_column(file, name, rows, kind, () if form.length is None else (form.length,))
+        if form.length is not None:
+            index = _create_scale(file, f"{name}_index", np.arange(form.length, dtype=np.int32), {})
+            column.dims[1].attach_scale(index)
+        # Labels are -1 for none unless one of them is -1; every reader that knows netCDF sees gaps in other columns.
+        marks = form.kind == "int" and (form.missing != -1 or (form.gaps and title is not None))
+        attrs = {"column": title, "encoding": "json" if form.kind == "json" else None}
+        _set_attrs(column, {**attrs, "_FillValue": np.int64(form.missing) if marks else None})
+        made[title] = column, form
+    return made
 
 
 def _write_stats(layer: h5py.Group, spec: LayerSpec, arrays: Mapping[str, Any]) -> None:
@@ -766,18 +787,27 @@ class LayerContents(NamedTuple):
     attrs: Mapping[str, Any]
 
 
+class Brought(NamedTuple):
+    """A column that the source brought along: the name of its dataset, and its form."""
+
+    name: str
+    form: Form
+
+
 @dataclass(frozen=True, slots=True)
 class Contents:
     """What `validate` found in a file: all that is not the values of datasets.
 
     `attrs` are the root attributes; `said` is what those of them mean that hold JSON. `columns` are the names of the
-    datasets beside the layers, `layers` the layers by name in the order of execution.
+    datasets beside the layers, `brought` those that the source brought along, by the source's names for them (None is
+    the labels'); `layers` are the layers by name in the order of execution.
     """
 
     rows: int
     attrs: Mapping[str, Any]
     said: Mapping[str, Any]
     columns: frozenset[str]
+    brought: Mapping[str | None, Brought]
     layers: Mapping[str, LayerContents]
 
 
@@ -909,14 +939,34 @@ def _contents(file: h5py.File, nodes: Mapping[str, _Node]) -> Contents:
     for layer, (group, *children) in inside.items():
         with _reading(file, f"/layers/{layer}"):
             layers.append(_layer_contents(name, group, children, columns["sample"].address, rows))
-    return Contents(rows or 0, attrs, said, frozenset(columns), {layer.spec.name: layer for layer in layers})
+    brought = dict(_brought_by(name, columns, rows))
+    return Contents(rows or 0, attrs, said, frozenset(columns), brought, {layer.spec.name: layer for layer in layers})
+
+
+def _brought_by(file: str, columns: Mapping[str, _Node], rows: int | None) -> Iterator[tuple[str | None, Brought]]:
+    """The label, and what says of itself that it is a `column`."""
+    for name, node in columns.items():
+        if name in schema.COLUMNS and name != "label":
+            continue
+        attrs, _ = schema.attributes(node.id, schema.BROUGHT_ATTRIBUTES, f"{file}: /{name}")
+        if name == "label" or "column" in attrs:
+            _check_column(file, name, node, schema.BROUGHT, rows)
+            yield None if name == "label" else attrs["column"], Brought(name, _form(node, attrs))
+
+
+def _form(node: _Node, attrs: Mapping[str, Any]) -> Form:
+    shape, is_text = node.id.shape, h5py.check_string_dtype(node.id.dtype) is not None
+    kind = attrs.get("encoding", "text") if is_text else "int" if node.id.dtype.kind == "i" else "float"
+    length = shape[1] if len(shape) > 1 else None
+    return Form(kind, length, attrs.get("_FillValue", -1), "_FillValue" in attrs)
 
 
 def _check_column(file: str, name: str, column: _Node | None, kind: schema.Column, rows: int | None) -> None:
-    if column is None or column.id.shape != (rows,):
+    shape = column.id.shape if column is not None else ()
+    if column is None or shape[:1] != (rows,) or len(shape) > kind.axes or 0 in shape:
         raise FormatError(f"{file}: expected /{name} with one value a row")
     has = "text" if h5py.check_string_dtype(column.id.dtype) else column.id.dtype.name
-    if has not in kind.types:
+    if has not in kind.types or (has == "text" and len(shape) > 1):
         raise FormatError(f"{file}: expected /{name} of {' or '.join(kind.types)}, got {has}")
 
 
@@ -1033,23 +1083,31 @@ def _axes(where: str, own: Mapping[str, _Node], sample: int) -> tuple[str, ...]:
 
 
 def read_samples(file: h5py.File, part: slice = slice(None)) -> SampleTable:
-    """The columns of a file, or of a part of its rows; a label that is empty or -1 is None."""
+    """The columns of a file, or of a part of its rows; what is missing among labels is None."""
     with _reading(file):
-        labels: list[Label] | None = None
-        if "label" in file:
-            column = file["label"]
-            stored = _texts(column, part) if column.dtype.kind == "O" else column[part].tolist()
-            labels = [None if label in ("", -1) else label for label in stored]
+        brought = {title: _read_brought(file, one, part) for title, one in _brought_in(file).items()}
         return SampleTable(
             start=row_range(file).start + (part.start or 0),
             keys=_texts(file["key"], part),
-            labels=labels,
+            labels=brought.pop(None, None),
             status=file["status"][part].tolist(),
             message=_texts(file["message"], part),
             height=file["height"][part].tolist(),
             width=file["width"][part].tolist(),
             files=_read_stamps(file, part),
+            columns={title: values for title, values in brought.items() if title is not None},
         )
+
+
+def _brought_in(file: h5py.File) -> dict[str | None, Brought]:
+    nodes = {node.path[1:]: node for node in _children(file, _Node("/", _root(file), 0)) if node.is_dataset}
+    return dict(_brought_by(file.filename, nodes, len(file["sample"])))
+
+
+def _read_brought(file: h5py.File, brought: Brought, part: slice) -> list[Label]:
+    column = file[brought.name]
+    stored = column[part] if brought.form.is_numeric else np.array(_texts(column, part), object)
+    return decode_column(stored, brought.form, f"{file.filename}: /{brought.name}")
 
 
 def _read_stamps(file: h5py.File, part: slice) -> list[FileStamp]:
@@ -1209,7 +1267,7 @@ def pack(
     with contextlib.ExitStack() as stack:
         first = stack.enter_context(open_shard(files[0]))
         layout = _layout(first)
-        ranges, labels = [], []
+        ranges, forms = [], list[Forms]()
         for part in parts:
             if isinstance(part, range):
                 ranges.append(part)
@@ -1217,7 +1275,7 @@ def pack(
             with open_shard(part) as file:
                 _check_same_run(first, file, layout)
                 ranges.append(row_range(file))
-                labels.append(file["label"].dtype if "label" in file else None)
+                forms.append({title: one.form for title, one in _brought_in(file).items()})
         _check_ranges(parts, ranges, layout[0])
         rows = range(ranges[0].start, ranges[-1].stop)
         specs, codec, level = layout
@@ -1228,7 +1286,7 @@ def pack(
             else:
                 with open_shard(part) as file:
                     _copy_chunks(file, writer, span.start - rows.start)
-        return writer._finish(_tables(parts), _common_label_type(labels), stats, layer_attrs)
+        return writer._finish(_tables(parts), _common_forms(forms), stats, layer_attrs)
 
 
 def _layout(file: h5py.File) -> tuple[list[LayerSpec], str, int]:
@@ -1301,8 +1359,6 @@ def _tables(parts: Sequence[Path | range]) -> Iterator[SampleTable]:
             yield table
 
 
-def _common_label_type(types: Sequence[np.dtype[Any] | None]) -> np.dtype[Any] | None:
-    there = [dtype for dtype in types if dtype is not None]
-    if not there:
-        return None
-    return np.dtype(np.int64) if all(dtype == np.int64 for dtype in there) else _STRING
+def _common_forms(forms: Sequence[Forms]) -> Forms:
+    titles = dict.fromkeys(title for one in forms for title in one)
+    return {title: common_form(one.get(title) for one in forms) for title in titles}

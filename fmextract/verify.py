@@ -244,6 +244,10 @@ class _Check:
         sizes = zip(acts.file_sizes.tolist(), acts.file_digests, strict=True)
         if not all((size == -1 and not digest) or (size >= 0 and _DIGEST.fullmatch(digest)) for size, digest in sizes):
             self._wrong(path, "/file_size and /file_digest are not those of files", rows=rows)
+        try:
+            _ = acts.labels, acts.columns
+        except FormatError as error:
+            self._wrong(path, str(error), rows=rows)
 
     def _layer(self, path: Path, layer: reader.Layer, start: int, digests: str | None) -> None:
         self._coordinates(path, layer)

@@ -82,6 +82,7 @@ def make_file(
     message: Sequence[str] | None = None,
     labels: Sequence[Any] | None = None,
     files: Sequence[FileStamp] | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
     stats: Mapping[str, Mapping[str, Any]] | None = None,
     spec: Mapping[str, Mapping[str, Any]] | None = None,
     info: FileInfo = INFO,
@@ -109,6 +110,7 @@ def make_file(
         height=[480] * count,
         width=[640] * count,
         files=[FileStamp()] * count if files is None else list(files),
+        columns=columns or {},
     )
     with ShardWriter(path, rows, specs, info, codec, level) as writer:
         write_layers(writer, list(arrays.values()), codec, level)
@@ -137,6 +139,8 @@ def make_shards(
     for number, rows in enumerate(ranges if finish else ranges[:-1]):
         path = folder / index.shard_name(number)
         part = {name: options[name][rows.start : rows.stop] for name in PER_ROW if options.get(name) is not None}
+        if columns := options.get("columns"):
+            part["columns"] = {name: values[rows.start : rows.stop] for name, values in columns.items()}
         mine = {name: array[rows.start : rows.stop] for name, array in arrays.items()}
         digest = make_file(path, mine, start=rows.start, **(options | part))
         statuses = part.get("status", [0] * len(rows))

@@ -23,7 +23,7 @@ ORDER = re.findall(
     errors records common.strict_json
     text config progress channel pool selection heaps moments boxes kernels common.facts common.processes
     codecs
-    storage.schema storage store index lock watch feeding reader
+    storage.schema storage.columns storage store index lock watch feeding reader
     device
     common.folders common.trust common.imports common.streams common.relative_error common
     inputs.contents inputs.files inputs.pictures inputs.tables inputs.labels inputs.items inputs.kinds inputs.given

@@ -24,7 +24,7 @@ from fmextract.inputs.kinds import kind_of
 from fmextract.inputs.manifests import MANIFESTS, open_manifest
 from fmextract.records import Label, Source
 
-__all__ = ["folder_of", "is_code", "notes_of", "on_disk", "open_source", "unlimited"]
+__all__ = ["columns_of", "folder_of", "is_code", "notes_of", "on_disk", "open_source", "unlimited"]
 
 
 def open_source(
@@ -154,6 +154,10 @@ class _First:
     def notes(self) -> Sequence[str]:
         return notes_of(self.source)
 
+    @property
+    def columns(self) -> Mapping[str, Sequence[Label]]:
+        return columns_of(self.source)
+
     def __len__(self) -> int:
         return self.count
 
@@ -179,6 +183,12 @@ def notes_of(source: Source) -> Sequence[str]:
 def unlimited(source: Source) -> Source:
     """The source itself, where only its first rows are taken. Rows are the same."""
     return unlimited(source.source) if isinstance(source, _First) else source
+
+
+def columns_of(source: Source) -> Mapping[str, Sequence[Label]]:
+    """What a source brings along for each row besides keys and labels, by name."""
+    found: Mapping[str, Sequence[Label]] = getattr(source, "columns", {})
+    return found
 
 
 def on_disk(source: Source, row: int) -> OnDisk | None:

@@ -228,10 +228,11 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A dataset with one entry a row, of one of these types (numpy's names, or `text`)."""
+    """A dataset with one entry a row, of one of these types (numpy's names, or `text`), numbers with up to `axes`."""
 
     types: tuple[str, ...]
     required: bool = True
+    axes: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,9 +360,16 @@ COLUMNS: Mapping[str, Column] = {
     "message": Column(("text",)),
     "height": Column(("int32",)),
     "width": Column(("int32",)),
-    "label": Column(("int64", "text"), required=False),
+    "label": Column(("int64", "float64", "text"), required=False, axes=2),
     "file_size": Column(("int64",), required=False),
     "file_digest": Column(("text",), required=False),
+}
+BROUGHT = Column(("int64", "float64", "text"), required=False, axes=2)
+"""A column that the source brought along, `label` among them; what its attributes are."""
+BROUGHT_ATTRIBUTES: Mapping[str, Attribute] = {
+    "column": Attribute(text),
+    "encoding": Attribute(one_of("json")),
+    "_FillValue": Attribute(whole(-(2**63), 2**63 - 1)),
 }
 ACTIVATION = (
     *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)),
