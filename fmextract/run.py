@@ -24,6 +24,7 @@ from fmextract.common import strict_json
 from fmextract.config import Config, check_out
 from fmextract.device import is_out_of_memory
 from fmextract.errors import TooManyFailures
+from fmextract.inputs.sources import notes_of
 from fmextract.output import Output, resumable
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, copied_as_planned, describe, identity, lent, plan_for, prepare, reduce_functions
@@ -120,9 +121,10 @@ def run(
             _check_failures(made, output.directory, tally, config)
             output.fold(made)
     result = _result(target, tally, time.perf_counter() - started, resumed if made is not None else None)
-    for note in _nonfinite_notes(result.layers, tally):
+    late = [note for note in notes_of(prepared.source) if note not in prepared.notes]
+    for note in (*late, *_nonfinite_notes(result.layers, tally)):
         progress.note(note)
-    return result
+    return dataclasses.replace(result, notes=(*result.notes, *late))
 
 
 def _look_again(prepared: Prepared, target: Path, progress: Progress) -> list[int]:
