@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def run(
     late = [note for note in notes_of(prepared.source) if note not in prepared.notes]
     for note in (*late, *_nonfinite_notes(result.layers, tally)):
         progress.note(note)
-    return dataclasses.replace(result, notes=(*result.notes, *late))
+    return replace(result, notes=(*result.notes, *late))
 
 
 def _look_again(prepared: Prepared, target: Path, progress: Progress) -> list[int]:
