@@ -110,7 +110,7 @@ class DatasetWorkers:
         if not worker.begun:
             return ConfigError(
                 f"--dataset-workers: a process did not start ({how}). It imports the script that started the run: what"
-                " a script does must stand under `if __name__ == '__main__':`"
+                " a script does must stand under `if __name__ == '__main__':`, and it must lie in a file"
             )
         row = worker.row
         where = f"while it read {self._key(row)!r} (row {row})" if row >= 0 else "between two rows"
