@@ -37,7 +37,7 @@ from fmextract import (
     text,
     workers,
 )
-from fmextract.capture import probe
+from fmextract.capture import blame, probe
 from fmextract.capture.untouched import State, untouched
 from fmextract.common.facts import Told
 from fmextract.common.folders import remembered
@@ -207,14 +207,24 @@ def _probe(
 ) -> tuple[tuple[taps.Probed, ...], taps.Event | None, int, list[str]]:
     noise = _noise(input_shape, where)
     seen = _surveyed(loaded, noise)
-    wanted = taps.resolve(selectors or taps.default_selectors(loaded.module, seen), seen)
-    with _failing_on(input_shape):
-        probed, refused = _with_photos_or_without(loaded, wanted, input_shape, where, photos)
+    wanted, errors = taps.found(selectors or taps.default_selectors(loaded.module, seen), seen)
+    probed: list[taps.Probed] = []
+    refused: list[taps.Refused] = []
+    if wanted:
+        with _failing_on(input_shape, loaded.module):
+            probed, refused = _with_photos_or_without(loaded, wanted, input_shape, where, photos)
     notes = [f"left out {path!r}: {why}" for path, why in taps.left_out(selectors, seen).items()]
     for refusal in refused:
         if (selectors and refusal.tap.explicit) or not probed:
-            raise LayerError(f"layer {refusal.tap.name!r} cannot be stored row by row: {refusal.why}")
+            errors.append(LayerError(f"layer {refusal.tap.name!r} cannot be stored row by row: {refusal.why}"))
         notes.append(f"left out {refusal.tap.name!r}: {refusal.why}")
+    for one in probed:
+        try:
+            _reduction(one)
+        except LayerError as error:
+            errors.append(error)
+    if errors:
+        raise taps.at_once(errors)
     largest = max(4 * math.prod(info.shape) // len(noise) for infos in seen.tensors.values() for info in infos)
     return tuple(probed), seen.stop_before([p.tap for p in probed]), largest, notes
 
@@ -274,13 +284,13 @@ def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[geometry.Redu
 
 
 def _surveyed(loaded: models.LoadedModel, noise: torch.Tensor) -> taps.Survey:
-    with _failing_on(noise.shape[1:]):
+    with _failing_on(noise.shape[1:], loaded.module):
         return taps.survey(loaded.module, loaded.forward, noise)
 
 
 @contextmanager
-def _failing_on(shape: Sequence[int]) -> Iterator[None]:
-    """Whatever the model raises for inputs of `shape`, as a LayerError that says so."""
+def _failing_on(shape: Sequence[int], model: torch.nn.Module) -> Iterator[None]:
+    """Whatever the model raises for inputs of `shape`, as a LayerError that says what is known of it."""
     try:
         yield
     except FmextractError:
@@ -288,8 +298,7 @@ def _failing_on(shape: Sequence[int]) -> Iterator[None]:
     except Exception as error:
         shown = " x ".join(map(str, shape))
         raise LayerError(
-            f"the model fails on an input of {shown} (channel x height x width): {type(error).__name__}: {error}."
-            " Another input size is set by --size, another preprocessing by --preprocess."
+            f"the model fails on an input of {shown} (channel x height x width): {blame.told(error, model)}"
         ) from error
 
 
@@ -297,7 +306,10 @@ def _reduction(probed: taps.Probed) -> reducers.Reduction | None:
     if not probed.tap.reducer:
         return None
     try:
-        return reducers.reduction(probed.tap.reducer, probed.shape, probed.axes)
+        made = reducers.reduction(probed.tap.reducer, probed.shape, probed.axes)
+        if not made.stores:
+            _captured(probed, made)
+        return made
     except LayerError as error:
         raise LayerError(f"layer {probed.tap.name!r}: {error}") from error
 
@@ -773,7 +785,7 @@ def describe(
     with precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
         seen = _surveyed(loaded, _noise(shape, cpu))
         wanted = taps.resolve(selectors or ["**", "."], seen)
-        with _failing_on(shape):
+        with _failing_on(shape, loaded.module):
             probed, refused = probe.probe(loaded.module, loaded.forward, wanted, shape, cpu)
     return _module_rows(seen, wanted, probed, refused, everything=not selectors)
 

@@ -303,26 +303,50 @@ class Tap:
 def resolve(selectors: Sequence[str], seen: Survey) -> list[Tap]:
     """The taps that `selectors` stand for, without repeats, in the order of execution.
 
-    Raises LayerError for a selector that matches nothing, naming the closest matches. Of the modules that a pattern
+    Raises LayerError for selectors that match nothing, naming the closest matches. Of the modules that a pattern
     matches, those that give no such tensor are left out.
     """
-    found: dict[str, Tap] = {}
+    taps, errors = found(selectors, seen)
+    if errors:
+        raise at_once(errors)
+    return taps
+
+
+def found(selectors: Sequence[str], seen: Survey) -> tuple[list[Tap], list[LayerError]]:
+    """(what `resolve` gives, without the selectors that stand for nothing; what is wrong with each of those)."""
+    taps: dict[str, Tap] = {}
+    errors: list[LayerError] = []
     for text in selectors:
-        selector = Selector.of(text, seen.types)
-        made: list[Tap] = []
-        errors: list[LayerError] = []
-        for module in _matching_modules(selector, seen):
-            try:
-                made += _taps_of(selector, module, seen)
-            except LayerError as error:
-                errors.append(error)
-        if errors and not (made and selector.is_pattern):
-            raise errors[0]
+        try:
+            made = _of_selector(Selector.of(text, seen.types), seen)
+        except LayerError as error:
+            errors.append(error)
+            continue
         for tap in made:
-            if tap.name not in found or tap.explicit:
-                found[tap.name] = tap
+            if tap.name not in taps or tap.explicit:
+                taps[tap.name] = tap
     position = {event: i for i, event in enumerate(seen.tensors)}
-    return sorted(found.values(), key=lambda tap: position[Event(tap.module, tap.number, tap.tap)])
+    return sorted(taps.values(), key=lambda tap: position[Event(tap.module, tap.number, tap.tap)]), errors
+
+
+def at_once(errors: Sequence[LayerError]) -> LayerError:
+    """One error that says what is wrong with every layer."""
+    if len(errors) == 1:
+        return errors[0]
+    return LayerError("\n- ".join([f"{len(errors)} of the layers cannot be had:", *map(str, errors)]))
+
+
+def _of_selector(selector: Selector, seen: Survey) -> list[Tap]:
+    made: list[Tap] = []
+    errors: list[LayerError] = []
+    for module in _matching_modules(selector, seen):
+        try:
+            made += _taps_of(selector, module, seen)
+        except LayerError as error:
+            errors.append(error)
+    if errors and not (made and selector.is_pattern):
+        raise errors[0]
+    return made
 
 
 def _matching_modules(selector: Selector, seen: Survey) -> list[str]:
