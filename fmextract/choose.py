@@ -243,13 +243,14 @@ def _in_lower_precision(
     Raises whatever the model raises in this precision as it is written.
     """
     subject, auto = question.subject, question.memory_format == "auto"
-    plain = modes.as_written(subject, name, sample.inputs)
+    real = sample.inputs[: sample.real]  # without the noise: what errors are told of
+    plain = modes.as_written(subject, name, real)
     formats = dict.fromkeys((full.memory_format, "contiguous") if auto else (full.memory_format,))
     wanted = modes.candidates(name, list(formats), pairs if _own_ways(question) else (), pooling=False)
     if question.compile:  # which casts by itself, and knows no other operators than torch's
         wanted = list(dict.fromkeys(Mode(mode.memory_format) for mode in wanted))
-    judge = modes.no_rougher(subject, reference, plain)
-    taken, told = modes.first_right(subject, name, [m for m in wanted if m != PLAIN], sample.inputs, judge)
+    judge = modes.no_rougher(subject, [t[: sample.real] for t in reference.tensors], plain)
+    taken, told = modes.first_right(subject, name, [m for m in wanted if m != PLAIN], real, judge)
     if taken is None and PLAIN not in wanted:
         raise ConfigError(told)
     return taken or plain, told
@@ -304,7 +305,7 @@ def _in_turns(question: Question, trials: Mapping[str, Trial], sample: _Sample) 
     """
     name = question.precision
     asked = list(trials) if name == "auto" else [name]
-    seconds = {name: [trial.seconds / len(sample)] for name, trial in trials.items()}
+    seconds = {name: [trial.seconds] for name, trial in trials.items()}
     if question.device.type == "cpu" and question.rows < 50 * len(sample):
         return seconds
     rounds = PASSES if name == "auto" and len(trials) > 1 else PASSES - 1

@@ -53,7 +53,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A model in one precision and mode: what one pass over a sample captured, copied, and the seconds it took.
+    """A model in one precision and mode: what one pass over a sample captured, copied, and its seconds an image.
 
     `overwritten`: taps that are written in place later, in this precision and mode.
     """
@@ -167,7 +167,7 @@ def _settled(
         try:
             with readers or nullcontext():
                 seconds, tensors = run(subject, name, lending, inputs, overwritten)
-            trial = Trial(name, mode, lending, overwritten, tensors, seconds)
+            trial = Trial(name, mode, lending, overwritten, tensors, seconds / len(inputs))
             why: Exception = _Differs(judge(trial))
             if not str(why):
                 return trial
@@ -226,30 +226,29 @@ def _apart(row: torch.Tensor, other: torch.Tensor, most: float) -> str:
         row[~finite].nan_to_num(), other[~finite].nan_to_num()
     ):
         return "other values are not finite"
-    exact = other[finite].double()
-    away = row[finite].double() - exact
-    scale = float(exact.norm())
-    far, farthest = float(away.norm()), float(away.abs().amax()) if away.numel() else 0.0
-    of_one = OF_ONE_VALUE * ROUNDING.get(row.dtype, 0.0) * scale / max(1, exact.numel()) ** 0.5
+    if not bool(finite.all()):
+        row, other = row[finite], other[finite]
+    away = row - other
+    scale, far = (float(torch.linalg.vector_norm(values, dtype=torch.float64)) for values in (other, away))
+    farthest = float(away.abs().amax()) if away.numel() else 0.0
+    of_one = OF_ONE_VALUE * ROUNDING.get(row.dtype, 0.0) * scale / max(1, away.numel()) ** 0.5
     if far <= most * scale and farthest <= of_one:
         return ""
     return f"relative L2 distance {far / scale:.2g}" if scale else "it is zero there"
 
 
-def no_rougher(subject: Subject, reference: Trial, plain: Trial) -> Judge:
-    """In a lower precision: no layer is much farther from fp32 than it is in the model as written."""
-    allowed = [
-        max(LEAST_ERROR, ROUGHER * (relative_error(rows, exact) or 0.0))
-        for rows, exact in zip(plain.tensors, reference.tensors, strict=True)
-    ]
+def no_rougher(subject: Subject, reference: Sequence[torch.Tensor], plain: Trial) -> Judge:
+    """In a lower precision: no layer is much farther from fp32, the `reference`, than it is in the model as written."""
+    pairs = list(zip(plain.tensors, reference, strict=True))
+    allowed = [max(LEAST_ERROR, ROUGHER * (relative_error(rows, exact) or 0.0)) for rows, exact in pairs]
+    beyond = [overflown(rows, exact) for rows, exact in pairs]
 
     def judge(trial: Trial) -> str:
-        for i, rows in enumerate(trial.tensors):
-            exact, name = reference.tensors[i], subject.probed[i].tap.name
-            error = relative_error(rows, exact)
+        for i, (rows, exact) in enumerate(zip(trial.tensors, reference, strict=True)):
+            error, name = relative_error(rows, exact), subject.probed[i].tap.name
             if error is not None and error > allowed[i]:
                 return f"layer {name!r} is farther from fp32 than in the model as written: {error:.2g}"
-            if overflown(rows, exact) > overflown(plain.tensors[i], exact):
+            if overflown(rows, exact) > beyond[i]:
                 return f"layer {name!r} holds values that are not finite, unlike in the model as written"
         return ""
 
