@@ -30,6 +30,7 @@ SHARE_OF_LIMIT = 0.88
 
 
 PROCESSES = 384 << 20, 40 << 20  # what processes share, and what each has for itself and in common with us, measured
+DATASET_PROCESS = 400 << 20  # what a process that reads a Dataset has for itself, without its copy of it, measured
 LIBRARIES = 96 << 20  # HDF5, the decoders and the stacks of the threads, once each
 INSIDE = 6  # tensors as large as the largest that a forward pass holds at a time, the matrix library's scratch included
 

@@ -478,7 +478,7 @@ def _estimate(
         costs,
         device=prepared.device.type,
         largest=prepared.largest,
-        kept=_kept_bytes(prepared, chosen),
+        kept=_kept_bytes(prepared, chosen) + prepared.reader.workers * estimate.DATASET_PROCESS,
         processes=partial(workers.are_processes, threads, config.worker_kind),
     )
 

@@ -24,13 +24,14 @@ import pytest
 import torch
 import torchvision.transforms as v1
 import users
-from runs import Ended, Notes, Tiny, extract, make_photos
+from runs import OPTIONS, Ended, Notes, Tiny, extract, make_photos
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from users import Array, pixels
 
-from fmextract import reader, workers
+from fmextract import reader, run, workers
+from fmextract.config import Config
 from fmextract.errors import ConfigError, OutputError, SampleError, SourceLost
 from fmextract.images import CustomPreprocess, Image
 from fmextract.inputs import reading
@@ -463,18 +464,29 @@ def test_a_dataset_in_a_file_of_its_own_is_found_by_the_process_and_preprocessed
     same(there, here)
 
 
+class Here:
+    """In the place of processes: the same, by this one."""
+
+    def __init__(self, make: Any, count: int, key: Any) -> None:
+        self.make = make
+
+    def each(self, rows: Iterable[int], watch: Any) -> Iterator[Any]:
+        return (self.make(row, watch()) for row in rows)
+
+    def close(self) -> None: ...
+
+
+def test_a_plan_counts_the_memory_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "DatasetWorkers", Here)
+    peak = [
+        run.make_plan(users.Position(4), Tiny(), tmp_path / "out.h5", Config.of(**OPTIONS, dataset_workers=n))
+        for n in (0, 3)
+    ]
+    assert 1e9 < peak[1].estimate.bytes_peak - peak[0].estimate.bytes_peak < 2e9
+
+
 def test_a_file_starts_no_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever it says of the run that made it, its rows are run again by one thread."""
-
-    class Here:
-        def __init__(self, make: Any, count: int, key: Any) -> None:
-            self.make = make
-
-        def each(self, rows: Iterable[int], watch: Any) -> Iterator[Any]:
-            return (self.make(row, watch()) for row in rows)
-
-        def close(self) -> None: ...
-
     monkeypatch.setattr(reading, "DatasetWorkers", Here)
     extract(users.Augmented(8), tmp_path / "out.h5", dataset_workers=1000)
     monkeypatch.setattr(reading, "DatasetWorkers", pytest.fail)
