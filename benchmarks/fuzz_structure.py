@@ -469,7 +469,7 @@ def commands(target: Path, base: Path, out: Path) -> dict[str, list[str]]:
         "info": ["info", str(target), "--json"],
         "info table": ["info", str(target)],
         "verify": ["verify", str(target), "--json"],
-        "verify rerun": ["verify", str(target), "--rerun", "1"],
+        "verify rerun": ["verify", str(target), "--rerun", "1", "-m", f"{base}/model.py:small"],
         "report": ["report", str(target), "-o", str(out / "r.html"), *photos],
         "show maps": ["show", "maps", str(target), *sample, str(out / "maps"), *photos, "--json"],
         "show overlay": ["show", "maps", str(target), *sample, str(out / "o.png"), *photos, "--overlay"],
