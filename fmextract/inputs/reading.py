@@ -212,15 +212,20 @@ class Reader:
     def first(self, row: int) -> images.Image:
         """As `image`; a row that does not come out alike a second time, from the same seeds, is worth a note."""
         image = self.image(row)
-        if not self.serial and any(code is not None for code in self._users.values()):
+        if all(code is None for code in self._users.values()):
+            return image
+        if not self.serial:
             self._look_at_others()
-        if any(code is not None for code in self._users.values()):
-            again = self.image(row)
-            if not torch.equal(image.pixels.nan_to_num(), again.pixels.nan_to_num()):
-                self._note(
-                    f"{self._source.key(row)!r} comes out differently each time it is read, from the same random seeds:"
-                    " what is stored cannot be made again"
-                )
+        try:
+            pixels = self.image(row).pixels
+        except SampleError as error:
+            self._note(f"{self._source.key(row)!r} cannot be read a second time: {error}")
+            return image
+        if not torch.equal(image.pixels.nan_to_num(), pixels.nan_to_num()):
+            self._note(
+                f"{self._source.key(row)!r} comes out differently each time it is read, from the same random seeds:"
+                " what is stored cannot be made again"
+            )
         return image
 
     def _look_at_others(self) -> None:

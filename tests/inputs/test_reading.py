@@ -367,6 +367,21 @@ def test_items_that_are_never_the_same_are_told() -> None:
     assert "'000001' comes out differently each time it is read, from the same random seeds" in note
 
 
+def test_items_that_can_be_had_only_once_are_told() -> None:
+    given: set[int] = set()
+
+    class Once(users.Rows):
+        def __getitem__(self, row: int) -> Array:
+            if row in given:
+                raise EOFError("that was it")
+            given.add(row)
+            return pixels(row)
+
+    made = Reader(open_source(Once(3)), PLAIN)
+    assert (made.first(1).pixels.numpy() == pixels(1).transpose(2, 0, 1)).all()
+    assert made.notes == ["'000001' cannot be read a second time: EOFError: that was it"]
+
+
 # ------------------------------------------------------------------------------------------------------ processes
 
 
