@@ -281,7 +281,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     import fmextract.run
 
     def fail_with(error: BaseException) -> None:
-        def run(*_: object) -> None:
+        def run(*_: object, **options: object) -> None:
             raise error
 
         monkeypatch.setattr(fmextract.run, "run", run)
