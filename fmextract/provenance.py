@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from fmextract import models
-from fmextract.common.facts import Facts, Told, interpreter, settled
+from fmextract.common.facts import Facts, Told, changing, interpreter, settled
 from fmextract.images import CustomPreprocess
 from fmextract.model.structure import structure
 from fmextract.reducers import REDUCERS, Reduction
@@ -63,10 +63,11 @@ def code_facts(
     told = {**now, "reducers": own.told()}
     packages = set(source.get("packages", ())).union(*(part.packages for part in told.values()))
     made: dict[str, Any] = {"by": {"python": interpreter(), **_versions_of(packages)}}
+    unknown: list[str] = []
     for name, part in told.items():
         facts = settled(before[name].facts, part.facts) if name in before else dict(part.facts)
         made |= {name: facts} if facts else {}
-    unknown = [f"{name}: {what}" for name, part in told.items() for what in part.unknown]
+        unknown += [f"{name}: {what}" for what in (*part.unknown, *changing(facts))]
     return made, [*unknown, *(f"source: {what}" for what in source.get("not_covered", ()))]
 
 

@@ -23,7 +23,7 @@ import sysconfig
 import types
 import uuid
 import weakref
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +62,11 @@ class Told:
     unknown: tuple[str, ...] = ()
 
 
+def changing(facts: Mapping[str, Any]) -> list[str]:
+    """Those that say nothing, as a run itself changes them."""
+    return [f"{name} ({CHANGES})" for name, fact in facts.items() if fact == CHANGES]
+
+
 def settled(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
     """The facts `now`, with CHANGES in the place of those that were others `before`."""
     names = [*now, *(name for name in before if name not in now)]
@@ -81,6 +86,7 @@ class Facts:
         self._places = dict(places or {})
         self._told: dict[str, list[Any]] = {}
         self._numbers: dict[int, int] = {}
+        self._named: Counter[str] = Counter()
         self._kept: list[Any] = []  # what has a number: no `id` is used twice
         self._functions: deque[types.FunctionType] = deque()
         self._methods: dict[type, set[str]] = {}
@@ -93,6 +99,10 @@ class Facts:
     def value(self, name: str, value: Any) -> None:
         """Tell `value` under `name`: as it is where it is short and plain, else by a digest of its content."""
         self._tell(name, self._shown(name, value))
+
+    def cannot_tell(self, name: str, value: Any) -> None:
+        """Name `value` as what cannot be told."""
+        self._unknown_parts[name] = f"an object of type {type(value).__qualname__}"
 
     def methods(self, cls: type, names: Iterable[str]) -> None:
         """Tell these methods of a class, and whichever other methods of it are used by code that is told."""
@@ -178,9 +188,10 @@ class Facts:
         return number
 
     def _keep(self, thing: Any) -> int:
-        """The number of an object: as many as were met before it."""
+        """The number of a function or class: as many of its name as were met before it."""
         if id(thing) not in self._numbers:
-            self._numbers[id(thing)] = len(self._kept)
+            self._numbers[id(thing)] = self._named[thing.__name__]
+            self._named[thing.__name__] += 1
             self._kept.append(thing)
         return self._numbers[id(thing)]
 
@@ -501,6 +512,7 @@ def _own_names(cls: type) -> frozenset[str]:
             found |= vars(owner).keys() - {"__dict__", "__weakref__", "__doc__", "__init__", "__new__"}
             found -= {"__module__", "__qualname__", "__annotations__", "__orig_bases__", "__parameters__"}
             found -= {"__abstractmethods__", "_abc_impl", "__slots__", "__firstlineno__", "__static_attributes__"}
+            found -= {"__dataclass_fields__", "__dataclass_params__", "__repr__", "__str__"}
             found -= {"__annotate__", "__annotate_func__", "__annotations_cache__", "__classcell__", "__match_args__"}
     return frozenset(found)
 

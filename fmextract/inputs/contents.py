@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fmextract.common.facts import Facts, Told, attributes_of, is_library, settled
+from fmextract.common.facts import Facts, Told, attributes_of, changing, is_library, settled
 
 __all__ = ["contents_at_first", "fingerprint_of", "labels_digest", "stamps"]
 
@@ -28,13 +28,14 @@ def contents_at_first(data: Any) -> Told:
 
 def _of_dataset(data: Any) -> Told:
     """Facts of code that nobody here knows, as far as they can be told."""
-    facts = Facts({id(data): "the data"})
+    parts = _parts(data)
+    facts = Facts({id(part): f"part {number}" for number, part in enumerate(parts)})
     groups: dict[type, list[tuple[str, Mapping[str, Any]]]] = {}
     packages = set()
-    for number, part in enumerate(_parts(data)):
+    for number, part in enumerate(parts):
         kept = attributes_of(part)
         if kept is None:
-            facts.digest(type(part).__qualname__, part)  # names it as what cannot be told
+            facts.cannot_tell(type(part).__qualname__, part)
             kept = {}
         if is_library(type(part).__module__):
             packages.add(type(part).__module__.partition(".")[0])
@@ -59,7 +60,7 @@ def fingerprint_of(data: Any, rows: int, before: Told) -> dict[str, Any]:
     return {
         "code": dict(now.facts),
         "packages": sorted(now.packages),
-        "not_covered": list(now.unknown),
+        "not_covered": [*now.unknown, *changing(now.facts)],
         **(stamps(os.fsencode(path) for path, _ in files[:rows]) if isinstance(files, list) else {}),
     }
 

@@ -259,3 +259,29 @@ def test_content_of_data_is_told() -> None:
         float("nan"),
     ]
     assert len({digest(value) for value in different}) == len(different)
+
+
+def test_parts_of_a_dataset_are_told_apart_from_what_they_count() -> None:
+    """A counter in the Dataset that a Subset is of leaves the indices told."""
+    from torch.utils.data import Dataset, Subset
+
+    from fmextract.inputs.sources import open_source
+
+    class Counting(Dataset[np.ndarray]):
+        calls = 0
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, row: int) -> np.ndarray:
+            self.calls += 1
+            return np.full((8, 8, 3), row, np.uint8)
+
+    told = []
+    for rows in ([0, 1], [0, 1], [1, 2]):
+        source = open_source(Subset(Counting(), rows))
+        source.load(0)
+        told.append(source.fingerprint())
+    assert told[0]["code"] == told[1]["code"]
+    assert told[0]["code"]["settings of Subset"] != told[2]["code"]["settings of Subset"]
+    assert told[0]["not_covered"] == [f"Counting.calls ({CHANGES})"]
