@@ -25,7 +25,7 @@ ORDER = re.findall(
     codecs
     storage.schema storage.columns storage store index lock watch feeding reader
     device
-    common.folders common.trust common.imports common.streams common.relative_error common
+    common.folders common.trust common.beside common.imports common.streams common.relative_error common
     inputs.contents inputs.files inputs.pictures inputs.tables inputs.labels inputs.items inputs.kinds inputs.given
     inputs.folders inputs.manifests inputs.attributes inputs.datasets inputs.sources inputs
     capture.reducer_help capture.atoms capture.reach capture images

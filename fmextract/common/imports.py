@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
 
 from fmextract.common import trust
+from fmextract.common.beside import load_file
 from fmextract.errors import ConfigError
 
 __all__ = ["import_object"]
@@ -18,15 +18,15 @@ __all__ = ["import_object"]
 def import_object(text: str, error: type[ConfigError], purpose: str) -> Any:
     """What `module:name` or `path/file.py:name` names; `name` may have dots. `purpose` begins the error's message.
 
-    A module is looked for where Python does, and in the working directory. Where names come out of a file, only what
-    the user gave again is imported (`trust`).
+    A module is looked for where Python does, and in the working directory; a file finds what lies beside it
+    (`beside`). Where names come out of a file, only what the user gave again is imported (`trust`).
     """
     trust.check_import(text, purpose)
     place, _, name = text.rpartition(":")
     if not place or not name:
         raise error(f"{purpose}: expected module:name or path/file.py:name, got {text!r}")
     try:
-        module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
+        module = load_file(Path(place)) if place.endswith(".py") else _import_module(place)
         return functools.reduce(getattr, name.split("."), module)
     except FileNotFoundError as missing:
         raise error(f"{purpose}: there is no file {place!r}") from missing
@@ -45,15 +45,3 @@ def _import_module(name: str) -> Any:
         return importlib.import_module(name)
     finally:
         sys.path.remove(here)
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(path)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot import {path}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # dataclasses and pickles look their module up
-    spec.loader.exec_module(module)
-    return module

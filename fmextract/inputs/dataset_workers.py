@@ -11,11 +11,9 @@ A process takes some rows at a time, and holds no more than those: memory is bou
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import itertools
 import multiprocessing
-import os
 import pickle
 import queue
 import signal
@@ -26,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -33,6 +32,7 @@ import PIL.ImageFile
 import torch
 from torch.utils.data._utils import worker as torch_worker
 
+from fmextract.common.beside import load_file
 from fmextract.errors import ConfigError, SourceLost
 
 AHEAD = 8
@@ -345,17 +345,5 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module in self._files and module not in sys.modules:
-            _load_file(module, self._files[module])
+            load_file(Path(self._files[module]), module)
         return super().find_class(module, name)
-
-
-def _load_file(name: str, path: str) -> None:
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot import {path}")
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    sys.path.append(os.path.dirname(path))  # noqa: PTH120  its neighbours
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fmextract.common.beside import plain_name
 from fmextract.common.facts import Told
 from fmextract.errors import SampleError, SourceError
 from fmextract.inputs.attributes import kept_by
@@ -136,7 +137,7 @@ class DatasetSource:
     def fingerprint(self) -> Mapping[str, Any]:
         """Count, digests of the keys and labels, type of the Dataset, and what it holds, as far as that can be told."""
         keys = Names(key.encode("utf-8", "backslashreplace") for key in self.keys)
-        kind = f"{type(self.data).__module__}.{type(self.data).__qualname__}"
+        kind = f"{plain_name(type(self.data).__module__)}.{type(self.data).__qualname__}"
         told = fingerprint_of(self.data, len(self), self.before)
         return {"count": len(self), "keys": keys.digest(), "dataset": kind, **told, **labels_digest(self.labels)}
 

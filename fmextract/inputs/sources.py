@@ -78,7 +78,7 @@ def _open_text(text: str, options: Options) -> Source:
         return _open_pattern(text, options)
     if is_code(text):
         found = import_object(text, SourceError, "the source")
-        needs_call = callable(found) and not hasattr(found, "__getitem__")
+        needs_call = isinstance(found, type) or (callable(found) and not hasattr(found, "__getitem__"))
         return _open_object(_call(found, text) if needs_call else found, text, options)
     raise SourceError(f"no such file or folder: {text!r}. {_SOURCES}")
 
