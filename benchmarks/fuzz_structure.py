@@ -503,7 +503,8 @@ def wrong(name: str, arguments: list[str], target: Path) -> str | None:
     said = err.getvalue()
     if code not in (0, 2, 3, 4, 5):
         return f"{name}: exit status {code}: {_end(said)}"
-    if code in (2, 4) and target.name not in said.partition("error: ")[2]:
+    # A photo that cannot be shown is named itself.
+    if code in (2, 4) and not any(name in said.partition("error: ")[2] for name in (target.name, "photos/")):
         return f"{name}: does not name the file: {said.rpartition('error:')[2].strip()[:300]}"
     if "--json" in arguments and out.getvalue():
         try:

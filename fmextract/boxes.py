@@ -38,9 +38,9 @@ def photo_box(box: Box, preprocess: Mapping[str, Any], size: tuple[int, int]) ->
 
     `preprocess` is the recorded preprocessing (the file's attribute of this name, or the fields of a Preprocess): the
     resize and the centre crop are undone, and what the crop added around a small photo is cut off. None where the
-    preprocessing is the user's own and cannot be undone.
+    preprocessing is the user's own and cannot be undone, and where the file does not know the photo's size.
     """
-    if preprocess.get("kind", "standard") != "standard":
+    if preprocess.get("kind", "standard") != "standard" or min(size) < 1:
         return None
     resized = resized_size(*size, _size(preprocess.get("resize")))
     crop = _size(preprocess.get("crop"))

@@ -15,7 +15,6 @@ import csv
 import functools
 import io
 import itertools
-import json
 import math
 import os
 import re
@@ -26,7 +25,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
@@ -38,6 +36,7 @@ from fmextract.look.select import select_layers
 from fmextract.progress import Quiet
 from fmextract.reader import Activations, Layer
 from fmextract.records import FileStamp, Label, LayerSpec, Progress, SampleTable
+from fmextract.storage import schema
 from fmextract.storage.columns import form_of, stored_names
 from fmextract.text import byte_count, count
 
@@ -225,7 +224,7 @@ def _check_target(target: Path, to: str, overwrite: bool) -> None:
         raise OutputError(f"{target} exists; --overwrite replaces it, -o names another")
     try:
         about = form.about(target)
-    except (OSError, ValueError, KeyError, TypeError):  # it is something else
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):  # it is something else
         about = {}
     if not isinstance(about, dict) or about.get("format") != MARK:
         raise OutputError(f"{target} exists and is no export to {to}; name another place, or remove it yourself")
@@ -307,7 +306,7 @@ def _file_name(layer: str) -> str:
 
 
 def _about_npy(folder: Path) -> Any:
-    return json.loads((folder / "index.json").read_text(encoding="utf-8"))
+    return schema.load((folder / "index.json").read_text(encoding="utf-8"))
 
 
 # ------------------------------------------------------------------------------------------------------- safetensors
@@ -356,8 +355,8 @@ def _write_safetensors(job: _Job, path: Path) -> list[ExportedLayer]:
 def _about_safetensors(path: Path) -> Any:
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(size, MOST_HEADER_BYTES)))
-    return json.loads(header["__metadata__"][_ABOUT])
+        header = schema.load(file.read(min(size, MOST_HEADER_BYTES)).decode())
+    return schema.load(header["__metadata__"][_ABOUT])
 
 
 # ----------------------------------------------------------------------------------------------------------- parquet
@@ -421,7 +420,7 @@ def _pyarrow() -> tuple[Any, Any]:
 
 
 def _about_parquet(path: Path) -> Any:
-    return json.loads(_pyarrow()[1].read_schema(path).metadata[_ABOUT.encode()])
+    return schema.load(_pyarrow()[1].read_schema(path).metadata[_ABOUT.encode()].decode())
 
 
 # ------------------------------------------------------------------------------------------------------------ netcdf
@@ -435,8 +434,7 @@ def _write_netcdf(job: _Job, path: Path) -> list[ExportedLayer]:
     acts = job.acts
     parts = [file.path for file in acts._files]
     stats, attrs, smaller = output.merged(parts, job.names)
-    with acts._files[0].hdf5() as first:
-        info = store.read_info(first)
+    info = acts._files[0].info()
     written = _written(
         job.layers,
         [f"/layers/{store.escape_name(name)}" for name in job.names],
@@ -487,8 +485,7 @@ def _encoded(values: Array, spec: LayerSpec, place: Sequence[int]) -> codecs.Sto
 
 
 def _about_netcdf(path: Path) -> Any:
-    with h5py.File(path, "r", locking=False) as file:
-        return json.loads(file.attrs[_ABOUT])
+    return schema.load(store.read_text(path, "/", _ABOUT))
 
 
 # --------------------------------------------------------------------------------------------------------------- rdm
@@ -528,8 +525,7 @@ def _write_rdm(job: _Job, path: Path) -> list[ExportedLayer]:
 
 
 def _about_rdm(path: Path) -> Any:
-    with h5py.File(path, "r", locking=False) as file:
-        return json.loads(file["descriptors"].attrs[_ABOUT])
+    return schema.load(store.read_text(path, "/descriptors", _ABOUT))
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ from fmextract import codecs, index, moments, store
 from fmextract.boxes import cell_box
 from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
 from fmextract.heaps import check_heaps
-from fmextract.records import Field, Label, LayerSpec
+from fmextract.records import Field, FileInfo, Label, LayerSpec
 from fmextract.selection import AxisIndex, Part, Selection, count, crossing, cut, per_axis, selection_of, stretches
 from fmextract.storage import schema
 from fmextract.storage.columns import Form, as_array, common_form, decode_column, encode_column
@@ -870,6 +870,8 @@ class _File:
         with self.hdf5() as file:
             self.contents = store.validate(file)
             self.start = int(file["sample"][0])
+        if not 0 <= self.start <= schema.LARGEST:
+            raise DamagedError(f"{path}: /sample begins at row {self.start}")
         count = self.contents.rows
         self.rows = range(count) if rows is None else rows
         if len(self.rows) != count:
@@ -891,7 +893,9 @@ class _File:
                 self._complete(dataset)
             strings = h5py.check_string_dtype(dataset.dtype) is not None
             values: Array = np.asarray(dataset.asstr()[:] if strings else dataset[:])
-            return values
+        if name == "sample" and not np.array_equal(values, np.arange(self.start, self.start + len(values))):
+            raise DamagedError(f"{self.path}: /sample does not count its rows")
+        return values
 
     def brought(self, name: str | None) -> list[Label]:
         """A column that the source brought along, None where there is no value, and for every row without a column."""
@@ -916,6 +920,16 @@ class _File:
             }
             channels = group["activation"].shape[1 + axis]
             return schema.statistics(values, channels, f"{self.path}: {group.name}/stats")
+
+    def coordinates(self, layer: str) -> dict[str, Array]:
+        """The values of the scales along the axes of a layer, by the axis."""
+        with self.hdf5() as file:
+            group = file["layers"][store.escape_name(layer)]
+            return {axis: np.asarray(group[axis][()]) for axis in self.contents.layers[layer].spec.axes}
+
+    def info(self) -> FileInfo:
+        """The root attributes as they were written."""
+        return store.info_of(self.contents.attrs, self.contents.said)
 
     def stored(self, layer: str) -> _Stored:
         """Where the chunks of a layer lie; looked up once."""

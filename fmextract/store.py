@@ -984,7 +984,11 @@ def row_range(file: h5py.File) -> range:
 def read_info(file: h5py.File) -> FileInfo:
     """The root attributes of a file."""
     with _reading(file):
-        attrs, said = schema.attributes(_root(file), schema.ROOT, file.filename)
+        return info_of(*schema.attributes(_root(file), schema.ROOT, file.filename))
+
+
+def info_of(attrs: Mapping[str, Any], said: Mapping[str, Any]) -> FileInfo:
+    """The same, of attributes that were read, and of what those of them mean that hold JSON."""
     names = ("title", "source", "history", "model", "weights_sha256", "precision", "created")
     loaded = {"fmextract_config", "preprocess", "versions"}
     fixed = {*names, *loaded, "format", "format_version", "Conventions", "content_digest"}
@@ -995,6 +999,13 @@ def read_info(file: h5py.File) -> FileInfo:
         versions=said["versions"],
         extra={name: value for name, value in attrs.items() if name not in fixed},
     )
+
+
+def read_text(path: Path, group: str, name: str) -> str:
+    """An attribute of an HDF5 file that may be anybody's. Raises OSError, RuntimeError, KeyError or ValueError where
+    there is no such text."""
+    with h5py.File(path, "r", locking=False) as file:
+        return schema.text(schema.attribute(h5py.h5o.open(file.id, group.encode()), name.encode()))
 
 
 def read_layer(group: h5py.Group) -> LayerSpec:

@@ -291,12 +291,11 @@ class _Check:
         return range(start + at, start + min(at + step, len(layer)))
 
     def _coordinates(self, path: Path, layer: reader.Layer) -> None:
-        with layer._acts._files[0].hdf5() as file:
-            group = file["layers"][store.escape_name(layer.name)]
-            for role, size in zip(layer.axes[1:], layer.shape[1:], strict=True):
-                expected, _ = store.coordinate(layer.field, role, size)
-                if not np.array_equal(group[role][:], expected):
-                    self._wrong(path, f"the coordinate {role} is not what the receptive field gives", layer.name)
+        there = layer._acts._files[0].coordinates(layer.name)
+        for role, size in zip(layer.axes[1:], layer.shape[1:], strict=True):
+            expected, _ = store.coordinate(layer.field, role, size)
+            if not np.array_equal(there[role], expected):
+                self._wrong(path, f"the coordinate {role} is not what the receptive field gives", layer.name)
 
 
 class _Recount:

@@ -109,6 +109,15 @@ def test_only_store_writes_hdf5() -> None:
                 assert name == "store", f"{name}.py line {node.lineno} writes HDF5"
 
 
+def test_only_storage_and_the_reader_read_hdf5() -> None:
+    """So that nothing is read of a file that the schema has not checked."""
+    for name, tree in MODULES.items():
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        assert "h5py" not in names or name in ("store", "reader", "storage.schema"), f"{name} imports h5py"
+        methods = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert "hdf5" not in methods or name == "reader", f"{name} opens a file in HDF5"
+
+
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stored") / "acts.h5"

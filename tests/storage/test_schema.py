@@ -19,6 +19,7 @@ from torch import nn
 
 from benchmarks import fuzz_structure
 from fmextract import index, reader, store
+from fmextract.boxes import photo_box
 from fmextract.errors import DamagedError, FmextractError, FormatError
 from fmextract.planning import Plan
 from fmextract.records import Field
@@ -313,3 +314,18 @@ def test_the_tables_name_what_a_file_has(path: Path) -> None:
         assert set(file.attrs) <= set(schema.ROOT)
         assert set(file[LAYER].attrs) <= set(schema.LAYER)
         assert {name for name in file if isinstance(file[name], h5py.Dataset)} <= set(schema.COLUMNS)
+
+
+def test_rows_that_do_not_count_up_are_refused(path: Path) -> None:
+    changed(path, lambda file: file["sample"].__setitem__(3, 10**6))
+    with reader.open(path) as acts, pytest.raises(DamagedError, match=r"a\.h5: /sample does not count its rows"):
+        acts.samples  # noqa: B018
+    changed(path, lambda file: file["sample"].__setitem__(slice(None), np.arange(-6, 0)))
+    with pytest.raises(DamagedError, match=r"a\.h5: /sample begins at row -6"):
+        reader.open(path)
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0), (-1, 7), (-(2**31), -(2**31))])
+def test_photos_of_no_size_have_no_boxes(size: tuple[int, int]) -> None:
+    """A row whose height and width are not known, or are anything."""
+    assert photo_box((0, 0, 4, 4), {"resize": 256, "crop": [224, 224]}, size) is None
