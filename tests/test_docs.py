@@ -100,7 +100,8 @@ def test_every_error_that_is_raised_stands_in_the_list_of_refusals(generate: Any
 def commands_shown(text: str) -> list[list[str]]:
     """The words of every line in a ```sh block."""
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
-    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
+    lines = (shlex.split(line, comments=True) for block in blocks for line in block.splitlines())
+    return [words for words in lines if words]
 
 
 SHOWN = [words for words in commands_shown(README + REFERENCE) if words[0] == "fmextract"]
