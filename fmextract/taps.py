@@ -674,6 +674,7 @@ class Capture:
         self._pads = not all(p.alone for p in taps)
         self._undecided = {i for i, p in enumerate(taps) if asking and p.undecided}
         self._usual: dict[int, torch.Tensor] = {}
+        self._asked: Counter[int] = Counter()
 
     def forward(self, forward: Forward, batch: torch.Tensor) -> list[torch.Tensor]:
         """One forward pass over `batch` (B, …); one tensor (B, …) a tap, in the order of the taps.
@@ -725,7 +726,9 @@ class Capture:
             )
         for i, values in changed.items():
             found = kinds(values)
-            if found >= min(3, len(values)):
+            self._asked[i] += found > 1
+            # A single image that is unlike the others may stand where it shows nothing: in the middle, say.
+            if found >= min(3, len(values)) or self._asked[i] >= 4:
                 self._undecided.discard(i)
             elif found == 1:
                 self._usual[i] = values[:1].clone()
