@@ -158,7 +158,8 @@ Layers = Annotated[
         "-l",
         metavar="SELECTOR",
         help="What to take; repeatable. A path layer4.2.conv3, a glob 'layer?.*.conv1' (** crosses dots), "
-        "type:Conv2d, 'conv#0' (the first in order of execution; 'conv#-1' the last). Suffixes: :2 second call, @in "
+        "type:Conv2d, 'conv#0' (the first in order of execution; 'conv#-1' the last), 'trunk#0' (the same without the "
+        "convolutions of shortcuts). Suffixes: :2 second call, @in "
         "the input, [1] a member, =mean a reducer (`fmextract layers --help` has the list). "
         "[default: the model's main parts]",
     ),

@@ -683,6 +683,7 @@ def _layer_spec(
         module_type=probed.tap.module_type,
         call=probed.tap.number,
         calls=probed.tap.calls,
+        number=probed.tap.numbers,
         tap=probed.tap.tap,
         member=probed.tap.member,
         reducer=probed.tap.reducer,
@@ -808,11 +809,6 @@ def _module_rows(
     refused: Sequence[taps.Refused],
     everything: bool,
 ) -> list[ModuleRow]:
-    numbers = {
-        path: f"{kind}#{i}"
-        for kind in sorted(set(seen.kinds.values()) - {""})
-        for i, path in enumerate(seen.numbered(kind))
-    }
     known = {p.tap.name: p for p in probed}
     why = {r.tap.name: r.why for r in refused}
     rows: list[ModuleRow] = []
@@ -824,7 +820,7 @@ def _module_rows(
                 index=len(rows),
                 path=tap.name,
                 type=tap.module_type,
-                number=numbers.get(tap.module, ""),
+                number=tap.numbers,
                 calls=tap.calls,
                 shape=stored.shape if stored else None,
                 axes=stored.axes if stored else (),

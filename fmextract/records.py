@@ -123,7 +123,8 @@ class LayerSpec:
     `mantissa` is the number of explicit mantissa bits that can be non-zero in the values, when fewer than dtype has.
     `chunk` is (images, *shape of the part of one image in a chunk). `erf_size` is the side, in pixels of the input, of
     the square that holds 90 % of a cell's squared gradient, None where it was not measured. Values of at most
-    `near_zero_below` either side of zero count as near zero, None where they are not counted.
+    `near_zero_below` either side of zero count as near zero, None where they are not counted. `number` has the
+    selectors by number that mean its module, as `conv#20 trunk#19`.
     """
 
     name: str
@@ -145,6 +146,7 @@ class LayerSpec:
     field: Field | None = None
     erf_size: float | None = None
     near_zero_below: float | None = None
+    number: str = ""
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):

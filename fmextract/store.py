@@ -445,6 +445,7 @@ def _layer_attrs(spec: LayerSpec) -> dict[str, Any]:
         "module_type": spec.module_type,
         "call": spec.call,
         "calls": spec.calls,
+        "number": spec.number or None,
         "tap": spec.tap,
         "member": spec.member or None,
         "reducer": spec.reducer or None,
@@ -1060,6 +1061,7 @@ def _layer_contents(file: str, group: _Node, children: Sequence[_Node], sample: 
         field=field,
         erf_size=attrs.get("erf_size"),
         near_zero_below=attrs.get("near_zero_below"),
+        number=attrs.get("number", ""),
     )
     return LayerContents(spec, attrs)
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from fmextract.capture.independence import kinds, leaking, same
 from fmextract.capture.reach import UNREADY, out_of_reach
+from fmextract.capture.trunk import ShortcutTracer
 from fmextract.errors import CaptureError, LayerError
 from fmextract.text import some
 
@@ -52,6 +53,8 @@ _MODULE_KINDS: dict[str, frozenset[str]] = {
     "act": _classes_in(nn.modules.activation) - {"MultiheadAttention"},
     "pool": _classes_in(nn.modules.pooling),
 }
+
+TRUNK = "trunk"  # convolutions that lie on no shortcut, as texts on feature maps number them
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +148,8 @@ class Survey:
 
     `types`, `kinds` and `lineage` (names of the classes it descends from) are of every module, called or not.
     `aliases` are further paths of modules that have several, with the path that the others know them by. `missed` says
-    of modules whose calls hooks do not see why that is.
+    of modules whose calls hooks do not see why that is. `shortcuts` are the convolutions that only make a block's input
+    fit what is added to it.
     """
 
     tensors: Mapping[Event, tuple[TensorInfo, ...]]
@@ -154,6 +158,7 @@ class Survey:
     lineage: Mapping[str, frozenset[str]]
     aliases: Mapping[str, str]
     missed: Mapping[str, str]
+    shortcuts: frozenset[str] = frozenset()
 
     @cached_property
     def counts(self) -> Counter[str]:
@@ -166,8 +171,22 @@ class Survey:
         return list(self.counts)
 
     def numbered(self, kind: str) -> list[str]:
-        """Paths of the modules of a kind (`conv`, …) in the order of execution: `conv#N` is the N-th."""
+        """Paths of the modules of a kind (`conv`, …) in the order of execution: `conv#N` is the N-th.
+
+        Of the kind `trunk` are the convolutions that lie on no shortcut.
+        """
+        if kind == TRUNK:
+            return [path for path in self.numbered("conv") if path not in self.shortcuts]
         return [path for path in self.order if self.kinds[path] == kind]
+
+    @cached_property
+    def numbers(self) -> Mapping[str, str]:
+        """Of each module, the selectors by number that mean it: `conv#20 trunk#19`."""
+        found: dict[str, str] = {}
+        for kind in (*_MODULE_KINDS, TRUNK):
+            for i, path in enumerate(self.numbered(kind)):
+                found[path] = f"{found[path]} {kind}#{i}" if path in found else f"{kind}#{i}"
+        return found
 
     def stop_before(self, taps: Sequence[Tap]) -> Event | None:
         """The first start of a call after the last call of every tapped module. None: the forward runs to its end.
@@ -240,6 +259,10 @@ def survey(model: nn.Module, forward: Forward, batch: torch.Tensor) -> Survey:
     def after(path: str) -> Callable[..., None]:
         return lambda module, args, output: note(path, "out", output)
 
+    def convolved(path: str) -> Callable[..., None]:
+        return lambda module, args, output: tracer.passed(path, output)
+
+    tracer = ShortcutTracer()
     handles = []
     try:
         for path, module in modules.items():
@@ -248,9 +271,11 @@ def survey(model: nn.Module, forward: Forward, batch: torch.Tensor) -> Survey:
             try:
                 handles.append(module.register_forward_pre_hook(before(path), with_kwargs=True))
                 handles.append(module.register_forward_hook(after(path)))
+                if module_kind(module) == "conv":
+                    handles.append(module.register_forward_hook(convolved(path)))
             except Exception as error:  # a class may forbid it, in ways of its own
                 missed[path] = f"it takes no hooks ({type(error).__name__}: {error})"
-        with torch.no_grad():
+        with torch.no_grad(), tracer:
             forward(batch)
     finally:
         for handle in handles:
@@ -273,6 +298,7 @@ def survey(model: nn.Module, forward: Forward, batch: torch.Tensor) -> Survey:
             if path and path not in modules
         },
         missed=missed,
+        shortcuts=frozenset(tracer.shortcuts),
     )
 
 
@@ -298,6 +324,7 @@ class Tap:
     selector: str
     shape: tuple[int, ...]
     explicit: bool  # named by path or number, not by a pattern: refused aloud rather than left out
+    numbers: str = ""  # the selectors by number that mean its module
 
 
 def resolve(selectors: Sequence[str], seen: Survey) -> list[Tap]:
@@ -401,8 +428,9 @@ def left_out(selectors: Sequence[str], seen: Survey) -> dict[str, str]:
 
 
 def _numbered_module(selector: Selector, kind: str, number: int, seen: Survey) -> str:
-    if kind not in _MODULE_KINDS:
-        raise LayerError(f"{selector.text!r}: unknown kind {kind!r}; expected one of {', '.join(_MODULE_KINDS)}")
+    known_kinds = (*_MODULE_KINDS, TRUNK)
+    if kind not in known_kinds:
+        raise LayerError(f"{selector.text!r}: unknown kind {kind!r}; expected one of {', '.join(known_kinds)}")
     paths = seen.numbered(kind)
     if not -len(paths) <= number < len(paths):
         span = f"{kind}#0 to {kind}#{len(paths) - 1}" if paths else "none at all"
@@ -462,6 +490,7 @@ def _tap(selector: Selector, event: Event, calls: int, info: TensorInfo, member:
         selector=selector.text,
         shape=info.shape,
         explicit=not selector.is_pattern,
+        numbers=seen.numbers.get(event.module, ""),
     )
 
 

@@ -31,7 +31,7 @@ ORDER = re.findall(
     capture.reducer_help capture.atoms capture.reach capture images
     inputs.seeding inputs.thread_safety inputs.dataset_workers inputs.reading
     models capture.independence capture.writes capture.untouched capture.blame
-    axes taps capture.probe geometry effective reducers stats
+    axes capture.trunk taps capture.probe geometry effective reducers stats
     packed fusion planning chunks workers compiled precision model.modes model.structure model choose
     engine estimate provenance prepare resume following replay output
     run rerun verify launch

@@ -120,8 +120,9 @@ def test_layers_by_selector(acts: fmextract.Activations) -> None:
     assert select_layers(acts, ["conv#-1", "conv#0"]) == ["conv1", "conv2"]
     assert select_layers(acts, ["conv?"]) == select_layers(acts, ["type:Conv2d"]) == ["conv1", "conv2"]
     assert select_layers(acts, [], with_maps=True) == ["conv1", "relu", "conv2"]
-    with pytest.raises(ConfigError, match="does not say which layer is conv#1"):
-        select_layers(acts, ["conv#1"])
+    assert select_layers(acts, ["conv#1"]) == select_layers(acts, ["trunk#1"]) == ["conv2"]
+    with pytest.raises(ConfigError, match="no layer that is conv#2; it has conv#0, conv#1"):
+        select_layers(acts, ["conv#2"])
 
 
 def test_tokens_stand_on_their_patches_and_the_class_token_apart(tokens: fmextract.Activations, tmp_path: Path) -> None:

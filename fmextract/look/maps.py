@@ -177,7 +177,7 @@ def _laid_over(photo: PIL.Image.Image, grid: Grid, values: Array, ends: tuple[fl
 
 def describe_field(layer: Layer) -> str:
     """`64×56×56 · sees 91×91 px`, with the effective field where it is known."""
-    words = [shape(layer.shape[1:])]
+    words = [*layer.attrs.get("number", "").split(), shape(layer.shape[1:])]
     field = layer.field
     if field is not None and field.whole:
         words.append("sees the whole image")
@@ -248,7 +248,8 @@ def _draw_overview(
     axis = _picture_axis(top)
     axis.imshow(np.asarray(photo), interpolation="lanczos")
     for panel, one in zip(panels, shown, strict=False):
-        _caption(panel, one.layer.name, shape(one.layer.shape[1:]))
+        numbers = one.layer.attrs.get("number", "").split()
+        _caption(panel, one.layer.name, "  ".join((*numbers, shape(one.layer.shape[1:]))))
         side = math.ceil(math.sqrt(len(one.channels)))
         cell = canvas.cell_like((photo.height, photo.width))
         names = [str(number) for number in one.channels]

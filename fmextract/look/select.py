@@ -12,13 +12,14 @@ from fmextract.look.places import has_maps
 if TYPE_CHECKING:
     from fmextract.reader import Activations
 
-_NUMBERED = re.compile(r"(conv|linear|norm|act|pool)#(-?\d+)")
+_NUMBERED = re.compile(r"(conv|linear|norm|act|pool|trunk)#(-?\d+)")
 _KINDS = {
     "conv": r"conv",
     "linear": r"linear",
     "norm": r"norm",
     "act": r"relu|gelu|silu|elu|swish|sigmoid|tanh|softmax|mish|hardtanh",
     "pool": r"pool",
+    "trunk": r"conv",
 }
 _GLOB = {"**.": r"(?:.*\.)?", "**": r".*", "*": r"[^.]*", "?": r"[^.]"}
 
@@ -26,8 +27,9 @@ _GLOB = {"**.": r"(?:.*\.)?", "**": r".*", "*": r"[^.]*", "?": r"[^.]"}
 def select_layers(acts: Activations, selectors: Sequence[str], *, with_maps: bool = False) -> list[str]:
     """Names of stored layers, in their order; all (`with_maps`: all that have maps) for no selectors.
 
-    A selector is a name; a glob as in `extract`; `type:Conv2d`; or `conv#20`, if the run asked for it in these words
-    or took every convolution: a file does not know the modules that it does not hold. Raises ConfigError.
+    A selector is a name; a glob as in `extract`; `type:Conv2d`; `conv#20`, or `trunk#19` among the convolutions that
+    lie on no shortcut; `conv#-1` if the run asked for it in these words or took every convolution: a file does not know
+    the modules that it does not hold. Raises ConfigError.
     """
     if not selectors:
         found = [name for name in acts.layers if not with_maps or has_maps(acts[name])]
@@ -42,7 +44,7 @@ def _matching(acts: Activations, selector: str) -> list[str]:
     if selector in acts:
         return [selector]
     if numbered := _NUMBERED.fullmatch(selector):
-        return [_numbered(acts, selector, numbered[1], int(numbered[2]))]
+        return _numbered(acts, selector, numbered[1], int(numbered[2]))
     if selector.startswith("type:"):
         kind = selector.removeprefix("type:")
         found = [name for name in acts.layers if acts[name].module_type == kind]
@@ -57,20 +59,27 @@ def _matching(acts: Activations, selector: str) -> list[str]:
     return found
 
 
-def _numbered(acts: Activations, selector: str, kind: str, number: int) -> str:
-    """The layer that `conv#20` was when the run asked for it.
+def _numbered(acts: Activations, selector: str, kind: str, number: int) -> list[str]:
+    """The layer that is `conv#20`, or its several calls: a layer says which of its kind it is.
 
-    The selectors of the run, sorted as their modules run, are the stored layers of that kind one by one: if both are
-    as many, each has found its layer.
+    From the end, and of files that do not say it: the layer that it was when the run asked for it. The selectors of
+    the run, sorted as their modules run, are the stored layers of that kind one by one: if both are as many, each has
+    found its layer.
     """
+    words = {name: str(acts[name].attrs.get("number", "")).split() for name in acts.layers}
+    if said := [name for name, own in words.items() if selector in own]:
+        return said
+    if number >= 0 and any(words.values()):
+        there = ", ".join(word for own in words.values() for word in own if word.startswith(f"{kind}#"))
+        raise ConfigError(f"{acts.path} has no layer that is {selector}; it has {there or f'none of the kind {kind}'}")
     stored = [name for name in acts.layers if _is_kind(acts[name].module_type, kind)]
     asked = acts.config.get("options", {}).get("layers", [])
     if kind == "conv" and "type:Conv2d" in asked and -len(stored) <= number < len(stored):
-        return stored[number]
+        return [stored[number]]
     numbers = list(dict.fromkeys(_numbers(asked, kind)))
     ordered = sorted(n for n in numbers if n >= 0) + sorted(n for n in numbers if n < 0)
     if number in ordered and len(ordered) == len(stored):
-        return stored[ordered.index(number)]
+        return [stored[ordered.index(number)]]
     raise ConfigError(f"{acts.path} does not say which layer is {selector}: name one of {', '.join(acts.layers)}")
 
 

@@ -326,6 +326,7 @@ LAYER: Mapping[str, Attribute] = {
     "module_type": Attribute(text, required=True),
     "call": Attribute(whole(1, 2**31), required=True),
     "calls": Attribute(whole(1, 2**31), required=True),
+    "number": Attribute(text),
     "tap": Attribute(one_of("out", "in"), required=True),
     "member": Attribute(text),
     "reducer": Attribute(text),
@@ -424,6 +425,7 @@ _SPEC = fields(
     field=optional(_FIELD),
     erf_size=optional(number(0, 1e9)),
     near_zero_below=optional(number(0)),
+    number=text,
 )
 PLAN = fields(
     run_id=text,
