@@ -78,8 +78,7 @@ def extract(
     Failed images are no exception: they are rows with a status.
     """
     config = Config.of(layers=layers, **options)
-    run(source, model, out, config, progress or _default_progress(), plan=plan)
-    return reader.open(out)
+    return _done(source, model, out, config, progress or _default_progress(), plan=plan)[1]
 
 
 def _default_progress() -> Progress:
@@ -99,6 +98,22 @@ def run(
     command: str | None = None,
 ) -> Result:
     """Do what `fmextract extract` does; `command` is the line that asked for it. Raises as `extract`."""
+    result, acts = _done(source, model, out, config, progress, plan=plan, command=command)
+    acts.close()
+    return result
+
+
+def _done(
+    source: Any,
+    model: Any,
+    out: Any,
+    config: Config,
+    progress: Progress,
+    *,
+    plan: Saved | None = None,
+    command: str | None = None,
+) -> tuple[Result, reader.Activations]:
+    """What was done, and the output, opened: of many layers that takes long, since everything in it is checked."""
     started = time.perf_counter()
     target, given = Path(out).expanduser(), following.loaded(plan)
     tally = engine.Tally()
@@ -121,11 +136,16 @@ def run(
             resumed = _extract(prepared, made, output, progress, tally)
             _check_failures(made, output.directory, tally, config)
             output.fold(made)
-    result = _result(target, tally, time.perf_counter() - started, resumed if made is not None else None)
+    acts = reader.open(target)
+    try:
+        result = _result(acts, target, tally, time.perf_counter() - started, resumed if made is not None else None)
+    except BaseException:
+        acts.close()
+        raise
     late = [note for note in notes_of(prepared.source) if note not in prepared.notes]
     for note in (*late, *_nonfinite_notes(result.layers, tally)):
         progress.note(note)
-    return replace(result, notes=(*result.notes, *late))
+    return replace(result, notes=(*result.notes, *late)), acts
 
 
 def _look_again(prepared: Prepared, target: Path, progress: Progress) -> list[int]:
@@ -354,15 +374,14 @@ def _file_info(made: Plan) -> FileInfo:
     )
 
 
-def _result(target: Path, tally: engine.Tally, seconds: float, resumed: int | None) -> Result:
+def _result(acts: reader.Activations, target: Path, tally: engine.Tally, seconds: float, resumed: int | None) -> Result:
     """What a finished output holds, and what this run did for it. `resumed` None: it was complete before."""
-    with reader.open(target) as acts:
-        rows = len(acts)
-        layers = tuple(_layer_result(acts[name]) for name in acts.layers)
-        config, chosen = acts.config, str(acts.attrs.get("precision"))
-        failed, failures = int(np.count_nonzero(acts.status)), _failures(acts)
-        bytes_raw = sum(acts[name].nbytes for name in acts.layers)
-        speed = (acts.throughput or {}).get("images_per_second", 0.0)
+    rows = len(acts)
+    layers = tuple(_layer_result(acts[name]) for name in acts.layers)
+    config, chosen = acts.config, str(acts.attrs.get("precision"))
+    failed, failures = int(np.count_nonzero(acts.status)), _failures(acts)
+    bytes_raw = sum(acts[name].nbytes for name in acts.layers)
+    speed = (acts.throughput or {}).get("images_per_second", 0.0)
     resumed = rows if resumed is None else resumed
     load = {stage: busy / tally.threads.get(stage, 1) for stage, busy in tally.busy.items()}
     return Result(

@@ -321,3 +321,16 @@ def test_python_and_command_line_share_words(photos: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="--keep-bits 24"):
         fm.extract(photos, Tiny(), tmp_path / "out.h5", keep_bits=24)
     assert fm.plan(photos, Tiny(), tmp_path / "x.h5", Config.of(**OPTIONS), Quiet()).rows == 11
+
+
+# ------------------------------------------------------------------------------------------ many layers
+
+
+def test_an_output_is_opened_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening checks every object of every layer: of many layers that is much of a short run."""
+    opened: list[Any] = []
+    original = fm.reader.open
+    monkeypatch.setattr(fm.reader, "open", lambda path, *args, **kwargs: opened.append(path) or original(path, *args))
+    with fm.extract(photos, Broken(), tmp_path / "out.h5", layers=["act"], preprocess="size=8,mean=0,std=1") as acts:
+        assert len(opened) == 1
+        assert acts["act"].shape[0] == len(acts)
