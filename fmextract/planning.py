@@ -115,8 +115,8 @@ class Plan:
             raise FormatError(f"{where} is of version {obj.get('format_version')}, this program knows {FORMAT_VERSION}")
         obj = schema.checked(obj, schema.PLAN, str(where))
         try:
-            known = {f.name: obj[f.name] for f in dataclasses.fields(cls)}
-            known["fused"] = tuple((str(conv), str(norm)) for conv, norm in obj["fused"])
+            known = {f.name: obj[f.name] for f in dataclasses.fields(cls) if f.name in obj or not _has_default(f)}
+            known["fused"] = tuple((str(conv), str(norm)) for conv, norm in obj.get("fused", ()))
             known["layers"] = tuple(_layer_from_json(layer) for layer in obj["layers"])
             known["estimate"] = Estimate(**obj["estimate"])
             known["notes"] = tuple(obj["notes"])
@@ -130,6 +130,11 @@ class Plan:
             return plan
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"{where} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    """Whether a plan may lack the field: it came later than the first plans."""
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
 
 def _layer_from_json(obj: Mapping[str, Any]) -> LayerSpec:

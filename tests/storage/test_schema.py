@@ -329,3 +329,10 @@ def test_rows_that_do_not_count_up_are_refused(path: Path) -> None:
 def test_photos_of_no_size_have_no_boxes(size: tuple[int, int]) -> None:
     """A row whose height and width are not known, or are anything."""
     assert photo_box((0, 0, 4, 4), {"resize": 256, "crop": [224, 224]}, size) is None
+
+
+def test_plans_of_before_a_field_are_read(tmp_path: Path) -> None:
+    runs.extract(runs.make_photos(tmp_path / "photos", 6), tmp_path / "out")
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    old = {name: value for name, value in plan.items() if name not in ("fused", "pooling", "prepacked")}
+    assert Plan.from_json(old) == Plan.from_json(plan | {"fused": False, "pooling": False, "prepacked": False})
