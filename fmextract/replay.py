@@ -13,7 +13,7 @@ import numpy as np
 
 from fmextract import codecs, engine, index, provenance, reader
 from fmextract.config import FailureBudget
-from fmextract.errors import OutputError, SampleError
+from fmextract.errors import FormatError, OutputError, SampleError
 from fmextract.planning import Plan
 from fmextract.progress import Quiet
 from fmextract.records import Progress, Status
@@ -188,7 +188,17 @@ def _is_decoded(work: engine.Work, row: int) -> bool:
 
 
 def plan_of(acts: reader.Activations, device: str) -> Plan:
-    """The plan that an output was made by, from what the output says."""
+    """The plan that an output was made by, from what the output says. Raises FormatError where it does not say."""
+    try:
+        named = acts.config["identity"]["layers"]
+        if named != list(acts.layers):
+            raise FormatError(f"{acts.path} holds other layers than the run that it is of: images cannot be run again")
+        return _plan_of(acts, device)
+    except KeyError as error:
+        raise FormatError(f"{acts.path}: fmextract_config does not say {error}: images cannot be run again") from error
+
+
+def _plan_of(acts: reader.Activations, device: str) -> Plan:
     config, attrs = acts.config, acts.attrs
     options = config["options"]
     info = {name: attrs.get(name) for name in ("title", "source", "history", "model", "weights_sha256", "created")}

@@ -18,7 +18,7 @@ from files import make_file, make_shards
 from torch import nn
 
 from benchmarks import fuzz_structure
-from fmextract import index, reader, store
+from fmextract import index, reader, replay, store
 from fmextract.boxes import photo_box
 from fmextract.errors import DamagedError, FmextractError, FormatError
 from fmextract.planning import Plan
@@ -336,3 +336,19 @@ def test_plans_of_before_a_field_are_read(tmp_path: Path) -> None:
     plan = json.loads((tmp_path / "out/plan.json").read_text())
     old = {name: value for name, value in plan.items() if name not in ("fused", "pooling", "prepacked")}
     assert Plan.from_json(old) == Plan.from_json(plan | {"fused": False, "pooling": False, "prepacked": False})
+
+
+@pytest.mark.parametrize("missing", ["options", "identity", "layers"])
+def test_a_run_that_is_not_told_is_not_run_again(tmp_path: Path, missing: str) -> None:
+    runs.extract(runs.make_photos(tmp_path / "photos", 3), tmp_path / "a.h5", shard_size=None)
+
+    def edit(file: h5py.File) -> None:
+        config = json.loads(file.attrs["fmextract_config"])
+        config.pop(missing, None)
+        if missing == "layers":
+            config["identity"]["layers"] = ["conv"]
+        file.attrs["fmextract_config"] = json.dumps(config)
+
+    changed(tmp_path / "a.h5", edit)
+    with reader.open(tmp_path / "a.h5") as acts, pytest.raises(FormatError, match=r"a\.h5.* cannot be run again"):
+        replay.plan_of(acts, "cpu")
