@@ -102,7 +102,7 @@ def _section(name: str, command: Any, known: Mapping[str, str]) -> str:
 
 
 def _names(option: Any) -> str:
-    names = ", ".join(sorted(option.opts, key=len))
+    names = ", ".join([*sorted(option.opts, key=len), *option.secondary_opts])
     return f"`{names} {option.metavar}`".replace("|", "\\|") if option.metavar else f"`{names}`"
 
 

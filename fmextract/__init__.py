@@ -29,6 +29,7 @@ from fmextract.errors import (
     RunStopped,
     SampleError,
     SourceError,
+    SourceLost,
     TooManyFailures,
 )
 from fmextract.records import Field, FileInfo, LayerSpec, Preprocess, Result, Source, Status
@@ -84,6 +85,7 @@ __all__ = [
     "SampleError",
     "Source",
     "SourceError",
+    "SourceLost",
     "Status",
     "TooManyFailures",
     "__version__",

@@ -246,7 +246,7 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
     "recheck": (
         bool,
         None,
-        "Run no stored rows again before an earlier output is taken up or called complete. [default: a batch or two]",
+        "Run some stored rows again before an earlier output is taken up or called complete. [default: recheck]",
     ),
     "keep_failures": (bool, None, "Leave images that failed in an earlier run; else they are tried again."),
     "overwrite": (bool, None, "Replace an earlier output of fmextract. Without it the same command resumes."),
@@ -263,8 +263,9 @@ def _run_options() -> Iterator[inspect.Parameter]:
         kind, default = shared.get(name), None
         if kind is None:
             plain, metavar, help = _OPTIONS[name]
-            prefix = " /--no-" if field.default is True else "--"  # what is usual can be left out
-            option = _option(f"{prefix}{name.replace('_', '-')}", *_SHORT.get(name, ()), metavar=metavar, help=help)
+            word = name.replace("_", "-")
+            named = f"--{word}/--no-{word}" if field.default is True else f"--{word}"
+            option = _option(named, *_SHORT.get(name, ()), metavar=metavar, help=help)
             kind = Annotated[bool, option] if plain is bool else Annotated[plain | None, option]
             default = field.default if plain is bool else None
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)

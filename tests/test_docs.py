@@ -70,7 +70,7 @@ def test_the_short_help_of_a_command_is_not_cut(name: str) -> None:
 def test_every_field_of_config_is_an_option_that_states_its_default(field: str) -> None:
     (option,) = (parameter for parameter in COMMANDS["extract"].params if parameter.name == field)
     default = getattr(Config(), field)
-    shown = {"max_error": "2%", "max_failures": "5%"}.get(field, str(default))
+    shown = {"max_error": "2%", "max_failures": "5%", "recheck": "recheck"}.get(field, str(default))
     if default not in (None, False, ()):
         assert f"[default: {shown}]" in option.help
 
