@@ -31,7 +31,7 @@ from torchvision.transforms import InterpolationMode
 from fmextract import index
 from fmextract.capture.reach import is_unready
 from fmextract.common import trust
-from fmextract.common.imports import import_object
+from fmextract.common.imports import import_object, importing_for
 from fmextract.errors import ConfigError, MissingExtra, ModelError
 from fmextract.images import PREPROCESS_HELP, CustomPreprocess, Preprocessing, apply_size, parse_preprocess
 from fmextract.inputs.seeding import seeded
@@ -579,7 +579,7 @@ def _build_python(text: str, weights: Weights) -> Built:
         raise ModelError(
             f"--weights {weights.value!r} is no file, and {text} has no named weights and is built already"
         )
-    with _building(text, weights):
+    with _building(text, weights), importing_for(text):
         made = found if given else found()
     module, preprocess = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fmextract.common import trust
-from fmextract.common.beside import load_file
+from fmextract.common.beside import importable_beside, load_file
 from fmextract.errors import ConfigError
 
-__all__ = ["import_object"]
+__all__ = ["import_object", "importing_for"]
 
 
 def import_object(text: str, error: type[ConfigError], purpose: str) -> Any:
@@ -36,12 +38,28 @@ def import_object(text: str, error: type[ConfigError], purpose: str) -> Any:
         raise error(f"{purpose}: importing {place!r} raised {type(cause).__name__}: {cause}") from cause
 
 
+@contextlib.contextmanager
+def importing_for(text: str) -> Iterator[None]:
+    """What `import_object(text)` gave may be called: modules are found as they were while it was imported."""
+    place = text.rpartition(":")[0]
+    with importable_beside(Path(place)) if place.endswith(".py") else _working_directory():
+        yield
+
+
 def _import_module(name: str) -> Any:
+    with _working_directory():
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _working_directory() -> Iterator[None]:
+    """Modules are found in the working directory too."""
     here = str(Path.cwd())
     if here in sys.path or "" in sys.path:
-        return importlib.import_module(name)
+        yield
+        return
     sys.path.append(here)
     try:
-        return importlib.import_module(name)
+        yield
     finally:
         sys.path.remove(here)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fmextract.common.imports import import_object
+from fmextract.common.imports import import_object, importing_for
 from fmextract.errors import ConfigError, SourceError
 from fmextract.inputs.datasets import files_named, open_python
 from fmextract.inputs.files import FileSource, OnDisk, Options
@@ -79,7 +79,9 @@ def _open_text(text: str, options: Options) -> Source:
     if is_code(text):
         found = import_object(text, SourceError, "the source")
         needs_call = isinstance(found, type) or (callable(found) and not hasattr(found, "__getitem__"))
-        return _open_object(_call(found, text) if needs_call else found, text, options)
+        with importing_for(text):
+            made = _call(found, text) if needs_call else found
+        return _open_object(made, text, options)
     raise SourceError(f"no such file or folder: {text!r}. {_SOURCES}")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import runs
 import torch
 
 import fmextract as fm
-from fmextract.common.imports import import_object
+from fmextract.common.imports import import_object, importing_for
 from fmextract.errors import ModelError
 
 MODEL = """
@@ -146,3 +148,122 @@ def test_processes_that_read_a_dataset_find_the_neighbours(tmp_path):
     with fm.open(tmp_path / "0.h5") as one, fm.open(tmp_path / "1.h5") as other:
         assert one.listed() == other.listed() == list(range(5))
         np.testing.assert_array_equal(one["conv"][:], other["conv"][:])
+
+
+PLAIN = """
+import importlib, pickle
+import torch
+from pathlib import Path
+import blocks
+HERE = Path(__file__).parent
+by_name = importlib.import_module("blocks"), __import__("blocks"), importlib.import_module("nets.inner")
+pickled = pickle.loads((HERE / "block.pickle").read_bytes())
+class Own:
+    pass
+own = pickle.loads(b"cmodel\\nOwn\\n.")
+def make():
+    lazy = importlib.import_module("widths").WIDTH
+    loaded = torch.load(HERE / "block.pt", weights_only=False)
+    return blocks, by_name, pickled, loaded, lazy, own is Own
+"""
+
+
+def plain(folder: Path, factor: int) -> Path:
+    """A file that asks for its neighbours by importlib, by pickles and by torch.load."""
+    network(folder, factor, factor + 1)
+    put(folder, model=PLAIN)
+    put(folder / "nets", inner=f"VALUE = {factor}")  # a folder without __init__.py
+    (folder / "block.pickle").write_bytes(b"cblocks\nBlock\n.")
+    code = "import torch, blocks; torch.save(blocks.Block(), 'block.pt')"
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True)
+    return folder / "model.py"
+
+
+def test_importlib_and_pickles_find_the_neighbours_too(tmp_path):
+    before, path, finders = set(sys.modules), list(sys.path), list(sys.meta_path)
+    mine = types.ModuleType("blocks")  # of the caller's, which is another
+    sys.modules["blocks"] = mine
+    try:
+        made = [(n, load(f"{plain(tmp_path / str(n), n)}:make")) for n in (1, 2)]
+        for number, make in made:
+            with importing_for(f"{tmp_path}/{number}/model.py:make"):
+                blocks, by_name, pickled, loaded, lazy, own = make()
+            assert by_name[0] is by_name[1] is blocks
+            assert number == by_name[2].VALUE
+            assert pickled is blocks.Block
+            assert type(loaded) is blocks.Block
+            assert lazy == number + 1
+            assert own
+            assert blocks.__spec__.name == blocks.__name__ != "blocks"
+        assert sys.modules["blocks"] is mine
+    finally:
+        del sys.modules["blocks"]
+    assert sys.path == path
+    assert [finder for finder in sys.meta_path if type(finder).__name__ != "_Packages"] == [
+        finder for finder in finders if type(finder).__name__ != "_Packages"
+    ]
+    assert not {"model", "widths", "factors", "nets", "nets.inner"} & (set(sys.modules) - before)
+
+
+def test_a_run_of_a_model_that_is_unpickled(tmp_path):
+    network(tmp_path / "code", 2, 2)
+    put(
+        tmp_path / "code",
+        model="import torch\ndef make():\n    return torch.load(__file__[:-8] + 'net.pt', weights_only=False)",
+    )
+    code = "import torch, blocks; torch.save(torch.nn.Sequential(blocks.Block()), 'net.pt')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "code", check=True)
+    photos = runs.make_photos(tmp_path / "photos", 2)
+    runs.extract(photos, tmp_path / "a.h5", model=f"{tmp_path}/code/model.py:make", layers=["0"])
+    with fm.open(tmp_path / "a.h5") as acts:
+        assert acts["0"].shape == (2, 3, 8, 8)
+
+
+def test_relative_imports_within_a_package(tmp_path):
+    for n in (1, 2):
+        put(tmp_path / str(n) / "pkg", __init__="TOP = 7", blocks=f"from .sub.deep import VALUE\nNUMBER = {n}")
+        put(
+            tmp_path / str(n) / "pkg" / "sub",
+            __init__="",
+            deep="VALUE = 5",
+            model="from ..blocks import NUMBER\n"
+            "from . import deep\nfrom .. import TOP\nfound = NUMBER, deep.VALUE, TOP",
+        )
+        put(
+            tmp_path / str(n) / "pkg",
+            model="from .blocks import NUMBER, VALUE\ndef make():\n"
+            "    from . import sub\n    from .sub.deep import VALUE as late\n    return NUMBER, VALUE, late",
+        )
+    before = set(sys.modules)
+    made = [load(tmp_path / str(n) / "pkg" / "model.py:make") for n in (1, 2)]
+    assert [make() for make in made] == [(1, 5, 5), (2, 5, 5)]
+    assert [load(tmp_path / str(n) / "pkg" / "sub" / "model.py:found") for n in (1, 2)] == [(1, 5, 7), (2, 5, 7)]
+    assert "pkg" not in set(sys.modules) - before
+
+
+def test_a_folder_without_init_is_a_package_where_nothing_else_has_its_name(tmp_path):
+    put(
+        tmp_path,
+        model="from layers.deep.inner import X\nimport layers.deep.inner as i\nimport timm\n"
+        "def found():\n    from layers.deep import inner\n    return X, i is inner, timm.__file__",
+    )
+    put(tmp_path / "layers" / "deep", inner="X = 3")
+    put(tmp_path / "timm", nothing="")
+    x, same, place = load(tmp_path / "model.py:found")()
+    assert (x, same) == (3, True)
+    assert not place.startswith(str(tmp_path))
+
+
+def test_a_module_of_the_working_directory_imports_when_it_is_called(tmp_path, monkeypatch):
+    put(
+        tmp_path,
+        fm_test_models="from torch import nn\ndef make():\n    import fm_test_blocks\n    return nn.Identity()",
+        fm_test_blocks="",
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place and Path(place) != tmp_path])
+    found = load("fm_test_models:make")
+    with importing_for("fm_test_models:make"):
+        found()
+    for name in ("fm_test_models", "fm_test_blocks"):
+        del sys.modules[name]
