@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import inspect
 import math
+import os
 import re
 import sys
 import warnings
@@ -382,12 +383,28 @@ def _build_torchvision(name: str, weights: Weights) -> Built:
     # called quantized would otherwise be the float model that can be quantized.
     fixed = {"weights_backbone": None, "quantize": True}
     options = {option: fixed[option] for option in fixed.keys() & inspect.signature(builder).parameters}
-    with _building(name, weights), _download_explained(name, chosen), warnings.catch_warnings():
+    with _building(name, weights), _download_explained(name, chosen), _weights_only(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # GoogLeNet and Inception announce a change of their initialisation
         module = builder(weights=chosen, **options)
     shown = f"{type(chosen).__name__}.{chosen.name}" if chosen is not None else str(weights)
     library = f"torchvision {metadata.version('torchvision')}"
     return Built(module, _torchvision_preprocess(name, chosen), shown, {"library": library})
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    """Torchvision would unpickle whatever lies in torch's cache under the name of its weights."""
+    names = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(names)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _torchvision_name(name: str) -> str:

@@ -105,7 +105,13 @@ class Output:
         if not (self.directory / PLAN).exists():
             return False
         earlier = Plan.from_json(index.read_json(self.directory / PLAN), self.directory / PLAN)
-        records = self._records_of(earlier)
+        try:
+            records = self._records_of(earlier)
+        except FormatError as error:
+            if not self._overwrite:
+                raise FormatError(f"{error}. --overwrite begins anew") from error
+            self._remove(earlier)
+            return False
         stored = [self.directory / record.name for record in records]
         changed = resume.changed(earlier.identity, asked, stored, self._progress.note)
         if changed and not self._overwrite and any(record.failed < len(record.rows) for record in records):

@@ -14,6 +14,7 @@ import bisect
 import contextlib
 import difflib
 import functools
+import hashlib
 import itertools
 import math
 import operator
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import h5py
 import numpy as np
@@ -86,9 +87,9 @@ def open(path: str | os.PathLike[str], *, threads: int | None = None, cache: int
     """
     place = Path(path).expanduser()
     if place.is_dir():
-        parts = _listed_shards(place)
+        parts = _listed_shards(place.absolute())
     else:
-        parts = [(place, None)]
+        parts = [_Part(place.absolute())]
     return Activations(place, parts, threads, cache)
 
 
@@ -99,8 +100,9 @@ class Activations:
     its layers: the path travels, and the files are opened again on the other side.
     """
 
-    def __init__(self, path: Path, parts: Sequence[tuple[Path, range | None]], threads: int | None, cache: int) -> None:
+    def __init__(self, path: Path, parts: Sequence[_Part], threads: int | None, cache: int) -> None:
         self.path = path
+        self._place = path.absolute()  # the working directory may be another one later
         self._files = _Files(parts)
         self._given_threads = threads
         self._threads = threads or _cpus()
@@ -123,8 +125,7 @@ class Activations:
         self._recent.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        content = self._files[0].contents.attrs.get("content_digest")
-        return _opened_again, (self.path.absolute(), self._given_threads, self._recent.nbytes, content)
+        return _opened_again, (self._place, self._given_threads, self._recent.nbytes, self._files.content())
 
     def __len__(self) -> int:
         """Rows, failed ones included."""
@@ -302,7 +303,7 @@ class Activations:
         shared = [layer for layer in layers if layer.chunks[0] > 1]
         together = max((layer.chunks[0] for layer in shared), default=1)
         return LayerDataset(
-            functools.partial(_open_shared, self.path.absolute(), self._threads, cache),
+            functools.partial(_open_shared, self._place, self._threads, cache, self._files.content()),
             [layer.name for layer in layers],
             wanted,
             fits=len(wanted) * sum(of_a_row.values()) <= cache,
@@ -852,13 +853,22 @@ class _Stored:
         return self.spec.shape, self.spec.dtype, self.spec.chunk, self.codec
 
 
+class _Part(NamedTuple):
+    """One file of an output: its rows (all that are there, if None), and its content's digest as the index knows it."""
+
+    path: Path
+    rows: range | None = None
+    digest: str | None = None
+
+
 class _File:
     """One open .h5 file: a descriptor, its names and root attributes, and the layers met so far.
 
     `rows` are its rows among all that are open. HDF5 itself is open only inside `hdf5()`.
     """
 
-    def __init__(self, path: Path, rows: range | None) -> None:
+    def __init__(self, part: _Part) -> None:
+        path, rows, digest = part
         self.path = path
         self._lock = threading.Lock()
         self._stored: dict[str, _Stored] = {}
@@ -872,6 +882,11 @@ class _File:
             self.start = int(file["sample"][0])
         if not 0 <= self.start <= schema.LARGEST:
             raise DamagedError(f"{path}: /sample begins at row {self.start}")
+        if digest is not None and self.contents.attrs.get("content_digest", digest) != digest:
+            raise FormatError(
+                f"{path} is another shard than {index.INDEX} lists, or was replaced since: open the output again,"
+                " or verify it"
+            )
         count = self.contents.rows
         self.rows = range(count) if rows is None else rows
         if len(self.rows) != count:
@@ -1020,15 +1035,15 @@ class _File:
 class _Files:
     """The files of an output in the order of their rows; a bounded number of them is open at a time."""
 
-    def __init__(self, parts: Sequence[tuple[Path, range | None]]) -> None:
+    def __init__(self, parts: Sequence[_Part]) -> None:
         self._parts = list(parts)
         self._open: OrderedDict[int, _File] = OrderedDict()
         self._lock = threading.Lock()
         self.closed = False
         if len(self._parts) == 1:
-            self._parts = [(self._parts[0][0], self[0].rows)]
-        self.starts = [rows.start for _, rows in self._parts if rows is not None]
-        self.rows = max((rows.stop for _, rows in self._parts if rows is not None), default=0)
+            self._parts = [self._parts[0]._replace(rows=self[0].rows)]
+        self.starts = [part.rows.start for part in self._parts if part.rows is not None]
+        self.rows = max((part.rows.stop for part in self._parts if part.rows is not None), default=0)
 
     def __len__(self) -> int:
         return len(self._parts)
@@ -1036,10 +1051,9 @@ class _Files:
     def __getitem__(self, number: int) -> _File:
         with self._lock:
             if self.closed:
-                raise ConfigError(f"{self._parts[0][0]} was closed: open it again")
+                raise ConfigError(f"{self._parts[0].path} was closed: open it again")
             if number not in self._open:
-                path, rows = self._parts[number]
-                self._open[number] = _File(path, rows)
+                self._open[number] = _File(self._parts[number])
             self._open.move_to_end(number)
             if len(self._open) > FILES_OPEN:
                 self._open.popitem(last=False)  # closed when the last thread that reads from it lets go of it
@@ -1051,6 +1065,11 @@ class _Files:
     def holding(self, row: int) -> _File:
         """The file that holds a row."""
         return self[bisect.bisect_right(self.starts, row) - 1]
+
+    def content(self) -> str:
+        """What tells this output from another one at its place: the digests in it. ConfigError where it is closed."""
+        first = self[0].contents.attrs.get("content_digest")
+        return hashlib.sha256(repr([first, *(part.digest for part in self._parts)]).encode()).hexdigest()
 
     def close(self) -> None:
         with self._lock:
@@ -1106,14 +1125,14 @@ def _damage(path: Path) -> Iterator[None]:
         raise DamagedError(f"{path} cannot be read, it is damaged: {str(error) or type(error).__name__}") from error
 
 
-def _listed_shards(folder: Path) -> list[tuple[Path, range | None]]:
+def _listed_shards(folder: Path) -> list[_Part]:
     """The shards of a finished directory. Raises FormatError for one that is not finished, or not ours."""
     if not (folder / index.INDEX).exists() and (folder / index.PLAN).exists():
         raise _in_progress(folder, folder)
     records = index.load_index(folder)
     if not records:
         raise FormatError(f"{folder}: index.json lists no shards")
-    return [(folder / record.name, record.rows) for record in records]
+    return [_Part(folder / record.name, record.rows, record.content_digest) for record in records]
 
 
 def _in_progress(folder: Path, output: Path) -> FormatError:
@@ -1235,14 +1254,15 @@ def _closest(name: object, names: Iterable[str]) -> str:
     return f"; the closest are {', '.join(close)}" if close else ""
 
 
-def _opened_again(path: Path, threads: int | None, cache: int, content: Any) -> Activations:
+def _opened_again(path: Path, threads: int | None, cache: int, content: str) -> Activations:
     """What was pickled. Raises FormatError where the files are others by now."""
     acts = open(path, threads=threads, cache=cache)
-    if acts._files[0].contents.attrs.get("content_digest") != content:
-        raise FormatError(f"{path} is not the output that was pickled: it was replaced since")
+    if acts._files.content() != content:
+        acts.close()
+        raise FormatError(f"{path} is not the output that was opened first: it was replaced since. Open it again")
     return acts
 
 
-def _open_shared(path: Path, threads: int, cache: int, processes: int) -> Activations:
+def _open_shared(path: Path, threads: int, cache: int, content: str, processes: int) -> Activations:
     """For one of several processes that read at once."""
-    return open(path, threads=max(1, threads // processes), cache=cache)
+    return _opened_again(path, max(1, threads // processes), cache, content)

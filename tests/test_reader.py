@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -547,6 +549,9 @@ def test_a_shard_of_another_codec_is_refused(tmp_path: Path) -> None:
     paths = make_shards(tmp_path / "acts", {"fc": array}, (8, 16), codec="none")
     other = make_shards(tmp_path / "other", {"fc": array}, (8, 16), codec="gzip")[1].read_bytes()
     paths[1].write_bytes(other.ljust(paths[1].stat().st_size, b"\0"))
+    listed = json.loads((tmp_path / "acts" / "index.json").read_text())
+    listed["shards"][1]["content_digest"] = reader.open(paths[1]).attrs["content_digest"]
+    (tmp_path / "acts" / "index.json").write_text(json.dumps(listed))
     with reader.open(tmp_path / "acts") as acts:
         for key in (slice(6, 10), [3, 12], 9, ...):
             with pytest.raises(FormatError, match=r"shard-00001.h5: layer fc has another shape, type or codec here"):
@@ -661,6 +666,37 @@ def test_what_was_replaced_is_not_unpickled(tmp_path: Path) -> None:
     make_file(tmp_path / "a.h5", {"maps": SOME + 1})
     with pytest.raises(FormatError, match="replaced since"):
         pickle.loads(sent)
+
+
+def test_a_shard_that_was_replaced_is_not_read(tmp_path: Path) -> None:
+    """The first is as it was: what was opened, pickled or fed to torch holds the rows of one output only."""
+    make_shards(tmp_path / "acts", {"maps": SOME}, (4,))
+    other = np.concatenate([SOME[:4], SOME[4:] + 1])
+    with reader.open(tmp_path / "acts") as acts:
+        sent, dataset = pickle.dumps(acts), acts.dataset("maps")
+        np.testing.assert_array_equal(acts["maps"][:4], SOME[:4])
+        make_shards(tmp_path / "new", {"maps": other}, (4,))
+        shutil.rmtree(tmp_path / "acts")
+        (tmp_path / "new").rename(tmp_path / "acts")
+        with pytest.raises(FormatError, match="was replaced"):
+            acts["maps"][5]
+        with pytest.raises(FormatError, match="was replaced"):
+            pickle.loads(sent)
+        for one in (dataset, pickle.loads(pickle.dumps(dataset))):
+            with pytest.raises(FormatError, match="was replaced"):
+                one[5]
+
+
+def test_the_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shards(tmp_path / "acts", {"maps": SOME}, (4,))
+    make_file(tmp_path / "acts.h5", {"maps": SOME})
+    for name in ("acts", "acts.h5"):
+        monkeypatch.chdir(tmp_path)
+        with reader.open(name) as acts:
+            monkeypatch.chdir("/")
+            np.testing.assert_array_equal(acts["maps"][:], SOME)
+            np.testing.assert_array_equal(pickle.loads(pickle.dumps(acts))["maps"][:], SOME)
+            assert [row for row, _ in acts.dataset("maps")] == list(range(len(SOME)))
 
 
 def test_what_is_closed_does_not_pickle(tmp_path: Path) -> None:

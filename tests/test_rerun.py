@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import socket
 import sys
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from fmextract import cli, models, store
 from fmextract.common.imports import import_object
 from fmextract.common.trust import names_from_a_file
-from fmextract.errors import ConfigError
+from fmextract.errors import ConfigError, ModelError
 from fmextract.verify import verify
 
 EVIL = """
@@ -229,6 +230,27 @@ def test_weights_in_the_cache_are_used_and_nothing_is_downloaded(place: Path, ne
     with pytest.raises(ConfigError, match="could not be downloaded"):
         verify(place / "acts.h5", rerun=1, model="squeezenet1_1")
     assert network
+
+
+class Evil:
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = str(sentinel)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.sentinel,)
+
+
+def test_a_pickle_in_the_cache_is_not_unpickled(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchvision itself would: a name in a file is enough to have it read what lies there."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    cached = place / "hub" / "checkpoints" / torchvision.models.SqueezeNet1_1_Weights.DEFAULT.url.rpartition("/")[2]
+    cached.parent.mkdir(parents=True)
+    torch.save({"payload": Evil(place / "ran")}, cached)
+    with names_from_a_file(place / "acts.h5", []), pytest.raises(ModelError, match="squeezenet1_1"):
+        models.load_model("squeezenet1_1")
+    assert not ran(place)
+    assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
 
 
 def test_nothing_is_downloaded_for_timm_either(
