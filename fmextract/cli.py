@@ -574,6 +574,25 @@ def report(
     return 0
 
 
+Theme = Annotated[
+    str, _option("--theme", metavar="dark|light", help="Of the picture; light for paper. [default: dark]")
+]
+Dpi = Annotated[int, _option("--dpi", metavar="N", help="Pixels an inch. [default: 150]")]
+Cmap = Annotated[
+    str | None,
+    _option("--cmap", metavar="NAME", help="A colour map of matplotlib. [default: magma; gray for kernels]"),
+]
+
+
+def _style(theme: str, dpi: int, cmap: str | None = None, out: Path | None = None) -> Any:
+    """How a picture is drawn, as `fmextract.look` takes it; where long work comes first, `out` is checked too."""
+    from fmextract.look import canvas
+
+    if out is not None:
+        canvas.check_name(out)
+    return canvas.Style(theme, dpi, cmap)
+
+
 @app.command()
 @_with_run_options
 def bench(
@@ -585,6 +604,8 @@ def bench(
     model: Model,
     repeats: Annotated[int, _option("--repeats", metavar="N", help="Medians of so many turns. [default: 3]")] = 3,
     plot: Annotated[Path | None, _option("--plot", metavar="FILE", help="Draw it: .png, .pdf or .svg.")] = None,
+    theme: Theme = "dark",
+    dpi: Dpi = 150,
     as_json: Json = False,
     debug: Debug = False,
     **options: Any,
@@ -597,12 +618,12 @@ def bench(
     with _working():
         with _importing():
             from fmextract.bench import bench as measure
-
+        style = _style(theme, dpi, out=plot)
         found = measure(source, model, config, TerminalProgress(), repeats=repeats)
         if plot is not None:
             from fmextract.look.stages import draw_stages
 
-            draw_stages(found, plot)
+            draw_stages(found, plot, style=style)
     _show(found.as_json(), lambda: tables.benchmark(found), as_json)
     return 0
 
@@ -630,16 +651,6 @@ def demo(
     return 0
 
 
-Theme = Annotated[
-    str, _option("--theme", metavar="dark|light", help="Of the picture; light for paper. [default: dark]")
-]
-Dpi = Annotated[int, _option("--dpi", metavar="N", help="Pixels an inch. [default: 150]")]
-Cmap = Annotated[
-    str | None,
-    _option("--cmap", metavar="NAME", help="A colour map of matplotlib. [default: magma; gray for kernels]"),
-]
-
-
 @app.command()
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="What counts as right.", show_default=False)],
@@ -665,12 +676,13 @@ def compare(
     with _working():
         from fmextract import comparison, reader
 
+        style = _style(theme, dpi, out=out)
         with reader.open(a) as first, reader.open(b) as second:
             found = comparison.compare(first, second, layers or (), worst=worst)
         if out is not None:
             from fmextract.look import draw_comparison
 
-            draw_comparison(found, out, style=_style(theme, dpi))
+            draw_comparison(found, out, style=style)
     _show(found.as_json(), lambda: tables.comparison(found), as_json)
     return 0
 
@@ -739,13 +751,6 @@ Images = Annotated[
     Path | None,
     _option("--images", metavar="DIR", help="Where the photos are now. [default: where the run found them]"),
 ]
-
-
-def _style(theme: str, dpi: int, cmap: str | None = None) -> Any:
-    """How a picture is drawn, as `fmextract.look` takes it."""
-    from fmextract import look
-
-    return look.Style(theme, dpi, cmap)
 
 
 @show.command("filters")
@@ -847,6 +852,9 @@ def show_maps(
     overlay: Annotated[
         bool, _option("--overlay", help="Lay the maps over the photo, each cell where it looks.")
     ] = False,
+    kind: Annotated[
+        str | None, _option("--format", metavar="png|pdf|svg", help="Of the pictures in a folder. [default: png]")
+    ] = None,
     theme: Theme = "dark",
     dpi: Dpi = 150,
     cmap: Cmap = None,
@@ -860,7 +868,7 @@ def show_maps(
     fmextract show maps acts.h5 --image cats/tom.jpg -l 'conv#0' -l 'layer*' -o maps/
     """
     drawing: dict[str, Any] = {"count": count, "order": order, "channels": channels or (), "scale": scale}
-    drawing |= {"overlay": overlay, "layers": layers or ()}
+    drawing |= {"overlay": overlay, "format": kind, "layers": layers or ()}
     with _working():
         from fmextract import look, reader
 

@@ -283,6 +283,13 @@ def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[geometry.Redu
     return [None if r is None or not r.stores else (r.apply, r.axes) for r in reductions]
 
 
+def survey(loaded: models.LoadedModel, shape: Sequence[int]) -> taps.Survey:
+    """What one pass over noise of `shape` does, on the CPU; the model is as before afterwards. Raises LayerError."""
+    cpu = torch.device("cpu")
+    with untouched(loaded.module), precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
+        return _surveyed(loaded, _noise(tuple(shape), cpu))
+
+
 def _surveyed(loaded: models.LoadedModel, noise: torch.Tensor) -> taps.Survey:
     with _failing_on(noise.shape[1:], loaded.module):
         return taps.survey(loaded.module, loaded.forward, noise)

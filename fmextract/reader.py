@@ -524,6 +524,11 @@ class Layer:
         return self.spec.module_type
 
     @property
+    def numbers(self) -> tuple[str, ...]:
+        """The selectors by number that mean its module, as `conv#52` and `trunk#48`; none where the file has none."""
+        return tuple(str(self.attrs.get("number", "")).split())
+
+    @property
     def compute_dtype(self) -> str:
         """The type in the forward pass (torch's name)."""
         return self.spec.compute_dtype

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
-__all__ = ["base_of", "candidates", "moved", "names_of", "remembered"]
+__all__ = ["base_of", "candidates", "common_folder", "local_name", "moved", "names_of", "remembered", "without_folders"]
+
+# Behind a letter, a colon or a slash it is part of a word or of an address.
+_BEFORE = r"(?<![\w/.:~-])"
+_FOLDERS = re.compile(rf"{_BEFORE}(?:/(?:[^/\s'\"]+/)+|[A-Za-z]:\\(?:[^\\\s'\"]+\\)*)(?=[^\s/'\"])")
 
 
 def base_of(output: Path) -> Path:
@@ -49,3 +53,30 @@ def names_of(shown: str) -> list[str]:
     if not shown or "\\x" not in shown:
         return [shown] if shown else []
     return [shown, os.fsdecode(re.sub(rb"\\x([0-9a-f]{2})", lambda m: bytes.fromhex(m[1].decode()), shown.encode()))]
+
+
+def local_name(text: object) -> str:
+    """A path for others to read: one that is absolute without the folders of the machine that it was made on."""
+    name = str(text)
+    for kind in (PurePosixPath, PureWindowsPath):
+        if kind(name).is_absolute():
+            return kind(name).name
+    return name
+
+
+def without_folders(text: str, known: Iterable[str] = ()) -> str:
+    """A sentence for others to read: of absolute paths only the names. `known` are folders that may hold blanks."""
+    for folder in sorted({folder.rstrip("/") for folder in known} - {""}, key=len, reverse=True):
+        text = re.sub(rf"{_BEFORE}{re.escape(folder)}/", "", text)
+        text = re.sub(rf"{_BEFORE}{re.escape(folder)}(?![\w/])", lambda found: local_name(found[0]), text)
+    return _FOLDERS.sub("", text)
+
+
+def common_folder(paths: Iterable[str]) -> str:
+    """The folder, with a slash at its end, in which all of the absolute ones among `paths` lie; "" if there is none."""
+    absolute = [path for path in paths if path.startswith("/")]
+    if not absolute:
+        return ""
+    # All that lies between the two begins as they do.
+    shared = os.path.commonprefix([min(absolute), max(absolute)])  # noqa: RUF071  cut to a folder below
+    return shared[: shared.rfind("/") + 1]

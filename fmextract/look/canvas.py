@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from fmextract.text import printable
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 Array = npt.NDArray[Any]
 
@@ -167,13 +168,20 @@ def figure(width: float, height: float) -> Figure:
     return made
 
 
+def check_name(out: str | os.PathLike[str]) -> Path:
+    """The name of a picture. Raises OutputError where it says no format that there is, MissingExtra."""
+    path = Path(out)
+    _matplotlib()
+    if path.suffix.lower() not in FORMATS:
+        raise OutputError(f"{path}: a picture's name ends in one of {', '.join(FORMATS)}")
+    return path
+
+
 def save(made: Figure, out: str | os.PathLike[str]) -> Path:
     """Write a figure; the suffix of `out` says in which format. Raises OutputError."""
     from matplotlib import rc_context
 
-    path = Path(out)
-    if path.suffix.lower() not in FORMATS:
-        raise OutputError(f"{path}: a picture's name ends in one of {', '.join(FORMATS)}")
+    path = check_name(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Letters in a PDF are those of a font, not drawings of them: publishers want that.
@@ -188,10 +196,10 @@ def save(made: Figure, out: str | os.PathLike[str]) -> Path:
     return path
 
 
-def file_name(number: int, name: str) -> str:
+def file_name(number: int, name: str, kind: str = "png") -> str:
     """A file for the picture of a layer: sorted like the layers, with no letter that a file system refuses."""
     plain = "".join(c if c.isalnum() or c in "._-#=" else "_" for c in name)
-    return f"{number:02d}_{plain[:100]}.png"
+    return f"{number:02d}_{plain[:100]}.{kind}"
 
 
 def safe(text: object) -> str:
@@ -199,16 +207,15 @@ def safe(text: object) -> str:
     return printable(text).replace("$", r"\$")
 
 
+def cut(text: object, most: int) -> str:
+    """`text` on one line, cut in the middle to `most` letters."""
+    name = printable(text)
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
+
+
 def short(text: object, most: int = 24) -> str:
     """`safe`, cut in the middle to `most` letters."""
-    name = printable(text)
-    return safe(name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}")
-
-
-def local_name(text: object) -> str:
-    """A path as a caption: one that is absolute without the folders of this machine."""
-    name = str(text)
-    return PurePath(name).name if PurePath(name).is_absolute() else name
+    return safe(cut(text, most))
 
 
 def value_range(values: Array) -> tuple[float, float]:
@@ -283,6 +290,32 @@ def colour_bar(axis: Axes, low: float, high: float, label: str, colours: str = "
         side.set_color(theme().line)
 
 
+def heading(made: Figure, title: str, detail: str, place: tuple[float, float, float] | None = None) -> None:
+    """What a picture shows, and at the right, fainter, what there is to say of it. The one never runs into the other.
+
+    `place` is the left end, the right end and the distance from above, in inches. A title that is too long is made
+    smaller, and then cut in its middle.
+    """
+    width, height = made.get_size_inches()
+    left, right, above = place or (0.15, width - 0.15, 0.35)
+    line: dict[str, Any] = {"y": 1 - above / height, "va": "center"}
+    small = made.text(x=right / width, s=safe(detail), color=theme().faint, size=10, ha="right", **line)
+    room = right - left - (_inches(small) + 0.2 if detail else 0)
+    large = made.text(x=left / width, s=safe(title), color=theme().ink, size=14, weight="bold", **line)
+    if _inches(large) > room:
+        large.set_fontsize(max(10.0, 14 * room / _inches(large)))
+    letters = len(title)
+    while _inches(large) > room and letters > 8:
+        letters -= 1
+        large.set_text(short(title, letters))
+
+
+def _inches(text: Text) -> float:
+    """How long a text of a figure is."""
+    root: Any = text.get_figure(root=True)
+    return float(text.get_window_extent().width) / float(root.dpi)
+
+
 def plot_axis(made: Figure, box: tuple[float, float, float, float], title: str, ylabel: str = "") -> Axes:
     """An axis for curves: no frame, faint lines."""
     axis: Axes = made.add_axes(box, facecolor=theme().background)
@@ -296,16 +329,21 @@ def plot_axis(made: Figure, box: tuple[float, float, float, float], title: str, 
     return axis
 
 
-def room_for_names(layers: Sequence[str]) -> float:
+def room_for_names(names: Sequence[str]) -> float:
     """Inches that `name_layers` takes below a plot."""
-    letters = max((len(short(layer, 18)) for layer in layers), default=0)
-    return 0.25 + 0.075 * letters * (0.7 if len(layers) <= SLANTED else 1.0)
+    letters = max((len(line) for name in names for line in name.splitlines()), default=0)
+    return 0.25 + 0.075 * letters * (0.7 if len(names) <= SLANTED else 1.0)
+
+
+def tick_name(layer: str, numbers: Sequence[str] = ()) -> str:
+    """A layer as it stands below a plot, its numbers in a second line."""
+    return "\n".join([short(layer, 18), *([" ".join(numbers)] if numbers else [])])
 
 
 def name_layers(axis: Axes, layers: Sequence[str]) -> None:
-    """Layers along the lower edge of a plot; of many, every second or third is named."""
+    """The `tick_name` of each layer along the lower edge of a plot; of many, every second or third is named."""
     every = -(-len(layers) // MOST_NAMES)
-    names = [short(layer, 18) for layer in layers[::every]]
+    names = layers[::every]
     slant: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
     axis.set_xticks(range(0, len(layers), every), names, **(slant if len(layers) <= SLANTED else {"rotation": 90}))
     axis.set_xlim(-0.6, len(layers) - 0.4)

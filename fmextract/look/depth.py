@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fmextract.common.folders import local_name
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
-from fmextract.look.canvas import Style, local_name, safe, styled
+from fmextract.look.canvas import Style, styled
 from fmextract.look.select import select_layers
 from fmextract.moments import NEAR_ZERO
 
@@ -124,12 +125,12 @@ def show_depth(
     rows = depth(acts, layers)
     width = max(7.5, min(22.0, 2.2 + 0.42 * len(rows)))
     panel, between = 1.84, 0.74
-    names = canvas.room_for_names([row.layer for row in rows])
+    ticks = [canvas.tick_name(row.layer, acts[row.layer].numbers) for row in rows]
+    names = canvas.room_for_names(ticks)
     height = 0.85 + 3 * panel + 2 * between + names
     figure = canvas.figure(width, height)
     left, wide = 0.85 / width, 1 - 1.1 / width
-    what = safe(title or local_name(acts.attrs.get("model", "")))
-    figure.text(left, 1 - 0.3 / height, what, color=canvas.theme().ink, size=13, weight="bold")
+    canvas.heading(figure, title or local_name(acts.attrs.get("model", "")), "", (0.85, width - 0.25, 0.25))
     bottoms = [names + i * (panel + between) for i in (2, 1, 0)]
     boxes = [(left, bottom / height, wide, panel / height) for bottom in bottoms]
     upper = canvas.plot_axis(figure, boxes[0], "Zeros and dead channels", "share, %")
@@ -138,7 +139,7 @@ def show_depth(
     _draw_zeros(upper, rows)
     _draw_dimension(middle, rows)
     _draw_values(lower, rows)
-    canvas.name_layers(lower, [row.layer for row in rows])
+    canvas.name_layers(lower, ticks)
     for axis in (upper, middle):
         axis.set_xticks([])
         axis.set_xlim(lower.get_xlim())

@@ -10,7 +10,8 @@ import numpy as np
 
 from fmextract.comparison import Comparison
 from fmextract.look import canvas
-from fmextract.look.canvas import Array, Style, short, styled
+from fmextract.look.canvas import Array, Style, cut, styled
+from fmextract.text import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,14 +24,13 @@ def draw_comparison(found: Comparison, out: str | os.PathLike[str], *, style: St
     places = np.arange(len(rows))
     width = max(7.5, min(22.0, 2.2 + 0.42 * len(rows)))
     panel, between = 1.8, 0.8
-    names = canvas.room_for_names([row.layer for row in rows])
+    ticks = [canvas.tick_name(row.layer) for row in rows]
+    names = canvas.room_for_names(ticks)
     height = 0.95 + 2 * panel + between + names
     figure = canvas.figure(width, height)
     left, wide = 0.95 / width, 1 - 1.2 / width
-    title = f"{short(Path(found.b).name, 30)} against {short(Path(found.a).name, 30)}"
-    figure.text(left, 1 - 0.3 / height, title, color=canvas.theme().ink, size=13, weight="bold")
-    words = f"{found.images:,} images"
-    figure.text(1 - 0.25 / width, 1 - 0.3 / height, words, color=canvas.theme().faint, size=10, ha="right")
+    title = f"{cut(Path(found.b).name, 30)} against {cut(Path(found.a).name, 30)}"
+    canvas.heading(figure, title, count(found.images, "image"), (0.95, width - 0.25, 0.25))
     place = (left, (names + panel + between) / height, wide, panel / height)
     upper = canvas.plot_axis(figure, place, "Relative L2 error", "share, %")
     median, most = (100 * np.array([getattr(row, name) for row in rows]) for name in ("median_error", "max_error"))
@@ -43,7 +43,7 @@ def draw_comparison(found: Comparison, out: str | os.PathLike[str], *, style: St
     lower.plot(places, [row.cka for row in rows], "-o", color=canvas.theme().green, markersize=4, label="linear CKA")
     lower.margins(y=0.15)
     lower.ticklabel_format(axis="y", useOffset=False)
-    canvas.name_layers(lower, [row.layer for row in rows])
+    canvas.name_layers(lower, ticks)
     upper.set_xlim(lower.get_xlim())
     canvas.legend(upper)
     canvas.legend(lower)

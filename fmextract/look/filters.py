@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from fmextract import models, taps
+from fmextract import models, prepare, taps
 from fmextract.errors import ConfigError, LayerError
 from fmextract.images import Preprocessing
 from fmextract.look import canvas
-from fmextract.look.canvas import Array, Style, safe, short, styled
+from fmextract.look.canvas import Array, Style, short, styled
 from fmextract.look.live import activations_of
 from fmextract.look.photos import as_seen, load_photo
 from fmextract.look.places import read_maps
@@ -91,7 +91,7 @@ def show_filters(
     Raises LayerError for a layer that is no two-dimensional convolution, ConfigError, ModelError, MissingExtra.
     """
     loaded = models.load_model(model, weights, preprocess, size)
-    path, kernels = _kernels(loaded, layer)
+    path, kernels, words = _kernels(loaded, layer)
     numbers = _pick(kernels, count or (64 if image is None and kernels.shape[1] == COLOUR else 16), order, filters)
     coloured = kernels.shape[1] == COLOUR and inputs is None
     columns = range(*_slice(inputs, kernels.shape[1])) if not coloured else range(COLOUR)
@@ -104,7 +104,7 @@ def show_filters(
     elif scale != "each":
         raise ConfigError(f"unknown scale {scale!r}: expected each or shared")
     tiles = _coloured(chosen, most) if coloured else _grey(chosen, most)
-    title = f"{shape(kernels.shape)}  (filters, input channels, height, width)"
+    title = "  ·  ".join((*words, f"{shape(kernels.shape)}  (filters, input channels, height, width)"))
     maps = None
     if image is not None:
         figure, maps = _beside(loaded, path, image, numbers, tiles, coloured)
@@ -127,10 +127,10 @@ def parse_slice(text: str | None) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
-def _kernels(loaded: models.LoadedModel, layer: str) -> tuple[str, Array]:
-    """The path of a convolution and its weights, float32 (filters, input channels, height, width)."""
+def _kernels(loaded: models.LoadedModel, layer: str) -> tuple[str, Array, list[str]]:
+    """The path of a convolution, its weights, float32 (filters, input channels, height, width), and its numbers."""
     modules = dict(loaded.module.named_modules())
-    path = layer if layer in modules else _resolved(loaded, layer, modules)
+    path, words = _found(loaded, layer, modules)
     module = modules[path]
     weight = getattr(module, "weight", None)
     weight = weight() if callable(weight) else weight  # a quantized module's is a method
@@ -144,21 +144,31 @@ def _kernels(loaded: models.LoadedModel, layer: str) -> tuple[str, Array]:
     values = weight.dequantize() if weight.is_quantized else weight
     kernels: Array = values.detach().float().cpu().numpy()
     transposed = isinstance(module, nn.ConvTranspose2d)  # which has its input channels first
-    return path, kernels.transpose(1, 0, 2, 3) if transposed else kernels
+    return path, kernels.transpose(1, 0, 2, 3) if transposed else kernels, words
 
 
-def _resolved(loaded: models.LoadedModel, layer: str, modules: dict[str, nn.Module]) -> str:
-    """The module that a selector means, by a forward pass that finds out the order of execution."""
+def _found(loaded: models.LoadedModel, layer: str, modules: dict[str, nn.Module]) -> tuple[str, list[str]]:
+    """The module that a path or a selector means, and its numbers: by a pass that finds out the order of execution."""
+    try:
+        seen = _survey(loaded, layer)
+    except (ConfigError, LayerError):
+        if layer not in modules:
+            raise
+        return layer, []  # whether or not the network runs, its kernels are there
+    path = layer
+    if layer not in modules:
+        named = list(dict.fromkeys(tap.module for tap in taps.resolve([layer], seen)))
+        if len(named) > 1:
+            raise LayerError(f"{layer!r} matches {len(named)} modules: name one of {', '.join(named[:6])}")
+        path = named[0]
+    return path, seen.numbers.get(seen.aliases.get(path, path), "").split()
+
+
+def _survey(loaded: models.LoadedModel, layer: str) -> taps.Survey:
     preprocess = loaded.preprocess
     if preprocess is None or preprocess.size is None:
         raise ConfigError(f"{layer!r} is found by a forward pass, whose input size is not known: give --size N")
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn((2, COLOUR, *preprocess.size), generator=generator, dtype=torch.float32)
-    found = taps.resolve([layer], taps.survey(loaded.module, loaded.forward, noise))
-    named = list(dict.fromkeys(tap.module for tap in found))
-    if len(named) > 1:
-        raise LayerError(f"{layer!r} matches {len(named)} modules: name one of {', '.join(named[:6])}")
-    return named[0]
+    return prepare.survey(loaded, (COLOUR, *preprocess.size))
 
 
 def _pick(kernels: Array, count: int, order: str, chosen: Sequence[int]) -> list[int]:
@@ -263,9 +273,7 @@ def _beside(
 def _frame(figure: Figure, path: str, title: str, most: float, scale: str, coloured: bool) -> None:
     """Title above, and at the right what dark and bright mean."""
     width, height = figure.get_size_inches()
-    top = 1 - 0.35 / height
-    figure.text(0.03, top, safe(path), color=canvas.theme().ink, size=14, weight="bold", va="center")
-    figure.text(0.97, top, title, color=canvas.theme().faint, size=9.5, va="center", ha="right")
+    canvas.heading(figure, path, title, (0.25, width - 0.25, 0.35))
     tall = min(3.0, height - 1.5)
     place = (1 - 0.66 / width, 1 - (0.98 + tall) / height, 0.13 / width, tall / height)
     bar = figure.add_axes(place)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
+from fmextract.common.folders import local_name
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
-from fmextract.look.canvas import Array, Style, local_name, safe, short, styled
+from fmextract.look.canvas import Array, Style, safe, short, styled
 from fmextract.look.photos import as_seen, check_traceable, load_photo
 from fmextract.look.places import Grid, Maps, pick_channels, read_maps
 from fmextract.look.select import select_layers
@@ -70,9 +71,10 @@ def show_maps(
     channels: Sequence[int] = (),
     scale: str = "each",
     overlay: bool = False,
+    format: str | None = None,
     style: Style = canvas.PLAIN,
 ) -> list[MapPicture]:
-    """Draw the maps of the image with the key `image`, one picture a layer into the folder `out`.
+    """Draw the maps of the image with the key `image`, one picture a layer into the folder `out`, in a `format` (png).
 
     `layers` are names or selectors, every layer with maps if none. Of each the first `count` channels are shown, those
     that vary most over this photo (`order` first or strongest), or the `channels` given. `scale`: each map has its own
@@ -87,21 +89,33 @@ def show_maps(
         raise ConfigError(f"unknown scale {scale!r}: expected {' or '.join(SCALES)}")
     if overlay:
         check_traceable(acts)
+    target = Path(out)
+    in_one, kind = _format(target, format)
     row = acts.row(image)
     names = select_layers(acts, layers, with_maps=True)
     photo = load_photo(acts, row, images)
     shown = [_choose(acts, name, row, count, order, channels, scale) for name in names]
-    target = Path(out)
-    if target.suffix.lower() in canvas.FORMATS:
+    if in_one:
         _draw_overview(acts, shown, as_seen(photo, acts.preprocess), image, target, overlay=overlay)
         return [one.picture(target, image) for one in shown]
     seen = as_seen(photo, acts.preprocess)
     made = []
     for number, one in enumerate(shown):
-        path = target / canvas.file_name(number, one.layer.name)
+        path = target / canvas.file_name(number, one.layer.name, kind)
         canvas.save(_draw_one(one, seen, image, scale, overlay), path)
         made.append(one.picture(path, image))
     return made
+
+
+def _format(target: Path, wanted: str | None) -> tuple[bool, str]:
+    """Whether all layers go into one picture, whose name is `target`, and the format of each. Raises ConfigError."""
+    kinds = [suffix.removeprefix(".") for suffix in canvas.FORMATS]
+    if wanted is not None and wanted not in kinds:
+        raise ConfigError(f"unknown format {wanted!r}: expected {', '.join(kinds)}")
+    own = target.suffix.lower().removeprefix(".")
+    if own in kinds and wanted not in (None, own):
+        raise ConfigError(f"{target} is one picture, whose name says its format: --format {wanted} is for a folder")
+    return own in kinds, own if own in kinds else wanted or "png"
 
 
 @styled
@@ -177,7 +191,7 @@ def _laid_over(photo: PIL.Image.Image, grid: Grid, values: Array, ends: tuple[fl
 
 def describe_field(layer: Layer) -> str:
     """`64×56×56 · sees 91×91 px`, with the effective field where it is known."""
-    words = [*layer.attrs.get("number", "").split(), shape(layer.shape[1:])]
+    words = [*layer.numbers, shape(layer.shape[1:])]
     field = layer.field
     if field is not None and field.whole:
         words.append("sees the whole image")
@@ -194,8 +208,7 @@ def describe_field(layer: Layer) -> str:
 
 def _draw_one(shown: _Shown, photo: PIL.Image.Image, key: str, scale: str, overlay: bool) -> Figure:
     figure = canvas.figure(11.2, 5.9)
-    figure.text(0.03, 0.945, safe(shown.layer.name), color=canvas.theme().ink, size=15, weight="bold", va="center")
-    figure.text(0.955, 0.945, describe_field(shown.layer), color=canvas.theme().faint, size=11, va="center", ha="right")
+    canvas.heading(figure, shown.layer.name, describe_field(shown.layer), (0.34, 10.7, 0.325))
     axis = figure.add_axes((0.03, 0.15, 0.40, 0.75), anchor="NW")
     axis.imshow(np.asarray(photo), interpolation="lanczos")
     axis.set_axis_off()
@@ -248,8 +261,7 @@ def _draw_overview(
     axis = _picture_axis(top)
     axis.imshow(np.asarray(photo), interpolation="lanczos")
     for panel, one in zip(panels, shown, strict=False):
-        numbers = one.layer.attrs.get("number", "").split()
-        _caption(panel, one.layer.name, "  ".join((*numbers, shape(one.layer.shape[1:]))))
+        _caption(panel, one.layer.name, "  ".join((*one.layer.numbers, shape(one.layer.shape[1:]))))
         side = math.ceil(math.sqrt(len(one.channels)))
         cell = canvas.cell_like((photo.height, photo.width))
         names = [str(number) for number in one.channels]

@@ -66,7 +66,7 @@ def _numbered(acts: Activations, selector: str, kind: str, number: int) -> list[
     the run, sorted as their modules run, are the stored layers of that kind one by one: if both are as many, each has
     found its layer.
     """
-    words = {name: str(acts[name].attrs.get("number", "")).split() for name in acts.layers}
+    words = {name: acts[name].numbers for name in acts.layers}
     if said := [name for name, own in words.items() if selector in own]:
         return said
     if number >= 0 and any(words.values()):

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fmextract.common.folders import local_name
 from fmextract.look import canvas
-from fmextract.look.canvas import Style, local_name, short, styled
+from fmextract.look.canvas import Style, cut, styled
 
 if TYPE_CHECKING:
     from fmextract.bench import Report
@@ -26,9 +27,8 @@ def draw_stages(found: Report, out: str | os.PathLike[str], *, style: Style = ca
     bare = [1e3 / stage.bare if stage.bare else 0.0 for stage in stages] + [0.0, 0.0]
     figure = canvas.figure(8.5, 1.7 + 0.42 * len(names))
     height = figure.get_figheight()
-    machine = short(found.machine.get("processor", found.device), 40)
-    title = f"{short(local_name(found.model), 30)}, {found.precision}, on {machine}"
-    figure.text(0.02, 1 - 0.38 / height, title, color=canvas.theme().ink, size=13, weight="bold")
+    machine = cut(found.machine.get("processor", found.device), 40)
+    canvas.heading(figure, f"{cut(local_name(found.model), 30)}, {found.precision}, on {machine}", "")
     words = f"{found.end_to_end:.3g} images/s, {found.share:.0%} of the limit; {found.limiting_stage} takes most"
     axis = canvas.plot_axis(figure, (0.14, 0.6 / height, 0.78, 1 - 1.7 / height), words)
     places = list(range(len(names)))[::-1]

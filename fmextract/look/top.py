@@ -13,11 +13,13 @@ import numpy as np
 import PIL.Image
 
 from fmextract.boxes import Box, photo_box
+from fmextract.common.folders import local_name
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
-from fmextract.look.canvas import Style, local_name, safe, short, styled
+from fmextract.look.canvas import Style, short, styled
 from fmextract.look.photos import as_seen, input_size, load_photo
 from fmextract.look.places import Grid, Region, grid_of, has_maps
+from fmextract.text import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -133,11 +135,8 @@ def show_top(
     tall = side * (2 if paired else 1) + 0.62
     width, height = max(6.5, side * across + 0.3), above + tall * len(lines) + heading * len(rows)
     figure = canvas.figure(width, height)
-    named = ", ".join(map(str, channels))
-    what = f"{layer}  ·  channel{'s' if len(channels) > 1 else ''} {named}"
-    figure.text(
-        0.15 / width, 1 - 0.35 / height, safe(what), color=canvas.theme().ink, size=14, weight="bold", va="center"
-    )
+    which = f"channel {channels[0]}" if len(channels) == 1 else count(len(channels), "channel")
+    canvas.heading(figure, f"{layer}  ·  {which}", "  ·  ".join(acts[layer].numbers))
     figure.text(0.15 / width, 1 - 0.68 / height, _legend(lines[0][0]), color=canvas.theme().faint, size=9, va="center")
     down = above
     for line, is_first in lines:

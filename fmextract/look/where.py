@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fmextract.boxes import Box, photo_box
+from fmextract.common.folders import local_name
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
-from fmextract.look.canvas import Array, Style, local_name, safe, short, styled
+from fmextract.look.canvas import Array, Style, cut, styled
 from fmextract.look.photos import as_seen, check_traceable, load_photo
 from fmextract.look.places import Region, read_maps
 from fmextract.look.top import KINDS, cropped, draw_region, outline
@@ -125,11 +126,7 @@ def show_where(
     side, crops = 4.4, len(found.peaks)
     width, height = 2 * side + 0.45, side + 1.35 + (2 * side + 0.15) / max(crops, 4) + 0.35
     figure = canvas.figure(width, height)
-    figure.text(
-        0.15 / width, 1 - 0.35 / height, safe(layer), color=canvas.theme().ink, size=14, weight="bold", va="center"
-    )
-    named: dict[str, Any] = {"color": canvas.theme().faint, "size": 10, "va": "center", "ha": "right"}
-    figure.text(1 - 0.15 / width, 1 - 0.35 / height, short(local_name(image), 40), **named)
+    canvas.heading(figure, layer, "  ·  ".join((*acts[layer].numbers, cut(local_name(image), 40))))
     bottom = (height - 1.0 - side) / height
     left = figure.add_axes((0.15 / width, bottom, side / width, side / height), anchor="N")
     draw_region(left, seen, None)

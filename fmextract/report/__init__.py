@@ -26,6 +26,7 @@ import numpy as np
 import fmextract.report.numbers as numbers
 from fmextract import reader
 from fmextract.common import strict_json
+from fmextract.common.folders import local_name
 from fmextract.errors import ConfigError
 from fmextract.look.photos import input_size
 from fmextract.report.photos import Photos
@@ -90,7 +91,7 @@ def write_report(
     _refuse_foreign(target)
     with reader.open(path) as acts:
         said = _Collected(acts, images, max_size)
-        page = _page(f"{acts.attrs.get('model', '')} · {Path(path).name}", said.data)
+        page = _page(f"{local_name(acts.attrs.get('model', ''))} · {Path(path).name}", said.data)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(page)
@@ -99,7 +100,7 @@ def write_report(
         temporary.unlink(missing_ok=True)
     return Made(
         str(target), len(page), len(said.data["layers"]), len(said.data["maps"]), len(said.data["photos"]),
-        tuple(said.data["left_out"]),
+        tuple(said.left_out),
     )  # fmt: skip
 
 
@@ -152,10 +153,11 @@ def _json(data: Any) -> str:
 
 
 class _Collected:
-    """`data`: all that goes into the page, within `max_size`."""
+    """`data`: all that goes into the page, within `max_size`; `left_out`: what does not, for who makes it."""
 
     def __init__(self, acts: reader.Activations, images: str | os.PathLike[str] | None, max_size: int) -> None:
         self.acts = acts
+        self.places = numbers.Places(acts, str(Path(images).absolute()) if images is not None else "")
         self.room = max_size - len(_page("x" * 300, {}))
         self.views = {name: view_of(acts[name], input_size(acts)) for name in acts.layers}
         good = acts.rows()
@@ -167,7 +169,7 @@ class _Collected:
             "run": numbers.run(acts),
             "input": input_size(acts),
             "geometry": self.photos.geometry,
-            "failures": numbers.failures(acts),
+            "failures": numbers.failures(acts, self.places),
             "layers": self.layers,
             "keys": {},
             "photos": {},
@@ -200,7 +202,7 @@ class _Collected:
                 made = numbers.channels(self.acts[name], _chosen(self.acts[name], min(most, have[name])), FEATURED)
                 entry["channels"] = made.data if made else None
                 rows |= dict.fromkeys(made.rows if made else ())
-            self.data["keys"] = {row: numbers.shown(self.acts.keys[row]) for row in rows}
+            self.data["keys"] = {row: self.places.key(row) for row in rows}
             # Keys may be long: they count.
             if len(_json([self.layers, self.data["keys"]])) < max_size / 2 or most == 0:
                 self.named = list(rows)
@@ -211,7 +213,7 @@ class _Collected:
     def _add_keys(self, rows: Iterable[int]) -> None:
         for row in rows:
             if row not in self.data["keys"]:
-                self._put(self.data["keys"], row, numbers.shown(self.acts.keys[row]))
+                self._put(self.data["keys"], row, self.places.key(row))
 
     def _put(self, into: dict[Any, Any], key: Any, value: Any) -> bool:
         """Whether there was room for it."""
@@ -265,7 +267,8 @@ class _Collected:
         return self.rows[:1], max(1, FEWEST_MAPS // 3)
 
     def _tell(self) -> None:
-        self.data["left_out"] = [printable(sentence) for sentence in self._sentences()]
+        self.left_out = list(self._sentences())
+        self.data["left_out"] = [printable(self.places.sentence(sentence)) for sentence in self.left_out]
 
     def _sentences(self) -> Iterator[str]:
         good, shown = len(self.acts.rows()), len(self.data["maps"])

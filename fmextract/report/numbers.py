@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fmextract.common.folders import common_folder, local_name, without_folders
 from fmextract.errors import ConfigError
 from fmextract.moments import NEAR_ZERO
 from fmextract.reader import Activations, Layer, Stats
@@ -58,9 +59,9 @@ def run(acts: Activations) -> dict[str, Any]:
     config, info = acts.config, acts.info()
     by_status = np.bincount(acts.status, minlength=len(STATUS_MEANINGS))
     facts = {
-        "model": acts.attrs.get("model"),
+        "model": local_name(acts.attrs.get("model", "")),
         "weights": _weights(acts),
-        "source": acts.attrs.get("source"),
+        "source": local_name(acts.attrs.get("source", "")),
         "preprocessing": _preprocessing(acts.preprocess),
         "precision": acts.attrs.get("precision"),
         "device": config.get("device"),
@@ -72,7 +73,7 @@ def run(acts: Activations) -> dict[str, Any]:
     }
     return {
         "name": shown(acts.path.name),
-        "model": shown(acts.attrs.get("model", "")),
+        "model": shown(local_name(acts.attrs.get("model", ""))),
         "facts": [[name, shown(value)] for name, value in facts.items() if value not in (None, "")],
         "rows": len(acts),
         "failed": int(by_status[1:].sum()),
@@ -94,33 +95,52 @@ def _throughput(said: Mapping[str, Any] | None) -> str | None:
 
 def _weights(acts: Activations) -> str:
     asked, digest = acts.config.get("weights"), acts.attrs.get("weights_sha256")
-    return " · ".join([*([str(asked)] if asked else []), *([f"sha256 {str(digest)[:16]}"] if digest else [])])
+    return " · ".join([*([local_name(asked)] if asked else []), *([f"sha256 {str(digest)[:16]}"] if digest else [])])
 
 
 def _preprocessing(preprocess: Mapping[str, Any]) -> str:
     """`resize 256, crop 224×224, bicubic`."""
     if preprocess.get("kind", "standard") != "standard":
-        return str(preprocess.get("origin") or "the user's own")
+        return local_name(preprocess.get("origin") or "the user's own")
 
     def pixels(size: Any) -> str:
         return "×".join(map(str, size)) if isinstance(size, (list, tuple)) else str(size)
 
     words = [f"{step} {pixels(preprocess[step])}" for step in ("resize", "crop") if preprocess.get(step)]
-    words += [str(preprocess[name]) for name in ("interpolation", "origin") if preprocess.get(name)]
+    words += [local_name(preprocess[name]) for name in ("interpolation", "origin") if preprocess.get(name)]
     for name in ("mean", "std"):
         if isinstance(preprocess.get(name), list):
             words.append(f"{name} {' '.join(f'{value:.3g}' for value in preprocess[name])}")
     return ", ".join(words)
 
 
-def failures(acts: Activations) -> list[dict[str, Any]]:
+class Places:
+    """What a page that is sent on says of where images lie: names, and no folders of the machine it was made on.
+
+    Of keys that are absolute paths the folder that all have in common is left out, so that they still differ.
+    """
+
+    def __init__(self, acts: Activations, *folders: str) -> None:
+        self._keys, self._common = acts.keys, common_folder(map(str, acts.keys))
+        self._known = [self._common, acts.images.get("absolute", ""), str(acts.path.absolute().parent), *folders]
+
+    def key(self, row: int) -> str:
+        """The key of a row."""
+        key = str(self._keys[row])
+        return shown(key.removeprefix(self._common) if key.startswith("/") else key)
+
+    def sentence(self, text: str) -> str:
+        return without_folders(text, self._known)
+
+
+def failures(acts: Activations, places: Places) -> list[dict[str, Any]]:
     """The first failed rows."""
     return [
         {
             "row": row,
-            "key": shown(acts.keys[row]),
+            "key": places.key(row),
             "status": STATUS_MEANINGS[min(int(acts.status[row]), len(STATUS_MEANINGS) - 1)].replace("_", " "),
-            "message": shown(acts.messages[row]),
+            "message": shown(places.sentence(str(acts.messages[row]))),
         }
         for row in np.flatnonzero(acts.status)[:FAILURES].tolist()
     ]
@@ -156,6 +176,7 @@ def layer(layer: Layer, sampled: Sample) -> dict[str, Any]:
         "name": shown(layer.name),
         "module": shown(layer.module),
         "type": shown(layer.module_type),
+        "numbers": [shown(number) for number in layer.numbers],
         "call": layer.spec.call,
         "calls": layer.spec.calls,
         "tap": layer.spec.tap,

@@ -391,7 +391,7 @@ function drawLayers() {
   const now = layerFor(data.layers);
   if (!now) return [h("p", { class: "note" }, "The file has no layers.")];
   const columns = [
-    ["layer", (l) => [h("a", { href: hashOf({ layer: l.name, channel: null }), "data-id": `row-${indexOf(l)}` }, l.name), h("div", { class: "faint" }, l.type)], "name"],
+    ["layer", (l) => [h("a", { href: hashOf({ layer: l.name, channel: null }), "data-id": `row-${indexOf(l)}` }, l.name), h("div", { class: "faint" }, [l.type, ...l.numbers].join(" · "))], "name"],
     ["shape", (l) => tipped(h("span", {}, l.shape.join("×")), l.axes.join(" × "))],
     ["values", (l) => histogram(l, 110, 26, false)],
     ["zeros", (l) => share(l.stats.zeros), "n"],
@@ -416,7 +416,7 @@ function drawLayers() {
   return [
     h("div", { class: "card", id: "detail" },
       h("div", { class: "bar" }, h("div", { css: { flex: "1 1 14rem" } }, h("h2", {}, now.name), h("p", { class: "note" },
-        `${now.type}, ${now.shape.join("×")} (${now.axes.join(", ")})`)),
+        `${[now.type, ...now.numbers].join(" · ")}, ${now.shape.join("×")} (${now.axes.join(", ")})`)),
       h("div", { class: "group noprint" },
         mapLayers.includes(now) ? h("button", { type: "button", onclick: () => go({ view: "maps", layer: now.name }) }, "Its maps") : null,
         now.channels ? h("button", { type: "button", onclick: () => go({ view: "channels", layer: now.name }) }, "Its channels") : null)),
@@ -463,7 +463,7 @@ function drawMaps() {
     h("label", {}, "Image", h("select", { "data-id": "image", onchange: (e) => go({ row: mapRows[e.target.selectedIndex] }) },
       mapRows.map((one) => h("option", { selected: one === row }, keyOf(one))))),
     view.kind === "vector" ? null : toggles("Scale", state.scale, { own: "each map", shared: "all alike" }, (scale) => go({ scale })));
-  const title = h("div", {}, h("h2", {}, layer.name), h("p", { class: "note" }, `${keyOf(row)} · ${mapsTold(layer)}`));
+  const title = h("div", {}, h("h2", {}, layer.name), h("p", { class: "note" }, [keyOf(row), ...layer.numbers, mapsTold(layer)].join(" · ")));
   if (!entry) return [title, head, strip(), h("p", { class: "note" }, "There was no room for these maps.")];
   return [title, head, strip(), view.kind === "vector" ? vectorSheet(layer, row, entry) : mapSheet(layer, row, entry)];
 }
@@ -622,7 +622,7 @@ function drawChannels() {
   context.putImageData(line, 0, 0);
   const step = (by) => () => go({ channel: channels.numbers[(at + by + channels.numbers.length) % channels.numbers.length] });
   return [
-    h("div", {}, h("h2", {}, `${layer.name}, channel ${n}`), h("p", { class: "note" }, stats.filter(Boolean).map(([k, v]) => `${k ? `${k} ` : ""}${v}`).join(" · "), " over all images")),
+    h("div", {}, h("h2", {}, `${layer.name}, channel ${n}`), h("p", { class: "note" }, [...layer.numbers, ...stats.filter(Boolean).map(([k, v]) => `${k ? `${k} ` : ""}${v}`)].join(" · "), " over all images")),
     missing ? h("p", { class: "note bad", role: "alert" }, `Channel ${state.channel} is not in this report: this is the one that varies most.`) : null,
     h("div", { class: "bar noprint" }, layerSelect(channelLayers),
       h("label", {}, `Channel, of ${channels.count.toLocaleString("en")}`, h("input", { type: "number", id: "channel", "data-id": "channel", min: "0", max: String(channels.count - 1), value: String(n),

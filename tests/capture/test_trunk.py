@@ -26,7 +26,14 @@ def surveyed(model: nn.Module, size: int = 32) -> taps.Survey:
 
 @pytest.mark.parametrize(
     ("name", "convolutions", "trunk"),
-    [("resnet18", 20, 17), ("resnet50", 53, 49), ("resnext50_32x4d", 53, 49), ("regnet_y_400mf", 85, 81)],
+    [
+        ("resnet18", 20, 17),
+        ("resnet50", 53, 49),
+        ("resnext50_32x4d", 53, 49),
+        ("wide_resnet50_2", 53, 49),
+        ("regnet_x_400mf", 71, 67),
+        ("regnet_y_400mf", 85, 81),
+    ],
 )
 def test_shortcuts_of_residual_networks(name: str, convolutions: int, trunk: int) -> None:
     seen = surveyed(torchvision.models.get_model(name, weights=None))
