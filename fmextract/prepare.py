@@ -6,12 +6,12 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from fmextract import (
     workers,
 )
 from fmextract.capture import blame, probe
-from fmextract.capture.untouched import State, untouched
+from fmextract.capture.untouched import RANDOM, Key, State, untouched
 from fmextract.common.facts import Told
 from fmextract.common.folders import remembered
 from fmextract.compiled import CompiledCapture
@@ -50,6 +50,8 @@ from fmextract.inputs.sources import folder_of, notes_of, open_source
 from fmextract.model.modes import Subject
 from fmextract.planning import Plan
 from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress, Source
+
+T = TypeVar("T")
 
 EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
 EFFECTIVE_SHARE = 0.04  # of a run that measuring may take
@@ -207,13 +209,25 @@ def _probe(
 ) -> tuple[tuple[taps.Probed, ...], taps.Event | None, int, list[str]]:
     noise = _noise(input_shape, where)
     seen = _surveyed(loaded, noise)
+    surveyed = State(loaded.module)  # what a first pass alone sets up is there now
     wanted, errors = taps.found(selectors or taps.default_selectors(loaded.module, seen), seen)
     probed: list[taps.Probed] = []
     refused: list[taps.Refused] = []
     if wanted:
         with _failing_on(input_shape, loaded.module):
-            probed, refused = _with_photos_or_without(loaded, wanted, input_shape, where, photos)
+            probed, refused = _with_photos_or_without(
+                partial(probe.probe, loaded.module, loaded.forward, wanted, input_shape, where), photos
+            )
     notes = [f"left out {path!r}: {why}" for path, why in taps.left_out(selectors, seen).items()]
+    if probed and (changed := surveyed.changed()):
+        with _failing_on(input_shape, loaded.module):
+            probed, changing = _steady(loaded, probed, changed, input_shape, where, photos)
+        refused += changing
+        if probed and any(place == RANDOM for place, _ in changed):
+            notes.append(
+                "the model draws random numbers in its forward pass; what is stored was the same in many passes over"
+                " the same images, which does not show what it does rarely"
+            )
     for refusal in refused:
         if (selectors and refusal.tap.explicit) or not probed:
             errors.append(LayerError(f"layer {refusal.tap.name!r} cannot be stored row by row: {refusal.why}"))
@@ -229,6 +243,24 @@ def _probe(
     return tuple(probed), seen.stop_before([p.tap for p in probed]), largest, notes
 
 
+def _steady(
+    loaded: models.LoadedModel,
+    probed: Sequence[taps.Probed],
+    changed: Collection[Key],
+    input_shape: tuple[int, ...],
+    where: torch.device,
+    photos: probe.Photos,
+) -> tuple[list[taps.Probed], list[taps.Refused]]:
+    """The layers, without those that come out otherwise from one pass to the next in a model that a pass changes."""
+    found = _with_photos_or_without(
+        partial(probe.unsteady, loaded.module, loaded.forward, probed, input_shape, where), photos
+    )
+    cause = "random numbers" if any(place == RANDOM for place, _ in changed) else "what the model remembers of others"
+    why = f"its values change from one pass over the same images to the next, with {cause}"
+    refused = [taps.Refused(one.tap, why) for i, one in enumerate(probed) if i in found]
+    return [one for i, one in enumerate(probed) if i not in found], refused
+
+
 def _own_type(wanted: str, dtype: torch.dtype) -> list[str]:
     """What is to be said of a model in another type than float32. Raises ConfigError for a precision of float32."""
     if dtype == torch.float32:
@@ -240,20 +272,14 @@ def _own_type(wanted: str, dtype: torch.dtype) -> list[str]:
     return [f"the model is in {name}: its inputs are cast to it, and it computes in it, {runs}"]
 
 
-def _with_photos_or_without(
-    loaded: models.LoadedModel,
-    wanted: Sequence[taps.Tap],
-    input_shape: tuple[int, ...],
-    where: torch.device,
-    photos: probe.Photos,
-) -> tuple[list[taps.Probed], list[taps.Refused]]:
-    """The probe with images of the source; with noise alone where the model fails on one, which is a failed row's."""
+def _with_photos_or_without(look: Callable[[probe.Photos | None], T], photos: probe.Photos) -> T:
+    """A probe with images of the source; with noise alone where the model fails on one, which is a failed row's."""
     try:
-        return probe.probe(loaded.module, loaded.forward, wanted, input_shape, where, photos)
+        return look(photos)
     except Exception as error:
         if isinstance(error, FmextractError) or is_out_of_memory(error):
             raise
-    return probe.probe(loaded.module, loaded.forward, wanted, input_shape, where)
+    return look(None)
 
 
 def _noise(input_shape: Sequence[int], where: torch.device) -> torch.Tensor:

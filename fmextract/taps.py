@@ -793,8 +793,11 @@ class Capture:
         return rows
 
     def _own_rows(self, probed: Probed, tensor: torch.Tensor) -> torch.Tensor:
-        """The rows of the images that were asked for, without gradients unless the caller wants them."""
-        if tensor.requires_grad and not self._gradients:
+        """The rows of the images that were asked for, without gradients unless the caller wants them.
+
+        A tensor of our own over the same memory, since the model may give its own another shape or memory later.
+        """
+        if not self._gradients:
             tensor = tensor.detach()
         rows = probed.rows(tensor, self._batch)
         return rows if self._wanted == self._batch else rows[: self._wanted]

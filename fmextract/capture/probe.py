@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fmextract.axes import AxisTracer
-from fmextract.capture.atoms import image_axes, name_axes, without_batch
+from fmextract.capture.atoms import Axes, image_axes, name_axes, without_batch
 from fmextract.capture.independence import finite, kinds, leaking, same
 from fmextract.capture.writes import Writes, digest, memory
 from fmextract.device import is_out_of_memory
@@ -42,6 +42,8 @@ Layouts = Mapping[int, Sequence[RowLayout]]
 Photos = Callable[[int], torch.Tensor]
 """Up to n images (n, channel, y, x) of the source as inputs of the model, as unlike each other as there are."""
 
+_REPEATS = 16  # passes over three images each, in which what is done now and then is likely to show
+
 LEAKING = "its rows change with the other images of the batch, or at random: no row belongs to one image alone"
 
 
@@ -51,7 +53,7 @@ class _Watch:
     Of each it takes in the hook, since what is written later is lost: a digest of all of it, to see whether that
     happens, and samples of its rows, in each of the layouts that are given or, where they are not, that the survey's
     shape and this one allow. `keeps`: a row that is kept whole. `seen`: this pass sees every operation, and so what
-    writes in place whatever it writes.
+    writes in place whatever it writes. `tracer`: what knows the axes, which may be turned in place later.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class _Watch:
         layouts: Layouts | None = None,
         keeps: int | None = None,
         seen: bool = False,
+        tracer: AxisTracer | None = None,
     ) -> None:
         self.tensors: dict[int, torch.Tensor] = {}
         self.shapes: dict[int, tuple[int, ...]] = {}
@@ -70,7 +73,8 @@ class _Watch:
         self.layouts: dict[int, Sequence[RowLayout]] = {}
         self.rows: dict[tuple[int, RowLayout], list[torch.Tensor]] = {}
         self.whole: dict[tuple[int, RowLayout], torch.Tensor] = {}
-        self._taps, self._given, self._images, self._keeps = taps, layouts, len(batch), keeps
+        self.axes: dict[int, Axes | None] = {}
+        self._taps, self._given, self._images, self._keeps, self._tracer = taps, layouts, len(batch), keeps, tracer
         self._before: dict[int, tuple[int, int]] = {}
         self._at: dict[int, set[int]] = {}
         self._written: set[int] = set()
@@ -84,8 +88,10 @@ class _Watch:
         if tensor is None or flaw:
             self.flaws[i] = flaw
             return
-        tensor = tensor.detach() if tensor.requires_grad else tensor
+        original = tensor
+        tensor = tensor.detach()  # its shape too may be changed in place
         self.tensors[i], self.shapes[i] = tensor, tuple(tensor.shape)
+        self.axes[i] = self._tracer.axes(original) if self._tracer is not None else None
         self._before[i] = (-1 if tensor.is_inference() else tensor._version, digest(tensor))
         self._at.setdefault(memory(tensor), set()).add(i)
         if self._given is None:
@@ -150,6 +156,28 @@ def overwritten(model: nn.Module, forward: Forward, taps: Sequence[Tap], batch: 
     return _Watch(model, forward, taps, batch, seen=True).overwritten()
 
 
+def unsteady(
+    model: nn.Module,
+    forward: Forward,
+    probed: Sequence[Probed],
+    image_shape: Sequence[int],
+    device: torch.device,
+    photos: Photos | None = None,
+) -> set[int]:
+    """Indices of the taps that are not the same in every one of some passes over the same images.
+
+    For models that draw random numbers or remember what they did: they may do something only now and then.
+    """
+    batch = torch.stack(_filled(photos, 3, _distinct_noise(image_shape, device)))
+    found: set[int] = set()
+    with tapped(model, probed) as capture, torch.no_grad():
+        first = [rows.clone() for rows in capture.forward(forward, batch.clone())]
+        for _ in range(_REPEATS):
+            again = capture.forward(forward, batch.clone())
+            found |= {i for i, rows in enumerate(again) if i not in found and not same(first[i], rows)}
+    return found
+
+
 # ------------------------------------------------------------------------------------------------ four passes
 
 
@@ -163,31 +191,33 @@ def probe(
 ) -> tuple[list[Probed], list[Refused]]:
     """Decide for each tap where its rows are, what its axes mean and whether it is overwritten later.
 
-    Two images of noise and two of the source run as (A, B), (B, P, A), (Q, P, B) and (A): shapes at two batch sizes
+    Three images of noise and two of the source run as (B, P, A), (Q, P, C), (C, B) and (C): shapes at two batch sizes
     propose the axis of the batch; values decide, since each image must come out the same at any place among any
-    neighbours. Without `photos` noise stands for them. `image_shape` is (channel, y, x). The model must already be in
-    the mode in which it will run, and runs in its own precision under `no_grad`. Raises what the forward raises.
+    neighbours. P has no neighbour twice, a dark one in one pass and a bright one in the other, so that neither their
+    mean nor the largest value of a batch is the same. Without `photos` noise stands for them. `image_shape` is
+    (channel, y, x). The model must already be in the mode in which it will run, and runs in its own precision under
+    `no_grad`. Raises what the forward raises.
     """
     noise = _distinct_noise(image_shape, device)
+    a, b, c = noise[0] - 2, noise[1], 2 * noise[6] + 2
     p, q = _filled(photos, 2, noise[2:])
-    three = _Watch(model, forward, taps, torch.stack([noise[1], p, noise[0]]), keeps=1)
+    three = _Watch(model, forward, taps, torch.stack([b, p, a]), keeps=1)
     with AxisTracer() as tracer:
-        traced = torch.stack([q, p, noise[1]])
+        traced = torch.stack([q, p, c])
         tracer.seed(traced, image_axes(traced.shape))
-        others = _Watch(model, forward, taps, traced, three.layouts, keeps=1, seen=True)
+        others = _Watch(model, forward, taps, traced, three.layouts, keeps=1, seen=True, tracer=tracer)
     copied = three.overwritten() | others.overwritten() | others.lasting(three)
-    traces = {i: tracer.axes(tensor) for i, tensor in others.tensors.items()}
     dtypes = {i: torch.float32 if t.is_quantized else t.dtype for i, t in others.tensors.items()}
     for watch in (three, others):  # activations of whole images: not kept longer than needed
         watch.tensors.clear()
-    pair = _Watch(model, forward, taps, noise[[0, 1]], three.layouts)
+    pair = _Watch(model, forward, taps, torch.stack([c, b]), three.layouts)
     copied |= pair.overwritten()
     pair.tensors.clear()
-    alone = _same_alone(model, forward, taps, noise[:1], pair)
+    alone = _same_alone(model, forward, taps, c[None], pair)
 
     def described(i: int, layout: RowLayout, undecided: bool) -> Probed:
         shape = tuple(layout.rows_first(torch.empty(others.shapes[i], device="meta"), 3).shape[1:])
-        per_image = without_batch(traces[i], layout.axis, layout.k, layout.outer)
+        per_image = without_batch(others.axes[i], layout.axis, layout.k, layout.outer)
         axes = _defined(model, taps[i], layout, name_axes(per_image, len(shape)))
         # A write over values that are always the same may leave no trace.
         return Probed(taps[i], layout, shape, axes, dtypes[i], undecided or i in copied, i in alone, undecided)
@@ -285,7 +315,7 @@ class _Verdict:
 
 
 def _judge(tap: Tap, i: int, pair: _Watch, three: _Watch, others: _Watch) -> _Verdict:
-    """The layout of one tap's rows, from what it was in the passes over (A, B), (B, P, A) and (Q, P, B)."""
+    """The layout of one tap's rows, from what it was in the passes over (C, B), (B, P, A) and (Q, P, C)."""
     passes = (pair, three, others)
     counts = [tap.calls, *(watch.counts[tap.module, tap.tap] for watch in passes)]
     if len(set(counts)) > 1:
@@ -311,7 +341,7 @@ def _judge(tap: Tap, i: int, pair: _Watch, three: _Watch, others: _Watch) -> _Ve
         if not same(three.whole[i, layout], others.whole[i, layout]):
             continue
         few, rows, again = (watch.rows[i, layout] for watch in passes)
-        moved = _moved(few, rows, {0: 2, 1: 0}), _moved(rows, again, {0: 2})
+        moved = _moved(few, rows, {1: 0}), _moved(few, again, {0: 2})
         if all(moved):
             return _Verdict(layout)
         if False not in moved:

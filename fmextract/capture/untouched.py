@@ -24,6 +24,8 @@ from fmextract.capture.writes import Writes, digest, memory
 
 Key = tuple[str, str]
 """Where something is, and its name there."""
+RANDOM = "random numbers"
+"""Where the generators are."""
 
 
 class _Unit(NamedTuple):
@@ -216,6 +218,13 @@ def _of_global_hooks() -> list[_Unit]:
     return [unit(name, hooks) for name, hooks in found.items() if isinstance(hooks, dict)]
 
 
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two states of a generator are the same: tensors, arrays and numbers in tuples and lists."""
+    if isinstance(one, (tuple, list)):
+        return all(map(_alike, one, other))
+    return bool(np.all(np.asarray(one) == np.asarray(other)))
+
+
 def _of_process() -> list[_Unit]:
     def setting(name: str, get: Callable[[], Any], put: Callable[[Any], Any]) -> _Unit:
         was = get()
@@ -223,7 +232,7 @@ def _of_process() -> list[_Unit]:
 
     def generator(name: str, get: Callable[[], Any], put: Callable[[Any], Any]) -> _Unit:
         was = get()
-        return _Unit(("process", name), lambda: True, lambda: put(was))
+        return _Unit((RANDOM, name), lambda: not _alike(get(), was), lambda: put(was))
 
     units = [
         setting("default dtype", torch.get_default_dtype, torch.set_default_dtype),
@@ -233,7 +242,7 @@ def _of_process() -> list[_Unit]:
         setting("threads", torch.get_num_threads, torch.set_num_threads),
         setting("matmul", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         generator("torch", torch.get_rng_state, torch.set_rng_state),
-        generator("numpy", np.random.get_state, np.random.set_state),
+        generator("numpy", partial(np.random.get_state, legacy=True), np.random.set_state),
         generator("random", random.getstate, random.setstate),
     ]
     if torch.cuda.is_available() and torch.cuda.is_initialized():
