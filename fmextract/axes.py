@@ -363,9 +363,13 @@ def _expand(operation: Operation) -> Found:
 
 
 def _restrided(operation: Operation) -> Found:
-    """as_strided only keeps its meaning where it keeps the shape (pooling uses it to fix the memory format)."""
-    known = operation.image()
-    return known if known is not None and lengths(known) == list(operation.shape) else None
+    """as_strided keeps its meaning where it changes nothing (pooling uses it to fix the memory format)."""
+    known, tensor = operation.image(), operation.args["self"]
+    if known is None or lengths(known) != list(operation.shape):
+        return None
+    pairs = zip(tensor.stride(), operation.args["stride"], operation.shape, strict=True)
+    same = all(own == given for own, given, size in pairs if size > 1)
+    return known if same and operation.out[0].storage_offset() == tensor.storage_offset() else None
 
 
 def _windows(operation: Operation) -> Found:

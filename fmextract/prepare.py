@@ -149,11 +149,10 @@ def _prepared(
         precision.keep_freed_memory()
     with precision.lent(loaded.module, where), precision.numerics("fp32", where):
         photos = partial(_photos, reader, len(opened), loaded, input_shape, ready, where)
-        whole = State(loaded.module)
         with found.guarded():
-            probed, stop, largest, notes = _probe(loaded, config.layers, input_shape, where, photos)
+            probed, stop, largest, notes, usual = _probe(loaded, config.layers, input_shape, where, photos)
         reductions = tuple(_reduction(p) for p in probed)
-        usual, ended = whole.changed(), State(loaded.module)
+        ended = State(loaded.module)
         fields = _fields(loaded, probed, reductions, stop, input_shape, where)
         if stop is not None and (left := ended.changed() - usual):
             ended.restore(left)
@@ -206,10 +205,11 @@ def _probe(
     input_shape: tuple[int, ...],
     where: torch.device,
     photos: probe.Photos,
-) -> tuple[tuple[taps.Probed, ...], taps.Event | None, int, list[str]]:
+) -> tuple[tuple[taps.Probed, ...], taps.Event | None, int, list[str], set[Key]]:
+    """(the layers, where a pass may end, the bytes of the largest tensor, notes, what a pass changes in the model)."""
     noise = _noise(input_shape, where)
     seen = _surveyed(loaded, noise)
-    surveyed = State(loaded.module)  # what a first pass alone sets up is there now
+    before = State(loaded.module)  # what a first pass alone sets up is there now
     wanted, errors = taps.found(selectors or taps.default_selectors(loaded.module, seen), seen)
     probed: list[taps.Probed] = []
     refused: list[taps.Refused] = []
@@ -219,7 +219,8 @@ def _probe(
                 partial(probe.probe, loaded.module, loaded.forward, wanted, input_shape, where), photos
             )
     notes = [f"left out {path!r}: {why}" for path, why in taps.left_out(selectors, seen).items()]
-    if probed and (changed := surveyed.changed()):
+    changed = before.changed()
+    if probed and changed:
         with _failing_on(input_shape, loaded.module):
             probed, changing = _steady(loaded, probed, changed, input_shape, where, photos)
         refused += changing
@@ -240,7 +241,7 @@ def _probe(
     if errors:
         raise taps.at_once(errors)
     largest = max(4 * math.prod(info.shape) // len(noise) for infos in seen.tensors.values() for info in infos)
-    return tuple(probed), seen.stop_before([p.tap for p in probed]), largest, notes
+    return tuple(probed), seen.stop_before([p.tap for p in probed]), largest, notes, changed
 
 
 def _steady(

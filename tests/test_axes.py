@@ -268,6 +268,14 @@ def test_no_operation_can_make_the_trace_fail(function: Callable[[Tensor], Tenso
     after(function)
 
 
+@pytest.mark.parametrize(
+    ("strides", "axes"),
+    [((512, 64, 8, 1), CHANNEL_FIRST), ((512, 64, 1, 8), UNKNOWN), ((512, 1, 64, 8), UNKNOWN)],
+)
+def test_strides_of_ones_own_say_nothing_of_the_axes(strides: tuple[int, ...], axes: tuple[str, ...]) -> None:
+    assert after(lambda x: x.contiguous().as_strided(x.shape, strides)) == axes
+
+
 # ---------------------------------------------------------------------------------------------- the parts
 
 
