@@ -319,7 +319,10 @@ def survey(loaded: models.LoadedModel, shape: Sequence[int]) -> taps.Survey:
 
 def _surveyed(loaded: models.LoadedModel, noise: torch.Tensor) -> taps.Survey:
     with _failing_on(noise.shape[1:], loaded.module):
-        return taps.survey(loaded.module, loaded.forward, noise)
+        seen = taps.survey(loaded.module, loaded.forward, noise)
+        if {path for path, _ in loaded.module.named_modules() if path} <= seen.types.keys():
+            return seen
+        return taps.survey(loaded.module, loaded.forward, noise)  # the first pass has made modules
 
 
 @contextmanager

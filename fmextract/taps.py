@@ -295,7 +295,7 @@ def survey(model: nn.Module, forward: Forward, batch: torch.Tensor) -> Survey:
         aliases={
             path: known_by[id(module)]
             for path, module in model.named_modules(remove_duplicate=False)
-            if path and path not in modules
+            if path and path not in modules and id(module) in known_by
         },
         missed=missed,
         shortcuts=frozenset(tracer.shortcuts),

@@ -199,7 +199,7 @@ def probe(
     `no_grad`. Raises what the forward raises.
     """
     noise = _distinct_noise(image_shape, device)
-    a, b, c = noise[0] - 2, noise[1], 2 * noise[6] + 2
+    a, b, c = noise[0] - 1, noise[1], noise[6] + 1
     p, q = _filled(photos, 2, noise[2:])
     three = _Watch(model, forward, taps, torch.stack([b, p, a]), keeps=1)
     with AxisTracer() as tracer:

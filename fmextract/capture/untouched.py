@@ -7,15 +7,17 @@ and a whole one does not shows that it tidies up behind itself, so that it has t
 from __future__ import annotations
 
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import nn
+from torch.backends import cudnn, mkldnn
 from torch.nn import functional
 from torch.nn.modules import module as global_hooks
 from torch.nn.parameter import is_lazy
@@ -40,8 +42,9 @@ class State:
     """What a model and the process are at one moment.
 
     Of the model: attributes, hooks, children and buffers of every module, by identity and buffers by value; of lists
-    and the like in attributes what is in them. Of the process: patched classes and functions of torch, its settings,
-    and the random generators. Parameters are too large to be kept in case: `guarded` keeps those that are written.
+    and the like in attributes what is in them; of parameters the memory they lie in. Of the process: patched classes
+    and functions of torch, its settings, and the random generators. The values of parameters are too large to be kept
+    in case: `guarded` keeps those that are written.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -53,7 +56,7 @@ class State:
         ]
         for space in (torch, functional):
             self._places.append(_Names(space.__name__, vars(space), partial(setattr, space)))
-        self._units = [*_of_buffers(model), *_of_global_hooks(), *_of_process()]
+        self._units = [*_of_buffers(model), *_of_parameters(model), *_of_global_hooks(), *_of_process()]
         self._written: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def changed(self) -> set[Key]:
@@ -92,11 +95,14 @@ class State:
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[State]:
     """The model and the process are as before on every way out of the block."""
-    found = State(model)
+    found, filters = State(model), list(warnings.filters)
     try:
         yield found
     finally:
         found.restore()
+        if list(warnings.filters) != filters:  # by the model, or by a library that it imported
+            warnings.resetwarnings()
+            cast("list[Any]", warnings.filters).extend(filters)
 
 
 # ----------------------------------------------------------------------------------------------- the model
@@ -178,6 +184,22 @@ def _of_buffers(model: nn.Module) -> list[_Unit]:
     return [unit(path, buffer) for path, buffer in model.named_buffers() if _is_dense(buffer)]
 
 
+def _of_parameters(model: nn.Module) -> list[_Unit]:
+    def unit(path: str, parameter: nn.Parameter) -> _Unit:
+        data, trained = parameter.data, parameter.requires_grad
+
+        def differs() -> bool:
+            return (memory(parameter), parameter.dtype, parameter.requires_grad) != (memory(data), data.dtype, trained)
+
+        def restore() -> None:
+            parameter.data = data
+            parameter.requires_grad_(trained)
+
+        return _Unit((path, "parameter"), differs, restore)
+
+    return [unit(path, parameter) for path, parameter in model.named_parameters() if _is_dense(parameter)]
+
+
 # --------------------------------------------------------------------------------------------- the process
 
 
@@ -225,6 +247,9 @@ def _alike(one: Any, other: Any) -> bool:
     return bool(np.all(np.asarray(one) == np.asarray(other)))
 
 
+_OF_CUDNN = ("enabled", "benchmark", "deterministic", "allow_tf32")
+
+
 def _of_process() -> list[_Unit]:
     def setting(name: str, get: Callable[[], Any], put: Callable[[Any], Any]) -> _Unit:
         was = get()
@@ -238,7 +263,11 @@ def _of_process() -> list[_Unit]:
         setting("default dtype", torch.get_default_dtype, torch.set_default_dtype),
         setting("gradients", torch.is_grad_enabled, torch.set_grad_enabled),
         setting("autocast", lambda: torch.is_autocast_enabled("cpu"), lambda on: torch.set_autocast_enabled("cpu", on)),
-        setting("deterministic", torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+        setting("deterministic", torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+        setting("anomalies", torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+        *(setting(f"cudnn {name}", partial(getattr, cudnn, name), partial(setattr, cudnn, name)) for name in _OF_CUDNN),
+        setting("mkldnn", partial(getattr, mkldnn, "enabled"), partial(setattr, mkldnn, "enabled")),
+        setting("floating point", np.geterr, lambda was: np.seterr(**was)),
         setting("threads", torch.get_num_threads, torch.set_num_threads),
         setting("matmul", torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
         generator("torch", torch.get_rng_state, torch.set_rng_state),

@@ -205,3 +205,26 @@ def test_every_value_of_odd_weights_is_in_their_digest() -> None:
     assert digest(moved.to_sparse()) != digest(moved.T.contiguous().to_sparse())
     plain = hashlib.sha256(b"weight\0torch.float32\0(4, 4)\0" + one.numpy().tobytes()).hexdigest()
     assert digest(one) == plain, "as it has always been"
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_modules_that_a_first_pass_makes_are_layers(every: bool, tmp_path: Path) -> None:
+    """Built once the shape is known; or a new one in every pass."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            if every or not hasattr(self, "late"):
+                self.late = nn.Flatten()
+            out: torch.Tensor = self.late(y)
+            return out
+
+    model = Late().eval()
+    inputs = [torch.rand(3, 8, 8) for _ in range(4)]
+    with fm.extract(inputs, model, tmp_path / "x.h5", layers=["*"], device="cpu", precision="fp32") as acts:
+        assert list(acts.layers) == (["conv"] if every else ["conv", "late"])
+    assert [name for name, _ in model.named_modules()] == ["", "conv"]

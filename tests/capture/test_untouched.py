@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,9 +123,12 @@ def state(model: nn.Module) -> Any:
         if "hook" in key
     ]
     attributes = [(name, key) for name, m in model.named_modules() for key in vars(m)]
-    values = [(name, id(t), t.tolist()) for name, t in (*model.named_parameters(), *model.named_buffers())]
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    values = [(name, id(t), t.data_ptr(), t.dtype, t.requires_grad, t.tolist()) for name, t in tensors]
     calls = (getattr(model, "calls", 0), getattr(model, "busy", False))
     process = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), functional.relu)
+    process += (torch.are_deterministic_algorithms_enabled(), torch.is_anomaly_enabled(), np.geterr())
+    process += (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, list(warnings.filters))
     chance = (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())
     return hooks, attributes, values, calls, process, chance, list(nn.modules.module._global_forward_hooks)
 
@@ -184,6 +188,18 @@ def add_child(model: Busy) -> None:
     model.extra = nn.Flatten()
 
 
+def move(model: Busy) -> None:
+    model.conv.weight.data = model.conv.weight.data.clone()
+
+
+def settle(model: Busy) -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.deterministic = True
+    torch.autograd.set_detect_anomaly(True)
+    np.seterr(all="raise")
+    warnings.simplefilter("ignore")
+
+
 DOES: dict[str, Callable[[Busy], Any]] = {
     "counts": count,
     "keeps an average": move_average,
@@ -195,6 +211,10 @@ DOES: dict[str, Callable[[Busy], Any]] = {
     "hooks for good": hooked,
     "attributes": lambda model: setattr(model, "last", torch.zeros(3)),
     "a default type for good": lambda model: torch.set_default_dtype(torch.float32),
+    "moves a parameter": move,
+    "halves a parameter and back": lambda model: model.conv.half().float(),
+    "freezes": lambda model: model.requires_grad_(False),
+    "settings of the process": settle,
 }
 
 
