@@ -21,6 +21,11 @@ from fmextract.records import Source, Status
 SHOWN = 6  # differences, and photos, that a message names
 _SINCE = ("seed", "max_error", "code")
 """Fields that the first versions did not write."""
+_CONSEQUENCES = {
+    "model": ("code.model.", "weights"),
+    "input_shape": ("preprocess.crop", "preprocess.resize", "preprocess.size"),
+}
+"""What differs with a field is not told besides."""
 _DIGEST = re.compile(r"([0-9a-f]{16}|[0-9a-f]{32}|[0-9a-f]{64})")
 
 
@@ -35,7 +40,13 @@ class Asked:
 def compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, in words, but for which files there are."""
     old, new = comparable(old, new)
-    return [_worded(name, a, b) for name, a, b in planning.differences(old, new)]
+    found = [name for name, *_ in planning.differences(old, new)]
+    hidden = [prefix for name, prefixes in _CONSEQUENCES.items() if name in found for prefix in prefixes]
+    return [
+        _worded(name, a, b)
+        for name, a, b in planning.differences(old, new)
+        if not any(name.startswith(prefix) for prefix in hidden)
+    ]
 
 
 def changed(earlier: Mapping[str, Any], asked: Asked, stored: Sequence[Path], tell: Callable[[str], None]) -> list[str]:
@@ -116,7 +127,7 @@ def _not_compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[st
 
 
 def _worded(name: str, old: Any, new: Any) -> str:
-    name = name.removeprefix("code.")
+    name = name.removeprefix("code.").replace("source.code.", "source: ")
     if any(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (old, new)):
         if old is None or new is None:
             return (
@@ -165,9 +176,9 @@ def _other_rows(old: Mapping[str, Any], new: Mapping[str, Any], source: Source, 
     come = [key for key in keys if key not in known] if len(then) == old.get("count") else []
     moved = [(row, key) for row, key in then.items() if row < len(keys) and keys[row] != key]
     if gone:
-        words.append(f"gone is {_some(gone)}")
+        words.append(f"gone: {_some(gone)}")
     if come:
-        words.append(f"new is {_some(come)}")
+        words.append(f"new: {_some(come)}")
     if moved and not gone and not come:
         row, key = moved[0]
         words.append(f"row {row} was {key!r} and is {keys[row]!r} now")
@@ -188,10 +199,15 @@ def _other_files(
     known = [(row, key, digest) for row, key, digest in rows if digest]
     if rows and not known and old.get("sizes") != new.get("sizes"):
         return ["source.sizes: files have other sizes than they had"]
+    if rows and not known:
+        tell(
+            "files have other times than they had, and their contents are not stored: only the rows that are run again"
+            " are compared (--recheck says how many)"
+        )
     if known:
         tell(f"some photos have another size or time than they had: {len(known):,} are compared with what was stored")
     others = [key for row, key, digest in known if _digest_of(source, row) != digest]
-    return [f"source: another content has {_some(others)}"] if others else []
+    return [f"source: other content than then: {_some(others)}"] if others else []
 
 
 def _digest_of(source: Source, row: int) -> str:

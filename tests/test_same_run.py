@@ -101,14 +101,14 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "another hook": ({"model": hooked(torch.abs)}, {"model": hooked(torch.zeros_like)}, "change: other than it was"),
     "a flag": ({"model": Scaled(0.5)}, {"model": Scaled(0.7)}, r"model.Tiny.alpha|model.Scaled.alpha: 0.5 there, 0.7"),
     "a buffer": ({"model": filled(1)}, {"model": filled(2)}, "model.Scaled.window: other than it was"),
-    "a list of images": ({"source": pictures(0)}, {"source": pictures(1)}, "source.code.content: other than it was"),
+    "a list of images": ({"source": pictures(0)}, {"source": pictures(1)}, "source: row 0: other than it was"),
     "a stack of images": (
         {"source": np.stack(pictures(0))},
         {"source": np.stack(pictures(1))},
-        "source.code.content: other than it was",
+        "source: row 0: other than it was",
     ),
     "a function": ({**PRE, "source": Folder()}, {"preprocess": negative, "source": Folder()}, "preprocess.callable"),
-    "a Dataset's data": ({"source": Folder(0)}, {"source": Folder(1)}, "source.code.Folder.pixels: other than it was"),
+    "a Dataset's data": ({"source": Folder(0)}, {"source": Folder(1)}, "source: Folder.pixels: other than it was"),
     "a Dataset's flag": ({"source": Folder()}, {"source": Folder(invert=True)}, "Folder.invert: False there, True now"),
     "a seed": ({"seed": 0}, {"seed": 1}, "seed: 0 there, 1 now"),
 }
@@ -183,7 +183,7 @@ def test_stimuli_made_anew_with_the_same_names_and_sizes(tmp_path: Path) -> None
     Image.fromarray(np.full((8, 8, 3), 7, np.uint8)).save(changed)
     os.utime(changed, ns=(1, 1))
     assert {path: path.stat().st_size for path in folder.iterdir()} == sizes
-    with pytest.raises(OutputError, match=r"another content has '3.bmp'\)"):
+    with pytest.raises(OutputError, match=r"other content than then: '3.bmp'\)"):
         extract(folder, out, recheck=False)
 
 
@@ -211,14 +211,14 @@ def test_photos_that_are_others_are_named(finished: bool, tmp_path: Path) -> Non
     else:
         extract_until(5, photos, out)
     (photos / "0002.png").rename(photos / "0002b.png")
-    words = "source.keys: gone is '0002.png'" + (", new is '0002b.png'" if finished else "")
+    words = "source.keys: gone: '0002.png'" + (", new: '0002b.png'" if finished else "")
     with pytest.raises(OutputError, match=words):
         extract(photos, out)
     (photos / "0002b.png").unlink()
-    with pytest.raises(OutputError, match=r"source.count: 8 there, 7 now, gone is '0002.png'"):
+    with pytest.raises(OutputError, match=r"source.count: 8 there, 7 now, gone: '0002.png'"):
         extract(photos, out)
     (photos / "0002.png").write_bytes(picture(2) + b" ")
-    with pytest.raises(OutputError, match=r"another content has '0002.png'"):
+    with pytest.raises(OutputError, match=r"other content than then: '0002.png'"):
         extract(photos, out)
     (photos / "0002.png").write_bytes(picture(2))
     assert extract(photos, out).failed == 0
@@ -394,3 +394,63 @@ def test_the_library_of_a_model_and_the_command_are_said(photos: Path, tmp_path:
         assert acts.versions["timm"] == timm.__version__
         assert f"fmextract extract {photos} -m timm:test_vit.r160_in1k -w random:0" in acts.attrs["history"]
     assert OPTIONS["precision"] == "fp32"
+
+
+def half(row: int, item: Any) -> int:
+    return row // 2
+
+
+def third(row: int, item: Any) -> int:
+    return row // 3
+
+
+@pytest.mark.parametrize("name", ["list", "array", "tensor"])
+def test_the_changed_item_in_memory_is_named(name: str, tmp_path: Path) -> None:
+    made = {"list": list, "array": np.stack, "tensor": lambda images: torch.from_numpy(np.stack(images))}[name]
+    images = pictures(0)
+    extract(made(images), tmp_path / "a.h5")
+    extract(made(images), tmp_path / "a.h5")
+    images[4] = images[4] // 2
+    with pytest.raises(OutputError, match=r"made otherwise \(source: row 4: other than it was\)"):
+        extract(made(images), tmp_path / "a.h5")
+    many = [np.full((8, 8, 3), row, np.uint8) for row in range(130)]
+    extract(many, tmp_path / "b.h5")
+    many[70][:] = 255
+    with pytest.raises(OutputError, match=r"\(source: rows 69 to 71: other than it was\)"):
+        extract(many, tmp_path / "b.h5")
+
+
+def test_a_function_that_gives_the_labels_is_part_of_the_run(tmp_path: Path) -> None:
+    for number, data in enumerate([pictures(0), Folder()]):
+        out = tmp_path / f"{number}.h5"
+        extract(data, out, label=half)
+        extract(data, out, label=half)
+        with pytest.raises(OutputError, match=r"source: (half|label=)"):
+            extract(data, out, label=third)
+
+
+def test_the_files_that_a_dataset_lists_are_part_of_the_run(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    (tmp_path / "photos").mkdir()
+    for folder in ("cats", "dogs"):
+        make_photos(tmp_path / "photos" / folder, 3)
+    data = datasets.ImageFolder(tmp_path / "photos")
+    for given in (data, torch.utils.data.Subset(data, [4, 1]), torch.utils.data.ConcatDataset([data])):
+        out, notes = tmp_path / f"{type(given).__name__}.h5", Notes()
+        extract(given, out)
+        changed = sorted((tmp_path / "photos" / "cats").iterdir())[1]
+        os.utime(changed, (1, len(list(tmp_path.glob("*.h5")))))
+        extract(given, out, notes=notes)
+        assert "files have other times than they had" in notes
+        with changed.open("ab") as file:
+            file.write(b"more")
+        with pytest.raises(OutputError, match="files have other sizes"):
+            extract(given, out)
+
+
+def test_another_model_or_size_is_said_once(photos: Path, tmp_path: Path) -> None:
+    extract(photos, tmp_path / "a.h5", model="resnet18", layers=["conv1"], weights="random:0", size="32")
+    with pytest.raises(OutputError, match=r"otherwise \(model: 'resnet18' there, 'resnet34' now\)"):
+        extract(photos, tmp_path / "a.h5", model="resnet34", layers=["conv1"], weights="random:0", size="32")
+    with pytest.raises(OutputError, match=r"otherwise \(input_shape: \[3, 32, 32\] there, \[3, 64, 64\] now\)"):
+        extract(photos, tmp_path / "a.h5", model="resnet18", layers=["conv1"], weights="random:0", size="64")

@@ -31,6 +31,8 @@ class Kept:
     keys: list[str] | None = None
     paths: list[bytes] | None = None
     labels: Sequence[Any] | None = None
+    classes: tuple[str, ...] = ()
+    """What the labels, which count from 0, are called."""
 
 
 def kept_by(data: Any, count: int, say: Say) -> Kept:
@@ -42,8 +44,9 @@ def kept_by(data: Any, count: int, say: Say) -> Kept:
     files = _files_of(data, count, say)
     labels = _labels_of(data, count)
     if files is None:
-        return Kept(_names_of(data, count, say), None, labels)
-    return Kept(files.keys, files.paths, files.labels if labels is None else labels)
+        return Kept(_names_of(data, count, say), None, labels, _classes_of(data, labels))
+    labels = files.labels if labels is None else labels
+    return Kept(files.keys, files.paths, labels, _classes_of(data, labels))
 
 
 def _is_torchs(data: Any, name: str) -> bool:
@@ -62,8 +65,8 @@ def _of_subset(data: Any, count: int, say: Say) -> Kept:
     keys = part(whole.keys)
     if keys is not None and len(set(keys)) != len(keys):
         say("the Subset has some items more than once: its rows are numbered (key= gives them names)")
-        return Kept(None, None, part(whole.labels))
-    return Kept(keys, part(whole.paths), part(whole.labels))
+        return Kept(None, None, part(whole.labels), whole.classes)
+    return Kept(keys, part(whole.paths), part(whole.labels), whole.classes)
 
 
 def _of_parts(data: Any, count: int, say: Say) -> Kept:
@@ -81,7 +84,8 @@ def _of_parts(data: Any, count: int, say: Say) -> Kept:
         keys = _below_common_folder(paths) if paths is not None else None
         if keys is None:
             say("the parts of the ConcatDataset name some items alike: its rows are numbered (key= gives them names)")
-    return Kept(keys, paths, labels)
+    alike = {part.classes for part in parts}
+    return Kept(keys, paths, labels, parts[0].classes if len(alike) == 1 else ())
 
 
 def _below_common_folder(paths: Sequence[bytes]) -> list[str] | None:
@@ -139,6 +143,16 @@ def _labels_of(data: Any, count: int) -> Sequence[Any] | None:
         if column is not None and len(column) == count:
             return column
     return None
+
+
+def _classes_of(data: Any, labels: Sequence[Any] | None) -> tuple[str, ...]:
+    """`classes`, where they are texts of which none comes twice, and each label is the number of one, or None."""
+    classes = _column(data, "classes")
+    if labels is None or classes is None or not all(isinstance(one, str) for one in classes):
+        return ()
+    numbers = [label for label in listed(labels) if label is not None]
+    fit = all(type(label) is int and 0 <= label < len(classes) for label in numbers)
+    return tuple(map(str, classes)) if fit and numbers and len(set(classes)) == len(classes) else ()
 
 
 def _column(data: Any, name: str) -> Sequence[Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
@@ -17,13 +17,27 @@ from fmextract.common.facts import Facts, Told, attributes_of, changing, is_libr
 __all__ = ["contents_at_first", "fingerprint_of", "labels_digest", "stamps"]
 
 _ENTRIES = ("__getitem__", "__getitems__", "__len__", "__call__", "__getattr__")
+MOST_PARTS = 64
+"""Of what lies in memory so many parts are told by themselves."""
 _FOLDERS = frozenset({"root", "samples", "imgs", "targets", "classes", "class_to_idx"})
 """Attributes of torchvision's folder Datasets that say which files there are: told by keys, labels, sizes and times."""
 
 
-def contents_at_first(data: Any) -> Told:
-    """Facts of a Dataset before it was used; none of what lies in memory, which is looked at once."""
-    return Told() if _is_plain(data) else _of_dataset(data)
+def contents_at_first(data: Any, pick: Callable[[int, Any], Any] | None = None) -> Told:
+    """Facts of a Dataset before it was used, and of the function that takes the labels out of its items; none of what
+    lies in memory, which is looked at once."""
+    return _joined(Told() if _is_plain(data) else _of_dataset(data), _of_picker(pick))
+
+
+def _of_picker(pick: Callable[[int, Any], Any] | None) -> Told:
+    facts = Facts()
+    if pick is not None:
+        facts.value("label=", pick)
+    return facts.told()
+
+
+def _joined(one: Told, other: Told) -> Told:
+    return Told({**one.facts, **other.facts}, one.packages | other.packages, (*one.unknown, *other.unknown))
 
 
 def _of_dataset(data: Any) -> Told:
@@ -47,22 +61,32 @@ def _of_dataset(data: Any) -> Told:
     return Told(told.facts, told.packages | packages, told.unknown)
 
 
-def fingerprint_of(data: Any, rows: int, before: Told) -> dict[str, Any]:
-    """What a source says of `data`, and of which what is other than `before` says nothing; as JSON."""
+def fingerprint_of(data: Any, rows: int, before: Told, pick: Callable[[int, Any], Any] | None = None) -> dict[str, Any]:
+    """What a source says of `data` and `pick`, and of which what is other than `before` says nothing; as JSON."""
+    now = _of_picker(pick) if _is_plain(data) else _joined(_of_dataset(data), _of_picker(pick))
+    now = replace(now, facts=settled(before.facts, now.facts))
     if _is_plain(data):
-        facts = Facts()
-        facts.value("content", facts.digest("content", _first(data, rows)))
-        now = facts.told()
-    else:
-        now = _of_dataset(data)
-        now = replace(now, facts=settled(before.facts, now.facts))
-    files = getattr(data, "samples", None) if hasattr(data, "root") else None
+        now = _joined(_of_memory(data, rows), now)
     return {
         "code": dict(now.facts),
         "packages": sorted(now.packages),
         "not_covered": [*now.unknown, *changing(now.facts)],
-        **(stamps(os.fsencode(path) for path, _ in files[:rows]) if isinstance(files, list) else {}),
     }
+
+
+def _of_memory(data: Any, rows: int) -> Told:
+    """Facts of what lies in memory: of each row of a few, else of as many parts, so that a message can say which."""
+    facts = Facts()
+    if type(data).__module__.partition(".")[0] in ("pandas", "datasets"):
+        facts.value("content", facts.digest("content", _first(data, rows)))
+        return facts.told()
+    facts.value("content", [type(data).__qualname__, str(getattr(data, "dtype", ""))])
+    step = -(-rows // MOST_PARTS)
+    for first in range(0, rows, step):
+        last = min(first + step, rows) - 1
+        name = f"row {first}" if first == last else f"rows {first} to {last}"
+        facts.value(name, facts.digest("content", data[first : last + 1]))
+    return facts.told()
 
 
 def stamps(paths: Iterable[bytes]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from fmextract.common.beside import plain_name
 from fmextract.common.facts import Told
 from fmextract.errors import SampleError, SourceError
 from fmextract.inputs.attributes import kept_by
-from fmextract.inputs.contents import contents_at_first, fingerprint_of, labels_digest
+from fmextract.inputs.contents import contents_at_first, fingerprint_of, labels_digest, stamps
 from fmextract.inputs.files import FileSource, Names, OnDisk, Options, refuse_duplicates
 from fmextract.inputs.given import FOLDER, function_of, given_keys, given_labels, with_given
 from fmextract.inputs.items import IMAGE_NAMES, PATH_NAMES, UnclearItem, is_pair, is_path, named, split
@@ -43,7 +43,11 @@ class DatasetSource:
     seen: dict[int, Label] = field(default_factory=dict, repr=False)
     looked_at: set[str] = field(default_factory=set, repr=False)
     before: Told = field(default_factory=Told, repr=False)
-    """What `data` held when it was opened."""
+    """What `data` held, and `pick`, when they were given."""
+    paths: Sequence[bytes] | None = field(default=None, repr=False)
+    """The files of its items, where `data` lists them."""
+    classes: tuple[str, ...] = ()
+    """What the labels that `data` lists are called."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -63,6 +67,10 @@ class DatasetSource:
         if self.labels is None or "other labels" in self.looked_at:
             return None
         return self._as_label(row, self.labels[row])
+
+    def label_names(self) -> tuple[str, ...]:
+        """What the labels 0, 1, … are called, where the items have those that are listed."""
+        return () if "other labels" in self.looked_at else self.classes
 
     def learnt(self, row: int) -> tuple[Label, Sequence[str], frozenset[str]]:
         """What loading a row showed beside its image; for `learn`, of this source or of one that it is a copy of."""
@@ -135,11 +143,14 @@ class DatasetSource:
             return None
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Count, digests of the keys and labels, type of the Dataset, and what it holds, as far as that can be told."""
+        """Count, digests of the keys and labels, type of the Dataset, and what it holds, as far as that can be told;
+        sizes and times of the files that it lists."""
         keys = Names(key.encode("utf-8", "backslashreplace") for key in self.keys)
         kind = f"{plain_name(type(self.data).__module__)}.{type(self.data).__qualname__}"
-        told = fingerprint_of(self.data, len(self), self.before)
-        return {"count": len(self), "keys": keys.digest(), "dataset": kind, **told, **labels_digest(self.labels)}
+        told = fingerprint_of(self.data, len(self), self.before, self.pick)
+        files = {} if self.paths is None else stamps(self.paths)
+        listed = labels_digest(self.labels)
+        return {"count": len(self), "keys": keys.digest(), "dataset": kind, **told, **files, **listed}
 
 
 def open_python(data: Any, name: str, options: Options) -> FileSource | DatasetSource:
@@ -226,13 +237,25 @@ def _of_dataset(data: Any, name: str, count: int, rows: int, options: Options) -
     notes: list[str] = []
     kept = kept_by(data, count, notes.append)
     keys = given_keys(options, rows) or (kept.keys[:rows] if kept.keys is not None else _numbers(count)[:rows])
-    before = contents_at_first(data)
     pick = _picker(options)
+    before = contents_at_first(data, pick)
+    paths = kept.paths[:rows] if kept.paths is not None else None
     if pick is not None:
-        return DatasetSource(name, data, keys, None, pick, notes=notes, before=before)
+        return DatasetSource(name, data, keys, None, pick, notes=notes, before=before, paths=paths)
     given = given_labels(options, rows)
     labels = kept.labels if given is None else given
-    return DatasetSource(name, data, keys, labels, None, given is not None, notes, before=before)
+    return DatasetSource(
+        name,
+        data,
+        keys,
+        labels,
+        None,
+        given is not None,
+        notes,
+        before=before,
+        paths=paths,
+        classes=() if given is not None else kept.classes,
+    )
 
 
 def _part(name: str, row: int, item: Any) -> Any:
