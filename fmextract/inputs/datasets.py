@@ -161,11 +161,22 @@ def open_python(data: Any, name: str, options: Options) -> FileSource | DatasetS
     values = listed(data)
     count = _count(values, name)
     rows = min(count, options.limit or count)
-    if isinstance(values, Sequence):
+    if isinstance(values, Sequence) and _may_be_files(values):
         files = _of_files([values[row] for row in range(rows)], name, options)
         if files is not None:
             return files
     return _of_dataset(values, name, count, rows, options)
+
+
+def _may_be_files(values: Sequence[Any]) -> bool:
+    """Whether to look at all items: a sequence of the user's may load an image for each, which is for the run to do."""
+    if type(values) in (list, tuple):
+        return True
+    try:
+        first = values[0]
+    except Exception:  # whatever it was, its row will say so
+        return False
+    return is_path(first) or is_pair(first)
 
 
 def files_named(paths: Sequence[Any], name: str, options: Options, labels: Sequence[Label] | None = None) -> FileSource:

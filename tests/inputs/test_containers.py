@@ -4,6 +4,7 @@ that says what to give instead, before anything is read."""
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -397,3 +398,29 @@ def test_folders_as_labels(photos):
     assert labels(source) == [None] * 5
     assert source.notes == ["the 3 folders that the images lie in are not stored as labels: --label folder takes them"]
     assert open_source(photos / "cat").notes == []
+
+
+class Loads(Sequence[Any]):
+    """A sequence of the user's that makes an image for each item, and not always."""
+
+    def __init__(self, fails: int) -> None:
+        self.fails, self.read = fails, list[int]()
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, row: Any) -> Any:
+        if not 0 <= row < 6:
+            raise IndexError(row)
+        self.read.append(row)
+        if row == self.fails:
+            raise OSError("not there")
+        return np.full((8, 8, 3), 9 * row, np.uint8)
+
+
+@pytest.mark.parametrize("fails", [0, 3])
+def test_a_sequence_that_loads_images_is_not_read_to_see_whether_it_holds_paths(fails: int) -> None:
+    data = Loads(fails)
+    source = open_source(data)
+    assert len(source) == 6
+    assert set(data.read) <= {0}
