@@ -19,7 +19,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +29,6 @@ import h5py
 import numpy as np
 
 from fmextract.codecs import CODECS, Array, Codec, Stored, codec_named, encode, fill_value
-from fmextract.common import strict_json
 from fmextract.errors import DamagedError, FmextractError, FormatError, LayerError, NoSpace, OutputError
 from fmextract.moments import COVARIANCE
 from fmextract.records import (
@@ -44,8 +43,9 @@ from fmextract.records import (
     SampleTable,
     Status,
 )
-from fmextract.storage import schema
+from fmextract.storage import objects, schema
 from fmextract.storage.columns import Form, common_form, decode_column, encode_column, form_of, stored_names
+from fmextract.storage.objects import Values
 
 Forms: TypeAlias = Mapping[str | None, Form | None]
 """Of the columns that a source brought along, by their names; None is the labels'. A form of None: it has no value."""
@@ -61,7 +61,6 @@ COLUMN_CHUNK = 4096
 _CHUNK_RECORD_BYTES = 24
 """What one chunk takes at the least in an HDF5 index: so a small file cannot claim a huge shape."""
 _LIBVER = ("earliest", "v110")
-_STRING = h5py.string_dtype("utf-8")
 INFLATION = 1100
 """No deflate stream grows by more (1032): a file that claims more values than this times its size is damaged."""
 _NOT_CONTENT = ("content_digest", "throughput")
@@ -129,6 +128,7 @@ class ShardWriter:
         _check_layers(layers)
         chosen = codec_named(codec)
         level = chosen.checked_level(level)
+        self._pipeline = (chosen, level)
         self.path = Path(path)
         self.rows = rows
         self.layers = tuple(layers)
@@ -139,10 +139,10 @@ class ShardWriter:
         with self._whole_or_nothing():
             self._disk = _SteadyFile(self.path)
             self._file = h5py.File(self._disk, "w", libver=_LIBVER, track_order=True)
-            _set_attrs(self._file, _root_attrs(info))
+            objects.set_attributes(self._file.id, _root_attrs(info))
             _create_sample_scale(self._file, rows)
             group = self._file.create_group("layers", track_order=True)
-            self._activations = [_create_layer(group, spec, len(rows), chosen, level).id for spec in layers]
+            self._activations = [_create_layer(group, spec, len(rows), chosen, level) for spec in layers]
             self._check_disk()
 
     @classmethod
@@ -152,6 +152,7 @@ class ShardWriter:
         self.path, self.rows, self.layers = left.path, left.rows, left.layers
         self._grids = [chunk_grid((len(left.rows), *spec.shape), spec.chunk) for spec in left.layers]
         self._digests, self._activations = list(left.digests), []
+        self._pipeline = (codec_named(left.codec), left.level)
         self._file = self._disk = None
         with self._whole_or_nothing():
             self._disk = _SteadyFile(self.path, "r+b")
@@ -188,7 +189,7 @@ class ShardWriter:
         if len(samples) != len(self.rows) or samples.start != self.rows.start:
             raise ValueError(f"expected columns for rows {self.rows}, got {len(samples)} from {samples.start}")
         with self._whole_or_nothing():
-            _set_attrs(self._open_file(), root_attrs or {})
+            objects.set_attributes(self._open_file().id, root_attrs or {})
         return self._finish([samples], _forms_of(samples), stats, layer_attrs, durable)
 
     def _finish(
@@ -206,13 +207,9 @@ class ShardWriter:
                     raise ValueError(
                         f"{spec.name}: {math.prod(grid) - len(done)} of {math.prod(grid)} chunks are missing"
                     )
+            written = self._write_layers(file, stats or {}, layer_attrs or {})
             _write_columns(file, len(self.rows), tables, forms)
-            self._write_extras(file, stats or {}, layer_attrs or {})
-            known = {
-                f"/layers/{escape_name(spec.name)}/activation": digests
-                for spec, digests in zip(self.layers, self._digests, strict=True)
-            }
-            digest = _content_digest(file, known)
+            digest = _content_digest(file, written)
             file.attrs["content_digest"] = digest
             self._activations.clear()
             file.close()
@@ -225,14 +222,25 @@ class ShardWriter:
                 _fsync(self.path)
         return digest
 
-    def _write_extras(self, file: h5py.File, stats: Stats, layer_attrs: Mapping[str, Mapping[str, Any]]) -> None:
-        specs = {spec.name: spec for spec in self.layers}
-        if unknown := [name for name in (*stats, *layer_attrs) if name not in specs]:
+    def _write_layers(
+        self, file: h5py.File, stats: Stats, layer_attrs: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, _Layer]:
+        """What stands beside the activations of each layer; gives what is there now, by path."""
+        names = {spec.name for spec in self.layers}
+        if unknown := [name for name in (*stats, *layer_attrs) if name not in names]:
             raise ValueError(f"expected statistics and attributes of the layers of this file, got {unknown[0]!r}")
-        for name, arrays in stats.items():
-            _write_stats(file["layers"][escape_name(name)], specs[name], arrays)
-        for name, attrs in layer_attrs.items():
-            _set_attrs(file["layers"][escape_name(name)], attrs)
+        codec, level = self._pipeline
+        written: dict[str, _Layer] = {}
+        for spec, digests in zip(self.layers, self._digests, strict=True):
+            path = f"/layers/{escape_name(spec.name)}"
+            own = {name: value for name, value in layer_attrs.get(spec.name, {}).items() if value is not None}
+            beside = list(_statistics(path, spec, stats[spec.name])) if spec.name in stats else None
+            attrs, filters = {**_layer_attrs(spec), **own}, codec.filters(np.dtype(spec.dtype).itemsize, level)
+            layer = _Layer(path, spec, len(self.rows), filters, attrs, beside, digests)
+            layer.write(file)
+            written[path] = layer
+        objects.attach_scales(file, (one for layer in written.values() for one in layer.attached()))
+        return written
 
     def leave(self) -> Unfinished:
         """Close the file, with its chunks, for `Unfinished.finish`, perhaps in another process. `abort` removes it."""
@@ -243,7 +251,8 @@ class ShardWriter:
             assert self._disk is not None
             self._disk.close()
         self._file = None
-        return Unfinished(self.path, self.rows, self.layers, self._digests)
+        codec, level = self._pipeline
+        return Unfinished(self.path, self.rows, self.layers, self._digests, codec.name, level)
 
     def chunk_digests(self) -> dict[str, str]:
         """By layer: the first 16 hex digits of the digest of every chunk, one after the other in C order."""
@@ -305,6 +314,8 @@ class Unfinished:
     rows: range
     layers: tuple[LayerSpec, ...]
     digests: Sequence[dict[tuple[int, ...], bytes]]
+    codec: str
+    level: int
 
     def finish(
         self,
@@ -462,41 +473,6 @@ def _layer_attrs(spec: LayerSpec) -> dict[str, Any]:
     return attrs
 
 
-def _set_attrs(node: Any, attrs: Mapping[str, Any]) -> None:
-    """Write attributes of types that every netCDF-4 reader knows; None is left out."""
-    for name, value in attrs.items():
-        if value is not None:
-            node.attrs[name] = _attr_value(value)
-
-
-def _attr_value(value: Any) -> Any:
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, bool | np.bool_):
-        return np.uint8(value)  # HDF5 has no booleans, and h5py's stand-in, an enumeration, is not netCDF
-    if isinstance(value, Mapping):
-        return _text(strict_json.dumps(value, sort_keys=True, ensure_ascii=False))
-    array = np.asarray(value)
-    if array.dtype.kind not in "iuf" or array.dtype.itemsize > 8:
-        raise ValueError(f"expected a text, a number, a mapping or an array of numbers as attribute, got {value!r}")
-    return array
-
-
-def _text(text: str) -> str:
-    """HDF5 ends a string at NUL, and holds only what UTF-8 can say."""
-    text = text.replace("\0", "\\x00")
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _creation() -> h5py.h5p.PropDCID:
-    """What all datasets have in common."""
-    plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    plist.set_obj_track_times(False)
-    # More than 64 kB of scale references need attributes in a tree of their own, which tracking their order brings.
-    plist.set_attr_creation_order(h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED)
-    return plist
-
-
 def _create_dataset(
     group: h5py.Group,
     name: str,
@@ -506,7 +482,7 @@ def _create_dataset(
     filters: Sequence[tuple[int, tuple[int, ...]]],
 ) -> h5py.Dataset:
     """A chunked dataset with an unlimited first axis. Low level, since a filter need not be installed to be named."""
-    plist = _creation()
+    plist = objects.creation()
     plist.set_chunk(chunk)
     if h5py.check_string_dtype(np.dtype(dtype)) is None:
         plist.set_fill_value(np.asarray(fill_value(dtype)))
@@ -538,31 +514,23 @@ def _create_sample_scale(file: h5py.File, rows: range) -> None:
     scale.attrs["long_name"] = "row number in the whole source"
 
 
-def _create_values(group: h5py.Group, name: str, values: Array) -> h5py.Dataset:
-    """A dataset of fixed shape that holds `values`: what `create_dataset` gives, in a third of the time."""
-    kind, space = h5py.h5t.py_create(values.dtype, logical=True), h5py.h5s.create_simple(values.shape)
-    made = h5py.h5d.create(group.id, name.encode(), kind, space, _creation())
-    made.write(h5py.h5s.ALL, h5py.h5s.ALL, np.ascontiguousarray(values))
-    return h5py.Dataset(made)
-
-
-def _create_scale(group: h5py.Group, name: str, values: Array, attrs: Mapping[str, Any]) -> h5py.Dataset:
-    scale = _create_values(group, name, values)
-    h5py.h5ds.set_scale(scale.id, name.encode())
-    _set_attrs(scale, attrs)
-    return scale
-
-
-def _create_layer(group: h5py.Group, spec: LayerSpec, rows: int, codec: Codec, level: int) -> h5py.Dataset:
+def _create_layer(group: h5py.Group, spec: LayerSpec, rows: int, codec: Codec, level: int) -> h5py.h5d.DatasetID:
+    """The group of a layer with its activations, and the scales of their axes."""
     layer = group.create_group(escape_name(spec.name), track_order=True)
-    _set_attrs(layer, _layer_attrs(spec))
     filters = codec.filters(np.dtype(spec.dtype).itemsize, level)
     activation = _create_dataset(layer, "activation", (rows, *spec.shape), spec.dtype, spec.chunk, filters)
-    activation.dims[0].attach_scale(group.parent["sample"])
-    for axis, (role, size) in enumerate(zip(spec.axes, spec.shape, strict=True), start=1):
+    for scale in _scales(spec):
+        objects.create(layer.id, scale)
+    return activation.id
+
+
+def _scales(spec: LayerSpec) -> list[Values]:
+    """Of the axes behind the first."""
+    made = []
+    for role, size in zip(spec.axes, spec.shape, strict=True):
         values, attrs = coordinate(spec.field, role, size)
-        activation.dims[axis].attach_scale(_create_scale(layer, role, values, attrs))
-    return activation
+        made.append(Values(role, values, attrs=attrs))
+    return made
 
 
 def coordinate(field: Field | None, role: str, size: int) -> tuple[Array, dict[str, str]]:
@@ -592,29 +560,30 @@ def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], fo
     columns = {
         name: _create_column(file, name, rows, dtype)
         for name, dtype in (
-            ("key", _STRING),
+            ("key", objects.TEXT),
             ("status", np.uint8),
-            ("message", _STRING),
+            ("message", objects.TEXT),
             ("height", np.int32),
             ("width", np.int32),
             ("file_size", np.int64),
-            ("file_digest", _STRING),
+            ("file_digest", objects.TEXT),
         )
     }
-    _set_attrs(columns["key"], {"long_name": "path or name of the image in its source"})
+    objects.set_attributes(columns["key"].id, {"long_name": "path or name of the image in its source"})
     flags = np.arange(len(STATUS_MEANINGS), dtype=np.uint8)
-    _set_attrs(columns["status"], {"flag_values": flags, "flag_meanings": " ".join(STATUS_MEANINGS)})
+    objects.set_attributes(columns["status"].id, {"flag_values": flags, "flag_meanings": " ".join(STATUS_MEANINGS)})
     for name in ("height", "width"):
-        _set_attrs(columns[name], {"long_name": f"{name} of the original image", "units": "pixel"})
-    _set_attrs(columns["file_size"], {"long_name": "size of the file that the row was made of", "units": "byte"})
-    _set_attrs(columns["file_digest"], {"long_name": "XXH3 (128 bits) of the file that the row was made of"})
+        objects.set_attributes(columns[name].id, {"long_name": f"{name} of the original image", "units": "pixel"})
+    sizes, digests = columns["file_size"].id, columns["file_digest"].id
+    objects.set_attributes(sizes, {"long_name": "size of the file that the row was made of", "units": "byte"})
+    objects.set_attributes(digests, {"long_name": "XXH3 (128 bits) of the file that the row was made of"})
     brought = _create_brought(file, rows, forms)
     at = 0
     for table in tables:
         part = slice(at, at + len(table))
-        columns["key"][part] = [_text(key) for key in table.keys]
+        columns["key"][part] = [objects.text(key) for key in table.keys]
         columns["status"][part] = table.status
-        columns["message"][part] = [_text(message) for message in table.message]
+        columns["message"][part] = [objects.text(message) for message in table.message]
         columns["height"][part] = table.height
         columns["width"][part] = table.width
         columns["file_size"][part] = [stamp.size for stamp in table.files]
@@ -622,7 +591,7 @@ def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], fo
         for title, (column, form) in brought.items():
             values = table.labels if title is None else table.columns.get(title)
             stored = encode_column([None] * len(table) if values is None else values, form)
-            column[part] = list(map(_text, stored)) if isinstance(stored, list) else stored
+            column[part] = list(map(objects.text, stored)) if isinstance(stored, list) else stored
         at = part.stop
     if at != rows:
         raise ValueError(f"expected columns of {rows} rows, got {at}")
@@ -636,49 +605,45 @@ def _create_brought(file: h5py.File, rows: int, forms: Forms) -> dict[str | None
         if form is None:
             continue
         name = "label" if title is None else names[title]
-        kind = _STRING if form.dtype is None else form.dtype
+        kind = objects.TEXT if form.dtype is None else form.dtype
         column = _create_column(file, name, rows, kind, () if form.length is None else (form.length,))
         if form.length is not None:
-            index = _create_scale(file, f"{name}_index", np.arange(form.length, dtype=np.int32), {})
-            column.dims[1].attach_scale(index)
+            index = objects.create(file.id, Values(f"{name}_index", np.arange(form.length, dtype=np.int32)))
+            h5py.h5ds.attach_scale(column.id, index, 1)
         # Labels are -1 for none unless one of them is -1; every reader that knows netCDF sees gaps in other columns.
         marks = form.kind == "int" and (form.missing != -1 or (form.gaps and title is not None))
         attrs = {"column": title, "encoding": "json" if form.kind == "json" else None}
-        _set_attrs(column, {**attrs, "_FillValue": np.int64(form.missing) if marks else None})
+        objects.set_attributes(column.id, {**attrs, "_FillValue": np.int64(form.missing) if marks else None})
         made[title] = column, form
     return made
 
 
-def _write_stats(layer: h5py.Group, spec: LayerSpec, arrays: Mapping[str, Any]) -> None:
+def _statistics(layer: str, spec: LayerSpec, arrays: Mapping[str, Any]) -> Iterator[Values]:
     """`stats/`: one dataset a statistic, over the channels, or over the channels and a second axis.
 
     The second axis of `top_…` is `k`, that of any other statistic is its own `<name>_bin`. Of the covariance the first
-    axis is not the channel, but the `component`.
+    axis is not the channel, but the `component`. `layer` is the path of the layer's group.
     """
     if spec.channel_axis is None:
         raise ValueError(f"{spec.name}: no statistics by channel where the axes have no known roles")
-    channels = layer[spec.axes[spec.channel_axis]]
-    group = layer.create_group("stats", track_order=True)
-    scales: dict[str, tuple[h5py.Dataset, int]] = {"": (channels, len(channels))}
-
-    def scale(name: str, length: int) -> tuple[h5py.Dataset, int]:
-        if name not in scales:
-            scales[name] = _create_scale(group, name, np.arange(length, dtype=np.int32), {}), length
-        return scales[name]
-
+    lengths = {f"{layer}/{spec.axes[spec.channel_axis]}": spec.shape[spec.channel_axis]}
+    (channel,) = lengths
     for name, values in arrays.items():
         array = np.asarray(values)
         array = array.astype(np.uint8) if array.dtype == bool else array
-        first, length = scale("component" if name in COVARIANCE else "", len(array))
-        if array.ndim not in (1, 2) or len(array) != length or array.dtype.kind not in "iuf" or "/" in name:
-            raise ValueError(f"{spec.name}: expected {name} of {length} channels, got {array.dtype} {array.shape}")
-        data = _create_values(group, name, array)
-        h5py.h5ds.attach_scale(data.id, first.id, 0)
-        if array.ndim == 2:
-            second, length = scale("k" if name.startswith("top_") else f"{name}_bin", array.shape[1])
-            if length != array.shape[1]:
-                raise ValueError(f"{spec.name}: expected {length} entries in {name}, got {array.shape[1]}")
-            h5py.h5ds.attach_scale(data.id, second.id, 1)
+        seconds = "k" if name.startswith("top_") else f"{name}_bin"
+        scales = [f"{layer}/stats/component" if name in COVARIANCE else channel, f"{layer}/stats/{seconds}"]
+        scales = scales[: max(1, array.ndim)]
+        new = {path: size for path, size in zip(scales, array.shape, strict=False) if path not in lengths}
+        lengths |= new
+        if array.ndim not in (1, 2) or array.dtype.kind not in "iuf" or "/" in name or lengths[scales[0]] != len(array):
+            expected = f"{name} of {lengths[scales[0]]} channels"
+            raise ValueError(f"{spec.name}: expected {expected}, got {array.dtype} {array.shape}")
+        if lengths[scales[-1]] != array.shape[-1]:
+            raise ValueError(f"{spec.name}: expected {lengths[scales[-1]]} entries in {name}, got {array.shape[1]}")
+        made = [Values(path.rpartition("/")[2], np.arange(size, dtype=np.int32)) for path, size in new.items()]
+        first = [scale for scale in made if scale.name == "component"]
+        yield from (*first, Values(name, array, tuple(scales)), *(scale for scale in made if scale not in first))
 
 
 def _fsync(path: Path) -> None:
@@ -712,7 +677,7 @@ def write_rdms(
         raise disk_error(path, error) from error
     file = h5py.File(disk, "w", libver=_LIBVER, track_order=True)
     try:
-        _set_attrs(file, {"dissimilarity_measure": measure})
+        objects.set_attributes(file.id, {"dissimilarity_measure": measure})
         groups = {
             "descriptors": descriptors,
             "rdm_descriptors": {"layer": list(layers)},
@@ -724,8 +689,8 @@ def write_rdms(
                 if isinstance(value, np.ndarray):
                     group.create_dataset(key, data=value)
                 else:
-                    texts = _text(value) if isinstance(value, str) else [_text(text) for text in value]
-                    group.attrs.create(key, texts, dtype=_STRING)
+                    texts = objects.text(value) if isinstance(value, str) else [objects.text(text) for text in value]
+                    group.attrs.create(key, texts, dtype=objects.TEXT)
         data = file.create_dataset("dissimilarities", (len(layers), pairs), np.float64)
         for matrix, parts in enumerate(layers.values()):
             at = 0
@@ -865,15 +830,18 @@ class _Node(NamedTuple):
         return isinstance(self.id, h5py.h5d.DatasetID)
 
 
-def _walk(file: h5py.File) -> Iterator[_Node]:
-    """Every object, root first, groups in the order of creation. Follows hard links only, each once."""
+def _walk(file: h5py.File, closed: Container[str] = ()) -> Iterator[_Node]:
+    """Every object, root first, groups in the order of creation. Follows hard links only, each once.
+
+    What lies in a group whose path is among `closed` is left out.
+    """
     root = _root(file)
     stack = [_Node("/", root, h5py.h5o.get_info(root).addr)]
     seen = {stack[0].address}
     while stack:
         node = stack.pop()
         yield node
-        if node.is_dataset:
+        if node.is_dataset or node.path in closed:
             continue
         children = _children(file, node)
         for child in children:
@@ -1159,13 +1127,16 @@ def content_digest(path: Path) -> str:
         return _content_digest(file, {})
 
 
-def _content_digest(file: h5py.File, known: Mapping[str, Mapping[tuple[int, ...], bytes]]) -> str:
-    """`known` holds digests of chunks by path and index; the others are read."""
+def _content_digest(file: h5py.File, written: Mapping[str, _Layer]) -> str:
+    """`written` are layers, by path, that this process has just written: what they hold is not read again."""
     hasher = hashlib.blake2b(digest_size=32)
-    nodes = list(_walk(file))
+    nodes = list(_walk(file, written))
     paths = {node.address: node.path for node in nodes}
     for node in nodes:
         path = node.path
+        if path in written:
+            written[path].put(hasher)
+            continue
         _put(hasher, "dataset" if node.is_dataset else "group", path)
         for encoded in schema.attribute_names(node.id):
             name = encoded.decode("utf-8", "surrogateescape")
@@ -1174,10 +1145,75 @@ def _content_digest(file: h5py.File, known: Mapping[str, Mapping[tuple[int, ...]
         if node.is_dataset:
             _put(hasher, *_description(node, paths, f"{file.filename}: {path}"))
             if path.startswith("/layers/") and path.endswith("/activation"):
-                _put_chunks(hasher, h5py.Dataset(node.id), known.get(path, {}))
+                _put_chunks(hasher, h5py.Dataset(node.id))
             else:
                 _put_values(hasher, node)
     return hasher.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """A layer as it stands in a file, as data: it is written from here, and the digest made of the same.
+
+    `filters` are those of the activations, `digests` those of their chunks; `stats` None: there is no such group.
+    """
+
+    path: str
+    spec: LayerSpec
+    rows: int
+    filters: Sequence[tuple[int, tuple[int, ...]]]
+    attrs: Mapping[str, Any]
+    stats: Sequence[Values] | None
+    digests: Mapping[tuple[int, ...], bytes]
+
+    def write(self, file: h5py.File) -> None:
+        """All but the activations and the scales of their axes, which are there, and what scales are attached to."""
+        group = file[self.path]
+        objects.set_attributes(group.id, self.attrs)
+        if self.stats is not None:
+            inside = group.create_group("stats", track_order=True).id
+            for one in self.stats:
+                objects.create(inside, one)
+
+    def attached(self) -> Iterator[tuple[str, Sequence[str]]]:
+        """The path of each dataset, and those of the scales of its axes."""
+        yield f"{self.path}/activation", self._axes()
+        yield from ((f"{self.path}/stats/{one.name}", one.scales) for one in self.stats or () if one.scales)
+
+    def _axes(self) -> list[str]:
+        return ["/sample", *(f"{self.path}/{axis}" for axis in self.spec.axes)]
+
+    def put(self, hasher: Any) -> None:
+        """What `_content_digest` takes in of the file, without reading it."""
+        _put(hasher, "group", self.path)
+        for parts in objects.attributes_parts(self.attrs):
+            _put(hasher, *parts)
+        self._put_activation(hasher)
+        for scale in _scales(self.spec):
+            self._put_dataset(hasher, f"{self.path}/{scale.name}", scale)
+        if self.stats is not None:
+            _put(hasher, "group", f"{self.path}/stats")
+            for one in self.stats:
+                self._put_dataset(hasher, f"{self.path}/stats/{one.name}", one)
+
+    def _put_activation(self, hasher: Any) -> None:
+        dtype, shape = np.dtype(self.spec.dtype), tuple(self.spec.shape)
+        filters = [(number, h5py.h5z.FLAG_OPTIONAL, tuple(options)) for number, options in self.filters]
+        scales = [[path] for path in self._axes()]
+        said = objects.dataset_parts(
+            *(dtype, (self.rows, *shape), (None, *shape), tuple(self.spec.chunk), filters),
+            *(np.asarray(fill_value(dtype), dtype).tobytes(), scales),
+        )
+        _put(hasher, "dataset", f"{self.path}/activation")
+        _put(hasher, *said)
+        for index in np.ndindex(chunk_grid((self.rows, *shape), self.spec.chunk)):
+            _put_chunk(hasher, index, 0, self.digests[index])
+
+    def _put_dataset(self, hasher: Any, path: str, made: Values) -> None:
+        _put(hasher, "dataset", path)
+        for parts in objects.values_parts(made):
+            _put(hasher, *parts)
+        hasher.update(made.values.tobytes())
 
 
 def _put(hasher: Any, *parts: str | bytes) -> None:
@@ -1186,25 +1222,15 @@ def _put(hasher: Any, *parts: str | bytes) -> None:
     hasher.update(b"".join(piece for data in encoded for piece in (len(data).to_bytes(8, "little"), data)))
 
 
-def _type_name(dtype: np.dtype[Any]) -> str:
-    if text := h5py.check_string_dtype(dtype):
-        return f"text:{text.encoding}:{text.length}"
-    if dtype.kind not in "iuf":
-        raise FormatError(f"values of type {dtype}, which fmextract does not write")
-    return dtype.str
-
-
 def _attribute_parts(node: _Node, name: bytes) -> list[str | bytes]:
     stored = h5py.h5a.open(node.id, name)
     dtype, shape = stored.dtype, stored.shape
-    kind = _type_name(dtype)
+    objects.type_name(dtype)  # before anything is read of another type
     if shape is None or stored.get_storage_size() > schema.MOST_ATTRIBUTE:
         raise FormatError(f"the attribute {name.decode()} of {node.path} has no value that fmextract would write")
     value = np.zeros(shape, dtype)
     stored.read(value, mtype=h5py.h5t.py_create(dtype))
-    if dtype.kind in "iuf":
-        return [kind, str(shape), value.tobytes()]
-    return [kind, str(shape), *value.astype(object).reshape(-1).tolist()]
+    return objects.array_parts(value)
 
 
 def _description(node: _Node, paths: Mapping[int, str], where: str) -> list[str | bytes]:
@@ -1217,25 +1243,21 @@ def _description(node: _Node, paths: Mapping[int, str], where: str) -> list[str 
     fill = np.zeros((), dtype)
     if dtype.kind in "iuf":
         plist.get_fill_value(fill)
-    scales: list[str] = []
-    for axis, attached in enumerate([] if schema.is_scale(dataset) else schema.scales(dataset, where)):
-        scales += [f"axis {axis}", *(paths[address] for address in attached)]
-    return [
-        _type_name(dtype),
-        str((shape, greatest, chunk, filters)),
-        fill.tobytes() if dtype.kind in "iuf" else b"",
-        *scales,
-    ]
+    scales = [] if schema.is_scale(dataset) else schema.scales(dataset, where)
+    named = [[paths[address] for address in attached] for attached in scales]
+    known = fill.tobytes() if dtype.kind in "iuf" else b""
+    return objects.dataset_parts(dtype, shape, greatest, chunk, filters, known, named)
 
 
-def _put_chunks(hasher: Any, dataset: h5py.Dataset, known: Mapping[tuple[int, ...], bytes]) -> None:
+def _put_chunks(hasher: Any, dataset: h5py.Dataset) -> None:
     for index in np.ndindex(chunk_grid(dataset.shape, dataset.chunks)):
-        digest, mask = known.get(index), 0
-        if digest is None:
-            mask, payload = read_chunk(dataset, index)
-            digest = chunk_digest(payload)
-        hasher.update(np.array([*index, mask], "<i8").tobytes())
-        hasher.update(digest)
+        mask, payload = read_chunk(dataset, index)
+        _put_chunk(hasher, index, mask, chunk_digest(payload))
+
+
+def _put_chunk(hasher: Any, index: tuple[int, ...], mask: int, digest: bytes) -> None:
+    hasher.update(np.array([*index, mask], "<i8").tobytes())
+    hasher.update(digest)
 
 
 def _put_values(hasher: Any, node: _Node) -> None:
