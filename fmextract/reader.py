@@ -119,6 +119,10 @@ class Activations:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keep an output of one file open in HDF5 within, for many small questions: each would open it anew."""
+        return self._files.held()
+
     def close(self) -> None:
         """Close the files and forget what is kept of them; reading afterwards raises ConfigError."""
         self._files.close()
@@ -876,6 +880,9 @@ class _File:
         path, rows, digest = part
         self.path = path
         self._lock = threading.Lock()
+        self._opening = threading.RLock()
+        self._opened: h5py.File | None = None
+        self._users = 0
         self._stored: dict[str, _Stored] = {}
         self.fd = _descriptor(path)
         weakref.finalize(self, os.close, self.fd)
@@ -899,11 +906,31 @@ class _File:
 
     @contextlib.contextmanager
     def hdf5(self) -> Iterator[h5py.File]:
-        """The file in HDF5, for a moment. Whatever it raises within comes out as a FormatError or DamagedError."""
-        with _damage(self.path), _hdf5_file(self.path) as file:
-            if _identity(file.id.get_vfd_handle()) != self._identity:
-                raise FormatError(f"{self.path} was replaced or changed since it was opened: open it again")
-            yield file
+        """The file in HDF5, for a moment. Whatever it raises within comes out as a FormatError or DamagedError.
+
+        Within another it is the same: the one around many small questions keeps the file from being opened for each.
+        """
+        with _damage(self.path):
+            with self._opening:
+                if self._opened is None:
+                    self._opened = self._open_hdf5()
+                file = self._opened
+                self._users += 1
+            try:
+                yield file
+            finally:
+                with self._opening:
+                    self._users -= 1
+                    if not self._users:
+                        self._opened = None
+                        file.close()
+
+    def _open_hdf5(self) -> h5py.File:
+        file = _hdf5_file(self.path)
+        if _identity(file.id.get_vfd_handle()) != self._identity:
+            file.close()
+            raise FormatError(f"{self.path} was replaced or changed since it was opened: open it again")
+        return file
 
     def column(self, name: str) -> Array:
         """One entry a row; strings as objects."""
@@ -927,19 +954,12 @@ class _File:
     def stats(self, layer: str, covariance: bool = False) -> dict[str, Array]:
         """The statistics of a layer by name, empty where it has none; its covariance, of megabytes, only on demand."""
         with self.hdf5() as file:
-            group = file["layers"][store.escape_name(layer)]
-            axis = self.contents.layers[layer].spec.channel_axis
-            if "stats" not in group or axis is None:
+            path, spec = f"/layers/{store.escape_name(layer)}/stats", self.contents.layers[layer].spec
+            if path not in file or spec.channel_axis is None:
                 return {}
-            values = {
-                name: np.asarray(dataset[()])
-                for name, dataset in group["stats"].items()
-                if isinstance(dataset, h5py.Dataset)
-                and not schema.is_scale(dataset.id)
-                and (covariance or name not in moments.COVARIANCE)
-            }
-            channels = group["activation"].shape[1 + axis]
-            return schema.statistics(values, channels, f"{self.path}: {group.name}/stats")
+            left_out = () if covariance else moments.COVARIANCE
+            channels = spec.shape[spec.channel_axis]
+            return schema.statistics(store.read_statistics(file, path, left_out), channels, f"{self.path}: {path}")
 
     def coordinates(self, layer: str) -> dict[str, Array]:
         """The values of the scales along the axes of a layer, by the axis."""
@@ -1012,7 +1032,7 @@ class _File:
         return out
 
     def _look_up(self, file: h5py.File, layer: str) -> _Stored:
-        dataset = file["layers"][store.escape_name(layer)]["activation"]
+        dataset = file[f"/layers/{store.escape_name(layer)}/activation"]
         spec, attrs = self.contents.layers[layer]
         grid = self._complete(dataset)
         offsets, sizes, masks = np.zeros(grid, np.int64), np.full(grid, -1, np.int64), np.zeros(grid, np.uint32)
@@ -1075,6 +1095,11 @@ class _Files:
         """What tells this output from another one at its place: the digests in it. ConfigError where it is closed."""
         first = self[0].contents.attrs.get("content_digest")
         return hashlib.sha256(repr([first, *(part.digest for part in self._parts)]).encode()).hexdigest()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        with self[0].hdf5() if len(self) == 1 else contextlib.nullcontext():
+            yield
 
     def close(self) -> None:
         with self._lock:

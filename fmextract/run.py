@@ -377,7 +377,8 @@ def _file_info(made: Plan) -> FileInfo:
 def _result(acts: reader.Activations, target: Path, tally: engine.Tally, seconds: float, resumed: int | None) -> Result:
     """What a finished output holds, and what this run did for it. `resumed` None: it was complete before."""
     rows = len(acts)
-    layers = tuple(_layer_result(acts[name]) for name in acts.layers)
+    with acts.held():
+        layers = tuple(_layer_result(acts[name]) for name in acts.layers)
     config, chosen = acts.config, str(acts.attrs.get("precision"))
     failed, failures = int(np.count_nonzero(acts.status)), _failures(acts)
     bytes_raw = sum(acts[name].nbytes for name in acts.layers)

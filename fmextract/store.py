@@ -1101,6 +1101,31 @@ def _texts(column: h5py.Dataset, part: slice) -> list[str]:
     return [text.decode("utf-8", "replace") for text in column[part]]
 
 
+def read_statistics(file: h5py.File, path: str, left_out: Container[str] = ()) -> dict[str, Array]:
+    """The values of all datasets of a group that are no scales, by name."""
+    values: dict[str, Array] = {}
+    group = h5py.h5o.open(file.id, path.encode())
+    if not isinstance(group, h5py.h5g.GroupID):
+        raise FormatError(f"{file.filename}: {path} is no group")
+    for encoded in group:
+        name = encoded.decode("utf-8", "surrogateescape")
+        data = h5py.h5o.open(group, encoded)
+        if name not in left_out and isinstance(data, h5py.h5d.DatasetID) and not schema.is_scale(data):
+            values[name] = _read_values(data)
+    return values
+
+
+def _read_values(data: h5py.h5d.DatasetID) -> Array:
+    """All of a dataset, without what h5py wraps around it."""
+    dtype, shape = data.dtype, data.shape
+    if shape is None or dtype.kind not in "iuf":
+        return np.asarray(h5py.Dataset(data)[()])
+    values = np.empty(shape, dtype)
+    if values.size:
+        data.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
+    return values
+
+
 def read_chunk(dataset: h5py.Dataset, chunk_index: Sequence[int]) -> tuple[int, bytes]:
     """The filter mask and the stored bytes of one chunk. Raises DamagedError where the chunk was never written."""
     offset = tuple(i * size for i, size in zip(chunk_index, dataset.chunks, strict=True))
@@ -1265,10 +1290,7 @@ def _put_values(hasher: Any, node: _Node) -> None:
     if not shape:
         raise FormatError(f"{node.path} has no axes, which fmextract does not write")
     if dtype.kind in "iuf" and shape[0] <= COLUMN_CHUNK:
-        values = np.empty(shape, dtype)
-        if values.size:
-            node.id.read(h5py.h5s.ALL, h5py.h5s.ALL, values)
-        hasher.update(values.reshape(-1).view(np.uint8))
+        hasher.update(_read_values(node.id).reshape(-1).view(np.uint8))
         return
     dataset = h5py.Dataset(node.id)
     for at in range(0, shape[0], COLUMN_CHUNK):

@@ -30,7 +30,7 @@ ORDER = re.findall(
     inputs.folders inputs.manifests inputs.attributes inputs.datasets inputs.sources inputs
     capture.reducer_help capture.atoms capture.reach capture images
     inputs.seeding inputs.thread_safety inputs.dataset_workers inputs.reading
-    models capture.independence capture.writes capture.untouched capture.blame
+    models capture.writes capture.independence capture.untouched capture.blame
     axes capture.trunk taps capture.probe geometry effective reducers stats
     packed fusion planning chunks workers compiled precision model.modes model.structure model choose
     engine estimate provenance prepare resume following replay output
@@ -113,7 +113,9 @@ def test_only_storage_and_the_reader_read_hdf5() -> None:
     """So that nothing is read of a file that the schema has not checked."""
     for name, tree in MODULES.items():
         names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
-        assert "h5py" not in names or name in ("store", "reader", "storage.schema", "storage.objects"), f"{name} imports h5py"
+        assert "h5py" not in names or name in ("store", "reader", "storage.schema", "storage.objects"), (
+            f"{name} imports h5py"
+        )
         methods = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
         assert "hdf5" not in methods or name == "reader", f"{name} opens a file in HDF5"
 

@@ -391,10 +391,11 @@ def test_no_flipped_bit_changes_what_is_read_unseen(path: Path) -> None:
             with store.open_shard(flipped_path) as file:
                 stored = file.attrs["content_digest"]
             unchanged = store.content_digest(flipped_path) == stored == digest
-        except (FmextractError, RuntimeError, OSError):
+            shown = everything_read(flipped_path) if unchanged else None
+        except (FmextractError, RuntimeError, OSError):  # ours, or h5py's own: some bits of links only it looks at
             unchanged = False
         outcomes["harmless" if unchanged else "seen"] += 1
-        assert not unchanged or everything_read(flipped_path) == sound, f"bit {bit} changes values, and no digest"
+        assert not unchanged or shown == sound, f"bit {bit} changes values, and no digest"
     assert min(outcomes.values()) > 10, outcomes
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from fmextract.capture.writes import unwatched
+
 ROUNDING = 1e-6
 """Relative L2 distance up to which two rows are the same."""
 
@@ -30,7 +32,8 @@ def leaking(run: Run, batch: torch.Tensor, strangers: torch.Tensor, rows: Mappin
         for side in (0, 1):
             stays = (places >> digit) & 1 == side
             again = run(torch.where(stays.view(-1, *[1] * (batch.dim() - 1)), batch, strangers))
-            found |= {i for i, own in rows.items() if not same(again[i][stays], own[stays])}
+            with unwatched():
+                found |= {i for i, own in rows.items() if not same(again[i][stays], own[stays])}
     return found
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from fmextract.axes import AxisTracer
 from fmextract.capture.atoms import Axes, image_axes, name_axes, without_batch
 from fmextract.capture.independence import finite, kinds, leaking, same
-from fmextract.capture.writes import Writes, digest, memory
+from fmextract.capture.writes import Writes, digest, memory, unwatched
 from fmextract.device import is_out_of_memory
 from fmextract.errors import CaptureError
 from fmextract.taps import (
@@ -88,8 +88,11 @@ class _Watch:
         if tensor is None or flaw:
             self.flaws[i] = flaw
             return
-        original = tensor
-        tensor = tensor.detach()  # its shape too may be changed in place
+        with unwatched():
+            self._look_at(i, tensor)
+
+    def _look_at(self, i: int, original: torch.Tensor) -> None:
+        tensor = original.detach()  # its shape too may be changed in place
         self.tensors[i], self.shapes[i] = tensor, tuple(tensor.shape)
         self.axes[i] = self._tracer.axes(original) if self._tracer is not None else None
         self._before[i] = (-1 if tensor.is_inference() else tensor._version, digest(tensor))
@@ -101,7 +104,7 @@ class _Watch:
         for layout in self.layouts[i]:
             with suppress(CaptureError):  # another shape than proposed: `_judge` says so
                 rows = layout.rows_first(plain(tensor), self._images)
-                self.rows[i, layout] = [_sampled(row) for row in rows]
+                self.rows[i, layout] = _sampled(rows)
                 if self._keeps is not None:
                     self.whole[i, layout] = rows[self._keeps].clone()
 
@@ -113,7 +116,8 @@ class _Watch:
 
         The values also show writes through foreign memory, which leave no other trace.
         """
-        return self._written | {i for i, before in self._before.items() if _changed(self.tensors[i], *before)}
+        with unwatched():
+            return self._written | {i for i, before in self._before.items() if _changed(self.tensors[i], *before)}
 
     def lasting(self, earlier: _Watch) -> set[int]:
         """Taps whose memory an earlier pass used too, though its tensors are still alive: a buffer of the model's own.
@@ -141,11 +145,11 @@ def _flaw(tensor: torch.Tensor | None) -> str:
     return ""
 
 
-def _sampled(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of some _SAMPLED values spread over the tensor, in float32 or wider."""
-    flat = plain(tensor).reshape(-1)
-    flat = flat[:: max(1, flat.numel() // _SAMPLED)]
-    return flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32, copy=True)
+def _sampled(rows: torch.Tensor) -> list[torch.Tensor]:
+    """Of each row a copy of some _SAMPLED values spread over it, in float32 or wider."""
+    flat = plain(rows).flatten(1) if rows.dim() > 1 else plain(rows)[:, None]
+    flat = flat[:, :: max(1, flat.shape[1] // _SAMPLED)]
+    return list(flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32, copy=True).unbind())
 
 
 def overwritten(model: nn.Module, forward: Forward, taps: Sequence[Tap], batch: torch.Tensor) -> set[int]:
@@ -222,7 +226,8 @@ def probe(
         # A write over values that are always the same may leave no trace.
         return Probed(taps[i], layout, shape, axes, dtypes[i], undecided or i in copied, i in alone, undecided)
 
-    verdicts = [_judge(tap, i, pair, three, others) for i, tap in enumerate(taps)]
+    with unwatched():
+        verdicts = [_judge(tap, i, pair, three, others) for i, tap in enumerate(taps)]
     tries = {(i, layout): described(i, layout, True) for i, v in enumerate(verdicts) for layout in v.undecided}
     settled, refuted = _look_again(model, forward, tries, _stronger(photos, noise)) if tries else (set(), set())
     probed: list[Probed] = []
@@ -274,6 +279,11 @@ def _same_alone(model: nn.Module, forward: Forward, taps: Sequence[Tap], one: to
         if is_out_of_memory(error):
             raise
         return set()  # whatever it was, it is not an error of the run's, which takes two
+    with unwatched():
+        return _alike_alone(single, pair)
+
+
+def _alike_alone(single: _Watch, pair: _Watch) -> set[int]:
     found = set()
     for i, layout in ((i, layout) for i, layouts in pair.layouts.items() for layout in layouts):
         rows, shape = single.rows.get((i, layout)), list(pair.shapes.get(i, ()))
@@ -366,10 +376,11 @@ def _moved(rows: Sequence[torch.Tensor], others: Sequence[torch.Tensor], to: Map
     None where they are too much alike to tell, as those of an untrained network may be.
     """
     decided = True
+    own, theirs = (finite(torch.stack(list(tensors))) for tensors in (rows, others))
+    scales = own.norm(dim=1).tolist()
+    distances = (own[:, None] - theirs).norm(dim=2).tolist()
     for i, j in to.items():
-        row = finite(rows[i])
-        scale = float(row.norm())
-        away = [float((row - finite(other)).norm()) for other in others]
+        scale, away = scales[i], distances[i]
         to_self = away.pop(j)
         if to_self > _MOVED * scale:
             return False
@@ -435,16 +446,18 @@ def _independent(
             return capture.forward(forward, batch.clone())
 
         rows = run(six[:3])
-        unlike = {n: kinds(values) for n, values in enumerate(rows)}
-        # Where all rows are alike, but not as before, something of the images is in them: perhaps of all of them.
-        telling = {
-            n: values
-            for n, values in enumerate(rows)
-            if unlike[n] > 1 or not same(values[0], usual.setdefault(keys[n], values[0].clone()))
-        }
+        with unwatched():
+            unlike = {n: kinds(values) for n, values in enumerate(rows)}
+            # Where all rows are alike, but not as before, something of the images is in them: perhaps of all of them.
+            telling = {
+                n: values
+                for n, values in enumerate(rows)
+                if unlike[n] > 1 or not same(values[0], usual.setdefault(keys[n], values[0].clone()))
+            }
         if not telling:
             return set(), set()
         leaks = leaking(run, six[:3], six[3:], telling)
         fewer = run(six[:2])
-        leaks |= {n for n, values in telling.items() if not same(values[:2], fewer[n], _MOVED)}
+        with unwatched():
+            leaks |= {n for n, values in telling.items() if not same(values[:2], fewer[n], _MOVED)}
     return {keys[n] for n in telling if unlike[n] == 3 and n not in leaks}, {keys[n] for n in leaks}

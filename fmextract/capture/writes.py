@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 _BLOCK = 1 << 20  # values that are weighted at once
@@ -21,6 +22,8 @@ def digest(tensor: torch.Tensor) -> int:
     """
     bits = _bits(tensor.detach())
     weights = _weights(bits.device)
+    if len(bits) <= _BLOCK:
+        return int((bits * weights[: len(bits)]).sum())
     sums = torch.stack([(block * weights[: len(block)]).sum() for block in bits.split(_BLOCK)])
     return int((sums * weights[: len(sums)]).sum())
 
@@ -31,10 +34,10 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.int_repr()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    # In the order of memory no copy is needed, unless there are gaps.
-    strides = tensor.stride()
-    order = sorted(range(tensor.dim()), key=lambda axis: -strides[axis])
-    flat = tensor.permute(order).reshape(-1)
+    if not tensor.is_contiguous():  # in the order of memory no copy is needed, unless there are gaps
+        strides = tensor.stride()
+        tensor = tensor.permute(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))
+    flat = tensor.reshape(-1)
     size = flat.element_size()
     if flat.is_contiguous() and not flat.numel() * size % 8 and not flat.storage_offset() * size % 8:
         return flat.view(torch.int64)
@@ -72,6 +75,11 @@ class Writes(TorchDispatchMode):
                         if isinstance(value, torch.Tensor):
                             self._tell(value)
         return func(*args, **kwargs)
+
+
+def unwatched() -> AbstractContextManager[Any]:
+    """Nothing is told of the operations within, which are not the model's: of many layers, telling is the work."""
+    return _disable_current_modes()
 
 
 def memory(tensor: torch.Tensor) -> int:
