@@ -248,7 +248,8 @@ def test_it_never_grows_beyond_its_size(stored: Stored, tmp_path: Path, size: in
     assert made.bytes == (tmp_path / "report.html").stat().st_size <= size
     if size < 120_000:
         assert any("no room" in what or "some maps" in what or "maps of" in what for what in made.left_out)
-    assert data_of(tmp_path / "report.html")["left_out"] == list(made.left_out)
+    folder = f"{stored.path.parent}/"
+    assert data_of(tmp_path / "report.html")["left_out"] == [what.replace(folder, "") for what in made.left_out]
 
 
 def test_a_size_too_small_for_the_numbers_is_refused(stored: Stored, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ holds. Where the row holds none, the user has to name the folder, and the photo 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
@@ -29,13 +30,55 @@ if TYPE_CHECKING:
 _FILTERS = {"nearest": PIL.Image.Resampling.NEAREST, "bicubic": PIL.Image.Resampling.BICUBIC}
 
 
-def load_photo(acts: Activations, row: int, images: str | os.PathLike[str] | None = None) -> PIL.Image.Image:
+MOST_LISTED = 200_000
+"""Files of a folder whose sizes are looked at."""
+MOST_READ = 32
+"""Files of the right size that are read for one photo."""
+
+
+class Listing:
+    """The files of the folder of photos by their size, its folders included: looked through once, when first needed."""
+
+    def __init__(self, acts: Activations, images: str | os.PathLike[str] | None) -> None:
+        self._folders = [Path(images)] if images is not None else candidates(acts.images, base_of(acts.path))
+        self._by_size: dict[int, list[Path]] | None = None
+
+    def of_size(self, size: int) -> list[Path]:
+        """At most MOST_READ of them."""
+        if self._by_size is None:
+            self._by_size = {}
+            each = (found for folder in self._folders for found in _files(folder))
+            for path, held in itertools.islice(each, MOST_LISTED):
+                self._by_size.setdefault(held, []).append(path)
+        return self._by_size.get(size, [])[:MOST_READ]
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Every file in a folder and below, in the order of names, and its size; no folder that is a link is entered."""
+    waiting = [folder]
+    while waiting:
+        try:
+            with os.scandir(waiting.pop()) as entries:
+                found = sorted(itertools.islice(entries, MOST_LISTED), key=lambda entry: entry.name)
+        except (OSError, ValueError):  # it is not there, or may not be read: then no photo is found in it
+            continue
+        for entry in found:
+            with contextlib.suppress(OSError):  # a link that leads nowhere
+                if entry.is_file():
+                    yield Path(entry.path), entry.stat().st_size
+        waiting += [Path(entry.path) for entry in reversed(found) if entry.is_dir(follow_symlinks=False)]
+
+
+def load_photo(
+    acts: Activations, row: int, images: str | os.PathLike[str] | None = None, listing: Listing | None = None
+) -> PIL.Image.Image:
     """The photo of a row, RGB, turned upright where the run did so, by the decoder of the run.
 
-    It is looked for in `images`, a folder, or where the run found it. Raises ConfigError where it is not, or is another
-    photo now, or no picture at all.
+    It is looked for in `images`, a folder, or where the run found it: by its key, and then, as a key need not be the
+    name of a file, by its size and digest. `listing` spares looking through the folder for each of several photos.
+    Raises ConfigError where it is not, or is another photo now, or no picture at all.
     """
-    path, data = _find(acts, row, images)
+    path, data = _find(acts, row, images, listing or Listing(acts, images))
     try:
         with undecodable():
             pixels, _ = decode_file(data, bool(acts.config.get("options", {}).get("exif")))
@@ -44,7 +87,9 @@ def load_photo(acts: Activations, row: int, images: str | os.PathLike[str] | Non
     return PIL.Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _find(acts: Activations, row: int, images: str | os.PathLike[str] | None) -> tuple[Path, FileBytes]:
+def _find(
+    acts: Activations, row: int, images: str | os.PathLike[str] | None, listing: Listing
+) -> tuple[Path, FileBytes]:
     """A photo's file and what is in it."""
     key, stamp = str(acts.keys[row]), FileStamp(int(acts.file_sizes[row]), str(acts.file_digests[row]))
     if images is None and not stamp.digest:
@@ -60,6 +105,10 @@ def _find(acts: Activations, row: int, images: str | os.PathLike[str] | None) ->
             if isinstance(found, FileBytes):
                 return path, found
             others.append(f"{path} {found}")
+    for path in listing.of_size(stamp.size) if stamp.digest else ():
+        found = _content(path, stamp.size, stamp, images)
+        if isinstance(found, FileBytes):
+            return path, found
     if others:
         raise ConfigError(f"photo {key!r}: {others[0]}")
     where = images if images is not None else "the folder where the run found it"

@@ -17,7 +17,7 @@ from fmextract.common.folders import local_name
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
 from fmextract.look.canvas import Style, short, styled
-from fmextract.look.photos import as_seen, input_size, load_photo
+from fmextract.look.photos import Listing, as_seen, input_size, load_photo
 from fmextract.look.places import Grid, Region, grid_of, has_maps
 from fmextract.text import count
 
@@ -138,7 +138,7 @@ def show_top(
     which = f"channel {channels[0]}" if len(channels) == 1 else count(len(channels), "channel")
     canvas.heading(figure, f"{layer}  ·  {which}", "  ·  ".join(acts[layer].numbers))
     figure.text(0.15 / width, 1 - 0.68 / height, _legend(lines[0][0]), color=canvas.theme().faint, size=9, va="center")
-    down = above
+    down, listing = above, Listing(acts, images)
     for line, is_first in lines:
         if heading and is_first:
             words = f"channel {line[0].channel}"
@@ -147,7 +147,7 @@ def show_top(
             down += heading
         for j, example in enumerate(line):
             left, top = (0.15 + side * j) / width, 1 - (down + 0.42) / height
-            photo = load_photo(acts, example.row, images)
+            photo = load_photo(acts, example.row, images, listing)
             box = (left, top - (side - 0.1) / height, (side - 0.12) / width, (side - 0.1) / height)
             axis = figure.add_axes(box, anchor="N")
             # Where the box cannot be traced back to the photo, it cannot be drawn on it either.

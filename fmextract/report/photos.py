@@ -10,7 +10,7 @@ from typing import Any
 import PIL.Image
 
 from fmextract.errors import ConfigError
-from fmextract.look.photos import as_seen, load_photo
+from fmextract.look.photos import Listing, as_seen, load_photo
 from fmextract.reader import Activations
 
 SIDE = 224
@@ -28,13 +28,14 @@ class Photos:
     def __init__(self, acts: Activations, images: str | os.PathLike[str] | None) -> None:
         self._acts = acts
         self._images = images
+        self._listing = Listing(acts, images)
         self.geometry = acts.preprocess.get("kind", "standard") == "standard"
         self.missing: dict[int, str] = {}
 
     def thumbnail(self, row: int) -> dict[str, Any] | None:
         """JPEG as base64, and the (height, width) of the network's input that it shows; None where there is none."""
         try:
-            photo = as_seen(load_photo(self._acts, row, self._images), self._acts.preprocess)
+            photo = as_seen(load_photo(self._acts, row, self._images, self._listing), self._acts.preprocess)
         except ConfigError as error:
             self.missing[row] = str(error)
             return None

@@ -113,6 +113,38 @@ def test_lists_of_paths_and_manifests(out: Path, tmp_path: Path, monkeypatch: An
             assert (pixels(tmp_path / name) == original(1)).all()
 
 
+def test_photos_whose_key_is_not_their_path(out: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Of a manifest they are found in its folder; of a Dataset of paths, whose rows are numbered, with --images."""
+    photos = out.parent / "photos"
+    (photos / "deep" / "er").mkdir(parents=True)
+    (photos / "0002.png").rename(photos / "deep" / "er" / "0002.png")
+    (photos / "loop").symlink_to(photos)
+    (photos / "nowhere.png").symlink_to("nothing")
+    (photos / "same size.png").write_bytes(b"0" * (photos / "0001.png").stat().st_size)
+    names = ["0001.png", "deep/er/0002.png"]
+    (photos / "rows.csv").write_text("path,key\n" + "".join(f"{name},cat {i}\n" for i, name in enumerate(names)))
+    runs.extract(photos / "rows.csv", tmp_path / "manifest.h5")
+
+    class Paths:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, row: int) -> str:
+            return str(photos / names[row])
+
+    runs.extract(Paths(), tmp_path / "dataset.h5")
+    for row in range(2):
+        assert (pixels(tmp_path / "manifest.h5", row) == original(row + 1)).all()
+        for made in ("manifest.h5", "dataset.h5"):
+            assert (pixels(tmp_path / made, row, photos) == original(row + 1)).all()
+        assert "--images" in refused(tmp_path / "dataset.h5", row)
+    assert write_report(tmp_path / "manifest.h5").photos == 2
+    (photos / "0001.png").write_bytes(b"0" * (photos / "0001.png").stat().st_size)
+    assert "no photo 'cat 0'" in refused(tmp_path / "manifest.h5", 0)
+    monkeypatch.setattr("fmextract.look.photos.MOST_LISTED", 1)
+    assert "no photo 'cat 1'" in refused(tmp_path / "manifest.h5", 1, photos)
+
+
 def test_a_folder_whose_name_is_no_utf8(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
     try:
