@@ -35,8 +35,18 @@ def check(plan: Plan, prepared: Prepared, asked: Mapping[str, Any]) -> None:
             f"the plan was made for another run ({_told(changed, 'in the plan', 'here')}). Give the arguments that it"
             " was made with, or plan again with these."
         )
-    given = {layer.name: (layer.compute_dtype, layer.shape) for layer in plan.layers}
-    changed = list(planning.differences(given, prepare.captured_types(prepared, plan)))
+    check_fits(plan, prepared, asked)
+
+
+def check_fits(plan: Plan, prepared: Prepared, asked: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a plan says something else than the run with the identity `asked` must do.
+
+    Only what is measured is its own affair; a plan may have been changed since, or be somebody else's.
+    """
+    changed = list(planning.differences(_said(plan), _known(plan, prepared, asked)))
+    if not changed:
+        given = {layer.name: (layer.compute_dtype, layer.shape) for layer in plan.layers}
+        changed = list(planning.differences(given, prepare.captured_types(prepared, plan)))
     if changed:
         raise ConfigError(f"the plan does not fit ({_told(changed, 'in the plan', 'here')}): plan again.")
     if plan.shard_rows % planning.step(plan.layers, plan.batch_size):
@@ -44,6 +54,60 @@ def check(plan: Plan, prepared: Prepared, asked: Mapping[str, Any]) -> None:
             f"the plan does not fit: shards of {plan.shard_rows} rows do not hold whole batches of {plan.batch_size}"
             " and whole chunks: plan again."
         )
+
+
+_ASKED = ("store", "clip", "keep_bits", "codec", "top")
+_ABOUT = {"model": "model", "weights_sha256": "weights", "preprocess": "preprocess"}
+"""What the file will say of the run, and what that is called in its identity."""
+
+
+def _said(plan: Plan) -> dict[str, Any]:
+    """What the run decides, as a plan has it."""
+    return {
+        **{name: getattr(plan, name) for name in _ASKED},
+        "rows": plan.rows,
+        "device": plan.device.partition(":")[0],
+        "info": {name: plan.info.get(name) for name in _ABOUT},
+        "layers": [layer.name for layer in plan.layers],
+        **{layer.name: dataclasses.asdict(layer) for layer in plan.layers},
+    }
+
+
+def _known(plan: Plan, prepared: Prepared, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as it must be, with what only a plan can say."""
+    names = [probed.tap.name for probed in prepared.probed]
+    known = {
+        **{name: asked[name] for name in _ASKED},
+        "rows": len(prepared.source),
+        "device": asked["device"],
+        "info": {
+            name: plan.info.get(name) if name == "preprocess" and prepared.ready else asked[of]
+            for name, of in _ABOUT.items()
+        },
+        "layers": names,
+    }
+    if [layer.name for layer in plan.layers] != names:
+        return {**_said(plan), **known}
+    for i, layer in enumerate(plan.layers):
+        must = prepare.known_of_layer(prepared, i)
+        must["dtype"] = prepare.type_on_disk(layer.compute_dtype, asked["store"])
+        if not layer.number:  # the first plans have none
+            del must["number"]
+        if must["field"] is not None:
+            must["field"] = dataclasses.asdict(must["field"])
+        known[layer.name] = {**dataclasses.asdict(layer), **must}
+    return known
+
+
+def check_taken_up(plan: Plan, prepared: Prepared, asked: Mapping[str, Any], target: Path) -> None:
+    """Raises OutputError where the plan that lies in an output that goes on is not one of this run."""
+    try:
+        check_fits(plan, prepared, asked)
+    except ConfigError as error:
+        raise OutputError(
+            f"{target} cannot go on, as its plan.json is damaged or not of this run: {error} --overwrite begins anew,"
+            " -o names another."
+        ) from error
 
 
 def followed(

@@ -45,6 +45,7 @@ class Output:
         self.directory = target.with_name(target.name + ".partial") if self._single else target
         self.records: list[ShardRecord] = []
         self.crashed_at: list[int] = []
+        self.taken_up = False  # the plan was there before
         self._lock = Lock(self.directory)
         self._made: list[Path] = []  # directories that were not there before, the deepest first
 
@@ -86,7 +87,7 @@ class Output:
             return earlier or self._anew(make_plan)
         with _writing(self.directory):
             (self.directory / INDEX).unlink()
-        self.records = index.load_records(self.directory)
+        self.records, self.taken_up = index.load_records(self.directory), True
         self.drop(rows)
         return Plan.from_json(index.read_json(self.directory / PLAN), self.directory / PLAN)
 
@@ -218,7 +219,7 @@ class Output:
 
     def _resume(self, earlier: Plan) -> Plan:
         """Keep the shards that are whole; remove what a run that died left unfinished."""
-        self.crashed_at = left_behind(self.directory)
+        self.crashed_at, self.taken_up = left_behind(self.directory), True
         with _writing(self.directory):
             self._remove_temporaries()
         there = self._records_of(earlier)

@@ -709,32 +709,49 @@ def _layer_spec(
     dtype = sample.dtype
     if dtype not in _ON_DISK:
         raise LayerError(f"layer {probed.tap.name!r}: values of type {dtype} cannot be stored")
-    on_disk = _ON_DISK[dtype]
-    if config.store == "float16" and on_disk == "float32":
-        on_disk = "float16"
+    on_disk = _stored_type(dtype, config.store)
     shape = tuple(sample.shape[1:])
-    axes = captured.axes if captured.finish is None else ("feature",)
+    known = known_of_layer(prepared, i)
     return LayerSpec(
-        name=probed.tap.name,
-        module=probed.tap.module,
-        module_type=probed.tap.module_type,
-        call=probed.tap.number,
-        calls=probed.tap.calls,
-        number=probed.tap.numbers,
-        tap=probed.tap.tap,
-        member=probed.tap.member,
-        reducer=probed.tap.reducer,
+        **known,
         shape=shape,
-        axes=axes,
         dtype=on_disk,
         compute_dtype=str(dtype).removeprefix("torch."),
-        chunk=planning.chunk_shape(shape, axes, np.dtype(on_disk).itemsize, rows),
+        chunk=planning.chunk_shape(shape, known["axes"], np.dtype(on_disk).itemsize, rows),
         copied=probed.overwritten or i in chosen.overwritten,
         rel_error=chosen.rel_errors[i],
-        field=prepared.fields[i] if {"y", "x"} <= set(captured.axes) else None,
         erf_size=erf_sizes[i] if {"y", "x"} <= set(captured.axes) else None,
         near_zero_below=_near_zero_below(chosen.sample[i]) if {"channel", "feature"} & set(captured.axes) else None,
     )
+
+
+def known_of_layer(prepared: Prepared, i: int) -> dict[str, Any]:
+    """The fields of a layer's LayerSpec that nothing has to be measured for."""
+    tap, captured = prepared.probed[i].tap, prepared.captured[i]
+    return {
+        "name": tap.name,
+        "module": tap.module,
+        "module_type": tap.module_type,
+        "call": tap.number,
+        "calls": tap.calls,
+        "number": tap.numbers,
+        "tap": tap.tap,
+        "member": tap.member,
+        "reducer": tap.reducer,
+        "axes": captured.axes if captured.finish is None else ("feature",),
+        "field": prepared.fields[i] if {"y", "x"} <= set(captured.axes) else None,
+    }
+
+
+def _stored_type(dtype: torch.dtype, store: str) -> str:
+    on_disk = _ON_DISK[dtype]
+    return "float16" if store == "float16" and on_disk == "float32" else on_disk
+
+
+def type_on_disk(compute_dtype: str, store: str) -> str | None:
+    """How what was computed in a type (torch's name) is stored; None where that is no type of a layer."""
+    dtype = getattr(torch, compute_dtype, None)
+    return _stored_type(dtype, store) if dtype in _ON_DISK else None
 
 
 def _near_zero_below(sample: torch.Tensor) -> float | None:

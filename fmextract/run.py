@@ -132,6 +132,8 @@ def _done(
             again = _look_again(prepared, target, progress)
             made = output.make_again(again, asked, new_plan) if again else None
         if made is not None:
+            if output.taken_up:
+                following.check_taken_up(made, prepared, asked.identity, target)
             _tell_crash(prepared, output, progress)
             resumed = _extract(prepared, made, output, progress, tally)
             _check_failures(made, output.directory, tally, config)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from runs import OPTIONS, Notes, Tiny, extract_until, make_photos
+from runs import OPTIONS, Notes, Tiny, extract, extract_until, make_photos
 from torch import nn
 
 import fmextract as fm
@@ -118,6 +120,8 @@ def test_a_run_that_goes_on_or_is_there_is_that_of_the_plan(tmp_path: Path) -> N
         ({"precision": "bf16"}, r"conv: \('float32', \(4, 8, 8\)\) in the plan, \('bfloat16', \(4, 8, 8\)\) here"),
         ({"batch_size": 3}, "shards of 8 rows do not hold whole batches of 3"),
         ({"fused": (("conv", "relu"),)}, "does not have"),
+        ({"keep_bits": 2}, "keep_bits: 2 in the plan, not set here"),
+        ({"store": "float16"}, "store: 'float16' in the plan, 'float32' here"),
     ],
 )
 def test_a_plan_that_was_changed_by_hand_and_does_not_fit(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -126,6 +130,36 @@ def test_a_plan_that_was_changed_by_hand_and_does_not_fit(changes: dict[str, Any
     with pytest.raises((ConfigError, FormatError), match=told):
         follow(photos, tmp_path / "acts", dataclasses.replace(made, **changes), precision="fp32")
     assert not (tmp_path / "acts").exists()
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "keep_bits": lambda plan: plan.update(keep_bits=2),
+    "bfloat16": lambda plan: plan.update(precision="bf16"),
+    "device": lambda plan: plan.update(device="cuda:9"),
+    "model": lambda plan: plan["info"].update(model="another"),
+    "preprocess": lambda plan: plan["info"]["preprocess"].update(mean=[9.0, 9.0, 9.0]),
+    "layers": lambda plan: plan["layers"].pop(),
+    "dtype": lambda plan: plan["layers"][0].update(dtype="float16"),
+    "axes": lambda plan: plan["layers"][0].update(axes=["channel", "x", "y"]),
+    "offset": lambda plan: plan["layers"][0]["field"].update(offset=[7, 7]),
+    "module": lambda plan: plan["layers"][0].update(module="another"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("done", [0, 8])
+def test_a_plan_that_was_changed_where_it_lies_is_not_gone_on_with(tmp_path: Path, change: str, done: int) -> None:
+    """Whatever it says is not what is asked for, the values of the rest among it: also where nothing is stored yet."""
+    photos, out = make_photos(tmp_path / "photos", 12), tmp_path / "acts"
+    extract_until(8, photos, out)
+    if not done:
+        for shard in out.glob("shard-*"):
+            shard.unlink()
+    plan = json.loads((out / "plan.json").read_text())
+    CHANGES[change](plan)
+    (out / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(OutputError, match=rf"plan.json is damaged or not of this run.*{change}.*--overwrite"):
+        extract(photos, out)
 
 
 def test_a_file_that_is_no_plan(tmp_path: Path) -> None:
