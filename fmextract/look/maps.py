@@ -254,14 +254,17 @@ def _draw_overview(
     title: str = "",
     overlay: bool = False,
 ) -> Path:
-    rows, columns = math.ceil((len(shown) + 1) / columns), min(columns, len(shown) + 1)
+    panels_wanted = len(shown) + 1
+    if columns > 2 and panels_wanted % columns and panels_wanted % (columns - 1) == 0:
+        columns -= 1  # so that no place stays empty
+    rows, columns = math.ceil(panels_wanted / columns), min(columns, panels_wanted)
     figure = canvas.figure(PANEL * columns, PANEL * rows + (0.5 if title else 0))
     top, *panels = _panels(figure, rows, columns, bool(title))
-    _caption(top, local_name(key), f"input {photo.height}×{photo.width}")
+    _caption(top, local_name(key), (), f"input {photo.height}×{photo.width}")
     axis = _picture_axis(top)
     axis.imshow(np.asarray(photo), interpolation="lanczos")
     for panel, one in zip(panels, shown, strict=False):
-        _caption(panel, one.layer.name, "  ".join((*one.layer.numbers, shape(one.layer.shape[1:]))))
+        _caption(panel, one.layer.name, one.layer.numbers, shape(one.layer.shape[1:]))
         side = math.ceil(math.sqrt(len(one.channels)))
         cell = canvas.cell_like((photo.height, photo.width))
         names = [str(number) for number in one.channels]
@@ -283,12 +286,13 @@ def _panels(figure: Figure, rows: int, columns: int, titled: bool) -> list[SubFi
 
 
 def _picture_axis(panel: SubFigure) -> Any:
-    axis = panel.add_axes((0.05, 0.03, 0.9, 0.88))
+    axis = panel.add_axes((0.05, 0.02, 0.9, 0.85))
     axis.set_axis_off()
     return axis
 
 
-def _caption(panel: SubFigure, name: str, detail: str) -> None:
-    """The same place in every panel, so that the grids below line up."""
-    panel.text(0.05, 0.955, short(name), color=canvas.theme().ink, size=10.5, weight="bold", va="center")
-    panel.text(0.95, 0.955, detail, color=canvas.theme().faint, size=8.5, va="center", ha="right")
+def _caption(panel: SubFigure, name: str, numbers: Sequence[str], detail: str) -> None:
+    """The same place in every panel, so that the grids below line up; the numbers in a line of their own."""
+    panel.text(0.05, 0.962, short(name, 22), color=canvas.theme().ink, size=10, weight="bold", va="center")
+    panel.text(0.05, 0.905, "  ".join(numbers), color=canvas.theme().faint, size=8.5, va="center")
+    panel.text(0.95, 0.962, detail, color=canvas.theme().faint, size=8.5, va="center", ha="right")

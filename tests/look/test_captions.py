@@ -106,6 +106,24 @@ def test_a_title_and_what_stands_beside_it_do_not_meet(letters: int, detail: str
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
+def test_captions_of_all_layers_in_one_picture_do_not_meet(tmp_path: Path, figures: list[Any]) -> None:
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers_of_many_letters_0123456789 = Block()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layers_of_many_letters_0123456789(x)
+
+    write_photos(tmp_path / "photos", 2)
+    how: dict[str, Any] = {"preprocess": PREPROCESS, "precision": "fp32", "batch_size": 2, "layers": ["type:Conv2d"]}
+    with fmextract.extract(str(tmp_path / "photos"), Long(), tmp_path / "acts.h5", **how) as acts:
+        look.show_maps(acts, "1.png", tmp_path / "all.png")
+    for panel in figures[0].subfigs:
+        boxes = [text.get_window_extent() for text in panel.texts if text.get_text()]
+        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+
+
 # ---- no folder of this machine in what is sent on
 
 
