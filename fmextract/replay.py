@@ -16,7 +16,7 @@ from fmextract.config import FailureBudget
 from fmextract.errors import FormatError, OutputError, SampleError
 from fmextract.planning import Plan
 from fmextract.progress import Quiet
-from fmextract.records import Progress, Status
+from fmextract.records import Label, Progress, Status
 
 TOLERANCE: Mapping[str, float] = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Relative L2 distance of a row, by the type it was computed in, that other kernels or batch sizes explain."""
@@ -36,19 +36,29 @@ class Difference:
 
 
 def differences(
-    work: engine.Work, stored: reader.Activations, first: int, rows: Sequence[int], scratch: Path | None = None
+    work: engine.Work,
+    stored: reader.Activations,
+    first: int,
+    rows: Sequence[int],
+    scratch: Path | None = None,
+    labels: bool = False,
 ) -> list[Difference]:
     """Run the batches that hold the global `rows` again and compare these rows with `stored`, which begins at `first`.
 
     In batches of the plan, as they were: so on the same machine nothing at all may differ. `scratch` is a new directory
-    for what comes out meanwhile, the system's place for temporary files if None.
+    for what comes out meanwhile, the system's place for temporary files if None. `labels`: these are compared too.
     """
     size = work.plan.batch_size
+    said = stored.listed(None) if labels else None
     found: list[Difference] = []
     for start in sorted({row // size * size for row in rows}):
         batch = range(start, min(start + size, work.plan.rows))
         with _run_again(work, batch, scratch) as again:
+            said_again = again.listed(None) or [None] * len(batch)
             for row in sorted(set(rows) & set(batch)):
+                if said is not None and _is_other(said[row - first], said_again[row - start]):
+                    message = f"had the label {said[row - first]!r}, and has {said_again[row - start]!r} now"
+                    found.append(Difference("", row, str(stored.keys[row - first]), float("inf"), False, message))
                 found += _compared(stored, row - first, again, row - start, row, work.plan.precision)
     return found
 
@@ -86,6 +96,10 @@ def _compared(
                 yield Difference(name, row, key, error, error <= most, f"differs by {error:.2g} (relative L2)")
 
 
+def _is_other(label: Label, now: Label) -> bool:
+    return label != now and not (label != label and now != now)  # NaN is no other than NaN
+
+
 def relative_error(stored: np.ndarray, again: np.ndarray) -> float:
     """|again - stored| / |stored|; 0 only for the same bits or values, infinite where NaN are elsewhere."""
     if np.array_equal(stored, again, equal_nan=stored.dtype.kind == "f"):
@@ -119,10 +133,12 @@ def check_resume(work: engine.Work, directory: Path, records: Sequence[index.Sha
     )
 
 
-def check_finished(work: engine.Work, stored: reader.Activations, progress: Progress) -> None:
-    """Run the first and the last stored batch again before an output is called complete. As `check_resume`."""
+def check_finished(work: engine.Work, stored: reader.Activations, rows: int, progress: Progress) -> None:
+    """Run the batches of `rows` stored rows again, the first, the last and others evenly between, before an output is
+    called complete. As `check_resume`."""
     good = np.flatnonzero(stored.status == Status.OK)
-    found = _batches_again(work, stored, good[[0, -1]] if len(good) else good)
+    at = np.linspace(0, len(good) - 1, min(rows, len(good))).round().astype(int)
+    found = _batches_again(work, stored, good[at])
     _judge(
         found,
         work.plan,
@@ -142,7 +158,7 @@ def _batches_again(
     there = range(first, first + len(stored))
     rows = [row for start in sorted(starts) for row in range(start, start + size) if row in there]
     good = [row for row in rows if stored.status[row - first] == Status.OK]
-    return differences(work, stored, first, good, scratch)
+    return differences(work, stored, first, good, scratch, labels=True)
 
 
 def _judge(found: Sequence[Difference], plan: Plan, place: Path, advice: str, progress: Progress) -> None:

@@ -16,6 +16,7 @@ from fmextract import planning, reader
 from fmextract.common.facts import CHANGES
 from fmextract.errors import FormatError, SampleError
 from fmextract.inputs.files import stamp_of
+from fmextract.inputs.named_files import folder_digest
 from fmextract.records import Source, Status
 
 SHOWN = 6  # differences, and photos, that a message names
@@ -62,9 +63,26 @@ def changed(earlier: Mapping[str, Any], asked: Asked, stored: Sequence[Path], te
         return found
     for line in _not_compared(earlier, asked.identity):
         tell(line)
+    if others := files_in_doubt(earlier, asked, stored):
+        tell(
+            f"{_some(others)}, which the Dataset names, is not as it was in the earlier run: whether rows come out of"
+            " what is new there cannot be told, and more of them than else are run again; --overwrite makes all anew"
+        )
     if old.get("sizes") != new.get("sizes") or ("times" in old and old["times"] != new.get("times")):
         return _other_files(old, new, asked.source, stored, tell)
     return []
+
+
+def files_in_doubt(earlier: Mapping[str, Any], asked: Asked, stored: Sequence[Path]) -> list[str]:
+    """Files that a Dataset names, and folders with files, that are others than they were, but for the output itself."""
+    old, new = (side.get("source", {}) for side in (earlier, asked.identity))
+    if "files" not in old or "files" not in new:
+        return []
+    files = [path for path in old["files"] | new["files"] if old["files"].get(path) != new["files"].get(path)]
+    then, now = old["folders"], new["folders"]
+    folders = [path for path in now if path in then and then[path] not in (now[path], folder_digest(path, stored))]
+    # A folder that holds one of the files says nothing besides.
+    return files + [path for path in folders if not any(Path(path) in Path(file).parents for file in files)]
 
 
 # ------------------------------------------------------------------------------------------------------------ fields
@@ -75,7 +93,15 @@ def comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str
     left_out = {"not_covered", *(name for name in _SINCE if name not in old or name not in new)}
     if "code" not in old:
         left_out.add("memory_format")  # the first versions wrote what was chosen here, not what was asked for
-    of_source = {"keys", "count", "sizes", "times", *(() if "code" in old and "code" in new else ("labels", "code"))}
+    of_source = {
+        "keys",
+        "count",
+        "sizes",
+        "times",
+        "files",
+        "folders",
+        *(() if "code" in old and "code" in new else ("labels", "code")),
+    }
     if _code_is_incomparable(old, new):
         left_out.add("code")
         of_source.add("code")

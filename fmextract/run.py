@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import engine, estimate, following, images, index, precision, reader, replay, taps
+from fmextract import engine, estimate, following, images, index, precision, reader, replay, resume, taps
 from fmextract.common import strict_json
 from fmextract.config import Config, check_out
 from fmextract.device import is_out_of_memory
@@ -33,6 +33,9 @@ from fmextract.progress import Quiet
 from fmextract.records import FileInfo, LayerResult, Progress, Result
 from fmextract.resume import Asked
 from fmextract.workers import Jpegs, Workers, hired
+
+RECHECKED, RECHECKED_IN_DOUBT = 2, 512
+"""Stored rows that are run again, each with its batch, before an output is called complete."""
 
 __all__ = ["describe", "extract", "make_plan", "run"]
 
@@ -129,7 +132,7 @@ def _done(
         made = output.begin(asked, new_plan)
         _check_followed(given, made, target)
         if made is None:
-            again = _look_again(prepared, target, progress)
+            again = _look_again(prepared, asked, target, progress)
             made = output.make_again(again, asked, new_plan) if again else None
         if made is not None:
             if output.taken_up:
@@ -150,7 +153,7 @@ def _done(
     return replace(result, notes=(*result.notes, *late)), acts
 
 
-def _look_again(prepared: Prepared, target: Path, progress: Progress) -> list[int]:
+def _look_again(prepared: Prepared, asked: Asked, target: Path, progress: Progress) -> list[int]:
     """Rows of a complete output that failed and would not fail now. Raises OutputError where it is not what this run
     gives."""
     config = prepared.config
@@ -161,7 +164,8 @@ def _look_again(prepared: Prepared, target: Path, progress: Progress) -> list[in
             return []
         with working(prepared, replay.plan_of(acts, str(prepared.device))) as work:
             if config.recheck:
-                replay.check_finished(work, acts, progress)
+                in_doubt = resume.files_in_doubt(acts.config["identity"], asked, [target])
+                replay.check_finished(work, acts, RECHECKED_IN_DOUBT if in_doubt else RECHECKED, progress)
             again = replay.recovered(work, acts) if failed else []
     _tell_recovered(again, prepared, progress)
     if not again:

@@ -26,8 +26,8 @@ ORDER = re.findall(
     storage.schema storage.columns storage.objects storage store index lock watch feeding reader
     device
     common.folders common.trust common.beside common.imports common.streams common.relative_error common
-    inputs.contents inputs.files inputs.pictures inputs.tables inputs.labels inputs.items inputs.kinds inputs.given
-    inputs.folders inputs.manifests inputs.attributes inputs.datasets inputs.sources inputs
+    inputs.named_files inputs.contents inputs.files inputs.pictures inputs.tables inputs.labels inputs.items
+    inputs.kinds inputs.given inputs.folders inputs.manifests inputs.attributes inputs.datasets inputs.sources inputs
     capture.reducer_help capture.atoms capture.reach capture images
     inputs.seeding inputs.thread_safety inputs.dataset_workers inputs.reading
     models capture.writes capture.independence capture.untouched capture.blame

@@ -15,6 +15,7 @@ import fractions
 import functools
 import importlib.util
 import operator
+import os
 import pathlib
 import re
 import struct
@@ -37,6 +38,7 @@ MOST_FACTS = 250
 """More are told as one: the facts of a run stand in an attribute of its file."""
 SHORT = 60  # characters of a text that is told as it is
 MOST_DEPTH = 50
+MOST_OF_PATH = 1024  # characters
 SAMPLED_BYTES = 1 << 30
 """Of a file mapped into memory that is larger, parts are read."""
 
@@ -60,6 +62,8 @@ class Told:
     facts: Mapping[str, Any] = field(default_factory=dict)
     packages: frozenset[str] = frozenset()
     unknown: tuple[str, ...] = ()
+    paths: frozenset[str] = frozenset()
+    """Texts that may be the paths of files, and the files that objects hold open for reading."""
 
 
 def changing(facts: Mapping[str, Any]) -> list[str]:
@@ -82,6 +86,7 @@ class Facts:
         """Names that code takes of objects: an attribute that none of it names decides nothing."""
         self._packages: set[str] = set()
         self._unknown_parts: dict[str, str] = {}
+        self._paths: set[str] = set()
         self._dynamic = False
         self._places = dict(places or {})
         self._told: dict[str, list[Any]] = {}
@@ -167,7 +172,8 @@ class Facts:
             rest = [_plain((name, made[name])) for name in names[MOST_FACTS:]]
             made = {name: made[name] for name in names[:MOST_FACTS]} | {"everything else": _hex(*rest)}
         unknown = tuple(f"{name} ({why})" for name, why in self._unknown_parts.items())
-        return Told(made, frozenset(self._packages - sys.stdlib_module_names - {"fmextract"}), unknown)
+        packages = frozenset(self._packages - sys.stdlib_module_names - {"fmextract"})
+        return Told(made, packages, unknown, frozenset(self._paths))
 
     # ---- code
 
@@ -234,6 +240,8 @@ class Facts:
             names.append(rest.pop(0))
             home = value.__name__
             value = vars(value).get(names[-1])
+        if value is os.environ or value is os.getenv:
+            self._unknown_parts["os.environ"] = "the environment"
         if isinstance(value, types.ModuleType):
             if is_library(value.__name__):
                 self._package(value.__name__)
@@ -265,6 +273,8 @@ class Facts:
     # ---- data
 
     def _shown(self, name: str, value: Any) -> Any:
+        if type(value) is str:
+            self._may_be_path(value)
         if value is None or isinstance(value, (bool, int)) or (isinstance(value, str) and len(value) <= SHORT):
             return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
         if type(value) is float and value == value and abs(value) != float("inf"):
@@ -284,6 +294,8 @@ class Facts:
     def _put(self, hashed: Any, value: Any, depth: int) -> None:
         kind = type(value)
         if kind in _PLAIN:
+            if kind is str:
+                self._may_be_path(value)
             hashed.update(_plain(value))
         elif id(value) in self._places:
             hashed.update(_plain(("place", self._places[id(value)])))
@@ -366,6 +378,8 @@ class Facts:
         kinds = set(map(type, value))
         if len(value) > 100 and kinds <= _PLAIN:
             hashed.update(b"".join(map(_plain, value)))
+            for item in value if str in kinds else ():
+                self._may_be_path(item)
         else:
             for item in value:
                 self._put(hashed, item, depth)
@@ -383,10 +397,12 @@ class Facts:
     def _put_instance(self, hashed: Any, value: Any, depth: int) -> None:
         cls = type(value)
         top = (cls.__module__ or "").partition(".")[0]
+        self._may_be_path(_open_file(value, top))
         if (image := _image(value)) is not None:
             hashed.update(_plain(("image", *image[0])))
             hashed.update(image[1])
         elif isinstance(value, pathlib.PurePath):
+            self._may_be_path(str(value))
             hashed.update(_plain(("path", str(value))))
         elif isinstance(value, re.Pattern):
             hashed.update(_plain(("pattern", value.pattern, value.flags)))
@@ -424,6 +440,10 @@ class Facts:
                 hashed.update(self._unknown(value))
             else:
                 self._put_mapping(hashed, state, depth)
+
+    def _may_be_path(self, text: Any) -> None:
+        if type(text) is str and len(text) < MOST_OF_PATH and (os.sep in text or "." in text) and "\0" not in text:
+            self._paths.add(text)
 
     def _unknown(self, value: Any) -> bytes:
         kind = type(value).__qualname__
@@ -668,6 +688,25 @@ def _tensor_kind(value: Any) -> tuple[Any, ...]:
         return str(value.dtype), *map(int, value.shape)
     except (RuntimeError, TypeError, ValueError):
         return ("of no shape",)
+
+
+_OPEN = ("io", "_io", "zipfile", "tarfile", "h5py", "gzip", "bz2", "lzma", "tempfile")
+"""Packages whose objects may be an open file."""
+
+
+def _open_file(value: Any, package: str) -> Any:
+    """The name of the file that an object reads; None where it is none, or writes."""
+    if package not in _OPEN:
+        return None
+    try:
+        if not str(getattr(value, "mode", "r")).startswith("r") or "+" in str(getattr(value, "mode", "r")):
+            return None
+        if package == "h5py":
+            return value.file.filename
+        name: Any = getattr(value, "filename", None) or getattr(value, "name", None)
+        return os.fspath(name)
+    except (ValueError, RuntimeError, AttributeError, TypeError):  # one that is closed, or has no name
+        return None
 
 
 def _is_word(value: Any) -> bool:

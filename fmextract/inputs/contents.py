@@ -6,15 +6,16 @@ import os
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from fmextract.common.facts import Facts, Told, attributes_of, changing, is_library, settled
+from fmextract.inputs.named_files import Stamp, facts_of_files, stamps_of
 
-__all__ = ["contents_at_first", "fingerprint_of", "labels_digest", "stamps"]
+__all__ = ["Before", "contents_at_first", "fingerprint_of", "labels_digest", "stamps"]
 
 _ENTRIES = ("__getitem__", "__getitems__", "__len__", "__call__", "__getattr__")
 MOST_PARTS = 64
@@ -23,10 +24,19 @@ _FOLDERS = frozenset({"root", "samples", "imgs", "targets", "classes", "class_to
 """Attributes of torchvision's folder Datasets that say which files there are: told by keys, labels, sizes and times."""
 
 
-def contents_at_first(data: Any, pick: Callable[[int, Any], Any] | None = None) -> Told:
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What a Dataset held before it was used, and of the files that it names size and time."""
+
+    told: Told = field(default_factory=Told)
+    files: Mapping[str, Stamp] = field(default_factory=dict)
+
+
+def contents_at_first(data: Any, pick: Callable[[int, Any], Any] | None = None) -> Before:
     """Facts of a Dataset before it was used, and of the function that takes the labels out of its items; none of what
     lies in memory, which is looked at once."""
-    return _joined(Told() if _is_plain(data) else _of_dataset(data), _of_picker(pick))
+    told = _joined(Told() if _is_plain(data) else _of_dataset(data), _of_picker(pick))
+    return Before(told, stamps_of(told.paths))
 
 
 def _of_picker(pick: Callable[[int, Any], Any] | None) -> Told:
@@ -37,7 +47,12 @@ def _of_picker(pick: Callable[[int, Any], Any] | None) -> Told:
 
 
 def _joined(one: Told, other: Told) -> Told:
-    return Told({**one.facts, **other.facts}, one.packages | other.packages, (*one.unknown, *other.unknown))
+    return Told(
+        {**one.facts, **other.facts},
+        one.packages | other.packages,
+        (*one.unknown, *other.unknown),
+        one.paths | other.paths,
+    )
 
 
 def _of_dataset(data: Any) -> Told:
@@ -58,19 +73,22 @@ def _of_dataset(data: Any) -> Told:
         groups.setdefault(type(part), []).append((str(number), held))
     facts.objects(groups, _ENTRIES)
     told = facts.told()
-    return Told(told.facts, told.packages | packages, told.unknown)
+    return replace(told, packages=told.packages | packages)
 
 
-def fingerprint_of(data: Any, rows: int, before: Told, pick: Callable[[int, Any], Any] | None = None) -> dict[str, Any]:
+def fingerprint_of(
+    data: Any, rows: int, before: Before, pick: Callable[[int, Any], Any] | None = None
+) -> dict[str, Any]:
     """What a source says of `data` and `pick`, and of which what is other than `before` says nothing; as JSON."""
     now = _of_picker(pick) if _is_plain(data) else _joined(_of_dataset(data), _of_picker(pick))
-    now = replace(now, facts=settled(before.facts, now.facts))
+    now = replace(now, facts=settled(before.told.facts, now.facts))
     if _is_plain(data):
-        now = _joined(_of_memory(data, rows), now)
+        now = _joined(replace(_of_memory(data, rows), paths=frozenset()), now)
     return {
         "code": dict(now.facts),
         "packages": sorted(now.packages),
         "not_covered": [*now.unknown, *changing(now.facts)],
+        **facts_of_files(now.paths, before.files),
     }
 
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fmextract.common.beside import plain_name
-from fmextract.common.facts import Told
 from fmextract.errors import SampleError, SourceError
 from fmextract.inputs.attributes import kept_by
-from fmextract.inputs.contents import contents_at_first, fingerprint_of, labels_digest, stamps
+from fmextract.inputs.contents import Before, contents_at_first, fingerprint_of, labels_digest, stamps
 from fmextract.inputs.files import FileSource, Names, OnDisk, Options, refuse_duplicates
 from fmextract.inputs.given import FOLDER, function_of, given_keys, given_labels, with_given
 from fmextract.inputs.items import IMAGE_NAMES, PATH_NAMES, UnclearItem, is_pair, is_path, named, split
@@ -42,7 +41,7 @@ class DatasetSource:
     notes: list[str] = field(default_factory=list)
     seen: dict[int, Label] = field(default_factory=dict, repr=False)
     looked_at: set[str] = field(default_factory=set, repr=False)
-    before: Told = field(default_factory=Told, repr=False)
+    before: Before = field(default_factory=Before, repr=False)
     """What `data` held, and `pick`, when they were given."""
     paths: Sequence[bytes] | None = field(default=None, repr=False)
     """The files of its items, where `data` lists them."""
