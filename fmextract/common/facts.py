@@ -442,7 +442,9 @@ class Facts:
                 self._put_mapping(hashed, state, depth)
 
     def _may_be_path(self, text: Any) -> None:
-        if type(text) is str and len(text) < MOST_OF_PATH and (os.sep in text or "." in text) and "\0" not in text:
+        if type(text) is not str or len(text) >= MOST_OF_PATH or "\0" in text:
+            return
+        if (os.sep in text or "." in text) and text.strip("./"):  # "/" and "." are words as often as folders
             self._paths.add(text)
 
     def _unknown(self, value: Any) -> bytes:
