@@ -156,7 +156,8 @@ def advice(layers: Sequence[LayerSpec], estimate: Estimate, rows: int, free: int
     if pooled:
         smaller += f", '=pool:4' {byte_count(pooled)}"
     full, stored = byte_count(estimate.bytes_raw), byte_count(estimate.bytes_stored)
-    text = f"full maps of {len(layers)} layers for {rows:,} images are {full}, about {stored} on disk."
+    layers_said = "1 layer" if len(layers) == 1 else f"{len(layers)} layers"
+    text = f"full maps of {layers_said} for {rows:,} images are {full}, about {stored} on disk."
     return [f"{text} Reducers keep less: {smaller}, before compression."]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -45,6 +46,7 @@ from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
 from fmextract.device import is_out_of_memory
 from fmextract.errors import ConfigError, FmextractError, LayerError, SampleError, SourceError
+from fmextract.inputs.datasets import DatasetSource
 from fmextract.inputs.reading import Reader, reading
 from fmextract.inputs.sources import folder_of, notes_of, open_source
 from fmextract.model.modes import Subject
@@ -54,6 +56,8 @@ from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress,
 T = TypeVar("T")
 
 EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
+LONGEST_NAMES = 60_000
+"""An attribute of HDF5 holds 64 KiB: of more classes the names are not stored."""
 EFFECTIVE_SHARE = 0.04  # of a run that measuring may take
 EFFECTIVE_SECONDS = 0.3  # that it may take of any run, however short
 FEW_PHOTOS = 2  # up to which number any of the source will do
@@ -462,6 +466,13 @@ def _images(source: Source, out: Path) -> dict[str, Any]:
     return {} if folder is None else {"images": remembered(folder, base)}
 
 
+def _classes(source: Source) -> dict[str, Any]:
+    """What the labels are called, where a Dataset says it."""
+    names = source.label_names() if isinstance(source, DatasetSource) else ()
+    text = json.dumps(names, ensure_ascii=False)
+    return {"label_names": text} if names and len(text.encode("utf-8", "replace")) < LONGEST_NAMES else {}
+
+
 def _asked(prepared: Prepared) -> str:
     """The precision to choose: of a model in another type than float32 its own, if none is named."""
     own = prepared.loaded.input_dtype != torch.float32
@@ -806,7 +817,7 @@ def describe_run(prepared: Prepared, out: Path, command: str | None = None) -> d
     """What the file says of a run into `out`, which `command` asked for."""
     loaded, source = prepared.loaded, prepared.source
     said = provenance.describe_run(loaded, source.name, len(source), ready=prepared.ready, command=command)
-    return {**said, **_images(source, out)}
+    return {**said, **_images(source, out), **_classes(source)}
 
 
 def cores() -> int:

@@ -239,6 +239,11 @@ class Activations:
         return self._said("images")
 
     @property
+    def label_names(self) -> Sequence[str]:
+        """What the labels 0, 1, … are called, as the `classes` of a Dataset say; empty where nobody says it."""
+        return tuple(self._files[0].contents.said.get("label_names", ()))
+
+    @property
     def throughput(self) -> Mapping[str, Any] | None:
         """How fast the run was, over all its shards: `images`, `seconds`, `images_per_second`, and `busy_seconds` of
         each stage, summed over its threads. None where the file does not say."""

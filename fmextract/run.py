@@ -376,7 +376,7 @@ def _file_info(made: Plan) -> FileInfo:
         precision=made.precision,
         versions=made.versions,
         created=info["created"],
-        extra={"images": info["images"]} if "images" in info else {},
+        extra={name: info[name] for name in ("images", "label_names") if name in info},
     )
 
 

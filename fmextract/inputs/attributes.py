@@ -150,6 +150,10 @@ def _classes_of(data: Any, labels: Sequence[Any] | None) -> tuple[str, ...]:
     classes = _column(data, "classes")
     if labels is None or classes is None or not all(isinstance(one, str) for one in classes):
         return ()
+    if getattr(data, "target_transform", None) is not None:
+        return ()  # its items have other labels
+    if type(getattr(data, "transforms", None)).__name__ not in ("NoneType", "StandardTransform"):
+        return ()  # and so they may have
     numbers = [label for label in listed(labels) if label is not None]
     fit = all(type(label) is int and 0 <= label < len(classes) for label in numbers)
     return tuple(map(str, classes)) if fit and numbers and len(set(classes)) == len(classes) else ()

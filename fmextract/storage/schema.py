@@ -315,6 +315,7 @@ ROOT: Mapping[str, Attribute] = {
     "versions": Attribute(table_of(text), required=True, json=True),
     "created": Attribute(text, required=True),
     "images": Attribute(IMAGES, json=True),
+    "label_names": Attribute(many(text), json=True),
     "content_digest": Attribute(text),
     "throughput": Attribute(THROUGHPUT, json=True, content=False),
     "smaller_batches": Attribute(table_of(whole(1, 10**9)), json=True),
