@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -40,6 +39,7 @@ from fmextract import (
 )
 from fmextract.capture import blame, probe
 from fmextract.capture.untouched import RANDOM, Key, State, untouched
+from fmextract.common import strict_json
 from fmextract.common.facts import Told
 from fmextract.common.folders import remembered
 from fmextract.compiled import CompiledCapture
@@ -469,7 +469,7 @@ def _images(source: Source, out: Path) -> dict[str, Any]:
 def _classes(source: Source) -> dict[str, Any]:
     """What the labels are called, where a Dataset says it."""
     names = source.label_names() if isinstance(source, DatasetSource) else ()
-    text = json.dumps(names, ensure_ascii=False)
+    text = strict_json.dumps(list(names), ensure_ascii=False)
     return {"label_names": text} if names and len(text.encode("utf-8", "replace")) < LONGEST_NAMES else {}
 
 
