@@ -255,7 +255,7 @@ def test_a_changed_image_of_the_same_size_is_noticed(tmp_path: Path) -> None:
     images = [np.full((8, 8, 3), row, np.uint8) for row in range(ROWS)]
     extract_until(9, images, tmp_path / "out")
     changed = [*images[:-1], images[-1] + 1]
-    with pytest.raises(OutputError, match=r"source.code.content: other than it was"):
+    with pytest.raises(OutputError, match=r"source: row 17: other than it was"):
         extract(changed, tmp_path / "out")
     extract([image.copy() for image in images], tmp_path / "out")
 
