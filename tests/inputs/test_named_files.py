@@ -175,7 +175,7 @@ def test_another_function_takes_the_labels_out_of_the_items(tmp_path: Path) -> N
     notes = Notes()
     extract(InMemory(), tmp_path / "out.h5", label=label(7), notes=notes)
     assert "is complete already" in notes
-    with pytest.raises(OutputError, match="label="):
+    with pytest.raises(OutputError, match="share: 7 there, 5 now"):
         extract(InMemory(), tmp_path / "out.h5", label=label(5))
 
 
