@@ -293,6 +293,8 @@ def _picture_axis(panel: SubFigure) -> Any:
 
 def _caption(panel: SubFigure, name: str, numbers: Sequence[str], detail: str) -> None:
     """The same place in every panel, so that the grids below line up; the numbers in a line of their own."""
-    panel.text(0.05, 0.962, short(name, 22), color=canvas.theme().ink, size=10, weight="bold", va="center")
-    panel.text(0.05, 0.905, "  ".join(numbers), color=canvas.theme().faint, size=8.5, va="center")
-    panel.text(0.95, 0.962, detail, color=canvas.theme().faint, size=8.5, va="center", ha="right")
+    title = panel.text(0.05, 0.966, short(name, 20), color=canvas.theme().ink, size=10, weight="bold", va="center")
+    panel.text(0.05, 0.9, "  ".join(numbers), color=canvas.theme().faint, size=8.5, va="center")
+    small = panel.text(0.95, 0.966, detail, color=canvas.theme().faint, size=8.5, va="center", ha="right")
+    room = 0.87 * panel.bbox.width - small.get_window_extent().width
+    title.set_fontsize(min(10.0, 10 * room / max(1.0, title.get_window_extent().width)))

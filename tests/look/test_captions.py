@@ -120,8 +120,9 @@ def test_captions_of_all_layers_in_one_picture_do_not_meet(tmp_path: Path, figur
     with fmextract.extract(str(tmp_path / "photos"), Long(), tmp_path / "acts.h5", **how) as acts:
         look.show_maps(acts, "1.png", tmp_path / "all.png")
     for panel in figures[0].subfigs:
-        boxes = [text.get_window_extent() for text in panel.texts if text.get_text()]
-        assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+        said = [(text.get_text(), text.get_window_extent()) for text in panel.texts if text.get_text()]
+        met = [(one, other) for one, other in itertools.combinations(said, 2) if one[1].overlaps(other[1])]
+        assert not met
 
 
 # ---- no folder of this machine in what is sent on
