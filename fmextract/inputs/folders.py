@@ -60,7 +60,7 @@ class Passed:
 
     def __init__(self) -> None:
         self._hidden: list[bytes] = []
-        self._hidden_count = 0
+        self._hidden_count = self._links = 0
         self._photos: Counter[str] = Counter()
         self._others: Counter[str] = Counter()
         self.recognised = 0
@@ -70,6 +70,10 @@ class Passed:
         if len(self._hidden) < 3:
             self._hidden.append(path)
 
+    def link(self) -> None:
+        """A link to a folder above, or to one that is being walked."""
+        self._links += 1
+
     def photo(self, kind: str) -> None:
         """One in a format that is not decoded here."""
         self._photos[kind] += 1
@@ -78,7 +82,7 @@ class Passed:
         self._others[shown_name(extension(path)) or "without extension"] += 1
 
     def __bool__(self) -> bool:
-        return bool(self._hidden_count or self._photos or self._others)
+        return bool(self._hidden_count or self._links or self._photos or self._others)
 
     def __str__(self) -> str:
         said = []
@@ -86,6 +90,8 @@ class Passed:
             names = ", ".join(map(shown_name, self._hidden)) + (", …" if self._hidden_count > len(self._hidden) else "")
             plural = "s or folders" if self._hidden_count > 1 else " or folder"
             said.append(f"{self._hidden_count} hidden file{plural} ({names}; --hidden takes them)")
+        if self._links:
+            said.append(f"{self._links} link{'s' * (self._links > 1)} to a folder above")
         said += [
             f"{count} {kind} file{'s' * (count > 1)}, which {'are' if count > 1 else 'is'} not decoded here"
             for kind, count in self._photos.most_common()
@@ -134,10 +140,12 @@ class _Directory:
 def _walk(root: bytes, hidden: bool, passed: Passed) -> Iterator[bytes]:
     """Relative paths of the images below `root`, in the order of their keys, found directory by directory.
 
-    `passed` counts what is passed over. Links to directories are followed, but never to one that is being walked.
+    `passed` counts what is passed over. Links to directories are followed, but never to one that is being walked, nor
+    to one above the root, which would bring in its neighbours.
     """
     extensions = image_extensions()
     open_directories = [_enter(root, b"")]
+    above = {(status.st_dev, status.st_ino) for status in map(os.stat, Path(os.fsdecode(root)).resolve().parents)}
     while open_directories:
         here = open_directories[-1]
         entry = next(here.entries, None)
@@ -150,8 +158,10 @@ def _walk(root: bytes, hidden: bool, passed: Passed) -> Iterator[bytes]:
             passed.hidden(path + b"/" * is_directory)
         elif is_directory:
             below = _enter(root, path + b"/")
-            if below.identity not in (directory.identity for directory in open_directories):
+            if below.identity not in above | {directory.identity for directory in open_directories}:
                 open_directories.append(below)
+            else:
+                passed.link()
         elif _is_wanted(os.path.join(root, path), extensions, passed):  # noqa: PTH118
             yield path
 

@@ -51,6 +51,8 @@ def decode_file(data: bytes, exif: bool) -> tuple[Pixels, str]:
 
     Raises whatever a decoder raises, in `undecodable` SampleError alone.
     """
+    if not data:
+        raise SampleError(Status.UNDECODABLE, "the file is empty")
     pixels = fast_jpeg(data)
     if pixels is not None:
         return _upright(pixels, orientation_of(data) if exif else 1), "simplejpeg"

@@ -93,6 +93,16 @@ def test_links_are_followed_and_loops_end(tmp_path):
     assert source.load(1) == b"x.jpg"
 
 
+def test_a_link_to_a_folder_above_brings_in_no_neighbours(tmp_path):
+    put(tmp_path, "mine/a.jpg", "neighbour/b.jpg", "elsewhere/c.jpg")
+    (tmp_path / "mine" / "up").symlink_to("..")
+    (tmp_path / "mine" / "top").symlink_to("/")
+    (tmp_path / "mine" / "more").symlink_to(tmp_path / "elsewhere")
+    source = open_source(tmp_path / "mine")
+    assert keys(source) == ["a.jpg", "more/c.jpg"]
+    assert any("2 links to a folder above" in note for note in source.notes)
+
+
 def test_what_is_not_a_file_is_a_row_that_fails(tmp_path, monkeypatch):
     put(tmp_path, "good.jpg", "folder.jpg/inside.jpg")
     os.mkfifo(tmp_path / "fifo.jpg")
