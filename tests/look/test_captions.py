@@ -119,8 +119,9 @@ def test_captions_of_all_layers_in_one_picture_do_not_meet(tmp_path: Path, figur
     how: dict[str, Any] = {"preprocess": PREPROCESS, "precision": "fp32", "batch_size": 2, "layers": ["type:Conv2d"]}
     with fmextract.extract(str(tmp_path / "photos"), Long(), tmp_path / "acts.h5", **how) as acts:
         look.show_maps(acts, "1.png", tmp_path / "all.png")
+    renderer = figures[0].canvas.get_renderer()  # that of the file has another resolution than the figure now
     for panel in figures[0].subfigs:
-        said = [(text.get_text(), text.get_window_extent()) for text in panel.texts if text.get_text()]
+        said = [(text.get_text(), text.get_window_extent(renderer)) for text in panel.texts if text.get_text()]
         met = [(one, other) for one, other in itertools.combinations(said, 2) if one[1].overlaps(other[1])]
         assert not met
 
