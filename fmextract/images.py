@@ -140,6 +140,9 @@ def snapshot(data: Any) -> Any:
             raise _no_image(data)
         return np.array(data)
     if isinstance(data, Tensor):
+        if data.is_meta or data.layout is not torch.strided:
+            kind = "meta" if data.is_meta else str(data.layout).removeprefix("torch.")
+            raise SampleError(Status.UNDECODABLE, f"expected a dense tensor, with values, got a {kind} one")
         return data.detach().clone()
     if isinstance(data, (bytearray, memoryview)):
         return bytes(data)

@@ -516,3 +516,13 @@ def test_pillow_is_quiet_but_not_for_others():
     """Only what Pillow says of images is silenced: a warning of the caller's own still shows."""
     with pytest.warns(UserWarning, match="mine"):
         warnings.warn("mine", UserWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [(torch.empty(3, 8, 8, device="meta"), "meta"), (torch.zeros(3, 8, 8).to_sparse(), "sparse_coo")],
+    ids=["meta", "sparse"],
+)
+def test_a_tensor_without_pixels_is_one_failed_row(tensor: torch.Tensor, kind: str) -> None:
+    with pytest.raises(SampleError, match=f"got a {kind} one"):
+        images.snapshot(tensor)
