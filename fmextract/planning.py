@@ -49,6 +49,9 @@ class Estimate:
     stored_per_image: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
+_LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerSpec))
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Everything that decides what the shards of a run hold, resolved: no `auto` is left.
@@ -92,8 +95,8 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `plan.json`; `from_json` is the inverse."""
-        made = dataclasses.asdict(self)
-        made["layers"] = [dataclasses.asdict(layer) for layer in self.layers]
+        made = dataclasses.asdict(dataclasses.replace(self, layers=()))
+        made["layers"] = [_layer_as_json(layer) for layer in self.layers]
         made["shards"] = [[part.start, part.stop] for part in self.shards]
         return {"format": PLAN_FORMAT, "format_version": FORMAT_VERSION, **made}
 
@@ -135,6 +138,12 @@ class Plan:
 def _has_default(field: dataclasses.Field[Any]) -> bool:
     """Whether a plan may lack the field: it came later than the first plans."""
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _layer_as_json(layer: LayerSpec) -> dict[str, Any]:
+    """`dataclasses.asdict` of it: that copies one value after the other, which is slow for thousands of layers."""
+    said = {name: getattr(layer, name) for name in _LAYER_FIELDS}
+    return said if layer.field is None else {**said, "field": dataclasses.asdict(layer.field)}
 
 
 def _layer_from_json(obj: Mapping[str, Any]) -> LayerSpec:

@@ -101,6 +101,10 @@ class Prepared:
         """What each tap hands over once its reducer has run in the hook."""
         return tuple(map(_captured, self.probed, self.reductions))
 
+    def captured_of(self, i: int) -> engine.Captured:
+        """What one of the taps hands over; `captured` makes that of all of them, each time it is asked."""
+        return _captured(self.probed[i], self.reductions[i])
+
 
 @contextmanager
 def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iterator[Prepared]:
@@ -715,7 +719,7 @@ def _effective_sizes(
 def _layer_spec(
     prepared: Prepared, i: int, chosen: choose.Chosen, rows: int, erf_sizes: Sequence[float | None]
 ) -> LayerSpec:
-    probed, captured, config = prepared.probed[i], prepared.captured[i], prepared.config
+    probed, captured, config = prepared.probed[i], prepared.captured_of(i), prepared.config
     sample = chosen.sample[i] if captured.finish is None else captured.finish(chosen.sample[i])
     dtype = sample.dtype
     if dtype not in _ON_DISK:
@@ -738,7 +742,7 @@ def _layer_spec(
 
 def known_of_layer(prepared: Prepared, i: int) -> dict[str, Any]:
     """The fields of a layer's LayerSpec that nothing has to be measured for."""
-    tap, captured = prepared.probed[i].tap, prepared.captured[i]
+    tap, captured = prepared.probed[i].tap, prepared.captured_of(i)
     return {
         "name": tap.name,
         "module": tap.module,

@@ -231,15 +231,17 @@ class ShardWriter:
             raise ValueError(f"expected statistics and attributes of the layers of this file, got {unknown[0]!r}")
         codec, level = self._pipeline
         written: dict[str, _Layer] = {}
+        on_samples: dict[str, objects.Entries] = {"/sample": []}
         for spec, digests in zip(self.layers, self._digests, strict=True):
             path = f"/layers/{escape_name(spec.name)}"
             own = {name: value for name, value in layer_attrs.get(spec.name, {}).items() if value is not None}
             beside = list(_statistics(path, spec, stats[spec.name])) if spec.name in stats else None
             attrs, filters = {**_layer_attrs(spec), **own}, codec.filters(np.dtype(spec.dtype).itemsize, level)
             layer = _Layer(path, spec, len(self.rows), filters, attrs, beside, digests)
-            layer.write(file)
+            # Layer by layer: so that no more are open at a time than those of one.
+            objects.attach_scales(file, layer.attached(), layer.write(file), on_samples)
             written[path] = layer
-        objects.attach_scales(file, (one for layer in written.values() for one in layer.attached()))
+        objects.write_references(file, on_samples)
         return written
 
     def leave(self) -> Unfinished:
@@ -1191,14 +1193,17 @@ class _Layer:
     stats: Sequence[Values] | None
     digests: Mapping[tuple[int, ...], bytes]
 
-    def write(self, file: h5py.File) -> None:
-        """All but the activations and the scales of their axes, which are there, and what scales are attached to."""
-        group = file[self.path]
-        objects.set_attributes(group.id, self.attrs)
-        if self.stats is not None:
-            inside = group.create_group("stats", track_order=True).id
-            for one in self.stats:
-                objects.create(inside, one)
+    def write(self, file: h5py.File) -> dict[str, h5py.h5d.DatasetID]:
+        """All but the activations and the scales of their axes, which are there, and what scales are attached to.
+
+        Gives the datasets that it made, by path.
+        """
+        group = h5py.h5g.open(file.id, self.path.encode())
+        objects.add_attributes(group, self.attrs)
+        if self.stats is None:
+            return {}
+        inside = objects.create_group(group, b"stats")
+        return {f"{self.path}/stats/{one.name}": objects.create(inside, one) for one in self.stats}
 
     def attached(self) -> Iterator[tuple[str, Sequence[str]]]:
         """The path of each dataset, and those of the scales of its axes."""
@@ -1210,18 +1215,16 @@ class _Layer:
 
     def put(self, hasher: Any) -> None:
         """What `_content_digest` takes in of the file, without reading it."""
-        _put(hasher, "group", self.path)
-        for parts in objects.attributes_parts(self.attrs):
-            _put(hasher, *parts)
-        self._put_activation(hasher)
-        for scale in _scales(self.spec):
-            self._put_dataset(hasher, f"{self.path}/{scale.name}", scale)
+        framed = objects.framed
+        attributes = [framed(*parts) for parts in objects.attributes_parts(self.attrs)]
+        scales = [self._dataset(f"{self.path}/{scale.name}", scale) for scale in _scales(self.spec)]
+        pieces = [framed("group", self.path), *attributes, *self._activation(), *scales]
         if self.stats is not None:
-            _put(hasher, "group", f"{self.path}/stats")
-            for one in self.stats:
-                self._put_dataset(hasher, f"{self.path}/stats/{one.name}", one)
+            pieces.append(framed("group", f"{self.path}/stats"))
+            pieces += [self._dataset(f"{self.path}/stats/{one.name}", one) for one in self.stats]
+        hasher.update(b"".join(pieces))
 
-    def _put_activation(self, hasher: Any) -> None:
+    def _activation(self) -> Iterator[bytes]:
         dtype, shape = np.dtype(self.spec.dtype), tuple(self.spec.shape)
         filters = [(number, h5py.h5z.FLAG_OPTIONAL, tuple(options)) for number, options in self.filters]
         scales = [[path] for path in self._axes()]
@@ -1229,22 +1232,16 @@ class _Layer:
             *(dtype, (self.rows, *shape), (None, *shape), tuple(self.spec.chunk), filters),
             *(np.asarray(fill_value(dtype), dtype).tobytes(), scales),
         )
-        _put(hasher, "dataset", f"{self.path}/activation")
-        _put(hasher, *said)
+        yield objects.framed("dataset", f"{self.path}/activation", *said)
         for index in np.ndindex(chunk_grid((self.rows, *shape), self.spec.chunk)):
-            _put_chunk(hasher, index, 0, self.digests[index])
+            yield _chunk_said(index, 0, self.digests[index])
 
-    def _put_dataset(self, hasher: Any, path: str, made: Values) -> None:
-        _put(hasher, "dataset", path)
-        for parts in objects.values_parts(made):
-            _put(hasher, *parts)
-        hasher.update(made.values.tobytes())
+    def _dataset(self, path: str, made: Values) -> bytes:
+        return objects.framed("dataset", path) + objects.values_framed(made) + made.values.tobytes()
 
 
 def _put(hasher: Any, *parts: str | bytes) -> None:
-    """Feed parts so that no other sequence of parts feeds the same bytes: each after its length."""
-    encoded = [part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part for part in parts]
-    hasher.update(b"".join(piece for data in encoded for piece in (len(data).to_bytes(8, "little"), data)))
+    hasher.update(objects.framed(*parts))
 
 
 def _attribute_parts(node: _Node, name: bytes) -> list[str | bytes]:
@@ -1277,12 +1274,11 @@ def _description(node: _Node, paths: Mapping[int, str], where: str) -> list[str 
 def _put_chunks(hasher: Any, dataset: h5py.Dataset) -> None:
     for index in np.ndindex(chunk_grid(dataset.shape, dataset.chunks)):
         mask, payload = read_chunk(dataset, index)
-        _put_chunk(hasher, index, mask, chunk_digest(payload))
+        hasher.update(_chunk_said(index, mask, chunk_digest(payload)))
 
 
-def _put_chunk(hasher: Any, index: tuple[int, ...], mask: int, digest: bytes) -> None:
-    hasher.update(np.array([*index, mask], "<i8").tobytes())
-    hasher.update(digest)
+def _chunk_said(index: tuple[int, ...], mask: int, digest: bytes) -> bytes:
+    return np.array([*index, mask], "<i8").tobytes() + digest
 
 
 def _put_values(hasher: Any, node: _Node) -> None:

@@ -3,17 +3,20 @@
 A layer is about fifteen small datasets and as many attributes, so that of many layers these are the work, not the
 activations. Here types, spaces and property lists are made once and shared, nothing is wrapped in h5py's classes, and
 the scales of all datasets are attached at the end, at once: `H5DSattach_scale` writes the whole list of what a scale
-is attached to for every one that is added.
+is attached to for every one that is added. Datasets that are open are not looked up by their paths.
 
     Values      a dataset of fixed shape, as data            set_attributes   name → value, of an object
     create      Values → dataset                             attach_scales    dataset → its scales, for many
+    create_group    a group in it                            add_attributes   the same, of one that has none yet
     *_parts     what the digest takes in of an attribute or of Values: `store` says the same of what it reads
+    framed      parts as the bytes that the digest takes in
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import h5py
@@ -29,12 +32,14 @@ Parts: TypeAlias = "list[str | bytes]"
 """What the digest takes in, one after the other."""
 
 TEXT = h5py.string_dtype("utf-8")
-_REFERENCE = h5py.ref_dtype
-_LIST = h5py.vlen_dtype(_REFERENCE)
 _ENTRY = np.dtype(
-    {"names": ["dataset", "dimension"], "formats": [_REFERENCE, np.uint32], "offsets": [0, 8], "itemsize": 16}
+    {"names": ["dataset", "dimension"], "formats": [np.uint64, np.uint32], "offsets": [0, 8], "itemsize": 16}
 )
-"""Of a `REFERENCE_LIST`, as libhdf5 lays it out."""
+"""Of a `REFERENCE_LIST`, as libhdf5 lays it out. In memory a reference to an object is the number where it lies."""
+_SEQUENCE = np.dtype([("length", np.uintp), ("values", np.uintp)])
+"""What a value of variable length is in memory."""
+Entries: TypeAlias = "list[tuple[int, int]]"
+"""Of a scale: each dataset that it is attached to, and the axis."""
 Kind: TypeAlias = tuple[h5py.h5t.TypeID, h5py.h5t.TypeID]
 """A type in the file, and in memory."""
 
@@ -56,7 +61,11 @@ def _made(dtype: np.dtype[Any]) -> Kind:
 
 
 _number = functools.cache(_made)  # of numbers alone: numpy calls texts and references equal
-_TEXT, _LISTS, _ENTRIES = _made(TEXT), _made(_LIST), _made(_ENTRY)
+_TEXT = _made(TEXT)
+_LIST_TYPE = h5py.h5t.vlen_create(h5py.h5t.STD_REF_OBJ)
+_ENTRY_TYPE = h5py.h5t.create(h5py.h5t.COMPOUND, _ENTRY.itemsize)
+_ENTRY_TYPE.insert(b"dataset", 0, h5py.h5t.STD_REF_OBJ)
+_ENTRY_TYPE.insert(b"dimension", 8, h5py.h5t.NATIVE_UINT32)
 
 
 def _kind(dtype: np.dtype[Any]) -> Kind:
@@ -77,6 +86,22 @@ def creation() -> h5py.h5p.PropDCID:
     return plist
 
 
+@functools.cache
+def _group_creation() -> h5py.h5p.PropGCID:
+    """What h5py has of `create_group(…, track_order=True)`."""
+    plist, order = h5py.h5p.create(h5py.h5p.GROUP_CREATE), h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED
+    plist.set_link_creation_order(order)
+    plist.set_attr_creation_order(order)
+    plist.set_obj_track_times(False)
+    return plist
+
+
+def create_group(group: h5py.h5g.GroupID, name: bytes) -> h5py.h5g.GroupID:
+    """An empty group of a name in ASCII that keeps the order in which things are put into it."""
+    return h5py.h5g.create(group, name, gcpl=_group_creation())
+
+
+@functools.lru_cache(1024)
 def _space(shape: tuple[int, ...]) -> h5py.h5s.SpaceID:
     return h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
 
@@ -89,8 +114,16 @@ def create(group: h5py.h5g.GroupID, made: Values) -> h5py.h5d.DatasetID:
     data.write(h5py.h5s.ALL, h5py.h5s.ALL, values, memory)
     if not made.scales:
         h5py.h5ds.set_scale(data, name)
-    set_attributes(data, made.attrs)
+    add_attributes(data, made.attrs)
     return data
+
+
+def add_attributes(node: Node, attrs: Mapping[str, Any]) -> None:
+    """`set_attributes` where none of the names is there yet."""
+    for name, value in attrs.items():
+        if value is not None:
+            array = _attribute(value)
+            _write_attribute(node, name.encode(), array, _kind(array.dtype))
 
 
 def set_attributes(node: Node, attrs: Mapping[str, Any]) -> None:
@@ -127,27 +160,57 @@ def text(said: str) -> str:
     return said.encode("utf-8", "backslashreplace").decode()
 
 
-def attach_scales(file: h5py.File, datasets: Iterable[tuple[str, Sequence[str]]]) -> None:
-    """Attach scales to the axes of datasets: of each its path, and the paths of the scales, which have nothing yet."""
-    references: dict[str, h5py.h5r.Reference] = {}
-    used: dict[str, list[tuple[h5py.h5r.Reference, int]]] = {}
+def attach_scales(
+    file: h5py.File,
+    datasets: Iterable[tuple[str, Sequence[str]]],
+    opened: Mapping[str, h5py.h5d.DatasetID] = MappingProxyType({}),
+    later: Mapping[str, Entries] = MappingProxyType({}),
+) -> None:
+    """Attach scales to the axes of datasets: of each its path, and the paths of the scales, which have nothing yet.
 
-    def reference(path: str) -> h5py.h5r.Reference:
-        if path not in references:
-            references[path] = h5py.h5r.create(file.id, path.encode(), h5py.h5r.OBJECT)
-        return references[path]
+    `opened` are those that need not be looked up, by their paths. What the scales in `later` are attached to is put
+    there, for `write_references` once it is all known.
+    """
+    nodes, addresses = dict(opened), dict[str, int]()
+    used = dict[str, Entries]()
+
+    def address(path: str) -> int:
+        if path not in addresses:
+            if path not in nodes:
+                nodes[path] = h5py.h5d.open(file.id, path.encode())
+            addresses[path] = h5py.h5o.get_info(nodes[path]).addr
+        return addresses[path]
 
     for path, scales in datasets:
-        lists, own = np.empty(len(scales), _LIST), reference(path)
+        own = address(path)
+        held = np.array([address(scale) for scale in scales], np.uint64)
+        lists = np.array([(1, held.ctypes.data + i * held.itemsize) for i in range(len(scales))], _SEQUENCE)
         for axis, scale in enumerate(scales):
-            lists[axis] = np.array([reference(scale)], _REFERENCE)
-            used.setdefault(scale, []).append((own, axis))
-        _write_attribute(h5py.h5d.open(file.id, path.encode()), b"DIMENSION_LIST", lists, _LISTS)
+            (later[scale] if scale in later else used.setdefault(scale, [])).append((own, axis))
+        _write_attribute(nodes[path], b"DIMENSION_LIST", lists, (_LIST_TYPE, _LIST_TYPE))
     for path, entries in used.items():
-        _write_attribute(h5py.h5d.open(file.id, path.encode()), b"REFERENCE_LIST", np.array(entries, _ENTRY), _ENTRIES)
+        _write_references(nodes[path], entries)
+
+
+def write_references(file: h5py.File, later: Mapping[str, Entries]) -> None:
+    """Write what `attach_scales` left for later."""
+    for path, entries in later.items():
+        _write_references(h5py.h5d.open(file.id, path.encode()), entries)
+
+
+def _write_references(scale: h5py.h5d.DatasetID, entries: Entries) -> None:
+    values = np.zeros(len(entries), _ENTRY)
+    values["dataset"], values["dimension"] = zip(*entries, strict=True)
+    _write_attribute(scale, b"REFERENCE_LIST", values, (_ENTRY_TYPE, _ENTRY_TYPE))
 
 
 # ---------------------------------------------------------------------------------------------------------- the digest
+
+
+def framed(*parts: str | bytes) -> bytes:
+    """The parts as one, so that no other sequence of parts gives the same: each after its length."""
+    encoded = [part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part for part in parts]
+    return b"".join([piece for data in encoded for piece in (len(data).to_bytes(8, "little"), data)])
 
 
 def type_name(dtype: np.dtype[Any]) -> str:
@@ -186,14 +249,23 @@ def dataset_parts(
     return [type_name(dtype), str((shape, greatest, chunk, list(filters))), fill, *named]
 
 
-def values_parts(made: Values) -> Iterator[Parts]:
-    """The attributes and the description of a dataset; its values follow as they are in memory."""
-    attrs = dict(made.attrs)
-    if not made.scales:
-        fixed = {"CLASS": b"DIMENSION_SCALE", "NAME": made.name.encode()}
-        yield from (
-            ["attribute", name, *array_parts(np.array(said, f"S{len(said) + 1}"))] for name, said in fixed.items()
-        )
-    yield from attributes_parts(attrs)
-    dtype, shape = made.values.dtype, made.values.shape
-    yield dataset_parts(dtype, shape, shape, None, (), bytes(dtype.itemsize), [[path] for path in made.scales])
+def values_framed(made: Values) -> bytes:
+    """The attributes and the description of a dataset, framed; its values follow as they are in memory."""
+    scale = b"" if made.scales else _scale_framed(made.name)
+    attrs = b"".join([framed(*parts) for parts in attributes_parts(made.attrs)])
+    named = [part for axis, path in enumerate(made.scales) for part in (f"axis {axis}", path)]
+    return scale + attrs + _described(made.values.dtype, made.values.shape) + framed(*named)
+
+
+@functools.lru_cache(1024)
+def _scale_framed(name: str) -> bytes:
+    """The attributes that make a dataset a scale."""
+    fixed = {"CLASS": b"DIMENSION_SCALE", "NAME": name.encode()}
+    values = {attr: np.array(said, f"S{len(said) + 1}") for attr, said in fixed.items()}
+    return b"".join(framed("attribute", attr, *array_parts(value)) for attr, value in values.items())
+
+
+@functools.lru_cache(1024)
+def _described(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """What there is to say of a dataset of fixed shape, but for the scales."""
+    return framed(*dataset_parts(dtype, shape, shape, None, (), bytes(dtype.itemsize), ()))
