@@ -230,15 +230,23 @@ def probe(
         verdicts = [_judge(tap, i, pair, three, others) for i, tap in enumerate(taps)]
     tries = {(i, layout): described(i, layout, True) for i, v in enumerate(verdicts) for layout in v.undecided}
     settled, refuted = _look_again(model, forward, tries, _stronger(photos, noise)) if tries else (set(), set())
+    right, wrong = _by_tap(settled), _by_tap(refuted)
     probed: list[Probed] = []
     refused: list[Refused] = []
     for i, verdict in enumerate(verdicts):
-        verdict = verdict.after({one for n, one in settled if n == i}, {one for n, one in refuted if n == i})
+        verdict = verdict.after(right.get(i, set()), wrong.get(i, set()))
         if verdict.layout is None:
             refused.append(Refused(taps[i], verdict.why))
         else:
             probed.append(described(i, verdict.layout, bool(verdict.undecided)))
     return probed, refused
+
+
+def _by_tap(found: set[tuple[int, RowLayout]]) -> dict[int, set[RowLayout]]:
+    layouts: dict[int, set[RowLayout]] = {}
+    for i, layout in found:
+        layouts.setdefault(i, set()).add(layout)
+    return layouts
 
 
 def _defined(model: nn.Module, tap: Tap, layout: RowLayout, axes: tuple[str, ...]) -> tuple[str, ...]:
@@ -284,10 +292,12 @@ def _same_alone(model: nn.Module, forward: Forward, taps: Sequence[Tap], one: to
 
 
 def _alike_alone(single: _Watch, pair: _Watch) -> set[int]:
-    found = set()
+    found: set[int] = set()
+    if single.counts != pair.counts:
+        return found
     for i, layout in ((i, layout) for i, layouts in pair.layouts.items() for layout in layouts):
         rows, shape = single.rows.get((i, layout)), list(pair.shapes.get(i, ()))
-        if rows is None or i not in single.shapes or single.counts != pair.counts:
+        if rows is None or i not in single.shapes:
             continue
         shape[layout.axis] = layout.k
         if list(single.shapes[i]) == shape and same(pair.rows[i, layout][0], rows[0], _MOVED):
@@ -414,7 +424,8 @@ def _look_again(
     refuted: set[tuple[int, RowLayout]] = set()
     usual: dict[tuple[int, RowLayout], torch.Tensor] = {}
     for six in images:
-        open_ = [key for key in tries if key not in refuted and key[0] not in {i for i, _ in settled}]
+        known = {i for i, _ in settled}
+        open_ = [key for key in tries if key not in refuted and key[0] not in known]
         if not open_:
             break
         try:
