@@ -19,7 +19,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -737,14 +737,15 @@ def open_shard(path: Path) -> h5py.File:
 
 
 @contextlib.contextmanager
-def _reading(file: h5py.File, place: str = "") -> Iterator[None]:
+def _reading(file: h5py.File, place: str | Callable[[], str] = "") -> Iterator[None]:
     """What libhdf5 raises on damaged bytes, in many types, becomes DamagedError."""
     try:
         yield
     except FmextractError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, AttributeError) as error:
-        where = f"{file.filename}: {place}" if place else file.filename
+        said = place if isinstance(place, str) else place()
+        where = f"{file.filename}: {said}" if said else file.filename
         raise DamagedError(f"{where} is damaged: {str(error) or type(error).__name__}") from error
 
 
@@ -788,13 +789,19 @@ def validate(file: h5py.File) -> Contents:
     """
     with _reading(file):
         _validate_version(file)
-        size, nodes = file.id.get_filesize(), {}
-        for node in _walk(file):
-            nodes[node.path] = node
-            if node.is_dataset:
-                with _reading(file, node.path):
-                    _validate_dataset(file, node, size)
-        return _contents(file, nodes)
+        seen: set[int] = set()
+        return _contents(file, {node.path: node for node in _sound(file, _top(file), seen, {"/layers"})}, seen)
+
+
+def _sound(file: h5py.File, top: _Node, seen: set[int], closed: Container[str] = ()) -> Iterator[_Node]:
+    """What `_walk` finds, each dataset checked."""
+    name, size, based = file.filename, file.id.get_filesize(), file.userblock_size > 0
+    node = top
+    with _reading(file, lambda: node.path):
+        for node in _walk(file, top, seen, closed):
+            if node.is_dataset and (based or not _is_plain(node.id)):
+                _validate_dataset(name, node, size)
+            yield node
 
 
 def _validate_version(file: h5py.File) -> None:
@@ -819,6 +826,11 @@ def _root(file: h5py.File) -> h5py.h5g.GroupID:
     return h5py.h5o.open(file.id, b"/")
 
 
+def _top(file: h5py.File) -> _Node:
+    root = _root(file)
+    return _Node("/", root, h5py.h5o.get_info(root).addr)
+
+
 class _Node(NamedTuple):
     """An object of a file. By its identifier alone: what h5py wraps around it is most of the time where there are
     many."""
@@ -832,49 +844,68 @@ class _Node(NamedTuple):
         return isinstance(self.id, h5py.h5d.DatasetID)
 
 
-def _walk(file: h5py.File, closed: Container[str] = ()) -> Iterator[_Node]:
-    """Every object, root first, groups in the order of creation. Follows hard links only, each once.
+def _walk(file: h5py.File, top: _Node, seen: set[int], closed: Container[str] = ()) -> Iterator[_Node]:
+    """Every object at and below `top`, groups in the order of creation. Follows hard links only.
 
-    What lies in a group whose path is among `closed` is left out.
+    What lies in a group whose path is among `closed` is left out. Raises FormatError where the address of an object is
+    among those `seen`, and adds it to them.
     """
-    root = _root(file)
-    stack = [_Node("/", root, h5py.h5o.get_info(root).addr)]
-    seen = {stack[0].address}
+    stack = [top]
     while stack:
         node = stack.pop()
+        if node.address in seen:
+            raise FormatError(f"{file.filename}: {node.path} is not a dataset or group of its own")
+        seen.add(node.address)
         yield node
-        if node.is_dataset or node.path in closed:
-            continue
-        children = _children(file, node)
-        for child in children:
-            if child.address in seen:
-                raise FormatError(f"{file.filename}: {child.path} is not a dataset or group of its own")
-            seen.add(child.address)
-        stack.extend(reversed(children))
+        if not node.is_dataset and node.path not in closed:
+            stack.extend(reversed(list(_children(file, node))))
 
 
-def _children(file: h5py.File, group: _Node) -> list[_Node]:
+def _children(file: h5py.File, group: _Node) -> Iterator[_Node]:
     """What lies in a group, in the order of creation. Raises FormatError for links that are not hard."""
-    children, links = [], group.id.links
-    for name in group.id:
-        path = f"{group.path.rstrip('/')}/{name.decode('utf-8', 'surrogateescape')}"
-        link = links.get_info(name)
-        if link.type != h5py.h5l.TYPE_HARD:
+    prefix = group.path.rstrip("/")
+    for name, kind, address in _links(group.id):
+        path = f"{prefix}/{name.decode('utf-8', 'surrogateescape')}"
+        if kind != h5py.h5l.TYPE_HARD:
             raise FormatError(f"{file.filename}: {path} is a link, which fmextract does not write")
         child = h5py.h5o.open(group.id, name)
         if not isinstance(child, h5py.h5g.GroupID | h5py.h5d.DatasetID):
             raise FormatError(f"{file.filename}: {path} is not a dataset or group of its own")
-        children.append(_Node(path, child, link.u))
-    return children
+        yield _Node(path, child, address)
 
 
-def _validate_dataset(file: h5py.File, node: _Node, file_size: int) -> None:
-    where = f"{file.filename}: {node.path}"
+def _links(group: h5py.h5g.GroupID) -> list[tuple[bytes, int, Any]]:
+    """(name, type, address of the object) of each link: in the order of creation where that is kept, else by name."""
+    links: list[tuple[bytes, int, Any]] = []
+    kept = group.get_create_plist().get_link_creation_order() & h5py.h5p.CRT_ORDER_TRACKED
+    order = h5py.h5.INDEX_CRT_ORDER if kept else h5py.h5.INDEX_NAME
+    group.links.iterate(lambda name, link: links.append((name, link.type, link.u)), info=True, idx_type=order)
+    return links
+
+
+def _is_plain(data: h5py.h5d.DatasetID) -> bool:
+    """Whether a dataset is what nearly all are: numbers or texts, one after the other in the file, all of them there.
+
+    Then `_validate_dataset` has nothing to say, and its creation properties, which are slow to get, need not be asked.
+    Only what lies in the file itself, in one piece, has an offset (in a file without a user block).
+    """
+    if data.get_offset() is None:
+        return False
+    kind, shape = data.get_type(), data.shape
+    return (
+        shape is not None
+        and schema.is_storable(kind.encode())
+        and math.prod(shape) * kind.get_size() == data.get_storage_size()
+    )
+
+
+def _validate_dataset(file: str, node: _Node, file_size: int) -> None:
+    where = f"{file}: {node.path}"
     plist, shape, dtype = node.id.get_create_plist(), node.id.shape, node.id.dtype
     layout = plist.get_layout()
     if layout not in (h5py.h5d.CHUNKED, h5py.h5d.CONTIGUOUS, h5py.h5d.COMPACT) or plist.get_external_count():
         raise FormatError(f"{where} keeps its values outside the file, which fmextract does not write")
-    if shape is None or (dtype.kind not in "iuf" and h5py.check_string_dtype(dtype) is None):
+    if shape is None or not schema.is_storable(node.id.get_type().encode()):
         raise FormatError(f"{where} has values of type {dtype}, which fmextract does not write")
     if layout == h5py.h5d.CHUNKED:
         chunks = plist.get_chunk()
@@ -888,8 +919,15 @@ def _validate_dataset(file: h5py.File, node: _Node, file_size: int) -> None:
         raise DamagedError(f"{where} has the shape {shape}, but not the bytes for it")
 
 
-def _contents(file: h5py.File, nodes: Mapping[str, _Node]) -> Contents:
-    """What a file holds, checked. Its links and datasets, by path in `nodes`, are sound."""
+_WITHIN_LAYER = 3
+"""Slashes in the path of what lies in the group of a layer. What lies deeper, its statistics, is read on demand."""
+
+
+def _contents(file: h5py.File, nodes: Mapping[str, _Node], seen: set[int]) -> Contents:
+    """What a file holds, checked. What lies beside its layers, by path in `nodes`, is sound, and was `seen`.
+
+    One layer after the other, so that libhdf5 still has at hand what it found when it is asked again.
+    """
     name = file.filename
     attrs, said = schema.attributes(nodes["/"].id, schema.ROOT, name)
     if "/layers" not in nodes or nodes["/layers"].is_dataset:
@@ -901,15 +939,11 @@ def _contents(file: h5py.File, nodes: Mapping[str, _Node]) -> Contents:
     for column, kind in schema.COLUMNS.items():
         if column in columns or kind.required:
             _check_column(name, column, columns.get(column), kind, rows)
-    inside: dict[str, list[_Node]] = {}
-    for path, node in nodes.items():
-        if path.startswith("/layers/"):
-            layer, _, below = path[len("/layers/") :].partition("/")
-            inside.setdefault(layer, []).extend([] if "/" in below else [node])
     layers = []
-    for layer, (group, *children) in inside.items():
-        with _reading(file, f"/layers/{layer}"):
-            layers.append(_layer_contents(name, group, children, columns["sample"].address, rows))
+    for group in _children(file, nodes["/layers"]):
+        below = [node for node in _sound(file, group, seen) if node.path.count("/") <= _WITHIN_LAYER]
+        with _reading(file, group.path):
+            layers.append(_layer_contents(name, group, below[1:], columns["sample"].address, rows))
     brought = dict(_brought_by(name, columns, rows))
     return Contents(rows or 0, attrs, said, frozenset(columns), brought, {layer.spec.name: layer for layer in layers})
 
@@ -985,7 +1019,7 @@ def read_layer(group: h5py.Group) -> LayerSpec:
     with _reading(file):
         node = _Node(path, group.id, 0)
         sample = h5py.h5o.get_info(file["sample"].id).addr
-        return _layer_contents(file.filename, node, _children(file, node), sample, None).spec
+        return _layer_contents(file.filename, node, list(_children(file, node)), sample, None).spec
 
 
 def _layer_contents(file: str, group: _Node, children: Sequence[_Node], sample: int, rows: int | None) -> LayerContents:
@@ -1083,7 +1117,7 @@ def read_samples(file: h5py.File, part: slice = slice(None)) -> SampleTable:
 
 
 def _brought_in(file: h5py.File) -> dict[str | None, Brought]:
-    nodes = {node.path[1:]: node for node in _children(file, _Node("/", _root(file), 0)) if node.is_dataset}
+    nodes = {node.path[1:]: node for node in _children(file, _top(file)) if node.is_dataset}
     return dict(_brought_by(file.filename, nodes, len(file["sample"])))
 
 
@@ -1157,7 +1191,7 @@ def content_digest(path: Path) -> str:
 def _content_digest(file: h5py.File, written: Mapping[str, _Layer]) -> str:
     """`written` are layers, by path, that this process has just written: what they hold is not read again."""
     hasher = hashlib.blake2b(digest_size=32)
-    nodes = list(_walk(file, written))
+    nodes = list(_walk(file, _top(file), set(), written))
     paths = {node.address: node.path for node in nodes}
     for node in nodes:
         path = node.path

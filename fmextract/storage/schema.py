@@ -17,11 +17,12 @@ A new attribute, column or field is one line of a table. What is in no table is 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import h5py
 import numpy as np
@@ -585,30 +586,58 @@ def attribute(node: h5py.h5g.GroupID | h5py.h5d.DatasetID, name: bytes) -> Any:
         nbytes = stored.get_storage_size()
     except RuntimeError:
         raise Wrong("a value", "none") from None
-    varies = isinstance(kind, h5py.h5t.TypeStringID) and kind.is_variable_str()
-    size = _REFERENCE if varies else kind.get_size()
-    if kind.get_class() not in (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT) or nbytes > MOST_ATTRIBUTE:
+    try:
+        known = _type(kind.encode())
+    except TypeError as error:
+        raise Wrong("numbers of a type that numpy has", str(error)) from None
+    if known is None or nbytes > MOST_ATTRIBUTE:
         raise Wrong("a text or numbers", f"{type(kind).__name__} of {nbytes} bytes")
+    size, dtype, memory, is_text = known
     shape = () if nbytes == size else stored.shape  # to ask for the shape of each would be a quarter of the time
     if shape is None or len(shape) > 1 or nbytes != size * math.prod(shape):
         raise Wrong("one text, number or list of numbers", shape)
-    if isinstance(kind, h5py.h5t.TypeStringID):
-        return _decoded(stored, kind, shape)
+    value = np.zeros(shape, dtype)
     try:
-        value = np.zeros(shape, kind.dtype)
-        stored.read(value)
+        stored.read(value, mtype=memory)
     except TypeError as error:
-        raise Wrong("numbers of a type that numpy has, or one of them without axes", str(error)) from None
+        raise Wrong("one text, or one of the numbers, without axes", str(error)) from None
+    if is_text:
+        return _decoded(value, shape)
     return value if shape else value.item()
 
 
-def _decoded(stored: h5py.h5a.AttrID, kind: h5py.h5t.TypeStringID, shape: tuple[int, ...]) -> str:
-    dtype, memory = (_TEXT, _TEXT_TYPE) if kind.is_variable_str() and kind.get_cset() else (kind.dtype, None)
-    value = np.zeros(shape, dtype)
-    try:
-        stored.read(value, mtype=memory or h5py.h5t.py_create(dtype))
-    except TypeError as error:
-        raise Wrong("one text without axes", str(error)) from None
+class _Type(NamedTuple):
+    """A type of texts or numbers: bytes of a value in an attribute, and the type in memory, numpy's and HDF5's."""
+
+    size: int
+    dtype: np.dtype[Any]
+    memory: h5py.h5t.TypeID
+    is_text: bool
+
+
+@functools.lru_cache(maxsize=256)
+def _type(encoded: bytes) -> _Type | None:
+    """Of a type as HDF5 encodes it, None for others: a file has a handful of them, and each takes long to make.
+
+    Raises TypeError for numbers that numpy has not.
+    """
+    kind = h5py.h5t.decode(encoded)
+    if kind.get_class() not in (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT):
+        return None
+    is_text = isinstance(kind, h5py.h5t.TypeStringID)
+    varies = is_text and kind.is_variable_str()
+    dtype = _TEXT if varies and kind.get_cset() else kind.dtype
+    return _Type(_REFERENCE if varies else kind.get_size(), dtype, h5py.h5t.py_create(dtype), is_text)
+
+
+@functools.lru_cache(maxsize=256)
+def is_storable(encoded: bytes) -> bool:
+    """Whether values of a type, as HDF5 encodes it, are numbers or texts. May raise TypeError."""
+    dtype = h5py.h5t.decode(encoded).dtype
+    return dtype.kind in "iuf" or h5py.check_string_dtype(dtype) is not None
+
+
+def _decoded(value: Array, shape: tuple[int, ...]) -> str:
     if shape:
         raise Wrong("one text", shape)
     raw = value.item()
@@ -624,7 +653,6 @@ def _decoded(stored: h5py.h5a.AttrID, kind: h5py.h5t.TypeStringID, shape: tuple[
 _REFERENCE = 16
 """Bytes that a text of any length has in an attribute: its own length, and where it lies."""
 _TEXT = h5py.string_dtype("utf-8")
-_TEXT_TYPE = h5py.h5t.py_create(_TEXT)
 MOST_ATTRIBUTE = 2**26
 """Bytes of an attribute in the file; one of more than 64 KiB is an odd one already."""
 
