@@ -23,7 +23,7 @@ import stat
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,8 @@ Array: TypeAlias = npt.NDArray[Any]
 Rows: TypeAlias = npt.NDArray[np.int64]
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_COUNTED = ("count", "zero_fraction", "nonfinite")
+"""Statistics that the summary of a run is made of."""
 FILES_OPEN = 32
 """Open shards: each costs one file descriptor and 20 bytes a chunk."""
 RECENT_BYTES = 16 * 2**20
@@ -346,10 +348,19 @@ class Activations:
             there,
         )
 
+    def totals(self) -> dict[str, Totals]:
+        """What is counted of every layer, over all rows. Each file is opened once, however many there are."""
+        totals = dict.fromkeys(self.layers, Totals())
+        for file in self._files:
+            with file.hdf5():
+                totals = {name: known.plus(file.totals(name)) for name, known in totals.items()}
+        return totals
+
     def info(self) -> dict[str, Any]:
         """A summary as plain data: what `fmextract info` shows."""
         failed = np.flatnonzero(self.status)
-        layers = [self[name].info() for name in self.layers]
+        stored = self._stored_bytes()
+        layers = [self[name]._info(stored[name]) for name in self.layers]
         return {
             "path": str(self.path),
             "format": f"{self.attrs.get('format')} {self.attrs.get('format_version')}",
@@ -408,6 +419,14 @@ class Activations:
     def _column(self, name: str) -> Array:
         return np.concatenate([file.column(name) for file in self._files])
 
+    def _stored_bytes(self) -> Counter[str]:
+        """Of every layer, over all files, each of them opened once."""
+        total: Counter[str] = Counter()
+        for file in self._files:
+            with file.hdf5():
+                total.update({name: file.stored(name).nbytes for name in self.layers})
+        return total
+
     def _said(self, name: str) -> Mapping[str, Any]:
         """What a root attribute that holds JSON means."""
         return self._files[0].contents.said.get(name, {})  # type: ignore[no-any-return]
@@ -435,6 +454,26 @@ def total_throughput(files: Iterable[Mapping[str, Any] | None]) -> dict[str, Any
         return None
     rounded = {stage: round(spent, 3) for stage, spent in busy.items()}
     return {"images": images, "seconds": round(seconds, 3), "busy_seconds": rounded}
+
+
+class Totals(NamedTuple):
+    """Of a layer: bytes on the disk, finite values of images without an error, zeros among them, values not finite.
+
+    `values` and `zeros` are 0 where the channel axis is not known.
+    """
+
+    nbytes: int = 0
+    values: float = 0.0
+    zeros: float = 0.0
+    nonfinite: int = 0
+
+    def plus(self, other: Totals) -> Totals:
+        return Totals(
+            self.nbytes + other.nbytes,
+            self.values + other.values,
+            self.zeros + other.zeros,
+            self.nonfinite + other.nonfinite,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -652,7 +691,9 @@ class Layer:
 
     def info(self) -> dict[str, Any]:
         """A summary as plain data."""
-        stored = sum(file.stored(self.name).nbytes for file in self._acts._files)
+        return self._info(sum(file.stored(self.name).nbytes for file in self._acts._files))
+
+    def _info(self, stored: int) -> dict[str, Any]:
         return {
             "name": self.name,
             "module": self.module,
@@ -956,15 +997,30 @@ class _File:
             return [None] * len(self.rows)
         return decode_column(self.column(found.name), found.form, f"{self.path}: /{found.name}")
 
-    def stats(self, layer: str, covariance: bool = False) -> dict[str, Array]:
-        """The statistics of a layer by name, empty where it has none; its covariance, of megabytes, only on demand."""
+    def totals(self, layer: str) -> Totals:
+        """What is counted of a layer. Raises DamagedError where its statistics are missing."""
+        stored = self.stored(layer)
+        if stored.spec.channel_axis is None:
+            return Totals(stored.nbytes, nonfinite=int(stored.attrs.get("nonfinite", 0)))
+        stats = self.stats(layer, only=_COUNTED)
+        if missing := [name for name in _COUNTED if name not in stats]:
+            raise DamagedError(f"{self.path}: layer {layer} has no statistics {', '.join(missing)}")
+        count = np.asarray(stats["count"], np.float64)
+        zeros = float(np.nansum(stats["zero_fraction"] * count))  # NaN in a channel without values
+        return Totals(stored.nbytes, float(count.sum()), zeros, int(np.sum(stats["nonfinite"])))
+
+    def stats(self, layer: str, covariance: bool = False, only: Container[str] | None = None) -> dict[str, Array]:
+        """The statistics of a layer by name, empty where it has none; its covariance, of megabytes, only on demand.
+
+        Where `only` some are wanted, the others are not read.
+        """
         with self.hdf5() as file:
             path, spec = f"/layers/{store.escape_name(layer)}/stats", self.contents.layers[layer].spec
             if path not in file or spec.channel_axis is None:
                 return {}
             left_out = () if covariance else moments.COVARIANCE
-            channels = spec.shape[spec.channel_axis]
-            return schema.statistics(store.read_statistics(file, path, left_out), channels, f"{self.path}: {path}")
+            channels, values = spec.shape[spec.channel_axis], store.read_statistics(file, path, left_out, only)
+            return schema.statistics(values, channels, f"{self.path}: {path}")
 
     def coordinates(self, layer: str) -> dict[str, Array]:
         """The values of the scales along the axes of a layer, by the axis."""

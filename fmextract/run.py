@@ -30,7 +30,7 @@ from fmextract.output import Output, resumable
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, copied_as_planned, describe, identity, lent, plan_for, prepare, reduce_functions
 from fmextract.progress import Quiet
-from fmextract.records import FileInfo, LayerResult, Progress, Result
+from fmextract.records import FileInfo, LayerResult, LayerSpec, Progress, Result
 from fmextract.resume import Asked
 from fmextract.workers import Jpegs, Workers, hired
 
@@ -384,7 +384,7 @@ def _result(acts: reader.Activations, target: Path, tally: engine.Tally, seconds
     """What a finished output holds, and what this run did for it. `resumed` None: it was complete before."""
     rows = len(acts)
     with acts.held():
-        layers = tuple(_layer_result(acts[name]) for name in acts.layers)
+        layers = tuple(_layer_result(acts[name].spec, totals) for name, totals in acts.totals().items())
     config, chosen = acts.config, str(acts.attrs.get("precision"))
     failed, failures = int(np.count_nonzero(acts.status)), _failures(acts)
     bytes_raw = sum(acts[name].nbytes for name in acts.layers)
@@ -434,19 +434,13 @@ def _failures(acts: reader.Activations) -> list[tuple[str, str]]:
     return [(str(acts.keys[row]), str(acts.messages[row])) for row in rows]
 
 
-def _layer_result(layer: reader.Layer) -> LayerResult:
-    spec, sparsity, nonfinite = layer.spec, None, int(layer.attrs.get("nonfinite", 0))
-    if spec.channel_axis is not None:
-        stats = layer.stats
-        count = np.asarray(stats.count, np.float64)
-        sparsity = float(np.nansum(stats.zero_fraction * count) / count.sum()) if count.sum() else None
-        nonfinite = int(np.sum(stats.nonfinite))
+def _layer_result(spec: LayerSpec, totals: reader.Totals) -> LayerResult:
     return LayerResult(
         name=spec.name,
         shape=spec.shape,
         dtype=spec.dtype,
-        bytes_stored=layer.info()["bytes_stored"],
-        sparsity=sparsity,
-        nonfinite=nonfinite,
+        bytes_stored=totals.nbytes,
+        sparsity=totals.zeros / totals.values if totals.values else None,
+        nonfinite=totals.nonfinite,
         rel_error=spec.rel_error,
     )

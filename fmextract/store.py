@@ -1137,16 +1137,20 @@ def _texts(column: h5py.Dataset, part: slice) -> list[str]:
     return [text.decode("utf-8", "replace") for text in column[part]]
 
 
-def read_statistics(file: h5py.File, path: str, left_out: Container[str] = ()) -> dict[str, Array]:
-    """The values of all datasets of a group that are no scales, by name."""
+def read_statistics(
+    file: h5py.File, path: str, left_out: Container[str] = (), only: Container[str] | None = None
+) -> dict[str, Array]:
+    """The values of the datasets of a group that are no scales, by name: of all, or `only` of some."""
     values: dict[str, Array] = {}
     group = h5py.h5o.open(file.id, path.encode())
     if not isinstance(group, h5py.h5g.GroupID):
         raise FormatError(f"{file.filename}: {path} is no group")
     for encoded in group:
         name = encoded.decode("utf-8", "surrogateescape")
+        if name in left_out or (only is not None and name not in only):
+            continue
         data = h5py.h5o.open(group, encoded)
-        if name not in left_out and isinstance(data, h5py.h5d.DatasetID) and not schema.is_scale(data):
+        if isinstance(data, h5py.h5d.DatasetID) and not schema.is_scale(data):
             values[name] = _read_values(data)
     return values
 
