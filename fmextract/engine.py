@@ -31,7 +31,7 @@ from fmextract.capture import blame
 from fmextract.channel import Channel, Closed
 from fmextract.config import FailureBudget
 from fmextract.device import TOO_SMALL, Download, Transfers, is_out_of_memory, lost, transfers
-from fmextract.errors import CaptureError, ConfigError, DeviceLost, ModelError, SampleError, TooManyFailures
+from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
 from fmextract.inputs.reading import Reader, content, stamp
 from fmextract.inputs.sources import columns_of, on_disk
 from fmextract.moments import settled
@@ -720,14 +720,14 @@ class _Pipeline:
         """The batch made the model raise: run each image among black ones, and fail those that raise alone.
 
         Position and neighbours never change a bit of a row, so the others come out as they would have. Raises
-        MemoryError, DeviceLost or ModelError for what no image is to blame for.
+        MemoryError, DeviceLost or CaptureError for what no image is to blame for.
         """
         neutral = torch.zeros_like(inputs)
         try:
             made = [t.clone() for t in self._work.capture.forward(self._work.forward, neutral.clone())]
         except Exception as error:
             _raise_if_no_image_is_to_blame(error)
-            raise ModelError(
+            raise CaptureError(
                 f"the model fails on any input from row {rows.start} on, also on black images, though it did not before"
                 f" the run: {why} What is done is kept."
             ) from error

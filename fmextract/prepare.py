@@ -327,7 +327,16 @@ def survey(loaded: models.LoadedModel, shape: Sequence[int]) -> taps.Survey:
 
 def _surveyed(loaded: models.LoadedModel, noise: torch.Tensor) -> taps.Survey:
     with _failing_on(noise.shape[1:], loaded.module):
-        seen = taps.survey(loaded.module, loaded.forward, noise)
+        try:
+            seen = taps.survey(loaded.module, loaded.forward, noise)
+        except (FmextractError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # a model may refuse inputs beyond the range of photos
+            noise = (noise / 4).clamp(-1, 1)
+            try:
+                seen = taps.survey(loaded.module, loaded.forward, noise)
+            except Exception:
+                raise error from None
         if {path for path, _ in loaded.module.named_modules() if path} <= seen.types.keys():
             return seen
         return taps.survey(loaded.module, loaded.forward, noise)  # the first pass has made modules
@@ -341,6 +350,8 @@ def _failing_on(shape: Sequence[int], model: torch.nn.Module) -> Iterator[None]:
     except FmextractError:
         raise
     except Exception as error:
+        if (gone := device.lost(error)) is not None:
+            raise gone from error
         shown = " x ".join(map(str, shape))
         raise LayerError(
             f"the model fails on an input of {shown} (channel x height x width): {blame.told(error, model)}"

@@ -408,7 +408,7 @@ def test_layers(fm: Run, place: Path) -> None:
     words = ("layers", f"{place / 'tiny.py'}:model")
     rows = fm(*words, "--json").json
     assert [row["path"] for row in rows][:3] == ["conv1", "bn1", "relu"]
-    assert rows[0]["number"] == "conv#0"
+    assert rows[0]["number"] == "conv#0 trunk#0"
     assert rows[0]["shape"] == [4, 16, 16]
     assert rows[1]["overwritten"]
     table = fm(*words)

@@ -347,8 +347,8 @@ def test_errors_keep_their_exit_codes(photos: Path, tmp_path: Path, error: Excep
     model = Failing()
     notes = Notes(lambda done: setattr(model, "failing", True))
     expected = DeviceLost if isinstance(error, MemoryError) else type(error)
-    if isinstance(error, (NoSpace, DeviceLost)):  # a model that raises anything says something of its images
-        expected = DeviceLost
+    if isinstance(error, (NoSpace, DeviceLost)):  # whatever a model raises, it is the model that does
+        expected = CaptureError
     with pytest.raises(expected) as caught:
         extract(photos, tmp_path / "out", model=model, notes=notes)
     assert caught.value.exit_code == code

@@ -19,7 +19,7 @@ from fmextract.capture.atoms import Axes, image_axes, name_axes, without_batch
 from fmextract.capture.independence import finite, kinds, leaking, same
 from fmextract.capture.writes import Writes, digest, memory, unwatched
 from fmextract.device import is_out_of_memory
-from fmextract.errors import CaptureError
+from fmextract.errors import CaptureError, FmextractError
 from fmextract.taps import (
     ROOT,
     Forward,
@@ -203,7 +203,36 @@ def probe(
     `no_grad`. Raises what the forward raises.
     """
     noise = _distinct_noise(image_shape, device)
-    a, b, c = noise[0] - 1, noise[1], noise[6] + 1
+    first: Exception | None = None
+    tries = [*((*kind, photos) for kind in _NOISES), (*_NOISES[-1], None)]
+    for spread, contrast, shown in tries:
+        try:
+            images = noise if contrast == 1 else (contrast * noise).clamp(-1, 1)
+            return _probe(model, forward, taps, images, spread, shown)
+        except FmextractError:
+            raise
+        except Exception as error:  # the model's own: it may refuse inputs beyond a range, which no photo leaves
+            if is_out_of_memory(error):
+                raise
+            first = first or error  # an image that the model fails on is a matter of its row
+    assert first is not None
+    raise first
+
+
+_NOISES = ((1.0, 1.0), (0.0, 1.0), (0.0, 0.25))
+"""How much darker and brighter than the rest two images of noise are, and the contrast of all: tried in turn."""
+
+
+def _probe(
+    model: nn.Module,
+    forward: Forward,
+    taps: Sequence[Tap],
+    noise: torch.Tensor,
+    spread: float,
+    photos: Photos | None,
+) -> tuple[list[Probed], list[Refused]]:
+    """As `probe`, with `noise` of which one image is darker by `spread`, and one brighter."""
+    a, b, c = noise[0] - spread, noise[1], noise[6] + spread
     p, q = _filled(photos, 2, noise[2:])
     three = _Watch(model, forward, taps, torch.stack([b, p, a]), keeps=1)
     with AxisTracer() as tracer:

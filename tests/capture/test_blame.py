@@ -131,9 +131,9 @@ def test_a_model_that_fails_in_the_run_is_no_lost_device(tmp_path: Path) -> None
     model = Breaks(10**6)
     fm.extract(images(12), model, tmp_path / "x.h5", layers=["inner"], **options).close()
     taken = 10**6 - model.passes[0]
-    with pytest.raises(fm.ModelError, match="the model fails on any input from row") as caught:
+    with pytest.raises(fm.CaptureError, match="the model fails on any input from row") as caught:
         fm.extract(images(12), Breaks(taken - 2), tmp_path / "x.h5", layers=["inner"], **options)
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == 4
     assert "IndexError: tuple index out of range (in the model itself, Breaks, given 2 x 3 x 8 x 8 float32)" in str(
         caught.value
     )

@@ -156,3 +156,22 @@ def test_a_tensor_that_gets_another_shape_in_place_is_stored_as_it_was(how: str,
     ) as acts:
         assert acts["conv"].axes == ("sample", "channel", "y", "x")
         np.testing.assert_allclose(acts["conv"][:], torch.stack(expected).numpy(), atol=1e-6)
+
+
+def test_a_model_that_refuses_some_images_fails_their_rows_alone(tmp_path: Path) -> None:
+    """Neither the noise of the probe nor a photo that it looks at first makes a model one that cannot be run."""
+
+    class Choosy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Conv2d(3, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if ((x < -1.01) | (x > 1.01)).any() or (x.mean((1, 2, 3)) > 0.8).any():
+                raise ValueError("out of range")
+            return self.inner(x)
+
+    photos = [np.full((8, 8, 3), value, np.uint8) for value in (255, 10, 40, 90, 120, 250)]
+    how: dict[str, Any] = {"preprocess": "size=8,crop=8,mean=0.5,std=0.5", "precision": "fp32", "batch_size": 2}
+    with fm.extract(photos, Choosy(), tmp_path / "x.h5", layers=["inner"], device="cpu", max_failures=3, **how) as acts:
+        assert acts.status.tolist() == [3, 0, 0, 0, 0, 3]
