@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import runs
 import torch
+from torchvision import datasets
 
 import fmextract as fm
-
-datasets = pytest.importorskip("torchvision.datasets")
 
 
 class Kept:

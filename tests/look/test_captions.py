@@ -162,13 +162,13 @@ def test_a_page_says_no_folder_of_this_machine(tmp_path: Path) -> None:
 
 
 def test_names_without_folders() -> None:
-    assert local_name("/home/me/photos/") == "photos"
-    assert local_name("/home/me/data.py:make") == "data.py:make"
+    assert local_name("/data/me/photos/") == "photos"
+    assert local_name("/data/me/data.py:make") == "data.py:make"
     assert local_name(r"C:\Users\me\photos") == "photos"
     assert local_name("photos/cats") == "photos/cats"
     assert local_name("package.module:Data") == "package.module:Data"
     said = without_folders(
-        "no '/home/me/a b/1.png' in /home/me/a b: see /srv/x.h5, https://host/a/b and/or 3/4", ["/home/me/a b"]
+        "no '/data/me/a b/1.png' in /data/me/a b: see /srv/x.h5, https://host/a/b and/or 3/4", ["/data/me/a b"]
     )
     assert said == "no '1.png' in a b: see x.h5, https://host/a/b and/or 3/4"
     assert without_folders(r"cannot open C:\Users\me\x.png", ["/", ""]) == "cannot open x.png"
