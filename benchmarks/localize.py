@@ -63,7 +63,7 @@ def scenes(photos: Path, folder: Path, count: int) -> dict[str, tuple[int, int]]
 
 def hit(acts: Activations, key: str, layer: str, target: Box) -> tuple[bool, bool]:
     """Whether the hottest cell, and the strongest channel, point into `target`, in pixels of the photo."""
-    found = look.where(acts, key, layer, 1)
+    found = look.localize(acts, key, layer, 1)
     row = acts.row(key)
     size = int(acts.heights[row]), int(acts.widths[row])
     inside = []

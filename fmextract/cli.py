@@ -912,7 +912,7 @@ def show_depth(
 
         with reader.open(acts) as stored:
             if out is None:
-                rows = look.depth(stored, layers or ())
+                rows = look.measure_depth(stored, layers or ())
             else:
                 _, rows = look.show_depth(stored, out, layers=layers or (), style=_style(theme, dpi))
     _show([row.as_json() for row in rows], lambda: tables.depth(rows), as_json)

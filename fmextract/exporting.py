@@ -386,17 +386,17 @@ def _write_parquet(job: _Job, path: Path) -> list[ExportedLayer]:
             "axes": strict_json.dumps(layer.axes[1:]),
         }
         fields.append(arrow.field(place, kind, metadata={"layer": layer.name} | said))
-    schema = arrow.schema(fields, metadata={_ABOUT: strict_json.dumps(job.about(written))})
+    table = arrow.schema(fields, metadata={_ABOUT: strict_json.dumps(job.about(written))})
     with (
         _durable(path) as file,
-        parquet.ParquetWriter(file, schema, compression="zstd", use_dictionary=False) as writer,
+        parquet.ParquetWriter(file, table, compression="zstd", use_dictionary=False) as writer,
     ):
         for rows in job.blocks(layers):
             arrays = [arrow.array(columns[name][rows], kinds[name]) for name in columns]
             for layer, dtype, field in zip(layers, dtypes, fields[len(columns) :], strict=True):
                 values = arrow.array(layer[rows].reshape(-1).astype(dtype, copy=False))
                 arrays.append(arrow.FixedSizeListArray.from_arrays(values, type=field.type))
-            writer.write_table(arrow.Table.from_arrays(arrays, schema=schema))
+            writer.write_table(arrow.Table.from_arrays(arrays, schema=table))
     return written
 
 

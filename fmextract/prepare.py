@@ -484,8 +484,8 @@ def _images(source: Source, out: Path) -> dict[str, Any]:
 def _classes(source: Source) -> dict[str, Any]:
     """What the labels are called, where a Dataset says it."""
     names = source.label_names() if isinstance(source, DatasetSource) else ()
-    text = strict_json.dumps(list(names), ensure_ascii=False)
-    return {"label_names": text} if names and len(text.encode("utf-8", "replace")) < LONGEST_NAMES else {}
+    known = strict_json.dumps(list(names), ensure_ascii=False)
+    return {"label_names": known} if names and len(known.encode("utf-8", "replace")) < LONGEST_NAMES else {}
 
 
 def _asked(prepared: Prepared) -> str:

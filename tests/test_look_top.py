@@ -98,11 +98,11 @@ def test_where_is_heat_and_unusual_channels(acts: fmextract.Activations, tmp_pat
     for peak in found.peaks:
         assert maps[row, peak.channel][peak.cell] == maps[row, peak.channel].max() == peak.value
     with pytest.raises(ConfigError, match="at least 1"):
-        look.where(acts, "3.png", "conv2", 0)
+        look.localize(acts, "3.png", "conv2", 0)
 
 
 def test_a_dead_channel_is_never_the_strongest(acts: fmextract.Activations) -> None:
-    assert 1 not in [peak.channel for peak in look.where(acts, "3.png", "relu", 5).peaks]
+    assert 1 not in [peak.channel for peak in look.localize(acts, "3.png", "relu", 5).peaks]
 
 
 def test_depth_is_numpy_on_the_stored_maps(acts: fmextract.Activations, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_depth_counts_what_is_not_finite(tmp_path: Path) -> None:
     running.update(torch.from_numpy(values), 0)
     make_file(tmp_path / "a.h5", {"conv": values}, stats={"conv": running.result()})
     with fmextract.open(tmp_path / "a.h5") as acts:
-        (row,) = look.depth(acts)
+        (row,) = look.measure_depth(acts)
     finite = values[np.isfinite(values)].astype(np.float64)
     assert (row.nonfinite, row.values) == (2, finite.size)
     assert row.mean == pytest.approx(finite.mean())

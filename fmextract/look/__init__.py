@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from fmextract.look.canvas import Style
-from fmextract.look.depth import LayerDepth, depth, show_depth
+from fmextract.look.depth import LayerDepth, measure_depth, show_depth
 from fmextract.look.differences import draw_comparison
 from fmextract.look.maps import MapPicture, draw_maps, show_maps
 from fmextract.look.top import Example, show_top, strongest, top_picture
-from fmextract.look.where import Where, show_where, where, where_picture
+from fmextract.look.where import Where, localize, show_where, where_picture
 
 if TYPE_CHECKING:
     from fmextract.look.filters import Filters, show_filters
@@ -34,9 +34,10 @@ __all__ = [
     "Style",
     "Where",
     "activations_of",
-    "depth",
     "draw_comparison",
     "draw_maps",
+    "localize",
+    "measure_depth",
     "show_depth",
     "show_filters",
     "show_maps",
@@ -45,7 +46,6 @@ __all__ = [
     "show_where",
     "strongest",
     "top_picture",
-    "where",
     "where_picture",
 ]
 

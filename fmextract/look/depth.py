@@ -60,7 +60,7 @@ class LayerDepth:
         return asdict(self)
 
 
-def depth(acts: Activations, layers: Sequence[str] = ()) -> list[LayerDepth]:
+def measure_depth(acts: Activations, layers: Sequence[str] = ()) -> list[LayerDepth]:
     """One entry a layer in the order of execution; layers without a channel axis have no statistics and are left out.
 
     `layers` are names or selectors, all if none. Raises ConfigError where no layer has statistics.
@@ -122,7 +122,7 @@ def show_depth(
 
     Raises ConfigError, MissingExtra without matplotlib.
     """
-    rows = depth(acts, layers)
+    rows = measure_depth(acts, layers)
     width = max(7.5, min(22.0, 2.2 + 0.42 * len(rows)))
     panel, between = 1.84, 0.74
     ticks = [canvas.tick_name(row.layer, acts[row.layer].numbers) for row in rows]

@@ -75,7 +75,7 @@ class Where:
         }
 
 
-def where(acts: Activations, image: str, layer: str, k: int = 5) -> Where:
+def localize(acts: Activations, image: str, layer: str, k: int = 5) -> Where:
     """The `k` strongest channels of the image with this key in a layer, and where all channels together are strongest.
 
     A channel is as strong as its highest value is unusual: measured in the channel's own standard deviations over the
@@ -120,7 +120,7 @@ def show_where(
     The photo is looked for where the run found it, or in `images`. Raises ConfigError, MissingExtra.
     """
     check_traceable(acts)
-    found = where(acts, image, layer, k)
+    found = localize(acts, image, layer, k)
     photo = load_photo(acts, acts.row(image), images)
     seen = as_seen(photo, acts.preprocess)
     side, crops = 4.4, len(found.peaks)
