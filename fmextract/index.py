@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from fmextract.store import disk_error
 
 INDEX, PLAN = "index.json", "plan.json"
 INDEX_FORMAT = "fmextract-index"
+DIGEST = "digest"
+"""In plan.json and in the record of a shard: SHA-256 of all their other fields."""
 _NAME = re.compile(r"shard-(\d{5,})\.h5")
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -114,6 +116,24 @@ def read_json(path: Path) -> Any:
         raise OutputError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
         raise FormatError(f"{path} is not valid JSON: {error}") from error
+
+
+def write_sealed(path: Path, obj: Mapping[str, Any]) -> None:
+    """As `write_json`, with a digest of what it says beside it, which `read_sealed` compares."""
+    said = strict_json.plain(obj)
+    write_json(path, {**said, DIGEST: _seal(said)})
+
+
+def read_sealed(path: Path) -> Any:
+    """What `write_sealed` wrote, and without a comparison what earlier versions did. Raises as `read_json`."""
+    said = read_json(path)
+    if isinstance(said, dict) and DIGEST in said and said.pop(DIGEST) != _seal(said):
+        raise FormatError(f"{path} is damaged: it does not say what was written there, as its digest shows")
+    return said
+
+
+def _seal(said: Mapping[str, Any]) -> str:
+    return hashlib.sha256(strict_json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------- records
@@ -201,7 +221,7 @@ def record_shard(
         batch_size=batch_size,
         extra=dict(extra or {}),
     )
-    write_json(path.with_suffix(".json"), record.to_json())
+    write_sealed(path.with_suffix(".json"), record.to_json())
     return record
 
 
@@ -214,19 +234,29 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def load_records(directory: Path) -> list[ShardRecord]:
+def load_records(directory: Path, tell: Callable[[str], None] = lambda text: None) -> list[ShardRecord]:
     """The shards that are done, in row order: every record whose file is there with the recorded size.
 
-    This is what a resume asks; a record without its file, or with a file of another size, is not done.
+    This is what a resume asks; a record without its file, or with a file of another size, is not done. Nor is one
+    that cannot be read or is damaged, of which `tell` is told.
     """
     records = []
-    for path in directory.glob("shard-*.json"):
-        record = ShardRecord.from_json(read_json(path), path)
-        if record.name != path.with_suffix(".h5").name:
-            raise FormatError(f"{path} is the record of {record.name}")
+    for path in sorted(directory.glob("shard-*.json")):
+        try:
+            record = _own_record(path)
+        except (FormatError, OutputError) as error:
+            tell(str(error))
+            continue
         if _size(directory / record.name) == record.bytes:
             records.append(record)
     return sorted(records, key=lambda record: record.start)
+
+
+def _own_record(path: Path) -> ShardRecord:
+    record = ShardRecord.from_json(read_sealed(path), path)
+    if record.name != path.with_suffix(".h5").name:
+        raise FormatError(f"{path} is damaged: it is the record of {record.name}")
+    return record
 
 
 def _size(path: Path) -> int | None:
@@ -283,7 +313,7 @@ def load_index(directory: Path) -> list[ShardRecord]:
     file, naming the file and the rows. A gap is never read as zeros.
     """
     if not (directory / INDEX).exists():
-        plan = read_json(directory / PLAN) if (directory / PLAN).exists() else None
+        plan = read_sealed(directory / PLAN) if (directory / PLAN).exists() else None
         if plan is None:
             raise OutputError(f"{directory} is not an fmextract output: it has neither {INDEX} nor {PLAN}")
         missing = list(_missing(directory, plan, load_records(directory)))

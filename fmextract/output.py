@@ -21,7 +21,7 @@ from fmextract.index import INDEX, PLAN, ShardRecord
 from fmextract.lock import NAME as LOCK
 from fmextract.lock import Lock
 from fmextract.moments import merge, settled
-from fmextract.planning import Plan
+from fmextract.planning import PLAN_FORMAT, Plan
 from fmextract.records import Progress
 from fmextract.resume import Asked
 from fmextract.watch import left_behind
@@ -87,9 +87,9 @@ class Output:
             return earlier or self._anew(make_plan)
         with _writing(self.directory):
             (self.directory / INDEX).unlink()
-        self.records, self.taken_up = index.load_records(self.directory), True
+        self.records, self.taken_up = index.load_records(self.directory, self._tell_damaged), True
         self.drop(rows)
-        return Plan.from_json(index.read_json(self.directory / PLAN), self.directory / PLAN)
+        return Plan.load(self.directory / PLAN)
 
     def drop(self, rows: Sequence[int]) -> None:
         """Shards that hold one of these rows are not kept: they are made again."""
@@ -98,36 +98,55 @@ class Output:
     def _anew(self, make_plan: Callable[[], Plan]) -> Plan:
         made = make_plan()
         with _writing(self.directory):
-            index.write_json(self.directory / PLAN, made.as_json())
+            index.write_sealed(self.directory / PLAN, made.as_json())
         return made
 
     def _continues(self, asked: Asked) -> bool:
         """Whether an earlier run is there and is taken up; one that is not is removed. Raises OutputError."""
         if not (self.directory / PLAN).exists():
             return False
-        earlier = Plan.from_json(index.read_json(self.directory / PLAN), self.directory / PLAN)
         try:
-            records = self._records_of(earlier)
+            earlier = Plan.load(self.directory / PLAN)
         except FormatError as error:
-            if not self._overwrite:
-                raise FormatError(f"{error}. --overwrite begins anew") from error
-            self._remove(earlier)
+            self._give_up_plan(error)
             return False
+        damaged: list[str] = []
+        records = self._records_of(earlier, damaged.append)
         stored = [self.directory / record.name for record in records]
         changed = resume.changed(earlier.identity, asked, stored, self._progress.note)
-        if changed and not self._overwrite and any(record.failed < len(record.rows) for record in records):
+        holds_rows = damaged or any(record.failed < len(record.rows) for record in records)
+        if changed and not self._overwrite and holds_rows:
             raise OutputError(
                 f"{self._target} was begun otherwise ({resume.listed(changed)})."
                 " The same arguments resume it, --overwrite starts anew."
             )
         if not changed and self._takes_up(earlier, records):
             return True
-        self._remove(earlier)
+        self._remove(_shards_of(earlier))
+        return False
+
+    def _give_up_plan(self, error: FormatError) -> None:
+        """Remove what was begun by a plan that cannot be read, with --overwrite. Raises FormatError without."""
+        if not self._overwrite:
+            raise FormatError(
+                f"{error}. Without it nobody knows what the shards beside it are of: --overwrite begins anew, -o names"
+                " another"
+            ) from error
+        records = index.load_records(self.directory)
+        if not (self._single or records or self._says_plan()):
+            raise FormatError(f"{error}. Nothing beside it says whose it is: remove {self.directory} yourself")
+        self._remove([record.name for record in records])
+
+    def _says_plan(self) -> bool:
+        """Whether plan.json says that it is ours, for all that is wrong with it."""
+        with contextlib.suppress(FormatError, OutputError):
+            said = index.read_json(self.directory / PLAN)
+            return isinstance(said, dict) and said.get("format") == PLAN_FORMAT
         return False
 
     def _earlier(self) -> Plan | None:
         """The plan of the run that is taken up; None where it is complete."""
-        earlier = Plan.from_json(index.read_json(self.directory / PLAN), self.directory / PLAN)
+        earlier = Plan.load(self.directory / PLAN)
         return None if self._is_complete() else self._resume(earlier)
 
     def is_one_shard(self, made: Plan) -> bool:
@@ -145,7 +164,7 @@ class Output:
                 index.publish(shards[0], self._target)
             else:
                 _pack(shards, self._target, self.directory)
-            self._remove(made)
+            self._remove(_shards_of(made))
 
     # ---- what is there
 
@@ -176,9 +195,13 @@ class Output:
                 " --overwrite replaces it, -o names another."
             )
         if (self.directory / PLAN).exists():  # the run was ended between publishing and tidying up
-            earlier = Plan.from_json(index.read_json(self.directory / PLAN), self.directory / PLAN)
+            try:
+                earlier = Plan.load(self.directory / PLAN)
+            except FormatError as error:
+                self._progress.note(f"left beside the finished {self._target}: {error}")
+                return
             if earlier.run_id == config.get("run_id"):
-                self._remove(earlier)
+                self._remove(_shards_of(earlier))
             else:
                 self._progress.note(f"{self.directory} holds another, unfinished run")
 
@@ -190,10 +213,14 @@ class Output:
         unfinished = self._single or not self._is_finished()  # a single file may be the old one
         return unfinished and bool(earlier.config.get("overwrite")) and not any(record.failed for record in records)
 
-    def _records_of(self, plan: Plan) -> list[ShardRecord]:
-        """The shards of a plan that are there."""
+    def _records_of(self, plan: Plan, tell: Callable[[str], None]) -> list[ShardRecord]:
+        """The shards of a plan that are there. `tell` is told of records that are damaged."""
         planned = {index.shard_name(i): rows for i, rows in enumerate(plan.shards)}
-        return [record for record in index.load_records(self.directory) if planned.get(record.name) == record.rows]
+        records = index.load_records(self.directory, tell)
+        return [record for record in records if planned.get(record.name) == record.rows]
+
+    def _tell_damaged(self, error: str) -> None:
+        self._progress.note(f"{error}: the rows of this shard are extracted again")
 
     def _is_complete(self) -> bool:
         """Whether a directory has its index and every file of it."""
@@ -222,7 +249,7 @@ class Output:
         self.crashed_at, self.taken_up = left_behind(self.directory), True
         with _writing(self.directory):
             self._remove_temporaries()
-        there = self._records_of(earlier)
+        there = self._records_of(earlier, self._tell_damaged)
         with ThreadPoolExecutor(CHECKS) as pool:
             unchanged = pool.map(lambda record: _is_unchanged(self.directory / record.name, record), there)
             for record, same in zip(there, unchanged, strict=True):
@@ -248,10 +275,9 @@ class Output:
             if index.is_temporary(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _remove(self, earlier: Plan) -> None:
-        """Remove what a plan and an index list, and nothing else: the index first, since without it nothing is whole,
-        the plan last, since it says what there is to remove."""
-        names = [index.shard_name(i) for i in range(len(earlier.shards))]
+    def _remove(self, names: Iterable[str]) -> None:
+        """Remove shards that a plan or their records list, and nothing else: the index first, since without it nothing
+        is whole, the plan last, since it says what there is to remove."""
         with _writing(self.directory):
             (self.directory / INDEX).unlink(missing_ok=True)
             for name in names:
@@ -260,6 +286,10 @@ class Output:
             self._remove_temporaries()
             (self.directory / PLAN).unlink(missing_ok=True)
             index.fsync(self.directory)
+
+
+def _shards_of(plan: Plan) -> list[str]:
+    return [index.shard_name(i) for i in range(len(plan.shards))]
 
 
 def finished_shards(target: Path) -> int:
@@ -352,7 +382,7 @@ def _parts(directory: Path, leave_out: Sequence[range]) -> list[Path | range]:
     """The shards of a directory, and the rows that are left out, in the order of their rows."""
     if not leave_out:
         return [directory / record.name for record in index.load_index(directory)]
-    plan = Plan.from_json(index.read_json(directory / PLAN), directory / PLAN)
+    plan = Plan.load(directory / PLAN)
     there = {record.name for record in index.load_records(directory)}
     parts: list[Path | range] = []
     for i, rows in enumerate(plan.shards):

@@ -107,10 +107,10 @@ class Plan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """What was saved there. Raises OutputError where nothing is there, FormatError where it is no plan."""
-        return cls.from_json(index.read_json(Path(path)))
+        return cls.from_json(index.read_sealed(Path(path)), path)
 
     @classmethod
-    def from_json(cls, obj: Any, where: Path | str = "plan.json") -> Plan:
+    def from_json(cls, obj: Any, where: str | os.PathLike[str] = "plan.json") -> Plan:
         """Raises FormatError for anything but what `as_json` gives."""
         if not isinstance(obj, dict) or obj.get("format") != PLAN_FORMAT:
             raise FormatError(f"{where} is not the plan of an fmextract run")

@@ -1230,7 +1230,7 @@ def _in_progress(folder: Path, output: Path) -> FormatError:
     """What to say of a run that is at work, or was ended: how many rows are stored, not only how many shards."""
     with _damage(folder):
         records = index.load_records(folder)
-        shards = [range(*ends) for ends in index.read_json(folder / index.PLAN)["shards"]]
+        shards = [range(*ends) for ends in index.read_sealed(folder / index.PLAN)["shards"]]
         rows, total = sum(len(record.rows) for record in records), sum(map(len, shards))
         failed = sum(record.failed for record in records)
     said = f"{rows:,} of {total:,} images are stored" + (f", {failed:,} of them failed" if failed else "")

@@ -155,7 +155,7 @@ class _Check:
         with self._looking_at(self.place / INDEX):
             records = index.read_index(self.place)
         with self._looking_at(self.place / PLAN):
-            planned = Plan.from_json(index.read_json(self.place / PLAN), self.place / PLAN)
+            planned = Plan.load(self.place / PLAN)
             if records and planned.shards != [record.rows for record in records]:
                 self._wrong(self.place / PLAN, f"plans other shards than {INDEX} lists")
             if (digest := index.plan_digest(self.place)) and index.file_sha256(self.place / PLAN) != digest:
@@ -177,7 +177,7 @@ class _Check:
         chunks: Mapping[str, str] = {}
         own = path.with_suffix(".json")
         with self._looking_at(own, record.rows):
-            said = ShardRecord.from_json(index.read_json(own), own)
+            said = ShardRecord.from_json(index.read_sealed(own), own)
             chunks = said.extra.get("chunks", {})
             if replace(said, extra=index.without_chunks(said.extra)) != record:
                 self._wrong(own, f"is another record than that in {INDEX}", rows=record.rows)

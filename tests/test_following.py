@@ -157,6 +157,7 @@ def test_a_plan_that_was_changed_where_it_lies_is_not_gone_on_with(tmp_path: Pat
             shard.unlink()
     plan = json.loads((out / "plan.json").read_text())
     CHANGES[change](plan)
+    del plan["digest"]  # as in plans of earlier versions; else that shows it
     (out / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(OutputError, match=rf"plan.json is damaged or not of this run.*{change}.*--overwrite"):
         extract(photos, out)

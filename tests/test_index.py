@@ -179,11 +179,32 @@ def test_a_shard_counts_as_done_only_with_its_whole_file(tmp_path: Path) -> None
     assert index.load_records(tmp_path) == []
 
 
-def test_a_record_under_another_name_is_refused(tmp_path: Path) -> None:
+def test_a_record_under_another_name_counts_for_nothing(tmp_path: Path) -> None:
     record(0, range(8), tmp_path)
     shutil.copy(tmp_path / "shard-00000.json", tmp_path / "shard-00001.json")
-    with pytest.raises(FormatError, match="is the record of shard-00000"):
-        index.load_records(tmp_path)
+    told: list[str] = []
+    assert [each.name for each in index.load_records(tmp_path, told.append)] == ["shard-00000.h5"]
+    assert "shard-00001.json is damaged: it is the record of shard-00000.h5" in told[0]
+
+
+def test_no_flipped_bit_of_a_record_is_missed(tmp_path: Path) -> None:
+    record(0, range(8), tmp_path)
+    path = tmp_path / "shard-00000.json"
+    whole, (right,) = path.read_bytes(), index.load_records(tmp_path)
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        told: list[str] = []
+        assert index.load_records(tmp_path, told.append) == [right] or told, f"byte {at}"
+    assert told
+
+
+def test_a_record_of_an_earlier_version_has_no_digest(tmp_path: Path) -> None:
+    record(0, range(8), tmp_path)
+    path = tmp_path / "shard-00000.json"
+    said = json.loads(path.read_text())
+    assert len(said.pop("digest")) == 64
+    path.write_text(json.dumps(said))
+    assert len(index.load_records(tmp_path)) == 1
 
 
 def test_a_missing_file_names_its_rows(finished: Path) -> None:

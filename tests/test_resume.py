@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -17,7 +18,7 @@ import torch
 from runs import Notes, Tiny, extract, extract_until, make_photos, same
 from torch import nn
 
-from fmextract import index, lock, output, reader, verify
+from fmextract import index, lock, output, planning, reader, verify
 from fmextract.errors import FormatError, OutputError, RunStopped
 
 ROWS = 18
@@ -271,6 +272,75 @@ def test_a_shard_that_changed_is_made_again(photos: Path, whole: Path, tmp_path:
     extract(photos, out, notes=notes)
     assert "shard-00001.h5 has changed since it was written" in notes
     same(out, whole)
+
+
+@pytest.mark.parametrize("name", ["out", "out.h5"])
+@pytest.mark.parametrize("what", ["not JSON", "a flipped bit", "unreadable"])
+def test_a_damaged_record_costs_its_own_shard_alone(
+    photos: Path, whole: Path, whole_file: Path, tmp_path: Path, name: str, what: str
+) -> None:
+    out = tmp_path / name
+    extract_until(17, photos, out)
+    record = (out if name == "out" else tmp_path / "out.h5.partial") / "shard-00001.json"
+    if what == "unreadable":
+        record.unlink()
+        record.mkdir()
+    else:
+        said = record.read_text()
+        record.write_text(said[:40] if what == "not JSON" else said.replace('"batch_size": 4', '"batch_size": 5'))
+    with pytest.raises(OutputError, match="was begun otherwise"):
+        extract(photos, out, model=Tiny(seed=1))
+    if what == "unreadable":
+        record.rmdir()
+        record.write_bytes(b"\xff")
+    notes = Notes()
+    assert extract(photos, out, notes=notes).resumed_images == 12
+    assert any("shard-00001.json" in note and "are extracted again" in note for note in notes.notes)
+    same(out, whole_file if name == "out.h5" else whole)
+
+
+def test_rows_whose_records_are_all_damaged_are_not_thrown_away(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract_until(9, photos, out)
+    for record in out.glob("shard-*.json"):
+        record.write_text("{")
+    before = sorted(path.name for path in out.iterdir())
+    with pytest.raises(OutputError, match="was begun otherwise"):
+        extract(photos, out, model=Tiny(seed=1))
+    assert sorted(path.name for path in out.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["out", "out.h5"])
+def test_a_flipped_bit_in_the_plan_of_an_unfinished_run_is_seen(
+    photos: Path, whole: Path, whole_file: Path, tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / name
+    extract_until(9, photos, out)
+    directory = out if name == "out" else tmp_path / "out.h5.partial"
+    path = directory / "plan.json"
+    content, right = path.read_bytes(), planning.Plan.load(path)
+    for at in range(0, len(content), 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :])
+        with contextlib.suppress(FormatError):
+            assert planning.Plan.load(path) == right, f"byte {at}"
+    path.write_bytes(content.replace(b'"batch_size": 4', b'"batch_size": 8', 1))
+    with pytest.raises(
+        FormatError, match=r"plan\.json is damaged.*its digest.*--overwrite begins anew, -o names another"
+    ):
+        extract(photos, out)
+    mine = directory / "notes.txt"
+    mine.write_text("mine")
+    extract(photos, out, overwrite=True)
+    assert mine.read_text() == "mine"
+    mine.unlink()
+    same(out, whole_file if name == "out.h5" else whole)
+
+
+def test_a_file_that_is_called_plan_and_is_not_ours_is_left(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"my": "plan"}')
+    with pytest.raises(FormatError, match=r"remove .* yourself"):
+        extract(photos, tmp_path, overwrite=True)
+    assert (tmp_path / "plan.json").read_text() == '{"my": "plan"}'
 
 
 class Hungry(Tiny):
