@@ -191,7 +191,7 @@ def _on_the_device() -> Iterator[list[Ring]]:
         return rings[-1]
 
     with (
-        mock.patch.object(engine, "transfers", transfers),
+        mock.patch.object(engine, "transfers_for", transfers),
         mock.patch.object(engine._Pipeline, "_describe", return_value=None),
     ):
         yield rings

@@ -319,7 +319,7 @@ def _pinned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return block
 
 
-def transfers(device: torch.device, depth: int) -> Transfers:
+def transfers_for(device: torch.device, depth: int) -> Transfers:
     """The transfers for a device. `depth` batches of activations may be on the host at once, on a CPU one."""
     if device.type in ("cpu", "mps"):
         return HostTransfers(device, 1 if device.type == "cpu" else depth)

@@ -30,7 +30,7 @@ from fmextract import chunks, images, index, store
 from fmextract.capture import blame
 from fmextract.channel import Channel, Closed
 from fmextract.config import FailureBudget
-from fmextract.device import TOO_SMALL, Download, Transfers, is_out_of_memory, lost, transfers
+from fmextract.device import TOO_SMALL, Download, Transfers, is_out_of_memory, lost, transfers_for
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
 from fmextract.inputs.reading import Reader, content, stamp
 from fmextract.inputs.sources import columns_of, on_disk
@@ -533,7 +533,7 @@ class _Pipeline:
         self._work, self._directory, self._tally = work, directory, tally
         plan = work.plan
         self._micro = plan.batch_size
-        self._moves = transfers(work.device, DEPTH)
+        self._moves = transfers_for(work.device, DEPTH)
         self._decode_pool = thread_pool("fmextract-decode", plan.threads)
         self._encode_pool = thread_pool("fmextract-encode", plan.threads)
         tally.threads |= {"decode": plan.threads, "forward": 1, "encode": plan.threads, "write": 1, "publish": 1}

@@ -318,7 +318,7 @@ def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[geometry.Redu
     return [None if r is None or not r.stores else (r.apply, r.axes) for r in reductions]
 
 
-def survey(loaded: models.LoadedModel, shape: Sequence[int]) -> taps.Survey:
+def survey_model(loaded: models.LoadedModel, shape: Sequence[int]) -> taps.Survey:
     """What one pass over noise of `shape` does, on the CPU; the model is as before afterwards. Raises LayerError."""
     cpu = torch.device("cpu")
     with untouched(loaded.module), precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):

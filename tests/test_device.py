@@ -20,7 +20,7 @@ from simulated_device import Event, Simulator, Stream, installed
 
 from fmextract import device as device_module
 from fmextract.channel import Closed
-from fmextract.device import DeviceTransfers, HostTransfers, is_out_of_memory, transfers
+from fmextract.device import DeviceTransfers, HostTransfers, is_out_of_memory, transfers_for
 
 DELAYS = {
     "slow copies": {"copy": 0.004},
@@ -235,10 +235,10 @@ def test_memory_that_could_not_be_pinned_is_refused(monkeypatch: pytest.MonkeyPa
 
 
 def test_mps_copies_and_waits_since_it_has_no_second_stream() -> None:
-    moves = transfers(torch.device("mps"), 2)
+    moves = transfers_for(torch.device("mps"), 2)
     assert isinstance(moves, HostTransfers)
     assert moves.ahead == 2
-    assert transfers(torch.device("cpu"), 2).ahead == 1
+    assert transfers_for(torch.device("cpu"), 2).ahead == 1
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     with installed(monkeypatch, {"copy": 0.002, "jitter": 0.002}):
         # The forward pass is the CPU's, which does not wait for an upload: here alone it is there at once.
         monkeypatch.setattr(DeviceTransfers, "upload", lambda self, buffer: buffer.clone())
-        monkeypatch.setattr(engine, "transfers", lambda _, depth: DeviceTransfers(simulated_device.DEVICE, depth))
+        monkeypatch.setattr(engine, "transfers_for", lambda _, depth: DeviceTransfers(simulated_device.DEVICE, depth))
         yield torch.device("cpu")
 
 

@@ -168,7 +168,7 @@ def _survey(loaded: models.LoadedModel, layer: str) -> taps.Survey:
     preprocess = loaded.preprocess
     if preprocess is None or preprocess.size is None:
         raise ConfigError(f"{layer!r} is found by a forward pass, whose input size is not known: give --size N")
-    return prepare.survey(loaded, (COLOUR, *preprocess.size))
+    return prepare.survey_model(loaded, (COLOUR, *preprocess.size))
 
 
 def _pick(kernels: Array, count: int, order: str, chosen: Sequence[int]) -> list[int]:

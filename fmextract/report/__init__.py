@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-import fmextract.report.numbers as numbers
 from fmextract import reader
 from fmextract.common import strict_json
 from fmextract.common.folders import local_name
 from fmextract.errors import ConfigError
 from fmextract.look.photos import input_size
+from fmextract.report import numbers
 from fmextract.report.photos import Photos
 from fmextract.report.views import drawn, view_of
 from fmextract.text import byte_count, count, printable
