@@ -1,7 +1,7 @@
 """Every model of torchvision: is each stored value, bit for bit, what a cloning hook sees in the same forward pass?
 
     python benchmarks/sweep.py --state sweep.jsonl              check what is not in the state file yet
-    python benchmarks/sweep.py --state sweep.jsonl --table docs/models.md
+    python benchmarks/sweep.py --state sweep.jsonl --table docs/reference/models.md
 
 Each model gets random weights and four noise images (or clips), as small as it allows, in batches of two. All its
 modules, leaves and containers, go through `extract` into a file and are read back with `open`. The reference is a pass
@@ -300,7 +300,7 @@ def _rows(state: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The Markdown of docs/models.md."""
+    """The Markdown of docs/reference/models.md."""
     rows = sorted(rows, key=lambda row: row["model"])
     run = [row for row in rows if "error" not in row]
     wrong = sum(len(row["different"]) + len(row["missing"]) for row in run)

@@ -160,7 +160,7 @@ def as_array(piece: torch.Tensor, channels_last: bool = False) -> np.ndarray[Any
         pixels = np.moveaxis(piece.numpy(), 1, -1)
         return pixels.reshape(len(piece), math.prod(piece.shape[2:]), piece.shape[1]).transpose(0, 2, 1)
     # One image at a time, as the transpose of a matrix: torch does that in blocks, two to five times as fast as
-    # `contiguous` (docs/performance.md), where the rows of the matrix follow each other. Those of some of the channels
+    # `contiguous` (docs/measurements), where the rows of the matrix follow each other. Those of some of the channels
     # are brought together first.
     made = torch.empty(piece.shape, dtype=piece.dtype)
     for planes, image in zip(made.flatten(2), piece.movedim(1, -1), strict=True):

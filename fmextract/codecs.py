@@ -327,7 +327,7 @@ _LOOK_BACK_BITS = 2
 chance, and a long distance costs bits. The header states the full window, which every reader has."""
 _BLOCKS = igzip_lib.MEM_LEVEL_MEDIUM
 """Room for the symbols of a block, hence how often the Huffman codes are made anew: so often that the planes of a chunk
-have their own, and not so often that it costs time. docs/performance.md has what both bring."""
+have their own, and not so often that it costs time. docs/measurements has what both bring."""
 _STRETCH_BITS = 9  # the least that ISA-L's streams allow
 _STORED_MOST = 65535
 _STORED_BLOCK = struct.Struct("<BHH")

@@ -20,11 +20,11 @@ from fmextract.records import LayerSpec
 from fmextract.stats import TOGETHER, WORKSPACE, RunningStats, bytes_held, covariance_bytes
 from fmextract.text import byte_count
 
-# Bytes a second through digest, write, fsync and the checksum of the shard, on one core (docs/performance.md).
+# Bytes a second through digest, write, fsync and the checksum of the shard, on one core (docs/measurements).
 # Measuring it would mean to write, which a plan does not.
 WRITE_RATE = 350e6
 
-# What a run on a CPU reaches of the rate at which its stages alone would run by turns (docs/performance.md): the rest
+# What a run on a CPU reaches of the rate at which its stages alone would run by turns (docs/measurements): the rest
 # goes into handing over, and into waiting for the last of a batch.
 SHARE_OF_LIMIT = 0.88
 

@@ -23,7 +23,7 @@ from fmextract.storage import schema
 
 PLAN_FORMAT = "fmextract-plan"
 
-# Measured (docs/performance.md): chunks under 256 KiB cost the writer, over 1 MiB they make one image dear to read.
+# Measured (docs/measurements): chunks under 256 KiB cost the writer, over 1 MiB they make one image dear to read.
 CHUNK_BYTES = 1 << 20
 SPLIT_BYTES = 2 << 20
 MOST_IMAGES = 1024

@@ -227,7 +227,7 @@ def is_plain_pool(module: nn.Module) -> bool:
 
 def _pooling(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
     """The forward of an nn.MaxPool2d, bit for bit, with the vectorised kernel that torch has for channels-last alone:
-    mostly four to eight times as fast, both ways of laying out included (docs/performance.md). In float32: in bfloat16
+    mostly four to eight times as fast, both ways of laying out included (docs/measurements). In float32: in bfloat16
     that kernel gives another NaN.
     """
 
@@ -251,7 +251,7 @@ def keep_freed_memory() -> None:
     """Ask glibc to keep freed blocks: giving activations back to the system costs a page fault a page and batch.
 
     Measured on a CPU: ResNet-50 at batch 64 goes from 52 to 78 images/s, EfficientNet-Lite0 from 87 to 251, for 0.1 to
-    0.3 GB of memory (docs/performance.md). One arena for all threads, since each else keeps what it once needed: 0.15
+    0.3 GB of memory (docs/measurements). One arena for all threads, since each else keeps what it once needed: 0.15
     GB of a run, at the same speed. Elsewhere than on glibc it does nothing.
     """
     mallopt = _of_libc("mallopt")

@@ -2,7 +2,7 @@
 
 This is the only module that writes HDF5. Chunks arrive compressed (`codecs.encode`) and are put into the file as they
 are, past libhdf5's filters and its global lock; what lies in the file is plain HDF5 and valid netCDF-4. The layout is
-described in docs/format.md. One thread at a time may use a ShardWriter.
+described in docs/reference/format.md. One thread at a time may use a ShardWriter.
 
     ShardWriter      chunks → file                   content_digest   file → one number for all that a reader sees
     pack             files → one file, undecoded     validate         is this file ours, and safe to read?
@@ -97,7 +97,7 @@ def chunk_digest(payload: Stored) -> bytes:
     """XXH3 (128 bits) of one stored chunk.
 
     It tells damage, not forgery, and takes no time: BLAKE2b of the same bytes would be a fifth of the work of the
-    encoder (docs/performance.md). The SHA-256 of a shard of a directory stands in its record.
+    encoder (docs/measurements). The SHA-256 of a shard of a directory stands in its record.
     """
     import xxhash  # here, so that reading a file needs nothing but numpy and h5py
 

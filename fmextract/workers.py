@@ -1,7 +1,7 @@
 """Processes that decode JPEGs, encode chunks and finish shards for the threads of a run.
 
 Decoding and compressing release the interpreter's lock, but what lies between two such calls needs it, and threads that
-hand it to each other wait: sixteen do no more together than five (docs/performance.md). Each of these processes has a
+hand it to each other wait: sixteen do no more together than five (docs/measurements). Each of these processes has a
 lock of its own. A thread of the run hands one of them a task and sleeps until it is done; activations, pixels and
 payloads lie in memory that both see. What a process does is what the thread would do, by the same code, so that no bit
 depends on it; and the thread does it itself where there is no process: while they start, and after they ended.

@@ -30,7 +30,7 @@ OPTIONS = [
     for name, command in COMMANDS.items()
     for parameter in command.params
 ]
-REFERENCE = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+REFERENCE = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -77,16 +77,16 @@ def test_every_field_of_config_is_an_option_that_states_its_default(field: str) 
 
 @pytest.fixture(scope="module")
 def generate() -> Iterator[Any]:
-    """docs/generate.py, which imports what lies beside it."""
+    """scripts/pages.py, which imports what lies beside it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "docs")
-        yield importlib.import_module("generate")
+        patch.syspath_prepend(ROOT / "scripts")
+        yield importlib.import_module("pages")
 
 
-@pytest.mark.parametrize("page", ["cli.md", "refused.md"])
+@pytest.mark.parametrize("page", ["cli.md", "reducers.md", "refused.md"])
 def test_the_references_are_what_the_generator_writes(generate: Any, page: str) -> None:
     (text,) = (text for target, text in generate.PAGES.items() if target.name == page)
-    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == text(), "run scripts/docs"
+    assert (ROOT / "docs/reference" / page).read_text(encoding="utf-8") == text(), "run scripts/docs"
 
 
 def test_every_error_that_is_raised_stands_in_the_list_of_refusals(generate: Any) -> None:
@@ -118,23 +118,6 @@ def test_every_script_shown_exists(script: str) -> None:
     path = ROOT / script
     assert path.stat().st_mode & 0o111
     subprocess.run(["bash", "-n", str(path)], check=True)
-
-
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
-def test_links_lead_somewhere(page: str) -> None:
-    text = (ROOT / page).read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#:]+)\)", text):
-        assert (ROOT / page).parent.joinpath(target).exists(), target
-
-
-def test_python_example_of_the_readme_uses_what_there_is() -> None:
-    import fmextract
-
-    block = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert block is not None
-    compile(block[1], "README.md", "exec")
-    for name in re.findall(r"\bfm\.(\w+)", block[1]):
-        assert name in fmextract.__all__
 
 
 def test_the_program_runs_as_a_module() -> None:

@@ -282,7 +282,7 @@ def test_many_keys_fit_into_the_descriptors_of_an_rdm(tmp_path: Path) -> None:
 
 
 def test_the_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """docs/downstream.md: its commands, and then its code on what they wrote."""
+    """docs/how-to/other-tools.md: its commands, and then its code on what they wrote."""
     random = np.random.default_rng(0)
     arrays = {name: random.standard_normal((40, 6, 2, 2)).astype(np.float32) for name in ("conv1", "layer1", "layer4")}
     arrays["layer4=mean"] = arrays["layer4"].mean((2, 3))
@@ -290,8 +290,10 @@ def test_the_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     make_file(tmp_path / "acts.h5", arrays, status=status)
     make_shards(tmp_path / "acts", arrays, [20], status=status)
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parent.parent / "docs" / "downstream.md").read_text(encoding="utf-8")
-    shell, code = (re.findall(f"```{kind}\n(.*?)```", page, re.DOTALL)[0] for kind in ("sh", "python"))
+    page = (Path(__file__).parent.parent / "docs/how-to/other-tools.md").read_text(encoding="utf-8")
+    shell, code = (
+        re.findall(f"```{kind}\n(.*?)```", page.partition("## Export")[2], re.DOTALL)[0] for kind in ("sh", "python")
+    )
     lines = [shlex.split(line, comments=True) for line in shell.splitlines()]
     assert len(lines) == len(NAMES)
     for line in lines:

@@ -15,7 +15,7 @@ from fmextract import codecs, store
 from fmextract.records import Field
 from fmextract.storage import schema
 
-DOC = (Path(__file__).parents[1] / "docs" / "format.md").read_text(encoding="utf-8")
+DOC = (Path(__file__).parents[1] / "docs/reference/format.md").read_text(encoding="utf-8")
 CONV = layer(
     "conv/0",
     (3, 4, 5),

@@ -145,7 +145,7 @@ def test_netcdf4(files: Mapping[str, Path], case: str) -> None:
 
 @pytest.mark.parametrize("engine", ["h5netcdf", "netcdf4"])
 def test_xarray_puts_rows_and_keys_beside_a_layer(files: Mapping[str, Path], engine: str) -> None:
-    """As docs/format.md says: a group opened alone knows nothing of the root's columns."""
+    """As docs/reference/format.md says: a group opened alone knows nothing of the root's columns."""
     with xarray.open_datatree(files["failed rows"], engine=engine) as tree:
         name, _ = next(iter(arrays_of("failed rows").items()))
         layer = tree[f"layers/{store.escape_name(name.name)}"].to_dataset().assign_coords(key=tree["key"])

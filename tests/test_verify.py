@@ -147,7 +147,7 @@ def test_an_output_whose_index_knows_no_digest_of_the_plan_still_verifies(small:
 def test_two_runs_differ_in_their_digest_by_what_the_format_says(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """docs/format.md: `created`, `history` and `run_id`, and nothing else."""
+    """docs/reference/format.md: `created`, `history` and `run_id`, and nothing else."""
 
     def digests(name: str) -> list[str]:
         extract(photos, tmp_path / name, layers=["conv", "fc"], limit=6)

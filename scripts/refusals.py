@@ -1,4 +1,4 @@
-"""Write docs/refused.md from every place in the package that refuses something: what, with which exit code, and why.
+"""Write docs/reference/refused.md: what the package refuses, with which exit code, and why.
 
 A message stands in the code as an f-string; what it fills in is shown as `…`.
 """
@@ -16,7 +16,6 @@ import fmextract
 from fmextract import errors
 
 PACKAGE = Path(fmextract.__file__).parent
-TARGET = Path(__file__).with_name("refused.md")
 
 HEAD = """\
 # What is refused, and why
@@ -107,7 +106,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def refusals() -> str:
-    """The text of docs/refused.md."""
+    """Return the text of refused.md."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in sorted(PACKAGE.rglob("*.py")):
         for kind, message in _messages(ast.parse(path.read_text(encoding="utf-8"))):

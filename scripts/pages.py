@@ -1,4 +1,7 @@
-"""Write docs/cli.md from the commands, docs/refused.md from the refusals; `--check` only says what is out of date."""
+"""Write the pages of docs/reference that come out of the code: the commands, the reducers, the refusals.
+
+`--check` only says which of them are out of date.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import typer
 from fmextract.capture.reducer_help import REDUCER_HELP
 from fmextract.cli import app
 
-TARGET = Path(__file__).with_name("cli.md")
+REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 
 HEAD = """\
 # Commands
@@ -33,27 +36,18 @@ Every command prints its result to stdout, as a table or with `--json` as JSON; 
 | 5 | what is read is not what was written |
 | 130 | interrupted; the same command resumes |
 
-## Selectors
+What `-l` takes: [selectors](selectors.md). What stands behind its `=`: [reducers](reducers.md).
+"""
 
-Quote them: the shell has its own ideas about `*`, `?`, `[` and `#`.
 
-| selector | takes |
-|---|---|
-| `'layer4.2.conv3'` | the module of that path |
-| `'layer?.*.conv1'` | a glob: `*` and `?` stay within one name, `**` crosses dots; `'**.conv1'` is every conv1 |
-| `'type:Conv2d'` | every module of a type, subclasses included |
-| `'conv#0'`, `'conv#-1'` | the first and the last convolution to run; also `linear#`, `norm#`, `act#`, `pool#` |
-| `'relu:2'` | the second call of a module that is called several times; without it, every call |
-| `'fc@in'` | the input of a module instead of its output |
-| `'lstm[0]'`, `'encoder[hidden]'` | one member of an output that is a tuple or a dict |
-| `'layer4=mean'` | what a reducer makes of it |
+REDUCERS = """\
+# Reducers
 
-The suffixes come in this order: `:2`, `@in`, `[0]`, `=mean`. `fmextract layers MODEL -l SELECTOR` shows what one takes.
+Written by `scripts/docs` from `REDUCER_HELP`.
 
-## Reducers
-
-Behind `=`, what is kept of a layer; shapes are those of one image. Averages of half-precision and integer maps are
-computed and kept in float32.
+Put `=` and a reducer behind a selector to keep less of a layer: `-l 'layer4=mean'`. One run may keep several views of
+the same layer. The reducer runs on the device, before anything is copied to the host. Shapes are those of one image.
+Averages of half-precision and integer maps are computed and kept in float32.
 
 | reducer | keeps | shape | needs |
 |---|---|---|---|
@@ -61,18 +55,19 @@ computed and kept in float32.
 
 
 def reference() -> str:
-    """The text of docs/cli.md."""
+    """Return the text of cli.md."""
     first, *others = commands().items()
     known = {_names(option): _text(option) for option in first[1].params}
-    return "\n".join([HEAD + _reducers(), _section(*first, {}), *(_section(*other, known) for other in others)])
+    return "\n".join([HEAD, _section(*first, {}), *(_section(*other, known) for other in others)])
 
 
-def _reducers() -> str:
+def reducers() -> str:
+    """Return the text of reducers.md."""
     rows = [(f"`={help.usage}`".replace(" or ", "` or `="), *help[1:]) for help in REDUCER_HELP.values()]
     rows.append(
         ("`=module:callable`", "what your function makes of a tensor (B, …), as (B, …)", "as it gives", "nothing")
     )
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return REDUCERS + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def commands() -> dict[str, Any]:
@@ -112,7 +107,11 @@ def _text(parameter: Any) -> str:
     return f"{text} **Required.**" if parameter.required and parameter.param_type_name == "option" else text
 
 
-PAGES: dict[Path, Callable[[], str]] = {TARGET: reference, refusals.TARGET: refusals.refusals}
+PAGES: dict[Path, Callable[[], str]] = {
+    REFERENCE / "cli.md": reference,
+    REFERENCE / "reducers.md": reducers,
+    REFERENCE / "refused.md": refusals.refusals,
+}
 
 
 def main() -> int:
@@ -123,7 +122,7 @@ def main() -> int:
             continue
         stale = 1
         if sys.argv[1:] == ["--check"]:
-            print(f"docs/{target.name} is out of date: run scripts/docs", file=sys.stderr)
+            print(f"docs/reference/{target.name} is out of date: run scripts/docs", file=sys.stderr)
         else:
             target.write_text(text(), encoding="utf-8")
     return stale if sys.argv[1:] == ["--check"] else 0
