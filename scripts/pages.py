@@ -22,7 +22,7 @@ REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 HEAD = """\
 # Commands
 
-Written by `scripts/docs` from the help texts: change those in `fmextract/cli.py`.
+Written by `scripts/docs` from the help texts of the commands.
 
 Every command prints its result to stdout, as a table or with `--json` as JSON; notes, progress and errors go to stderr.
 
