@@ -248,6 +248,11 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
         None,
         "Run some stored rows again before an earlier output is taken up or called complete. [default: recheck]",
     ),
+    "ignore": (
+        list[str],
+        "FIELD",
+        "A field of an earlier run that may differ, as a refusal names it; repeatable. Stored rows are still compared.",
+    ),
     "keep_failures": (bool, None, "Leave images that failed in an earlier run; else they are tried again."),
     "overwrite": (bool, None, "Replace an earlier output of fmextract. Without it the same command resumes."),
     "break_lock": (bool, None, "Take over an output that another run, which is surely dead, still holds."),

@@ -110,6 +110,7 @@ class Config:
     hidden: bool = False
     allow_outside: bool = False
     recheck: bool = True
+    ignore: tuple[str, ...] = ()
     keep_failures: bool = False
     overwrite: bool = False
     break_lock: bool = False
@@ -154,7 +155,7 @@ class Config:
         """Everything needed to ask for the same run again."""
         made = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         made["max_failures"] = str(self.max_failures)
-        made["layers"] = list(self.layers)
+        made["layers"], made["ignore"] = list(self.layers), list(self.ignore)
         if not isinstance(self.preprocess, str):
             made["preprocess"] = repr(self.preprocess)
         for option in ("key", "label"):
@@ -185,12 +186,13 @@ def _auto_int(option: str) -> Any:
     return parse
 
 
-def _layers(value: Any) -> tuple[str, ...]:
+def _texts(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 _PARSERS: Mapping[str, Any] = {
-    "layers": _layers,
+    "layers": _texts,
+    "ignore": _texts,
     "batch_size": _auto_int("--batch-size"),
     "workers": _auto_int("--workers"),
     "level": _auto_int("--level"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fmextract import index, reader, resume, store
+from fmextract import index, provenance, reader, resume, store
 from fmextract.common.folders import base_of, moved
 from fmextract.config import check_out, is_single_file
 from fmextract.errors import ConfigError, DamagedError, FormatError, OutputError, OutputLost
@@ -73,7 +73,11 @@ class Output:
         if self._single and self._is_finished() and not self._overwrite:
             self._compare_finished(asked)
             return None
-        return self._earlier() if self._continues(asked) else self._anew(make_plan)
+        if self._continues(asked):
+            earlier = self._earlier()
+            return None if earlier is None else self._with_ignored(earlier, asked)
+        resume.check_ignored(asked)
+        return self._anew(make_plan)
 
     def make_again(self, rows: Sequence[int], asked: Asked, make_plan: Callable[[], Plan]) -> Plan:
         """The plan to follow where these rows of a finished output are to be had after all.
@@ -95,6 +99,17 @@ class Output:
         """Shards that hold one of these rows are not kept: they are made again."""
         self.records = [record for record in self.records if not any(row in record.rows for row in rows)]
 
+    def _with_ignored(self, earlier: Plan, asked: Asked) -> Plan:
+        """The plan, whose history says what differs and was ignored."""
+        ignored = resume.listed(resume.ignored(earlier.identity, asked))
+        history = str(earlier.info["history"])
+        if not ignored or ignored in history:
+            return earlier
+        info = {**earlier.info, "history": f"{history}\n{provenance.taken_up(ignored)}"}
+        plan = replace(earlier, info=info)
+        index.write_sealed(self.directory / PLAN, plan.as_json())
+        return plan
+
     def _anew(self, make_plan: Callable[[], Plan]) -> Plan:
         made = make_plan()
         with _writing(self.directory):
@@ -113,12 +128,13 @@ class Output:
         damaged: list[str] = []
         records = self._records_of(earlier, damaged.append)
         stored = [self.directory / record.name for record in records]
-        changed = resume.changed(earlier.identity, asked, stored, self._progress.note)
+        complete = not self._single and self._is_finished()
+        changed = resume.changed(earlier.identity, asked, stored, self._progress.note, finished=complete)
         holds_rows = damaged or any(record.failed < len(record.rows) for record in records)
         if changed and not self._overwrite and holds_rows:
             raise OutputError(
                 f"{self._target} was begun otherwise ({resume.listed(changed)})."
-                " The same arguments resume it, --overwrite starts anew."
+                " The same arguments resume it, --overwrite starts anew, --ignore FIELD passes over one of these."
             )
         if not changed and self._takes_up(earlier, records):
             return True
@@ -188,11 +204,11 @@ class Output:
     def _compare_finished(self, asked: Asked) -> None:
         with reader.open(self._target) as acts:
             config = acts.config
-        changed = resume.changed(config.get("identity", {}), asked, [self._target], self._progress.note)
+        changed = resume.changed(config.get("identity", {}), asked, [self._target], self._progress.note, finished=True)
         if changed:
             raise OutputError(
                 f"{self._target} is finished, and was made otherwise ({resume.listed(changed)})."
-                " --overwrite replaces it, -o names another."
+                " --overwrite replaces it, -o names another, --ignore FIELD passes over one of these."
             )
         if (self.directory / PLAN).exists():  # the run was ended between publishing and tidying up
             try:
@@ -424,7 +440,7 @@ def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
         **({"smaller_batches": smaller} if smaller else {}),
         **({"left_out": _said(left_out)} if left_out else {}),
     }
-    info = replace(info, extra=extra)
+    info = replace(info, extra=extra, history=_history(shards))
     try:
         store.pack(parts, temporary, info=info, stats=stats, layer_attrs=attrs)
         index.publish(temporary, target)
@@ -441,6 +457,12 @@ def _images(shard: Path, target: Path) -> dict[str, Any]:
 def images_from(acts: reader.Activations, to: Path) -> dict[str, Any]:
     """The attribute `images` of a file in the folder `to` that is made of `acts`; nothing where that has none."""
     return {"images": moved(acts.images, base_of(acts.path), to)} if acts.images else {}
+
+
+def _history(shards: Sequence[Path]) -> str:
+    """That of the last shard, which also says how the run was taken up."""
+    with store.open_shard(shards[-1]) as last:
+        return store.read_info(last).history
 
 
 def _throughput(shards: Sequence[Path]) -> Mapping[str, Any] | None:

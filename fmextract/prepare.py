@@ -50,6 +50,7 @@ from fmextract.inputs.datasets import DatasetSource
 from fmextract.inputs.reading import Reader, reading
 from fmextract.inputs.sources import folder_of, notes_of, open_source
 from fmextract.model.modes import Subject
+from fmextract.model.randomness import may_draw
 from fmextract.planning import Plan
 from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress, Source
 
@@ -83,7 +84,7 @@ class Prepared:
     fields: tuple[Field | None, ...]
     largest: int  # bytes of the largest tensor that a module gives for one image in fp32
     stop: taps.Event | None
-    random: bool  # whether the images were seen to be random, so that the seed decides what they are
+    random: str  # whether anything that is random depends on the seed: as `_random` says
     notes: tuple[str, ...]
     before: Mapping[str, Told]  # what code and attributes were before the first forward pass
 
@@ -183,7 +184,7 @@ def _prepared(
         fields,
         largest,
         stop,
-        reader.random,
+        _random(reader, loaded, reductions, usual),
         tuple(notes),
         before,
     )
@@ -221,16 +222,16 @@ def _probe(
     wanted, errors = taps.found(selectors or taps.default_selectors(loaded.module, seen), seen)
     probed: list[taps.Probed] = []
     refused: list[taps.Refused] = []
+    notes: list[str] = []
     if wanted:
         with _failing_on(input_shape, loaded.module):
-            probed, refused = _with_photos_or_without(
-                partial(probe.probe, loaded.module, loaded.forward, wanted, input_shape, where), photos
-            )
-    notes = [f"left out {path!r}: {why}" for path, why in taps.left_out(selectors, seen).items()]
+            look = partial(probe.probe, loaded.module, loaded.forward, wanted, input_shape, where, tell=notes.append)
+            probed, refused = _with_photos_or_without(look, photos, loaded.module, notes)
+    notes += [f"left out {path!r}: {why}" for path, why in taps.left_out(selectors, seen).items()]
     changed = before.changed()
     if probed and changed:
         with _failing_on(input_shape, loaded.module):
-            probed, changing = _steady(loaded, probed, changed, input_shape, where, photos)
+            probed, changing = _steady(loaded, probed, changed, input_shape, where, photos, notes)
         refused += changing
         if probed and any(place == RANDOM for place, _ in changed):
             notes.append(
@@ -259,15 +260,25 @@ def _steady(
     input_shape: tuple[int, ...],
     where: torch.device,
     photos: probe.Photos,
+    notes: list[str],
 ) -> tuple[list[taps.Probed], list[taps.Refused]]:
     """The layers, without those that come out otherwise from one pass to the next in a model that a pass changes."""
-    found = _with_photos_or_without(
-        partial(probe.unsteady, loaded.module, loaded.forward, probed, input_shape, where), photos
-    )
+    look = partial(probe.unsteady, loaded.module, loaded.forward, probed, input_shape, where)
+    found = _with_photos_or_without(look, photos, loaded.module, notes)
     cause = "random numbers" if any(place == RANDOM for place, _ in changed) else "what the model remembers of others"
     why = f"its values change from one pass over the same images to the next, with {cause}"
     refused = [taps.Refused(one.tap, why) for i, one in enumerate(probed) if i in found]
     return [one for i, one in enumerate(probed) if i not in found], refused
+
+
+def _random(
+    reader: Reader, loaded: models.LoadedModel, reductions: Sequence[reducers.Reduction | None], usual: set[Key]
+) -> str:
+    """What is known of random numbers in a run, as its identity says it. `usual`: what a pass changes in the model."""
+    if reader.random or any(place == RANDOM for place, _ in usual):
+        return "seen"
+    users = reader.may_draw or may_draw(loaded.module) or any(r is not None and not r.is_ours for r in reductions)
+    return "not seen" if users else "none"
 
 
 def _own_type(wanted: str, dtype: torch.dtype) -> list[str]:
@@ -281,14 +292,19 @@ def _own_type(wanted: str, dtype: torch.dtype) -> list[str]:
     return [f"the model is in {name}: its inputs are cast to it, and it computes in it, {runs}"]
 
 
-def _with_photos_or_without(look: Callable[[probe.Photos | None], T], photos: probe.Photos) -> T:
+def _with_photos_or_without(
+    look: Callable[[probe.Photos | None], T], photos: probe.Photos, model: torch.nn.Module, notes: list[str]
+) -> T:
     """A probe with images of the source; with noise alone where the model fails on one, which is a failed row's."""
     try:
         return look(photos)
     except Exception as error:
         if isinstance(error, FmextractError) or is_out_of_memory(error):
             raise
-    return look(None)
+        why = blame.told(error, model)
+    found = look(None)
+    notes.append(f"{probe.ON_PHOTOS}, so that its layers were looked at with noise alone: {why}")
+    return found
 
 
 def _noise(input_shape: Sequence[int], where: torch.device) -> torch.Tensor:
@@ -310,8 +326,18 @@ def _fields(
             capture.forward(loaded.forward, _noise(input_shape, where))
     if len(input_shape) != 3:
         return (None,) * len(probed)
-    batch = torch.zeros((2, *input_shape), dtype=torch.float32, device=where)
-    return tuple(geometry.trace_fields(loaded.module, loaded.forward, probed, batch, _kept(reductions), stop))
+    noise = _noise(input_shape, where)
+
+    def traced(batch: torch.Tensor) -> tuple[Field | None, ...]:
+        return tuple(geometry.trace_fields(loaded.module, loaded.forward, probed, batch, _kept(reductions), stop))
+
+    try:
+        return traced(torch.zeros_like(noise))
+    except Exception as error:
+        if isinstance(error, FmextractError) or is_out_of_memory(error):
+            raise
+    with _failing_on(input_shape, loaded.module):  # a model may refuse black images
+        return traced(noise)
 
 
 def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[geometry.Reduced | None]:
@@ -821,6 +847,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
         "level": config.level,
         "top": config.top,
         "seed": config.seed,
+        "random": prepared.random,
         "max_error": config.max_error if config.precision == "auto" else None,
         "source": {name: value for name, value in source.items() if name not in ("packages", "not_covered")},
         "code": code,

@@ -13,7 +13,7 @@ from fmextract import models
 from fmextract.common.facts import Facts, Told, changing, interpreter, settled
 from fmextract.images import CustomPreprocess
 from fmextract.model.structure import structure
-from fmextract.reducers import REDUCERS, Reduction
+from fmextract.reducers import Reduction
 
 __all__ = ["code_facts", "code_of", "describe_run", "preprocess_facts", "versions", "versions_for"]
 
@@ -58,7 +58,7 @@ def code_facts(
     """
     own = Facts()
     for reduction in reductions:
-        if reduction is not None and reduction.name.partition(":")[0] not in REDUCERS:
+        if reduction is not None and not reduction.is_ours:
             own.value(f"reducer {reduction.name}", reduction.apply)
     told = {**now, "reducers": own.told()}
     packages = set(source.get("packages", ())).union(*(part.packages for part in told.values()))
@@ -89,6 +89,12 @@ def describe_run(
         "preprocess": models.describe_preprocess(None if ready else loaded.preprocess),
         "created": now,
     }
+
+
+def taken_up(ignored: str) -> str:
+    """A line of the history of a run that went on though what is `ignored` differed."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return f"{now} taken up by fmextract {_version('fmextract')}, ignoring what differs: {ignored}"
 
 
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:

@@ -47,6 +47,11 @@ class Reduction:
     apply: Apply
     stores: bool = True
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is one of this package, and not code of the user's."""
+        return self.name.partition(":")[0] in REDUCERS
+
 
 def reduction(text: str, shape: Shape, axes: Axes) -> Reduction:
     """The reducer `text` for a layer whose images have `shape` and `axes`, as the probe saw them.

@@ -6,15 +6,16 @@ then the stored rows that are run again decide.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fmextract import planning, reader
 from fmextract.common.facts import CHANGES
-from fmextract.errors import FormatError, SampleError
+from fmextract.errors import ConfigError, FormatError, OutputError, SampleError
 from fmextract.inputs.files import stamp_of
 from fmextract.inputs.named_files import folder_digest
 from fmextract.records import Source, Status
@@ -22,6 +23,10 @@ from fmextract.records import Source, Status
 SHOWN = 6  # differences, and photos, that a message names
 _SINCE = ("seed", "max_error", "code")
 """Fields that the first versions did not write."""
+NOT_IGNORED = ("layers", "input_shape", "source.count", "source.keys")
+"""What lies in an output: another of these is another run, whatever anybody knows."""
+_NOT_UNFINISHED = "device"
+"""A run that is taken up goes on where it was, which needs the device."""
 _CONSEQUENCES = {
     "model": ("code.model.", "weights"),
     "input_shape": ("preprocess.crop", "preprocess.resize", "preprocess.size"),
@@ -32,10 +37,15 @@ _DIGEST = re.compile(r"([0-9a-f]{16}|[0-9a-f]{32}|[0-9a-f]{64})")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a run is asked for: its identity, as JSON, and its images."""
+    """What a run is asked for: its identity, as JSON, and its images.
+
+    `ignore`: fields of the identity in which an earlier run may be another one; `recheck`: stored rows are run again.
+    """
 
     identity: Mapping[str, Any]
     source: Source
+    ignore: Sequence[str] = ()
+    recheck: bool = True
 
 
 def compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -50,11 +60,31 @@ def compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def changed(earlier: Mapping[str, Any], asked: Asked, stored: Sequence[Path], tell: Callable[[str], None]) -> list[str]:
+def changed(
+    earlier: Mapping[str, Any],
+    asked: Asked,
+    stored: Sequence[Path],
+    tell: Callable[[str], None],
+    finished: bool = False,
+) -> list[str]:
     """What is asked for otherwise than in an earlier run, in words; empty where that one may go on.
 
     `stored` are the files that hold its rows: they name the photos that differ. `tell` is told what is not compared.
+    Of a `finished` one many rows are run again where nobody can tell whether the seed decides them. Raises ConfigError
+    for a field to ignore that there is not.
     """
+    check_ignored(asked, earlier)
+    if not finished:
+        asked = replace(asked, ignore=[name for name in asked.ignore if name != _NOT_UNFINISHED])
+    if without := ignored(earlier, asked):
+        tell(f"not compared, as --ignore says: {listed(without)}")
+        asked = replace(asked, identity=ignoring(earlier, asked))
+    if finished and asked.recheck and seed_in_doubt(earlier, asked):
+        tell(
+            f"the earlier run had the seed {earlier['seed']}: nothing was seen to be random, but code of yours may draw"
+            " for some images alone; more rows than else are run again, and --overwrite makes all anew"
+        )
+        asked = replace(asked, identity={**asked.identity, "seed": earlier["seed"]})
     found = compared(earlier, asked.identity)
     old, new = earlier.get("source", {}), asked.identity.get("source", {})
     if (old.get("keys"), old.get("count")) != (new.get("keys"), new.get("count")):
@@ -85,12 +115,86 @@ def files_in_doubt(earlier: Mapping[str, Any], asked: Asked, stored: Sequence[Pa
     return files + [path for path in folders if not any(Path(path) in Path(file).parents for file in files)]
 
 
+def seed_in_doubt(earlier: Mapping[str, Any], asked: Asked) -> bool:
+    """Whether the seeds differ, nothing was seen to depend on them, and something might."""
+    now = ignoring(earlier, asked)
+    known = {str(side.get("random")) for side in (earlier, now)}
+    return earlier.get("seed") != now.get("seed") and "not seen" in known and known <= {"none", "not seen"}
+
+
+def check_seed(earlier: Mapping[str, Any], asked: Asked, target: Path) -> None:
+    """Raises OutputError where rows are to be made by another seed than those that are there, and may depend on it."""
+    if seed_in_doubt(earlier, asked):
+        raise OutputError(
+            f"{target} was made with the seed {earlier['seed']}, and of the rows that are made now code of yours may"
+            f" draw random numbers: give --seed {earlier['seed']}, or --ignore seed if you know that it draws none"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- what is ignored
+
+
+def check_ignored(asked: Asked, earlier: Mapping[str, Any] | None = None) -> None:
+    """Raises ConfigError for a field that no run here has, and for one that says what lies in an output."""
+    known = {name for side in (asked.identity, earlier or {}) for name in _fields(side)}
+    for name in asked.ignore:
+        if name in NOT_IGNORED:
+            raise ConfigError(f"--ignore {name}: it says what lies in an output; another one is another run")
+        if not any(_is_below(field, name) for field in known):
+            starts = {field.partition(":")[0] for field in known}
+            names = starts | {field.rpartition(".")[0] for field in starts} - {""}
+            close = difflib.get_close_matches(name, sorted(names), n=3) or [n for n in asked.identity if n in names]
+            raise ConfigError(f"--ignore {name}: no such field; expected one as {', '.join(close)}")
+
+
+def ignored(earlier: Mapping[str, Any], asked: Asked) -> list[str]:
+    """What differs from an earlier run and is ignored, in words."""
+    return [_worded(*difference) for difference in planning.differences(ignoring(earlier, asked), asked.identity)]
+
+
+def ignoring(earlier: Mapping[str, Any], asked: Asked) -> Mapping[str, Any]:
+    """The identity of the run that is asked for, with what is ignored as it was in an earlier one."""
+    return _taken_over(earlier, asked.identity, asked.ignore) if asked.ignore else asked.identity
+
+
+def _taken_over(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str], path: str = "") -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name in dict.fromkeys((*new, *old)):
+        a, b, here = old.get(name), new.get(name), f"{path}{name}"
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            made[name] = _taken_over(a, b, names, f"{here}.")
+            continue
+        field = _as_told(here)
+        ignore = field not in NOT_IGNORED and any(_is_below(field, one) for one in names)
+        if name in (side := old if ignore else new):
+            made[name] = side[name]
+    return made
+
+
+def _fields(identity: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """The fields of an identity, by the names that messages have for them."""
+    for name, value in identity.items():
+        yield _as_told(f"{path}{name}")
+        if isinstance(value, Mapping):
+            yield from _fields(value, f"{path}{name}.")
+
+
+def _is_below(field: str, name: str) -> bool:
+    return field == name or field.startswith((f"{name}.", f"{name}:"))
+
+
+def _as_told(name: str) -> str:
+    return name.removeprefix("code.").replace("source.code.", "source: ")
+
+
 # ------------------------------------------------------------------------------------------------------------ fields
 
 
 def comparable(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Both without what one of them cannot say, and without which files there are."""
-    left_out = {"not_covered", *(name for name in _SINCE if name not in old or name not in new)}
+    left_out = {"not_covered", "random", *(name for name in _SINCE if name not in old or name not in new)}
+    if old.get("random") == new.get("random") == "none":
+        left_out.add("seed")
     if "code" not in old:
         left_out.add("memory_format")  # the first versions wrote what was chosen here, not what was asked for
     of_source = {
@@ -153,7 +257,7 @@ def _not_compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[st
 
 
 def _worded(name: str, old: Any, new: Any) -> str:
-    name = name.removeprefix("code.").replace("source.code.", "source: ")
+    name = _as_told(name)
     if any(isinstance(value, str) and _DIGEST.fullmatch(value) for value in (old, new)):
         if old is None or new is None:
             return (

@@ -125,7 +125,7 @@ def _done(
         Output(target, progress, overwrite=config.overwrite, break_lock=config.break_lock) as output,
         prepare(source, model, config, progress) as prepared,
     ):
-        asked = Asked(strict_json.plain(identity(prepared)), prepared.source)
+        asked = Asked(strict_json.plain(identity(prepared)), prepared.source, config.ignore, config.recheck)
         if given is not None:
             following.check(given, prepared, asked.identity)
         new_plan = partial(_affordable, prepared, target, progress, given, asked.identity, command)
@@ -136,7 +136,8 @@ def _done(
             made = output.make_again(again, asked, new_plan) if again else None
         if made is not None:
             if output.taken_up:
-                following.check_taken_up(made, prepared, asked.identity, target)
+                resume.check_seed(made.identity, asked, target)
+                following.check_taken_up(made, prepared, resume.ignoring(made.identity, asked), target)
             _tell_crash(prepared, output, progress)
             resumed = _extract(prepared, made, output, progress, tally)
             _check_failures(made, output.directory, tally, config)
@@ -164,9 +165,12 @@ def _look_again(prepared: Prepared, asked: Asked, target: Path, progress: Progre
             return []
         with working(prepared, replay.plan_of(acts, str(prepared.device))) as work:
             if config.recheck:
-                in_doubt = resume.files_in_doubt(acts.config["identity"], asked, [target])
+                earlier = acts.config["identity"]
+                in_doubt = resume.files_in_doubt(earlier, asked, [target]) or resume.seed_in_doubt(earlier, asked)
                 replay.check_finished(work, acts, RECHECKED_IN_DOUBT if in_doubt else RECHECKED, progress)
             again = replay.recovered(work, acts) if failed else []
+            if again:
+                resume.check_seed(acts.config["identity"], asked, target)
     _tell_recovered(again, prepared, progress)
     if not again:
         progress.note(f"{target} is complete already")

@@ -752,6 +752,7 @@ class Capture:
             raise CaptureError(
                 f"layer {self._taps[min(leaks)].tap.name!r} was the same for every image that the probe tried; now it"
                 " is not, and its rows change with the other images of the batch, or at random: they cannot be stored"
+                f"{_without([self._taps[n].tap.name for n in sorted(leaks)], len(self._taps))}"
             )
         for i, values in changed.items():
             found = kinds(values)
@@ -771,7 +772,10 @@ class Capture:
             self._kept[i] = self._taken(i, tensor)
         except CaptureError as error:
             name = self._taps[i].tap.name
-            self._error = CaptureError(f"layer {name!r}: {error}, unlike in the probe; its rows cannot be trusted")
+            self._error = CaptureError(
+                f"layer {name!r}: {error}, unlike in the probe; its rows cannot be trusted"
+                f"{_without([name], len(self._taps))}"
+            )
         except Exception as error:  # a reducer's, or no memory for a copy: for the caller, not for the model
             self._error = error
         if self._error is not None:
@@ -803,22 +807,31 @@ class Capture:
         return rows if self._wanted == self._batch else rows[: self._wanted]
 
     def _check_counts(self, counts: Mapping[tuple[str, str], int]) -> None:
-        for probed in self._taps:
-            tap = probed.tap
-            called = counts.get((tap.module, tap.tap), 0)
-            if called != tap.calls:
-                raise CaptureError(
-                    f"module {tap.module!r} was called {called} times in a forward pass and {tap.calls} times in the"
-                    " probe. A model whose path depends on the image cannot be stored row by row."
-                )
+        others = [p.tap for p in self._taps if counts.get((p.tap.module, p.tap.tap), 0) != p.tap.calls]
+        if others:
+            first = others[0]
+            raise CaptureError(
+                f"module {first.module!r} was called {counts.get((first.module, first.tap), 0)} times in a forward pass"
+                f" and {first.calls} times in the probe. What a model calls for some images alone cannot be stored row"
+                f" by row{_without([tap.name for tap in others], len(self._taps))}"
+            )
 
     def _check_versions(self) -> None:
         for i, (tensor, version) in self._watched.items():
             if tensor._version != version:
                 raise CaptureError(
                     f"layer {self._taps[i].tap.name!r} was overwritten in place after it was captured, unlike in the"
-                    " probe: its values are lost. A model that does this only for some images cannot be stored."
+                    " probe: its values are lost. A layer that this happens to only for some images cannot be stored"
+                    f"{_without([self._taps[i].tap.name], len(self._taps))}"
                 )
+
+
+def _without(names: Sequence[str], count: int) -> str:
+    """How a run goes on without these of its `count` layers."""
+    if len(names) == count:
+        return "."
+    others = "the other layer" if count - len(names) == 1 else f"the other {count - len(names)} layers"
+    return f". Leave out {some(names)}: name {others} by -l, with --overwrite or another -o."
 
 
 @contextmanager

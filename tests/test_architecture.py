@@ -26,13 +26,14 @@ ORDER = re.findall(
     storage.schema storage.columns storage.objects storage store index lock watch feeding reader
     device
     common.folders common.trust common.beside common.imports common.streams common.relative_error common
-    inputs.named_files inputs.contents inputs.files inputs.pictures inputs.tables inputs.labels inputs.items
+    inputs.named_files inputs.tables inputs.arrays inputs.contents inputs.files inputs.pictures inputs.labels
+    inputs.items
     inputs.kinds inputs.given inputs.folders inputs.manifests inputs.attributes inputs.datasets inputs.sources inputs
     capture.reducer_help capture.atoms capture.reach capture images
     inputs.seeding inputs.thread_safety inputs.dataset_workers inputs.reading
     models capture.writes capture.independence capture.untouched capture.blame
     axes capture.trunk taps capture.probe geometry effective reducers stats
-    packed fusion planning chunks workers compiled precision model.modes model.structure model choose
+    packed fusion planning chunks workers compiled precision model.modes model.structure model.randomness model choose
     engine estimate provenance prepare resume following replay output
     run rerun verify launch
     similarity dissimilarity comparison

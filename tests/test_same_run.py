@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from runs import OPTIONS, Notes, Tiny, extract, extract_until, make_photos, pict
 from torch import nn
 
 from fmextract import index, planning, reader, resume, verify
-from fmextract.errors import OutputError, TooManyFailures
+from fmextract.errors import ConfigError, OutputError, TooManyFailures
 
 ROWS = 6
 RATE = 1.0
@@ -94,7 +95,30 @@ def pictures(seed: int) -> list[np.ndarray]:
     return list(np.random.default_rng(seed).integers(0, 256, (ROWS, 8, 8, 3), np.uint8))
 
 
+class Noisy(Tiny):
+    """Draws a random number in each pass, which changes no layer that is taken."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.rand(1)
+        return super().forward(x)
+
+
+class Jittered:
+    """Random images, all of them or the row `only`; without random numbers if that is no row."""
+
+    def __init__(self, only: int | None = None) -> None:
+        self.only = only
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        image = np.random.default_rng(row).integers(0, 256, (8, 8, 3), np.uint8)
+        return np.random.permutation(image) if self.only in (row, None) else image
+
+
 PRE = {"preprocess": as_input}
+SEED = ({"seed": 0}, {"seed": 1})
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "an activation": ({"model": Tiny()}, {"model": Tanh()}, "model.modules.ReLU: 1 there, not set now"),
     "a hook": ({"model": Tiny()}, {"model": hooked(torch.zeros_like)}, "model.forward hook 0 of conv: not there then"),
@@ -110,7 +134,13 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "a function": ({**PRE, "source": Folder()}, {"preprocess": negative, "source": Folder()}, "preprocess.callable"),
     "a Dataset's data": ({"source": Folder(0)}, {"source": Folder(1)}, "source: Folder.pixels: other than it was"),
     "a Dataset's flag": ({"source": Folder()}, {"source": Folder(invert=True)}, "Folder.invert: False there, True now"),
-    "a seed": ({"seed": 0}, {"seed": 1}, "seed: 0 there, 1 now"),
+    "a seed of a random model": ({"model": Noisy(), **SEED[0]}, {"model": Noisy(), **SEED[1]}, "seed: 0 there, 1 now"),
+    "a seed of random images": ({"source": Jittered(), **SEED[0]}, {"source": Jittered(), **SEED[1]}, "seed: 0 there"),
+    "a seed of what is random for one image": (
+        {"source": Jittered(only=ROWS - 3), **SEED[0]},
+        {"source": Jittered(only=ROWS - 3), **SEED[1]},
+        "seed: 0 there, 1 now|made again",
+    ),
 }
 
 
@@ -454,3 +484,99 @@ def test_another_model_or_size_is_said_once(photos: Path, tmp_path: Path) -> Non
         extract(photos, tmp_path / "a.h5", model="resnet34", layers=["conv1"], weights="random:0", size="32")
     with pytest.raises(OutputError, match=r"otherwise \(input_shape: \[3, 32, 32\] there, \[3, 64, 64\] now\)"):
         extract(photos, tmp_path / "a.h5", model="resnet18", layers=["conv1"], weights="random:0", size="64")
+
+
+# -------------------------------------------------------------------------------------------------- seeds, and --ignore
+
+
+def library_model() -> nn.Sequential:
+    tiny = Tiny()
+    return nn.Sequential(tiny.conv, tiny.relu, nn.Dropout(0.5), nn.AdaptiveAvgPool2d(1), nn.Flatten(), tiny.fc).eval()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_the_seed_of_a_run_without_anything_random_does_not_count(finished: bool, photos: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", {"model": library_model(), "layers": ["0", "5"]}
+    if finished:
+        extract(photos, out, **options)
+    else:
+        extract_until(5, photos, out, **options)
+    notes = Notes()
+    assert extract(photos, out, seed=7, notes=notes, **options).resumed_images == (ROWS if finished else 4)
+    assert ("is complete already" in notes) is finished
+    assert "the seed" not in notes
+
+
+def test_where_code_of_the_users_might_draw_many_stored_rows_decide(tmp_path: Path) -> None:
+    images, out = Jittered(only=-1), tmp_path / "out.h5"
+    extract(images, out)
+    notes = Notes()
+    extract(images, out, seed=1, notes=notes)
+    assert "the earlier run had the seed 0: nothing was seen to be random" in notes
+    assert "is complete already" in notes
+    with pytest.raises(OutputError, match="seed: 0 there, 1 now"):
+        extract(images, out, seed=1, recheck=False)
+
+
+def test_a_seed_that_might_count_is_the_same_for_the_rest_of_a_run(tmp_path: Path) -> None:
+    images = Jittered(only=ROWS - 1)
+    extract_until(5, images, tmp_path / "out")
+    with pytest.raises(OutputError, match="seed: 0 there, 1 now"):
+        extract(images, tmp_path / "out", seed=1)
+    extract(images, tmp_path / "done")
+    (tmp_path / "done" / "shard-00001.h5").unlink()
+    with pytest.raises(OutputError, match="give --seed 0, or --ignore seed"):
+        extract(images, tmp_path / "done", seed=1)
+
+
+def test_a_field_that_is_ignored_is_told_and_stands_in_the_history(photos: Path, tmp_path: Path) -> None:
+    renamed = type("Renamed", (Tiny,), {})
+    for name in ("out", "out.h5"):
+        out = tmp_path / name
+        extract_until(5, photos, out)
+        with pytest.raises(OutputError, match=r"model: 'Tiny' there, 'Renamed' now.*--ignore FIELD"):
+            extract(photos, out, model=renamed())
+        notes = Notes()
+        assert extract(photos, out, model=renamed(), ignore=["model"], notes=notes).resumed_images == 4
+        assert "not compared, as --ignore says: model: 'Tiny' there, 'Renamed' now" in notes
+        notes = Notes()
+        extract(photos, out, model=renamed(), ignore="model", notes=notes)
+        assert "not compared, as --ignore says: model: 'Tiny' there, 'Renamed' now" in notes
+        assert "is complete already" in notes
+        extract(photos, out)
+    with reader.open(tmp_path / "out.h5") as acts:
+        _, second = str(acts.attrs["history"]).splitlines()
+    assert "ignoring what differs: model: 'Tiny' there, 'Renamed' now" in second
+    assert "ignoring" in json.loads((tmp_path / "out/plan.json").read_text())["info"]["history"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_is_ignored_is_still_compared_by_its_values(finished: bool, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.h5"
+    if finished:
+        extract(photos, out)
+    else:
+        extract_until(5, photos, out)
+    with pytest.raises(OutputError, match="cannot be made again"):
+        extract(photos, out, model=Tiny(seed=1), ignore=["weights"])
+    with pytest.raises(OutputError, match=r"model\.modules\.ReLU"):
+        extract(photos, out, model=Tanh(), ignore=["weights", "seed"])
+    notes = Notes()
+    extract(photos, out, model=Tanh(), ignore=["model"], recheck=False, notes=notes)
+    assert "model.modules.ReLU: 1 there, not set now" in notes
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_field_to_ignore_is_one_that_there_is(begun: bool, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.h5"
+    if begun:
+        extract(photos, out)
+    for name, words in {
+        "weight": "--ignore weight: no such field; expected one as weights",
+        "layers": "--ignore layers: it says what lies in an output",
+        "source.count": "--ignore source.count: it says what lies in an output",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            extract(photos, out, ignore=[name])
+    with pytest.raises(OutputError, match=r"source\.count") if begun else contextlib.nullcontext():
+        extract(photos, out, limit=ROWS - 1, ignore=["source"])

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fmextract.axes import AxisTracer
+from fmextract.capture import blame
 from fmextract.capture.atoms import Axes, image_axes, name_axes, without_batch
 from fmextract.capture.independence import finite, kinds, leaking, same
 from fmextract.capture.writes import Writes, digest, memory, unwatched
@@ -33,6 +34,7 @@ from fmextract.taps import (
     plain,
     tapped,
 )
+from fmextract.text import some
 
 _SAMPLED = 1 << 14  # values of a row that are compared: more than enough to tell two images apart
 _MOVED = 1e-2  # relative L2 distance of a row among other images, or at another place, that kernels explain
@@ -44,6 +46,7 @@ Photos = Callable[[int], torch.Tensor]
 
 _REPEATS = 16  # passes over three images each, in which what is done now and then is likely to show
 
+ON_PHOTOS = "the model fails on images of the source"
 LEAKING = "its rows change with the other images of the batch, or at random: no row belongs to one image alone"
 
 
@@ -192,6 +195,7 @@ def probe(
     image_shape: Sequence[int],
     device: torch.device,
     photos: Photos | None = None,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Probed], list[Refused]]:
     """Decide for each tap where its rows are, what its axes mean and whether it is overwritten later.
 
@@ -200,21 +204,28 @@ def probe(
     neighbours. P has no neighbour twice, a dark one in one pass and a bright one in the other, so that neither their
     mean nor the largest value of a batch is the same. Without `photos` noise stands for them. `image_shape` is
     (channel, y, x). The model must already be in the mode in which it will run, and runs in its own precision under
-    `no_grad`. Raises what the forward raises.
+    `no_grad`. `tell` takes a note on each kind of image that the model fails on. Raises what the forward raises.
     """
     noise = _distinct_noise(image_shape, device)
     first: Exception | None = None
-    tries = [*((*kind, photos) for kind in _NOISES), (*_NOISES[-1], None)]
+    tries = [*((*kind, photos) for kind in _NOISES), *([(*_NOISES[-1], None)] if photos is not None else [])]
     for spread, contrast, shown in tries:
+        notes: list[str] = []
         try:
             images = noise if contrast == 1 else (contrast * noise).clamp(-1, 1)
-            return _probe(model, forward, taps, images, spread, shown)
+            found = _probe(model, forward, taps, images, spread, shown, notes.append)
         except FmextractError:
             raise
         except Exception as error:  # the model's own: it may refuse inputs beyond a range, which no photo leaves
             if is_out_of_memory(error):
                 raise
             first = first or error  # an image that the model fails on is a matter of its row
+            continue
+        if shown is None and photos is not None and first is not None:
+            tell(f"{ON_PHOTOS}, so that its layers were looked at with noise alone: {blame.told(first, model)}")
+        for note in notes:
+            tell(note)
+        return found
     assert first is not None
     raise first
 
@@ -230,6 +241,7 @@ def _probe(
     noise: torch.Tensor,
     spread: float,
     photos: Photos | None,
+    tell: Callable[[str], None],
 ) -> tuple[list[Probed], list[Refused]]:
     """As `probe`, with `noise` of which one image is darker by `spread`, and one brighter."""
     a, b, c = noise[0] - spread, noise[1], noise[6] + spread
@@ -246,7 +258,7 @@ def _probe(
     pair = _Watch(model, forward, taps, torch.stack([c, b]), three.layouts)
     copied |= pair.overwritten()
     pair.tensors.clear()
-    alone = _same_alone(model, forward, taps, c[None], pair)
+    alone = _same_alone(model, forward, taps, c[None], pair, tell)
 
     def described(i: int, layout: RowLayout, undecided: bool) -> Probed:
         shape = tuple(layout.rows_first(torch.empty(others.shapes[i], device="meta"), 3).shape[1:])
@@ -258,16 +270,23 @@ def _probe(
     with unwatched():
         verdicts = [_judge(tap, i, pair, three, others) for i, tap in enumerate(taps)]
     tries = {(i, layout): described(i, layout, True) for i, v in enumerate(verdicts) for layout in v.undecided}
-    settled, refuted = _look_again(model, forward, tries, _stronger(photos, noise)) if tries else (set(), set())
+    settled, refuted, failed = set[tuple[int, RowLayout]](), set[tuple[int, RowLayout]](), ""
+    if tries:
+        settled, refuted, failed = _look_again(model, forward, tries, _stronger(photos, noise))
     right, wrong = _by_tap(settled), _by_tap(refuted)
     probed: list[Probed] = []
     refused: list[Refused] = []
     for i, verdict in enumerate(verdicts):
-        verdict = verdict.after(right.get(i, set()), wrong.get(i, set()))
+        verdict = verdict.after(right.get(i, set()), wrong.get(i, set()), failed)
         if verdict.layout is None:
             refused.append(Refused(taps[i], verdict.why))
         else:
             probed.append(described(i, verdict.layout, bool(verdict.undecided)))
+    if failed and (left := [one.tap.name for one in probed if one.undecided]):
+        tell(
+            f"{some(left)}: the same for every image that was tried, and {failed}. Whether their rows are of one image"
+            " each is asked again during the run."
+        )
     return probed, refused
 
 
@@ -305,7 +324,14 @@ def _filled(photos: Photos | None, count: int, noise: torch.Tensor) -> list[torc
     return [*(photos(count) if photos is not None else ()), *noise][:count]
 
 
-def _same_alone(model: nn.Module, forward: Forward, taps: Sequence[Tap], one: torch.Tensor, pair: _Watch) -> set[int]:
+def _same_alone(
+    model: nn.Module,
+    forward: Forward,
+    taps: Sequence[Tap],
+    one: torch.Tensor,
+    pair: _Watch,
+    tell: Callable[[str], None],
+) -> set[int]:
     """The taps for which a batch of one image gives what its first row is in `pair`, of the same shape.
 
     Not those behind a `squeeze()`, whose axes move; none at all of a model that fails on a single image.
@@ -315,7 +341,9 @@ def _same_alone(model: nn.Module, forward: Forward, taps: Sequence[Tap], one: to
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        return set()  # whatever it was, it is not an error of the run's, which takes two
+        # It is no error of the run's, which takes two.
+        tell(f"the model fails on a batch of one image, which is run twice side by side: {blame.told(error, model)}")
+        return set()
     with unwatched():
         return _alike_alone(single, pair)
 
@@ -345,8 +373,8 @@ class _Verdict:
     why: str = ""
     undecided: tuple[RowLayout, ...] = ()
 
-    def after(self, settled: set[RowLayout], refuted: set[RowLayout]) -> _Verdict:
-        """The last word, once it was looked at again."""
+    def after(self, settled: set[RowLayout], refuted: set[RowLayout], failed: str) -> _Verdict:
+        """The last word, once it was looked at again. `failed`: what of that came to nothing."""
         if not self.undecided:
             return self
         left = tuple(layout for layout in self.undecided if layout not in refuted)
@@ -359,7 +387,7 @@ class _Verdict:
         return _Verdict(
             None,
             "it is the same for every image that was tried, noise and some of the source, so that nothing tells which"
-            " of its rows belong to which image",
+            f" of its rows belong to which image{f'; {failed}' if failed else ''}",
         )
 
 
@@ -444,11 +472,13 @@ def _stronger(photos: Photos | None, noise: torch.Tensor) -> Iterator[torch.Tens
 
 def _look_again(
     model: nn.Module, forward: Forward, tries: Mapping[tuple[int, RowLayout], Probed], images: Iterator[torch.Tensor]
-) -> tuple[set[tuple[int, RowLayout]], set[tuple[int, RowLayout]]]:
-    """Of the taps by their number, each with a layout that it may have: (those that are right, those that are wrong).
+) -> tuple[set[tuple[int, RowLayout]], set[tuple[int, RowLayout]], str]:
+    """Of the taps by their number, each with a layout that it may have: (those that are right, those that are wrong,
+    what of these looks failed, and why).
 
     For neither nothing was found that tells its rows apart.
     """
+    looks, failures = 0, list[str]()
     settled: set[tuple[int, RowLayout]] = set()
     refuted: set[tuple[int, RowLayout]] = set()
     usual: dict[tuple[int, RowLayout], torch.Tensor] = {}
@@ -457,15 +487,18 @@ def _look_again(
         open_ = [key for key in tries if key not in refuted and key[0] not in known]
         if not open_:
             break
+        looks += 1
         try:
             decided, leaks = _independent(model, forward, {key: tries[key] for key in open_}, six, usual)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
+            failures.append(blame.told(error, model))
             continue  # not images for this model; the next may be
         settled |= decided
         refuted |= leaks
-    return settled, refuted
+    why = f"{len(failures)} of {looks} looks at others failed, the first with {failures[0]}" if failures else ""
+    return settled, refuted, why.rstrip(".")
 
 
 def _independent(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from fmextract.common.facts import Facts, Told, attributes_of, changing, is_library, settled
+from fmextract.inputs.arrays import as_memory, is_array, places
 from fmextract.inputs.named_files import Stamp, facts_of_files, stamps_of
 
 __all__ = ["Before", "contents_at_first", "fingerprint_of", "labels_digest", "stamps"]
@@ -35,6 +36,7 @@ class Before:
 def contents_at_first(data: Any, pick: Callable[[int, Any], Any] | None = None) -> Before:
     """Facts of a Dataset before it was used, and of the function that takes the labels out of its items; none of what
     lies in memory, which is looked at once."""
+    data = as_memory(data)
     told = _joined(Told() if _is_plain(data) else _of_dataset(data), _of_picker(pick))
     return Before(told, stamps_of(told.paths))
 
@@ -60,8 +62,15 @@ def _of_dataset(data: Any) -> Told:
     parts = _parts(data)
     facts = Facts({id(part): f"part {number}" for number, part in enumerate(parts)})
     groups: dict[type, list[tuple[str, Mapping[str, Any]]]] = {}
-    packages = set()
+    packages, files_of_arrays = set(), set[str]()
     for number, part in enumerate(parts):
+        if is_array(part):
+            facts.value(f"part {number}", [type(part).__qualname__, list(map(int, part.shape)), str(part.dtype)])
+            packages.add(type(part).__module__.partition(".")[0])
+            files_of_arrays |= (files := places(part))
+            if not files:
+                facts.cannot_tell("the values of an array", part)
+            continue
         kept = attributes_of(part)
         if kept is None:
             facts.cannot_tell(type(part).__qualname__, part)
@@ -73,13 +82,14 @@ def _of_dataset(data: Any) -> Told:
         groups.setdefault(type(part), []).append((str(number), held))
     facts.objects(groups, _ENTRIES)
     told = facts.told()
-    return replace(told, packages=told.packages | packages)
+    return replace(told, packages=told.packages | packages, paths=told.paths | files_of_arrays)
 
 
 def fingerprint_of(
     data: Any, rows: int, before: Before, pick: Callable[[int, Any], Any] | None = None
 ) -> dict[str, Any]:
     """What a source says of `data` and `pick`, and of which what is other than `before` says nothing; as JSON."""
+    data = as_memory(data)
     now = _of_picker(pick) if _is_plain(data) else _joined(_of_dataset(data), _of_picker(pick))
     now = replace(now, facts=settled(before.told.facts, now.facts))
     if _is_plain(data):

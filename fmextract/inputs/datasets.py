@@ -12,11 +12,12 @@ from typing import Any
 
 from fmextract.common.beside import plain_name
 from fmextract.errors import SampleError, SourceError
+from fmextract.inputs.arrays import as_numpy, members, rows_of
 from fmextract.inputs.attributes import kept_by
 from fmextract.inputs.contents import Before, contents_at_first, fingerprint_of, labels_digest, stamps
 from fmextract.inputs.files import FileSource, Names, OnDisk, Options, refuse_duplicates
 from fmextract.inputs.given import FOLDER, function_of, given_keys, given_labels, with_given
-from fmextract.inputs.items import IMAGE_NAMES, PATH_NAMES, UnclearItem, is_pair, is_path, named, split
+from fmextract.inputs.items import IMAGE_NAMES, PATH_NAMES, Item, UnclearItem, is_pair, is_path, named, split
 from fmextract.inputs.labels import NotALabel, as_column, as_label
 from fmextract.inputs.manifests import open_table
 from fmextract.inputs.tables import columns_of, listed, made_by
@@ -99,7 +100,7 @@ class DatasetSource:
         except Exception as error:  # a Dataset may raise anything, and that is one row's failure
             raise SampleError(Status.UNREADABLE, f"{type(error).__name__}: {error}") from error
         try:
-            parts = split(item)
+            parts = self._split(row, item)
         except UnclearItem as error:
             if "items" not in self.looked_at:
                 raise SourceError(f"{self.name}: {error}") from error
@@ -110,6 +111,14 @@ class DatasetSource:
             self.looked_at.add("items")
             self._look_at(row, parts.rest)
         return OnDisk(os.fsencode(parts.image)) if is_path(parts.image) else parts.image
+
+    def _split(self, row: int, item: Any) -> Item:
+        """The parts of an item, whose image is read where it is an array that lies elsewhere."""
+        parts = split(item)
+        try:
+            return dataclasses.replace(parts, image=as_numpy(parts.image))
+        except Exception as error:  # it is read only now, and may raise anything, which is one row's failure
+            raise SampleError(Status.UNREADABLE, f"{type(error).__name__}: {error}") from error
 
     def _picked(self, row: int, item: Any) -> Any:
         assert self.pick is not None
@@ -295,8 +304,15 @@ def _count(data: Any, name: str) -> int:
             f"{name}: a {kind} gives batches, in an order of its own. Give its Dataset (loader.dataset), whose rows "
             "keep their order: batches are made here (--batch-size)"
         )
+    names = members(data)
+    if names is not None:
+        raise SourceError(
+            f"{name}: a {kind} holds arrays by name. Give one of them:"
+            f" {', '.join(f'data[{one!r}]' for one in names[:8]) or 'it has none'}"
+        )
     try:
-        count = None if isinstance(data, (bytes, str, Mapping, set, frozenset)) else len(data)
+        rows = rows_of(data)
+        count = None if isinstance(data, (bytes, str, Mapping, set, frozenset)) else len(data) if rows is None else rows
     except (TypeError, NotImplementedError):
         count = None
     if count is None or not hasattr(data, "__getitem__") or _is_iterable_only(data):

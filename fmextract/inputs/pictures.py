@@ -9,10 +9,9 @@ What becomes of pixels that are not 8-bit RGB:
 * grey, palette, bilevel, CMYK, YCbCr: as Pillow's `convert("RGB")`; alpha and transparency are dropped by it, like in
   torchvision's loader. Of an animation the first frame counts.
 * 16-bit grey (modes I;16*): divided by 257, so that white stays white and nothing is clipped.
-* 32-bit integers (mode I): 0..65535, what 16-bit files become, divided by 257; anything beyond stretched, minimum to
-  maximum.
-* floats (mode F): 0..1 times 255; else 0..255 as they are; else stretched, minimum to maximum. What is not finite
-  counts as the lowest.
+* 32-bit integers (mode I): 0..65535, what 16-bit files become, divided by 257; anything beyond is refused.
+* floats (mode F): 0..1 times 255; else 0..255 as they are; anything beyond is refused, as each image would have a scale
+  of its own. What is not finite counts as the lowest.
 * arrays: bool black and white; whole numbers from 0 to 255 as they are; floats from 0 to 1 times 255.
 """
 
@@ -142,23 +141,28 @@ def eight_bits(values: NDArray[Any]) -> Pixels:
 
 
 def _integers(values: NDArray[Any]) -> Pixels:
-    return sixteen_bit(values) if values.min() >= 0 and values.max() <= 0xFFFF else _stretched(values)
+    low, high = values.min(), values.max()
+    if low < 0 or high > 0xFFFF:
+        raise _beyond("I", low, high, "0 to 65535")
+    return sixteen_bit(values)
 
 
 def _floats(values: NDArray[Any]) -> Pixels:
     finite = np.isfinite(values)
     values = np.where(finite, values, values.min(initial=math.inf, where=finite))
-    if values.min() < 0 or values.max() > 255 or not finite.any():
-        return _stretched(values)
+    low, high = values.min(), values.max()
+    if low < 0 or high > 255:  # also where none is finite
+        raise _beyond("F", low, high, "0 to 1, or 0 to 255")
     levels: Pixels = np.rint(values * (255 if values.max() <= 1 else 1)).astype(np.uint8)
     return levels
 
 
-def _stretched(values: NDArray[Any]) -> Pixels:
-    low, high = float(values.min()), float(values.max())
-    if not high > low or not math.isfinite(high - low):
-        return np.zeros(values.shape, np.uint8)
-    return np.rint((values - low) * 255.0 / (high - low)).astype(np.uint8)
+def _beyond(mode: str, low: Any, high: Any, expected: str) -> SampleError:
+    return SampleError(
+        Status.UNDECODABLE,
+        f"pixels of mode {mode} lie from {low:g} to {high:g}; expected {expected}. Scale all images alike before:"
+        " by its own range each would get another scale",
+    )
 
 
 _WIDE: dict[str, Callable[[NDArray[Any]], Pixels]] = {

@@ -273,6 +273,11 @@ class Reader:
         """Whether the user's code was seen to draw random numbers."""
         return bool(self._drew)
 
+    @property
+    def may_draw(self) -> bool:
+        """Whether any of it is the user's code, of which only what it was seen to do is known."""
+        return any(code is not None for code in self._users.values())
+
     def _note(self, text: str) -> None:
         self.notes.append(text)
         self._say(text)

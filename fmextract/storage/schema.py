@@ -263,6 +263,7 @@ _OPTIONS = fields(
     level=optional(whole(0, 100)),
     top=whole(0, 10**6),
     overwrite=flag,
+    ignore=many(text),
 )
 _IDENTITY = fields(input_shape=optional(many(whole(1, LARGEST))), source=table_of(anything))
 CONFIG = fields(

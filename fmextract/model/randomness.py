@@ -1,0 +1,21 @@
+"""Whether anything in a model may draw a random number in evaluation mode: what only a look at its code can tell."""
+
+from __future__ import annotations
+
+from torch import nn
+
+_LIBRARIES = frozenset({"torch", "torchvision", "timm"})
+"""Whose modules draw nothing for single images: they draw in training mode, for every image, or never."""
+
+
+def may_draw(model: nn.Module) -> bool:
+    """Whether code runs in the forward pass that is not a library's, and so may draw for some image alone.
+
+    What draws for every image is seen in any pass.
+    """
+    return any(_is_users(module) for module in model.modules())
+
+
+def _is_users(module: nn.Module) -> bool:
+    known = type(module).__module__.partition(".")[0] in _LIBRARIES and "forward" not in vars(module)
+    return not known or bool(module._forward_hooks) or bool(module._forward_pre_hooks)
