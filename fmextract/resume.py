@@ -119,7 +119,8 @@ def seed_in_doubt(earlier: Mapping[str, Any], asked: Asked) -> bool:
     """Whether the seeds differ, nothing was seen to depend on them, and something might."""
     now = ignoring(earlier, asked)
     known = {str(side.get("random")) for side in (earlier, now)}
-    return earlier.get("seed") != now.get("seed") and "not seen" in known and known <= {"none", "not seen"}
+    differ = "seed" in earlier and earlier["seed"] != now.get("seed")
+    return differ and "not seen" in known and known <= {"none", "not seen"}
 
 
 def check_seed(earlier: Mapping[str, Any], asked: Asked, target: Path) -> None:
