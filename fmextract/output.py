@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fmextract import index, provenance, reader, resume, store
+from fmextract import index, reader, resume, store
 from fmextract.common.folders import base_of, moved
 from fmextract.config import check_out, is_single_file
 from fmextract.errors import ConfigError, DamagedError, FormatError, OutputError, OutputLost
@@ -105,7 +106,8 @@ class Output:
         history = str(earlier.info["history"])
         if not ignored or ignored in history:
             return earlier
-        info = {**earlier.info, "history": f"{history}\n{provenance.taken_up(ignored)}"}
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        info = {**earlier.info, "history": f"{history}\n{now} taken up, ignoring what differs: {ignored}"}
         plan = replace(earlier, info=info)
         index.write_sealed(self.directory / PLAN, plan.as_json())
         return plan

@@ -91,12 +91,6 @@ def describe_run(
     }
 
 
-def taken_up(ignored: str) -> str:
-    """A line of the history of a run that went on though what is `ignored` differed."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return f"{now} taken up by fmextract {_version('fmextract')}, ignoring what differs: {ignored}"
-
-
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:
     """Of what makes the values: libraries that are installed, those of the model too, Python, the kind of machine."""
     found = {name: _version(name) for name in _MADE_BY}
