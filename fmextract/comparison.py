@@ -91,9 +91,13 @@ def _shared_layers(a: Activations, b: Activations, wanted: Sequence[str]) -> tup
     unlike = [name for name in names if a[name].shape[1:] != b[name].shape[1:]]
     shared = [name for name in names if name not in unlike]
     if not shared:
-        why = f"the shapes of {', '.join(unlike)} differ" if unlike else f"{', '.join(a.layers)}; {', '.join(b.layers)}"
+        why = f"the shapes of {_some(unlike)} differ" if unlike else f"{_some(a.layers)}; {_some(b.layers)}"
         raise ConfigError(f"{a.path} and {b.path} have no layer in common: {why}")
     return shared, unlike
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6:,} more" if len(names) > 6 else "")
 
 
 def _shared_rows(a: Activations, b: Activations) -> tuple[Rows, Rows, int]:

@@ -36,7 +36,10 @@ def parse_share(text: str | float, option: str) -> float:
         raise ConfigError(
             f"{option} {text!r} is not a share; expected a percentage such as 2% or a fraction such as 0.02"
         )
-    return float(match[1]) / (100 if match[2] else 1)
+    share = float(match[1]) / (100 if match[2] else 1)
+    if share > 1:
+        raise ConfigError(f"{option} {text!r} is more than all: expected at most 100%")
+    return share
 
 
 @dataclass(frozen=True, slots=True)

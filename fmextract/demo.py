@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmextract.errors import FmextractError, MissingExtra
+from fmextract.errors import FmextractError, MissingExtra, OutputError
 from fmextract.records import Preprocess, Progress
 from fmextract.text import printable
 
@@ -108,15 +108,18 @@ def demo(out: Path, progress: Progress) -> Demo:
 
 
 def copy_photos(folder: Path) -> Path:
-    """Put the photos into `folder` as files; returns it."""
+    """Put the photos into `folder` as files; returns it. Raises OutputError, MissingExtra."""
     try:
         shipped = resources.files("skimage") / "data"
     except ModuleNotFoundError as error:
         raise MissingExtra("scikit-image", "demo", "the photos of the demo") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in PHOTOS:
-        with resources.as_file(shipped / name) as file:
-            shutil.copyfile(file, folder / name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in PHOTOS:
+            with resources.as_file(shipped / name) as file:
+                shutil.copyfile(file, folder / name)
+    except OSError as error:
+        raise OutputError(f"cannot put the photos into {folder}: {error.strerror or error}") from error
     return folder
 
 

@@ -663,7 +663,7 @@ def _read_file(path: Path) -> Any:
         return WEIGHT_FILES.get(path.suffix.lower(), _read_torch)(path)
     except Exception as error:  # pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError …
         raise ModelError(
-            f"cannot load weights from {path}: {' '.join(str(error).split())[:300]}. Expected a state dict "
+            f"cannot load weights from {path}: {' '.join(str(error).split())[:300] or type(error).__name__}. Expected a state dict "
             "(torch.save(model.state_dict(), …)) or safetensors; pickled objects are not loaded, for they may run code"
         ) from error
 

@@ -1338,10 +1338,16 @@ def _batched(rows: Rows, size: int) -> Iterator[Rows]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
+FEW = 12
+"""Names that are all told where none is close to the one that was asked for."""
+
+
 def _closest(name: object, names: Iterable[str]) -> str:
     some = [str(known) for known in itertools.islice(names, 10_000)]
     holding = [known for known in some if str(name).lower() in known.lower()]  # `tom` for `cats/tom.jpg`
     close = holding[:3] or difflib.get_close_matches(str(name), some, n=3, cutoff=0.5)
+    if not close and 0 < len(some) <= FEW:
+        return f"; there are {', '.join(some)}"
     return f"; the closest are {', '.join(close)}" if close else ""
 
 

@@ -383,6 +383,8 @@ def _matching_modules(selector: Selector, seen: Survey) -> list[str]:
     matches, known = _matches(selector, seen)
     if not matches:
         close = _closest(selector.wanted, known)
+        if "#" in selector.base:
+            close += " After # stands one number, as in conv#0 or conv#-1; type:Conv2d takes all convolutions."
         raise LayerError(f"no layer matches {selector.text!r}.{close} `fmextract layers` lists all.")
     order = {path: i for i, path in enumerate(seen.order)}
     called = {seen.aliases.get(path, path) for path in matches} & set(order)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,15 @@ MOST_NAMES = 45
 """Names of layers that can be read side by side."""
 SLANTED = 24
 """Of them, as many as are written slanting."""
+SMALLEST_NAMED = 0.25
+"""Inches of a tile's side, below which its number would cover it."""
+FONTS = (
+    "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans JP", "Noto Sans SC", "Noto Sans TC", "Noto Sans KR",
+    "Droid Sans Fallback", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "IPAexGothic", "Hiragino Sans", "PingFang SC",
+    "Apple SD Gothic Neo", "Yu Gothic", "Meiryo", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS",
+    "Noto Sans Devanagari", "Noto Sans Thai", "Nirmala UI", "Leelawadee UI",
+)  # fmt: skip
+"""Fonts that hold letters which matplotlib's own, DejaVu Sans, has not: those that are installed stand in."""
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 
 
@@ -131,11 +142,39 @@ def styled(draw: _Draws) -> _Draws:
     def drawn(*args: Any, **named: Any) -> Any:
         before = _style.set(named.get("style", PLAIN))
         try:
-            return draw(*args, **named)
+            with _letters():
+                return draw(*args, **named)
         finally:
             _style.reset(before)
 
     return drawn  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _letters() -> Iterator[None]:
+    """Around all that measures or draws text: keys may hold any letter; one that no font has shows as a box."""
+    settings = {
+        "font.family": ["DejaVu Sans", *_installed_fonts()],
+        # Letters in a PDF are those of a font, not drawings of them: publishers want that.
+        "pdf.fonttype": 42,
+    }
+    finding = logging.getLogger("matplotlib.font_manager")  # which tells of every font that has no bold letters
+    level = finding.level
+    finding.setLevel(logging.ERROR)
+    try:
+        with _matplotlib().rc_context(settings), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            yield
+    finally:
+        finding.setLevel(level)
+
+
+@functools.cache
+def _installed_fonts() -> tuple[str, ...]:
+    from matplotlib.font_manager import fontManager
+
+    there = {font.name for font in fontManager.ttflist}
+    return tuple(name for name in FONTS if name in there)
 
 
 def theme() -> Theme:
@@ -179,18 +218,13 @@ def check_name(out: str | os.PathLike[str]) -> Path:
 
 def save(made: Figure, out: str | os.PathLike[str]) -> Path:
     """Write a figure; the suffix of `out` says in which format. Raises OutputError."""
-    from matplotlib import rc_context
-
     path = check_name(out)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Letters in a PDF are those of a font, not drawings of them: publishers want that.
-        with (
-            rc_context({"pdf.fonttype": 42}),
-            warnings.catch_warnings(),
-        ):  # a key may hold letters that the font has not: it shows a box for each
-            warnings.filterwarnings("ignore", message="Glyph .* missing")
+        with _letters():
             made.savefig(path, dpi=_style.get().dpi, facecolor=theme().background)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OutputError(f"cannot write {path}: {path.parent} is not a folder, or lies in a file") from error
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
     return path
@@ -259,18 +293,18 @@ def cell_like(size: tuple[int, int]) -> tuple[int, int]:
 def show_tiles(
     axis: Axes, tiles: Sequence[Array], names: Sequence[str], columns: int, cell: tuple[int, int] = (CELL, CELL)
 ) -> None:
-    """A mosaic on an axis, each tile with its name in a corner."""
+    """A mosaic on an axis, each tile with its name in a corner, where that leaves something of the tile to see."""
     from matplotlib.patheffects import withStroke
 
     axis.imshow(mosaic(tiles, columns, cell), interpolation="none")
     axis.set_axis_off()
     outlined = [withStroke(linewidth=1.2, foreground="black")]
     root: Any = axis.get_figure(root=True)
-    inches = axis.get_position().width * root.get_figwidth() / columns
-    for i, name in enumerate(names):
+    inches = axis.get_window_extent().width / root.dpi / columns
+    for i, name in enumerate(names if inches >= SMALLEST_NAMED else ()):
         line, column = divmod(i, columns)
         x, y = column * (cell[1] + GAP) + 5, (line + 1) * (cell[0] + GAP) - GAP - 6
-        axis.text(x, y, safe(name), color="white", size=min(9.0, 3 + 4 * inches), path_effects=outlined)
+        axis.text(x, y, safe(name), color="white", size=min(9.0, 3 + 9 * inches), path_effects=outlined)
 
 
 def colour_bar(axis: Axes, low: float, high: float, label: str, colours: str = "magma", words: bool = False) -> None:
@@ -337,7 +371,7 @@ def room_for_names(names: Sequence[str]) -> float:
 
 def tick_name(layer: str, numbers: Sequence[str] = ()) -> str:
     """A layer as it stands below a plot, its numbers in a second line."""
-    return "\n".join([short(layer, 18), *([" ".join(numbers)] if numbers else [])])
+    return "\n".join([short(layer, 24), *([" ".join(numbers)] if numbers else [])])
 
 
 def name_layers(axis: Axes, layers: Sequence[str]) -> None:

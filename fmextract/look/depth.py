@@ -161,14 +161,17 @@ def _draw_zeros(axis: Axes, rows: Sequence[LayerDepth]) -> None:
 def _draw_dimension(axis: Axes, rows: Sequence[LayerDepth]) -> None:
     found = np.array([np.nan if row.effective_dimension is None else row.effective_dimension for row in rows])
     if not np.isfinite(found).any():
-        axis.text(0.5, 0.5, "not kept by this run", transform=axis.transAxes, color=canvas.theme().faint, ha="center")
+        kept = any(row.effective_dimension is not None for row in rows)
+        words = "none: it takes several images that differ" if kept else "not kept by this run"
+        axis.text(0.5, 0.5, words, transform=axis.transAxes, color=canvas.theme().faint, ha="center")
         axis.set_yticks([])
         return
     axis.plot(range(len(rows)), found, "-o", color=canvas.theme().green, markersize=4, label="participation ratio")
     # So few images, or channels, cannot have more: near these marks the figure says little of the network.
     most = np.array([min(row.channels, (row.effective_dimension_rows or 1) - 1) for row in rows])
     top = 1.2 * np.nanmax(found)
-    if most.min() <= top:
+    most = np.where(np.isfinite(found), most, np.nan)
+    if np.nanmin(most) <= top:
         axis.plot(range(len(rows)), most, "_", color=canvas.theme().faint, markersize=9, label="no more is possible")
     axis.set_ylim(0, top)
     canvas.legend(axis)

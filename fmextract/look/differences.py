@@ -40,7 +40,9 @@ def draw_comparison(found: Comparison, out: str | os.PathLike[str], *, style: St
     upper.set_xticks([])
     lower = canvas.plot_axis(figure, (left, names / height, wide, panel / height), "How alike they stay", "similarity")
     lower.plot(places, [row.cosine for row in rows], "-o", color=canvas.theme().blue, markersize=4, label="cosine")
-    lower.plot(places, [row.cka for row in rows], "-o", color=canvas.theme().green, markersize=4, label="linear CKA")
+    cka = np.array([row.cka for row in rows])
+    label = "linear CKA" if np.isfinite(cka).any() else "linear CKA: of one image there is none"
+    lower.plot(places, cka, "-o", color=canvas.theme().green, markersize=4, label=label)
     lower.margins(y=0.15)
     lower.ticklabel_format(axis="y", useOffset=False)
     canvas.name_layers(lower, ticks)

@@ -19,7 +19,7 @@ from fmextract.look.canvas import Array, Style, safe, short, styled
 from fmextract.look.photos import as_seen, check_traceable, load_photo
 from fmextract.look.places import Grid, Maps, pick_channels, read_maps
 from fmextract.look.select import select_layers
-from fmextract.text import shape
+from fmextract.text import count, shape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -93,8 +93,8 @@ def show_maps(
     in_one, kind = _format(target, format)
     row = acts.row(image)
     names = select_layers(acts, layers, with_maps=True)
-    photo = load_photo(acts, row, images)
     shown = [_choose(acts, name, row, count, order, channels, scale) for name in names]
+    photo = load_photo(acts, row, images)
     if in_one:
         _draw_overview(acts, shown, as_seen(photo, acts.preprocess), image, target, overlay=overlay)
         return [one.picture(target, image) for one in shown]
@@ -212,13 +212,11 @@ def _draw_one(shown: _Shown, photo: PIL.Image.Image, key: str, scale: str, overl
     axis = figure.add_axes((0.03, 0.15, 0.40, 0.75), anchor="NW")
     axis.imshow(np.asarray(photo), interpolation="lanczos")
     axis.set_axis_off()
-    figure.text(
-        0.03,
-        0.115,
-        f"{short(local_name(key), 40)}   {photo.height}×{photo.width}",
-        color=canvas.theme().faint,
-        size=9.5,
-    )
+    words = f"{short(local_name(key), 40)}   {photo.height}×{photo.width}"
+    figure.text(0.03, 0.115, words, color=canvas.theme().faint, size=9.5)
+    if holes := int(np.isnan(shown.values).sum()):
+        words = f"{count(holes, 'value')} not finite, {'as if lowest' if overlay else 'left blank'}"
+        figure.text(0.915, 0.012, words, color=canvas.theme().faint, size=8.5, ha="right")
     grid = figure.add_axes((0.455, 0.03, 0.46, 0.87), anchor="NW")
     columns = math.ceil(math.sqrt(len(shown.channels)))
     cell = canvas.cell_like((photo.height, photo.width))
@@ -286,7 +284,7 @@ def _panels(figure: Figure, rows: int, columns: int, titled: bool) -> list[SubFi
 
 
 def _picture_axis(panel: SubFigure) -> Any:
-    axis = panel.add_axes((0.05, 0.02, 0.9, 0.85))
+    axis = panel.add_axes((0.05, 0.02, 0.9, 0.85), anchor="NW")
     axis.set_axis_off()
     return axis
 

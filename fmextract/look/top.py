@@ -125,10 +125,13 @@ def show_top(
     """
     if not channels:
         raise ConfigError("name at least one channel: --channel N")
+    if k < 1:
+        raise ConfigError(f"expected at least 1 image a channel, got {k}")
     rows = [strongest(acts, layer, channel, k) for channel in channels]
     lines = [(line, first) for examples in rows for line, first in _lines(examples)]
     if not lines:
-        raise ConfigError(f"no image has a value in these channels of {layer}")
+        which = ", ".join(map(str, channels))
+        raise ConfigError(f"no image has a finite value in {layer}, channel {which}")
     across = max(len(line) for line, _ in lines)
     paired = any(one.photo_box for one in lines[0][0])
     side, above, heading = 2.3, 0.95, 0.32 if len(rows) > 1 else 0.0
@@ -170,7 +173,7 @@ def show_top(
 def _lines(examples: list[Example]) -> list[tuple[list[Example], bool]]:
     """Of nearly the same length, at most ACROSS images each, and whether it is a channel's first."""
     lines = max(1, math.ceil(len(examples) / ACROSS))
-    across = math.ceil(len(examples) / lines)
+    across = max(1, math.ceil(len(examples) / lines))
     return [(examples[i : i + across], i == 0) for i in range(0, len(examples), across)]
 
 

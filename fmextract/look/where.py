@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from fmextract.look.places import Region, read_maps
 from fmextract.look.top import KINDS, cropped, draw_region, outline
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from fmextract.reader import Activations
 
 
@@ -79,7 +82,8 @@ def localize(acts: Activations, image: str, layer: str, k: int = 5) -> Where:
     """The `k` strongest channels of the image with this key in a layer, and where all channels together are strongest.
 
     A channel is as strong as its highest value is unusual: measured in the channel's own standard deviations over the
-    data set, since a channel that is always high says nothing of this image. Raises ConfigError.
+    data set, since a channel that is always high says nothing of this image. One without any finite value is none of
+    them. Raises ConfigError.
     """
     row, one = acts.row(image), acts[layer]
     if k < 1:
@@ -92,7 +96,8 @@ def localize(acts: Activations, image: str, layer: str, k: int = 5) -> Where:
     spread = np.where(one.stats.std > 0, one.stats.std, np.inf)
     strength = np.nan_to_num((highest - one.stats.mean) / spread, nan=-np.inf, posinf=-np.inf, neginf=-np.inf)
     peaks = []
-    for channel in np.argsort(-strength, kind="stable")[:k].tolist():
+    ranked = np.argsort(-strength, kind="stable")
+    for channel in ranked[np.isfinite(highest[ranked])][:k].tolist():
         cell = divmod(int(places[channel]), grid.cells[1])
         region = grid.region(cell)
         part = photo_box(region.box, acts.preprocess, size)
@@ -130,36 +135,51 @@ def show_where(
     bottom = (height - 1.0 - side) / height
     left = figure.add_axes((0.15 / width, bottom, side / width, side / height), anchor="N")
     draw_region(left, seen, None)
-    palette = canvas.theme().palette * 9
-    for peak, colour in zip(found.peaks, palette, strict=False):
-        outline(left, peak.region.box, colour, halo=canvas.theme().halo)
-        y0, x0, *_ = peak.region.box
-        y0 += 15 * sum(other.cell == peak.cell for other in found.peaks[: found.peaks.index(peak)])
-        mark = {"boxstyle": "round,pad=0.15", "facecolor": canvas.theme().halo, "edgecolor": "none", "alpha": 0.7}
-        left.text(x0 + 2, y0 + 2, str(peak.channel), color=colour, size=8, va="top", bbox=mark)
+    _mark_peaks(left, found.peaks, seen.height)
     right = figure.add_axes(((0.3 + side) / width, bottom, side / width, side / height), anchor="N")
     draw_region(right, seen.convert("L").convert("RGB"), None)
     extent = (0, seen.width, seen.height, 0)
+    flat = float(np.ptp(found.spread)) <= 1e-6 * float(np.abs(found.spread).max())
     right.imshow(found.spread, cmap=canvas.colour_map(), alpha=0.6, extent=extent, interpolation="bilinear")
-    outline(right, found.hottest.box, "white")
+    if not flat:
+        outline(right, found.hottest.box, "white")
     above = 1 - 0.82 / height
     kind = KINDS[found.hottest.kind]
     figure.text(
         0.15 / width, above, f"strongest channels   ·   {kind}", color=canvas.theme().faint, size=9, va="center"
     )
-    words = "sum of all channels, and its peak"
+    words = "sum of all channels" + (": the same everywhere" if flat else ", and its peak")
     figure.text((0.3 + side) / width, above, words, color=canvas.theme().faint, size=9, va="center")
     each = (2 * side + 0.15) / max(crops, 4)
-    for i, (peak, colour) in enumerate(zip(found.peaks, palette, strict=False)):
+    for i, (peak, colour) in enumerate(zip(found.peaks, _colours(crops), strict=True)):
         place = ((0.15 + each * i) / width, 0.1 / height, (each - 0.1) / width, (each - 0.1) / height)
         axis = figure.add_axes(place, anchor="N")
         part = cropped(photo, peak.photo_box) if peak.photo_box else cropped(seen, peak.region.box)
         axis.imshow(np.asarray(part), interpolation="lanczos")
         axis.set_axis_off()
-        words = f"{peak.channel}   +{peak.strength:.1f} σ"
+        words = f"{peak.channel}   {peak.strength:+.1f} σ"
         axis.set_title(words, color=colour, size=9, loc="left", pad=4)
     canvas.save(figure, out)
     return found
+
+
+def _colours(count: int) -> list[str]:
+    """One for each of so many peaks; beyond the palette they come again."""
+    palette = canvas.theme().palette
+    return [palette[i % len(palette)] for i in range(count)]
+
+
+def _mark_peaks(axis: Axes, peaks: Sequence[Peak], height: int) -> None:
+    """The box of each peak, and its number within: those of one cell below each other, upwards at the lower edge."""
+    halo = canvas.theme().halo
+    mark = {"boxstyle": "round,pad=0.15", "facecolor": halo, "edgecolor": "none", "alpha": 0.7}
+    step = 15 * height / 224
+    for i, (peak, colour) in enumerate(zip(peaks, _colours(len(peaks)), strict=True)):
+        outline(axis, peak.region.box, colour, halo=halo)
+        y0, x0, *_ = peak.region.box
+        together, before = (sum(one.cell == peak.cell for one in some) for some in (peaks, peaks[:i]))
+        top = max(0.0, min(y0, height - step * together)) + step * before
+        axis.text(x0 + 2, top + 2, str(peak.channel), color=colour, size=8, va="top", bbox=mark)
 
 
 def where_picture(out: str | os.PathLike[str], found: Where) -> dict[str, Any]:

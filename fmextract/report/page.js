@@ -479,8 +479,10 @@ function mapSheet(layer, row, entry) {
   const { view } = layer;
   const numbers = view.shown ?? Array.from({ length: view.count }, (_, i) => i);
   let chosen = state.channel === null ? -1 : numbers.indexOf(Number(state.channel));
-  if (chosen < 0) chosen = entry.high.indexOf(Math.max(...entry.high));
-  const all = [Math.min(...entry.low), Math.max(...entry.high)];
+  // Of a map without any finite value the ends are null, which is no number: not 0.
+  const highest = Math.max(...entry.high.map((v) => v ?? -Infinity)), lowest = Math.min(...entry.low.map((v) => v ?? Infinity));
+  const all = Number.isFinite(highest) ? [lowest, highest] : [null, null];
+  if (chosen < 0) chosen = Math.max(0, entry.high.indexOf(highest));
   const rangeOf = (i) => (state.scale === "shared" ? all : [entry.low[i], entry.high[i]]);
   const placed = view.kind !== "planes" && data.geometry && inputOf(row);
   const canvases = [];
@@ -489,8 +491,8 @@ function mapSheet(layer, row, entry) {
     canvas.style.aspectRatio = `${view.drawn[1]} / ${view.drawn[0]}`;
     canvases.push(canvas);
     return tipped(h("button", { type: "button", "data-id": `map-${n}`, "data-channel": n, "aria-pressed": String(i === chosen),
-      "aria-label": `${n}: ${number(entry.low[i])} to ${number(entry.high[i])}`, onclick: () => go({ channel: n }) },
-    canvas, String(n), h("small", {}, `${number(entry.low[i], 2)} … ${number(entry.high[i], 2)}`)), apartTold(entry, i, n));
+      "aria-label": apartTold(entry, i, n), onclick: () => go({ channel: n }) },
+    canvas, String(n), h("small", {}, entry.low[i] === null ? "not finite" : `${number(entry.low[i], 2)} … ${number(entry.high[i], 2)}`)), apartTold(entry, i, n));
   }));
   const over = h("canvas", { class: "over", "aria-hidden": "true" });
   const showOver = () => { over.style.opacity = state.opacity; };
@@ -523,7 +525,7 @@ function mapSheet(layer, row, entry) {
   return h("div", { class: "sheet" }, side, h("div", {}, cards));
 }
 function apartTold(entry, i, n) {
-  const range = `${n}: ${number(entry.low[i])} to ${number(entry.high[i])}.`;
+  const range = entry.low[i] === null ? `${n}: no value is finite.` : `${n}: ${number(entry.low[i])} to ${number(entry.high[i])}.`;
   if (!entry.apart) return range;
   const values = entry.apart[i];
   return `${range} ${values.length === 1 ? "The cls token" : "The tokens before the patches"}: ${values.map((v) => number(v)).join(", ")}.`;

@@ -106,7 +106,8 @@ def view_of(layer: Layer, input_size: tuple[int, int] | None) -> View:
 def drawn(view: View, values: Array) -> dict[str, Any]:
     """The shown maps of one image: an 8-bit PNG of all of them in a grid, and the range of each.
 
-    Level 0 is a value that is not finite; levels 1 to 255 go evenly from the lowest to the highest of the map.
+    Level 0 is a value that is not finite; levels 1 to 255 go evenly from the lowest to the highest of the map,
+    which are NaN where none is finite.
     """
     if view.kind == "vector":
         line = values.reshape(-1)
@@ -117,11 +118,12 @@ def drawn(view: View, values: Array) -> dict[str, Any]:
     maps = _pooled(np.asarray(maps, np.float64), view.pool)
     finite = np.isfinite(maps)
     low, high = (
-        np.where(finite.any((1, 2)), pick(np.where(finite, maps, empty), axis=(1, 2)), 0.0)
+        np.where(finite.any((1, 2)), pick(np.where(finite, maps, empty), axis=(1, 2)), np.nan)
         for pick, empty in ((np.min, np.inf), (np.max, -np.inf))
     )
     scale = np.where(high > low, high - low, 1.0)[:, None, None]
-    levels = np.where(finite, 1 + np.rint(254 * (np.where(finite, maps, 0) - low[:, None, None]) / scale), 0)
+    steps = np.where(finite, maps - low[:, None, None], 0.0) / scale
+    levels = np.where(finite, 1 + np.rint(254 * steps), 0)
     made: dict[str, Any] = {"png": _sprite(levels.astype(np.uint8)), "low": low, "high": high}
     return {**made, "apart": apart} if view.prefix else made
 
