@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from typing import Any, TextIO
 
 from fmextract.text import count, duration, printable, rate
@@ -70,7 +71,9 @@ class TerminalProgress:
         """A bar of tqdm where there is something to draw it on, else None."""
         # tqdm not at the top: `--help` and `info` answer without it.
         if self._stream is sys.stderr and _in_notebook():
-            from tqdm.auto import tqdm as notebook_bar
+            with warnings.catch_warnings():  # without ipywidgets it warns, and draws a bar of letters, which will do
+                warnings.simplefilter("ignore")
+                from tqdm.auto import tqdm as notebook_bar
 
             return notebook_bar(total=total, initial=done, unit=f" {self._unit}s", smoothing=0)
         if not self._stream.isatty():

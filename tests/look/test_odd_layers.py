@@ -80,9 +80,7 @@ def test_a_channel_without_finite_values_is_no_peak(place: Path, tmp_path: Path,
     assert "inf" not in " ".join(words(figures[0]))
 
 
-def test_values_that_are_not_finite_are_counted_in_the_picture(
-    place: Path, tmp_path: Path, figures: list[Any]
-) -> None:
+def test_values_that_are_not_finite_are_counted_in_the_picture(place: Path, tmp_path: Path, figures: list[Any]) -> None:
     with fmextract.open(place / "acts.h5") as acts:
         look.show_maps(acts, "1.png", tmp_path / "maps", layers=["holes", "conv"])
         bad = int((~np.isfinite(acts["holes"][acts.row("1.png")])).sum())
@@ -124,9 +122,7 @@ def test_one_image_has_no_dimension_and_no_cka_and_that_is_said(
 
 
 @pytest.mark.parametrize(("many", "named"), [(16, True), (150, False)])
-def test_a_number_never_covers_its_map(
-    place: Path, tmp_path: Path, figures: list[Any], many: int, named: bool
-) -> None:
+def test_a_number_never_covers_its_map(place: Path, tmp_path: Path, figures: list[Any], many: int, named: bool) -> None:
     with fmextract.open(place / "acts.h5") as acts:
         look.show_maps(acts, "1.png", tmp_path / "maps.png", layers=["conv", "wide"], count=many)
     held = {text for text in words(figures[0]) if text.isdecimal()}
