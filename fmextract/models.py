@@ -662,8 +662,9 @@ def _read_file(path: Path) -> Any:
     try:
         return WEIGHT_FILES.get(path.suffix.lower(), _read_torch)(path)
     except Exception as error:  # pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError …
+        why = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(
-            f"cannot load weights from {path}: {' '.join(str(error).split())[:300] or type(error).__name__}. Expected a state dict "
+            f"cannot load weights from {path}: {why}. Expected a state dict "
             "(torch.save(model.state_dict(), …)) or safetensors; pickled objects are not loaded, for they may run code"
         ) from error
 

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from fmextract.text import count, duration, printable, rate
 
 BAR = "{percentage:3.0f}% {bar} {n:,}/{total:,}{unit}, {rate_noinv_fmt}, {remaining} left, ends {eta:%H:%M}{postfix}"
+FIRST_BAR = "{percentage:3.0f}% {bar} {n:,}/{total:,}{unit}{postfix}"  # tqdm calls an end that is not known 00:00
 LOG_SECONDS = 30.0  # between two lines in a log
 FIRST_LOG_SECONDS = 10.0  # until the first one
 
@@ -88,7 +89,7 @@ class TerminalProgress:
             file=self._stream,
             unit=f" {self._unit}s",
             smoothing=0,
-            bar_format=BAR,
+            bar_format=FIRST_BAR,
             dynamic_ncols=True,
             leave=False,
         )
@@ -100,6 +101,8 @@ class TerminalProgress:
             self.note(self._line())
         if self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
+                if images and self._bar.bar_format == FIRST_BAR:
+                    self._bar.bar_format = BAR
                 if failed:
                     self._bar.set_postfix_str(f"{failed:,} failed", refresh=False)
                 self._bar.update(images)

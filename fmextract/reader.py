@@ -42,6 +42,7 @@ from fmextract.selection import AxisIndex, Part, Selection, count, crossing, cut
 from fmextract.storage import schema
 from fmextract.storage.columns import Form, as_array, common_form, decode_column, encode_column
 from fmextract.text import byte_count
+from fmextract.text import count as plural
 
 if TYPE_CHECKING:
     from fmextract.feeding import LayerDataset
@@ -384,7 +385,7 @@ class Activations:
     def __repr__(self) -> str:
         if self._files.closed:
             return f"<Activations {str(self.path)!r}, closed>"
-        head = f"<Activations {str(self.path)!r}: {len(self):,} rows, {len(self.layers)} layers"
+        head = f"<Activations {str(self.path)!r}: {plural(len(self), 'row')}, {plural(len(self.layers), 'layer')}"
         made_by = ", ".join(str(self.attrs[k]) for k in ("model", "precision") if k in self.attrs)
         wide = max((len(name) for name in self.layers), default=0)
         # A network has hundreds of layers, and each costs a look into the file: show the two ends.
@@ -1338,7 +1339,7 @@ def _batched(rows: Rows, size: int) -> Iterator[Rows]:
     return (rows[start : start + size] for start in range(0, len(rows), size))
 
 
-FEW = 12
+ALL_NAMED = 12
 """Names that are all told where none is close to the one that was asked for."""
 
 
@@ -1346,7 +1347,7 @@ def _closest(name: object, names: Iterable[str]) -> str:
     some = [str(known) for known in itertools.islice(names, 10_000)]
     holding = [known for known in some if str(name).lower() in known.lower()]  # `tom` for `cats/tom.jpg`
     close = holding[:3] or difflib.get_close_matches(str(name), some, n=3, cutoff=0.5)
-    if not close and 0 < len(some) <= FEW:
+    if not close and 0 < len(some) <= ALL_NAMED:
         return f"; there are {', '.join(some)}"
     return f"; the closest are {', '.join(close)}" if close else ""
 
