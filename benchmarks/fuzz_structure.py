@@ -1,13 +1,14 @@
 """Files that are sound HDF5 and whose structure is anything, given to everything that reads: only our own errors.
 
-    python benchmarks/fuzz_structure.py [--minutes 60] [--seed 0] [--one SEED] [--entries N] [--edits NAME,NAME]
+    python -m benchmarks.fuzz_structure [--minutes 60] [--seed 0] [--one SEED] [--entries N] [--edits NAME,NAME]
 
 A small run is made; copies of its file, its directory and its unfinished directory are changed in a few places (types,
-shapes, names, links, references, filters, values, the JSON within and beside), the digests are made again so that the
-change alone is wrong, and every command that reads is run on each. What counts as a finding: an exception that is not
-ours or does not name the output, JSON that is not JSON, a wait of minutes, a gibibyte of memory, and the end of the
-process, which is why the readers run in a process of their own. Prints one line a finding, with the seed that makes it
-again, and a JSON summary; the exit status says whether there was one.
+shapes, names, links, references, filters, chunks, values, bytes, the JSON within and beside: `hostile_edits`), the
+digests are made again so that the change alone is wrong, and every command that reads is run on each. What counts as a
+finding: an exception that is not ours or does not name the output, JSON that is not JSON, other values than h5py reads,
+20 seconds for one reader, a gibibyte of memory, and the end of the process, which is why the readers run in a process
+of their own. Prints one line a finding, with the seed that makes it again, and a JSON summary; the exit status says
+whether there was one.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import h5py
 import numpy as np
+
+from benchmarks import hostile_edits
+from benchmarks.hostile_edits import ROWS, json_text
 
 MODEL = """
 import torch
@@ -54,8 +58,8 @@ def small():
 """
 RUN = ("--preprocess", "size=12,crop=8,mean=0.5,std=0.5", "--precision", "fp32", "--batch-size", "2", "--workers", "1",
        "--device", "cpu", "-l", "conv", "-l", "relu", "-l", "fc")  # fmt: skip
-ROWS = 8
-HANG_SECONDS, MEMORY_BYTES, ADDRESS_BYTES = 120, 1 << 30, 24 << 30
+ROOT = Path(__file__).resolve().parents[1]
+HANG_SECONDS, LONG_SECONDS, MEMORY_BYTES, ADDRESS_BYTES = 120, 20, 1 << 30, 24 << 30
 
 
 # -------------------------------------------------------------------------------------------------------- the subjects
@@ -91,290 +95,25 @@ def extract(folder: Path, out: Path, *options: str) -> int:
     return 0 if code == 3 else code
 
 
-# ---------------------------------------------------------------------------------------------------------- the edits
+# ------------------------------------------------------------------------------------------------------- the mutants
 
 
-def odd_attribute(random: Random, file: h5py.File) -> Any:
-    """A value that an attribute could have."""
-    text = h5py.string_dtype()
-    return random.choice(
-        [
-            lambda: -1, lambda: 0, lambda: 2**63 - 1, lambda: np.uint64(2**64 - 1), lambda: np.int8(-128), lambda: True,
-            lambda: np.nan, lambda: np.inf, lambda: -np.inf, lambda: 1e308, lambda: np.float16(0.5), lambda: -1e30,
-            lambda: "", lambda: "x" * 70000, lambda: "../../x", lambda: "\u202eabc\n", lambda: np.bytes_(b"\xff\xfe"),
-            lambda: np.bytes_(b"a\0b"), lambda: "nan", lambda: "[]", lambda: "{}", lambda: "null", lambda: "7",
-            lambda: np.zeros((0,)), lambda: np.zeros(2), lambda: np.full(2, np.nan), lambda: np.full(2, -1e30),
-            lambda: np.zeros((3,), int), lambda: np.zeros((2, 2)), lambda: np.array(["a", "b"], dtype=text),
-            lambda: np.full(2, 2**62), lambda: np.array([], dtype=text), lambda: h5py.Empty("f4"),
-            lambda: h5py.Empty(text), lambda: file.ref, lambda: np.array([file.ref] * 2, dtype=h5py.ref_dtype),
-            lambda: np.zeros((), [("a", "i4"), ("b", "f8")]), lambda: np.zeros((), np.complex64),
-            lambda: np.array(1, dtype=h5py.enum_dtype({"A": 1, "B": 2})), lambda: np.void(b"opaque"),
-        ]
-    )()  # fmt: skip
+EDITS, PATCHES = hostile_edits.EDITS, hostile_edits.PATCHES
 
 
-def odd_json(random: Random) -> Any:
-    return random.choice(
-        [None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**40, -(10**400), 0.5, -2.5, 1e308, 1e-320, "", "x", "NaN",
-         "../..", "\x00", "\ud800", [], [None, None], [0, 0], [-1, 5], [2**40, 2**40], ["a", "b"], [1.5, 2.5], [[]],
-         [10**400, 1], {}, {"x": None}, {"": []}, [1] * 5000, deep(200), deep(20)]
-    )  # fmt: skip
-
-
-def deep(levels: int) -> Any:
-    made: Any = 1
-    for level in range(levels):
-        made = [made] if level % 2 else {"a": made}
-    return made
-
-
-def edited_json(random: Random, value: Any) -> Any:
-    """The value with one place in it changed, removed or added."""
-    if isinstance(value, dict) and value and random.random() < 0.9:
-        name = random.choice(list(value))
-        what = random.random()
-        if what < 0.15:
-            return {key: one for key, one in value.items() if key != name}
-        if what < 0.2:
-            return {**value, "another": odd_json(random)}
-        return {**value, name: edited_json(random, value[name])}
-    if isinstance(value, list) and value and random.random() < 0.7:
-        at = random.randrange(len(value))
-        if random.random() < 0.2:
-            return value[:at] + value[at + 1 :]
-        return [*value[:at], edited_json(random, value[at]), *value[at + 1 :]]
-    return odd_json(random)
-
-
-def json_text(random: Random, said: str) -> str:
-    """A JSON text with one change."""
-    if random.random() < 0.1:
-        return random.choice(
-            ["", "{", "NaN", "[NaN]", "[" * 100_000, '{"a": Infinity}', "7", "null", said[:-1], "\ufeff{}"]
-        )
-    try:
-        return json.dumps(edited_json(random, json.loads(said)))
-    except ValueError:
-        return json.dumps(odd_json(random))
-
-
-def nodes(file: h5py.File) -> list[str]:
-    paths = ["/"]
-    file.visit(lambda name: paths.append(f"/{name}"))
-    return paths
-
-
-def datasets(file: h5py.File) -> list[str]:
-    return [path for path in nodes(file) if isinstance(file[path], h5py.Dataset)]
-
-
-def some_attribute(random: Random, file: h5py.File) -> tuple[Any, str]:
-    node = file[random.choice(nodes(file))]
-    names = [name for name in node.attrs if name not in ("DIMENSION_LIST", "REFERENCE_LIST")]
-    return node, random.choice(names or ["note"])
-
-
-def attribute_of_another_kind(random: Random, file: h5py.File) -> None:
-    node, name = some_attribute(random, file)
-    node.attrs[name] = odd_attribute(random, file)
-
-
-def attribute_of_a_layer(random: Random, file: h5py.File) -> None:
-    group = file["layers"][random.choice(list(file["layers"]))]
-    name = random.choice(
-        [*group.attrs, "erf_size", "nonfinite", "clipped", "mantissa", "effective_dimension", "rf_whole"]
-    )
-    group.attrs[name] = odd_attribute(random, file)
-
-
-def attribute_removed(random: Random, file: h5py.File) -> None:
-    node, name = some_attribute(random, file)
-    node.attrs.pop(name, None)
-
-
-def attribute_renamed(random: Random, file: h5py.File) -> None:
-    node, name = some_attribute(random, file)
-    if name in node.attrs:
-        h5py.h5a.rename(
-            node.id, name.encode(), random.choice([b"CLASS", b"NAME", b"format", b"\xff\xfe", b"a/b", b"x"])
-        )
-
-
-def attribute_large(random: Random, file: h5py.File) -> None:
-    node, name = some_attribute(random, file)
-    node.attrs.pop(name, None)
-    with contextlib.suppress(OSError, RuntimeError, ValueError):  # old layouts have no room for it
-        node.attrs[name] = np.zeros(10**6)
-
-
-def json_within(random: Random, file: h5py.File) -> None:
-    name = random.choice(["fmextract_config", "preprocess", "preprocess", "versions", "throughput", "smaller_batches"])
-    file.attrs[name] = json_text(random, str(file.attrs.get(name, "{}")))
-
-
-def scales_list(random: Random, file: h5py.File) -> None:
-    """DIMENSION_LIST, REFERENCE_LIST, CLASS or NAME of another type, or of references that lead elsewhere."""
-    data = file[random.choice(datasets(file))]
-    name = random.choice(["DIMENSION_LIST", "DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME"])
-    data.attrs.pop(name, None)
-    if random.random() < 0.5:
-        data.attrs[name] = odd_attribute(random, file)
-        return
-    lists = h5py.vlen_dtype(h5py.ref_dtype)
-    aims = [file.ref, file[random.choice(nodes(file))].ref, h5py.Reference(), data.ref]
-    made = np.empty(random.choice([data.ndim, data.ndim, data.ndim + 1, 1]), object)
-    for axis in range(len(made)):
-        count = random.choice([0, 1, 1, 2, 40])
-        made[axis] = np.array([random.choice(aims) for _ in range(count)], dtype=h5py.ref_dtype)
-    data.attrs.create("DIMENSION_LIST", made, dtype=lists)
-
-
-def scales_swapped(random: Random, file: h5py.File) -> None:
-    data = file[random.choice(datasets(file))]
-    scale = file[random.choice(datasets(file))]
-    with contextlib.suppress(RuntimeError, ValueError, OSError, KeyError, TypeError):
-        if random.random() < 0.5:
-            scale.make_scale(random.choice(["", "y", "a/b", "x" * 300]))
-        data.dims[random.randrange(data.ndim)].attach_scale(scale)
-
-
-def removed(random: Random, file: h5py.File) -> None:
-    del file[random.choice(nodes(file)[1:])]
-
-
-def renamed(random: Random, file: h5py.File) -> None:
-    path = random.choice(nodes(file)[1:])
-    parent = file[path].parent
-    name = random.choice(
-        [b"a%2", b"%zz", b"..x", b"\xff\xfe", b"x" * 400, b" ", b"-o", b"stats", b"activation", b"a:2=mean"]
-    )
-    with contextlib.suppress(ValueError, RuntimeError, OSError, KeyError):
-        parent.id.links.move(path.rpartition("/")[2].encode("utf-8", "surrogateescape"), parent.id, name)
-
-
-def another_dataset(random: Random, file: h5py.File) -> None:
-    """In the place of one, of another type, shape, layout, filter or fill value."""
-    path = random.choice(datasets(file))
-    old = file[path]
-    shape, dtype = old.shape, old.dtype
-    if random.random() < 0.5:
-        shape = random.choice([(), (0,), (1,), shape[:-1], (*shape, 2), (*shape[:-1], 0), (2**20,), shape[::-1]])
-    if random.random() < 0.7:
-        dtype = random.choice(
-            ["i1", "u1", "i8", "u8", "f2", "f4", ">f4", "f8", "S3", "c8", "?", h5py.string_dtype(), h5py.ref_dtype,
-             h5py.vlen_dtype("i4"), np.dtype([("a", "f4")]), h5py.enum_dtype({"A": 1}), "V5", np.longdouble]
-        )  # fmt: skip
-    parent, name = old.parent, path.rpartition("/")[2]
-    attrs = [(key, old.attrs[key]) for key in old.attrs if key not in ("REFERENCE_LIST", "CLASS", "NAME")]
-    del file[path]
-    options: dict[str, Any] = {}
-    if shape and 0 not in shape and random.random() < 0.6:
-        single = (1,) * len(shape) if max(shape) < 1000 else True  # to write a million chunks takes gigabytes
-        options["chunks"] = random.choice([True, tuple(max(1, n // 2) for n in shape), single])
-        options |= random.choice(
-            [{}, {"compression": "gzip"}, {"compression": "lzf"}, {"fletcher32": True}, {"shuffle": True}]
-        )
-    with contextlib.suppress(TypeError, ValueError, OSError, RuntimeError):
-        if random.random() < 0.3:
-            options["fillvalue"] = random.choice([1, -1, np.nan])
-        if random.random() < 0.2 and "chunks" in options:
-            options["maxshape"] = (None,) * len(shape)
-        made = parent.create_dataset(name, shape, dtype, track_order=random.random() < 0.5, **options)
-        for key, value in attrs:
-            with contextlib.suppress(TypeError, ValueError, OSError, RuntimeError):
-                made.attrs[key] = value
-        if random.random() < 0.8 and made.dtype.kind in "iuf":
-            made[...] = random.choice([0, 1, 100])
-
-
-def resized(random: Random, file: h5py.File) -> None:
-    data = file[random.choice([path for path in datasets(file) if file[path].chunks] or datasets(file))]
-    with contextlib.suppress(TypeError, ValueError, OSError, RuntimeError):
-        data.resize(random.choice([0, 1, 5, ROWS + 1, 1000, 2**40, 2**62]), axis=0)
-
-
-def all_resized(random: Random, file: h5py.File) -> None:
-    rows = random.choice([0, 1, ROWS + 100, 10**6, 2**40])
-    for path in datasets(file):
-        if file[path].maxshape[0] is None:
-            file[path].resize(rows, axis=0)
-
-
-def linked(random: Random, file: h5py.File) -> None:
-    """A link of any kind in the place of something, or beside it: also in circles, outside, and to nothing."""
-    path, aim = random.choice(nodes(file)[1:]), random.choice(nodes(file))
-    place = random.choice([path, f"{path}x", f"/layers/{random.choice(list(file['layers']))}/more"])
-    link = random.choice(
-        [h5py.SoftLink(aim), h5py.SoftLink(place), h5py.SoftLink("/nowhere"), h5py.ExternalLink("acts.h5", aim),
-         h5py.ExternalLink("/etc/passwd", "/"), file[aim]]
-    )  # fmt: skip
-    with contextlib.suppress(ValueError, OSError, RuntimeError, KeyError, TypeError):
-        if place in file:
-            del file[place]
-        file[place] = link
-
-
-def elsewhere(random: Random, file: h5py.File) -> None:
-    """Virtual, or in another file."""
-    path = random.choice(datasets(file))
-    shape, dtype = file[path].shape, file[path].dtype
-    parent, name = file[path].parent, path.rpartition("/")[2]
-    del file[path]
-    with contextlib.suppress(TypeError, ValueError, OSError, RuntimeError):
-        if random.random() < 0.5:
-            layout = h5py.VirtualLayout(shape, dtype)
-            layout[...] = h5py.VirtualSource(random.choice([".", "acts.h5", "nowhere.h5"]), path, shape)
-            parent.create_virtual_dataset(name, layout)
-        else:
-            parent.create_dataset(name, shape, dtype, external=[("/etc/passwd", 0, h5py.h5f.UNLIMITED)])
-
-
-def another_object(random: Random, file: h5py.File) -> None:
-    path = random.choice(nodes(file)[1:])
-    del file[path]
-    file[path] = random.choice([np.dtype("f4"), np.zeros(3), 7, "text"])
-    if random.random() < 0.3:
-        del file[path]
-        file.create_group(path)
-
-
-def values(random: Random, file: h5py.File) -> None:
-    """Values that a type allows and nobody expects."""
-    data = file[random.choice(datasets(file))]
-    with contextlib.suppress(TypeError, ValueError, OSError, RuntimeError, OverflowError):
-        odd: Any
-        if data.dtype.kind == "O":
-            odd = random.choice(["", "../../etc/passwd", "x" * 5000, b"\xff\xfe", "a\nb\u202e", "/", "\x7f"])
-        elif data.dtype.kind == "f":
-            odd = random.choice([np.nan, np.inf, -np.inf, -1, 1e308, 0, 1e-320])
-        else:
-            limits = np.iinfo(data.dtype)
-            odd = random.choice([limits.min, limits.max, -1, 0, 1, 10**6])
-        if random.random() < 0.5:
-            data[...] = odd
-        else:
-            data[tuple(random.randrange(size) for size in data.shape)] = odd
-
-
-def a_skipped_filter(random: Random, file: h5py.File) -> None:
-    data = file["layers"][random.choice(list(file["layers"]))]["activation"]
-    offset = (0,) * data.ndim
-    _, payload = data.id.read_direct_chunk(offset)
-    data.id.write_direct_chunk(
-        offset, random.choice([payload, payload[:5], b"", bytes(99)]), random.choice([1, 2, 3, 2**32 - 1])
-    )
-
-
-EDITS: tuple[Callable[[Random, h5py.File], None], ...] = (
-    attribute_of_another_kind, attribute_of_a_layer, attribute_of_a_layer, attribute_of_a_layer, attribute_removed,
-    attribute_renamed, attribute_large, json_within, json_within, json_within, scales_list, scales_list, scales_swapped,
-    removed, renamed, another_dataset, another_dataset, another_dataset, resized, all_resized, linked, elsewhere,
-    another_object, values, values, values, values, a_skipped_filter,
-)  # fmt: skip
+def use_edits(names: str) -> None:
+    """Only the edits and patches of these names, all of them for an empty text."""
+    global EDITS, PATCHES
+    EDITS = tuple(edit for edit in EDITS if not names or edit.__name__ in names.split(","))
+    PATCHES = tuple(patch for patch in PATCHES if not names or patch.__name__ in names.split(","))
 
 
 def change(random: Random, path: Path) -> list[str]:
     """Change a file in one to three places, and make its digest again; returns the names of the edits."""
+    if PATCHES and (not EDITS or random.random() < 0.2):
+        patch = random.choice(PATCHES)
+        patch(random, path)
+        return [patch.__name__]
     done = []
     try:
         with h5py.File(path, "r+", libver=("earliest", "v110")) as file:
@@ -449,6 +188,19 @@ def read(target: Path) -> None:
         list(acts.batches(size=5))
         data = acts.dataset()
         _ = [data[item] for item in range(len(data))]
+
+
+def misread(target: Path) -> str | None:
+    """A layer of a file of which other values are read than h5py has, None where there is none."""
+    import fmextract as fm
+    from fmextract.store import escape_name
+
+    with fm.open(target) as acts, h5py.File(target) as file:
+        for name in acts.layers:
+            ours, theirs = acts[name][...], file[f"layers/{escape_name(name)}/activation"][...]
+            if not np.array_equal(ours, theirs, equal_nan=theirs.dtype.kind == "f"):
+                return name
+    return None
 
 
 def commands(target: Path, base: Path, out: Path) -> dict[str, list[str]]:
@@ -526,12 +278,6 @@ def _end(said: str) -> str:
     return f"{lines[-1] if lines else ''} [{places[-1] if places else ''}]"
 
 
-def use_edits(names: str) -> None:
-    """Only the edits of these names, all of them for an empty text."""
-    global EDITS
-    EDITS = tuple(edit for edit in EDITS if not names or edit.__name__ in names.split(","))
-
-
 def findings(random: Random, base: Path, work: Path, entries: int | None) -> Iterator[str]:
     """Make a mutant and give it to the readers, `entries` of the commands or all of them; yields what went wrong."""
     from fmextract.errors import FmextractError
@@ -551,7 +297,12 @@ def findings(random: Random, base: Path, work: Path, entries: int | None) -> Ite
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            begun = time.monotonic()
             read(target)
+            if time.monotonic() - begun > LONG_SECONDS:
+                yield f"read: took {time.monotonic() - begun:.0f} s"
+            if target.is_file() and (layer := misread(target)):
+                yield f"read: other values of {layer} than h5py reads"
     except FmextractError as error:
         if target.name not in str(error):
             yield f"read: does not name the file: {error}"
@@ -560,8 +311,11 @@ def findings(random: Random, base: Path, work: Path, entries: int | None) -> Ite
     run = commands(target, base, out)
     chosen = list(run) if entries is None else random.sample(list(run), entries)
     for name in sorted(chosen, key=lambda name: name == "resume"):  # which may change the mutant
+        begun = time.monotonic()
         if said := wrong(name, run[name], target):
             yield said
+        if time.monotonic() - begun > LONG_SECONDS:
+            yield f"{name}: took {time.monotonic() - begun:.0f} s"
 
 
 def serve(base: Path, entries: int | None) -> None:
@@ -588,10 +342,20 @@ class Readers:
     """A process that reads mutants, started again whenever one ends it."""
 
     def __init__(self, base: Path, entries: int | None) -> None:
-        names = ",".join(edit.__name__ for edit in EDITS)
-        arguments = [sys.executable, __file__, "--serve", str(base), "--entries", str(entries or 0), "--edits", names]
+        names = ",".join(change.__name__ for change in (*EDITS, *PATCHES))
+        arguments = [
+            sys.executable,
+            "-m",
+            "benchmarks.fuzz_structure",
+            "--serve",
+            str(base),
+            "--entries",
+            str(entries or 0),
+            "--edits",
+            names,
+        ]
         self._start = lambda: subprocess.Popen(
-            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
         )
         self._process = self._start()
 
