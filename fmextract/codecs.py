@@ -31,6 +31,10 @@ Stored: TypeAlias = bytes | memoryview
 
 SHUFFLE, DEFLATE, LZ4, ZSTD = 2, 1, 32004, 32015
 """Numbers of the HDF5 filters: the first two are built into every libhdf5, the others are registered plugins."""
+FLETCHER32, LZF = 3, 32000
+"""Filters of h5py that fmextract does not write, and leaves to libhdf5."""
+MOST_CHUNK_BYTES = 1 << 30
+"""Of the values of a chunk."""
 
 MANTISSA = {"float16": 10, "float32": 23, "float64": 52}
 BFLOAT16_MANTISSA = 7
@@ -98,6 +102,30 @@ def filters_to_codec(plist: Any, itemsize: int) -> str | None:
             shuffled_right = not stages or tuple(stages[0][2]) == (itemsize,)
             return codec.name if shuffled_right else None
     return None
+
+
+def filters_flaw(plist: Any, itemsize: int) -> str | None:
+    """Why libhdf5 should not be given a pipeline of filters, None where it may be.
+
+    Their code takes client data and the stream for what they themselves wrote (n-bit divides by zero), and what several
+    of the same kind unpack has no bound.
+    """
+    stages = [plist.get_filter(i) for i in range(plist.get_nfilters())]
+    numbers = [stage[0] for stage in stages]
+    for number, _, given, *_ in stages:
+        if number not in (SHUFFLE, DEFLATE, FLETCHER32, LZF, LZ4, ZSTD):
+            return f"the filter {number}"
+        if numbers.count(number) > 1:
+            return f"the filter {number} more than once"
+        odd_shuffle = number == SHUFFLE and tuple(given) != (itemsize,)
+        if odd_shuffle or (number == LZF and max(given, default=0) > MOST_CHUNK_BYTES):
+            return f"the filter {number} with the client data {tuple(given)}"
+    return None
+
+
+def most_stored(nbytes: int) -> int:
+    """Bytes of a chunk of `nbytes` of values that no compressor exceeds: of more, libhdf5 would unpack gigabytes."""
+    return nbytes + nbytes // 16 + 4096
 
 
 # --------------------------------------------------------------------------------------------------- chunk to bytes

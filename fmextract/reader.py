@@ -1086,6 +1086,8 @@ class _File:
 
     def _through_hdf5(self, stored: _Stored, place: tuple[int, ...]) -> Array:
         """A chunk that is not of our making; what lies beyond the last row is not defined."""
+        if stored.sizes[place] > codecs.most_stored(stored.chunk_bytes):
+            raise DamagedError(f"a chunk of {stored.chunk_bytes} bytes has {stored.sizes[place]}")
         region = tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, stored.spec.chunk, strict=True))
         with self.hdf5() as file:
             values = file["layers"][store.escape_name(stored.spec.name)]["activation"][region]

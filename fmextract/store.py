@@ -28,7 +28,18 @@ from typing import Any, NamedTuple, TypeAlias
 import h5py
 import numpy as np
 
-from fmextract.codecs import CODECS, Array, Codec, Stored, codec_named, encode, fill_value
+from fmextract.codecs import (
+    CODECS,
+    MOST_CHUNK_BYTES,
+    Array,
+    Codec,
+    Stored,
+    codec_named,
+    encode,
+    fill_value,
+    filters_flaw,
+    most_stored,
+)
 from fmextract.errors import DamagedError, FmextractError, FormatError, LayerError, NoSpace, OutputError
 from fmextract.moments import COVARIANCE
 from fmextract.records import (
@@ -56,7 +67,7 @@ MAX_LAYERS = 4000
 """One dimension scale can be attached to about 4,085 datasets, and /sample is the scale of every layer."""
 MAX_NAME = 255
 """Bytes in a name that netCDF-C can open (measured: 256 fail)."""
-MAX_CHUNK_BYTES = 1 << 30
+MAX_CHUNK_BYTES = MOST_CHUNK_BYTES
 COLUMN_CHUNK = 4096
 _CHUNK_RECORD_BYTES = 24
 """What one chunk takes at the least in an HDF5 index: so a small file cannot claim a huge shape."""
@@ -908,15 +919,26 @@ def _validate_dataset(file: str, node: _Node, file_size: int) -> None:
     if shape is None or not schema.is_storable(node.id.get_type().encode()):
         raise FormatError(f"{where} has values of type {dtype}, which fmextract does not write")
     if layout == h5py.h5d.CHUNKED:
-        chunks = plist.get_chunk()
-        if math.prod(chunks) * dtype.itemsize > MAX_CHUNK_BYTES:
-            raise FormatError(f"{where} has chunks {chunks} of {dtype}, larger than 1 GiB")
-        if math.prod(chunk_grid(shape, chunks)) > file_size // _CHUNK_RECORD_BYTES:
-            raise DamagedError(f"{where} has the shape {shape}, more than the file has chunks for")
-        if not node.path.endswith("/activation") and math.prod(shape) * dtype.itemsize > INFLATION * file_size:
-            raise DamagedError(f"{where} claims {math.prod(shape)} values in a file of {file_size} bytes")
+        _validate_chunks(where, node, plist, file_size)
     elif math.prod(shape) * node.id.get_type().get_size() != node.id.get_storage_size():
         raise DamagedError(f"{where} has the shape {shape}, but not the bytes for it")
+
+
+def _validate_chunks(where: str, node: _Node, plist: h5py.h5p.PropDCID, file_size: int) -> None:
+    chunks, shape, dtype = plist.get_chunk(), node.id.shape, node.id.dtype
+    nbytes, count = math.prod(chunks) * dtype.itemsize, math.prod(chunk_grid(shape, chunks))
+    if nbytes > MAX_CHUNK_BYTES:
+        raise FormatError(f"{where} has chunks {chunks} of {dtype}, larger than 1 GiB")
+    if flaw := filters_flaw(plist, dtype.itemsize):
+        raise FormatError(f"{where} has {flaw}, which fmextract does not write")
+    if count > file_size // _CHUNK_RECORD_BYTES:
+        raise DamagedError(f"{where} has the shape {shape}, more than the file has chunks for")
+    if node.path.endswith("/activation"):  # each of its chunks is looked at before it is read
+        return
+    if math.prod(shape) * dtype.itemsize > INFLATION * file_size:
+        raise DamagedError(f"{where} claims {math.prod(shape)} values in a file of {file_size} bytes")
+    if node.id.get_storage_size() > count * most_stored(nbytes):
+        raise DamagedError(f"{where} has chunks that hold more than its values")
 
 
 _WITHIN_LAYER = 3

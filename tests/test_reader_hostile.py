@@ -329,3 +329,77 @@ def test_heaps_that_libhdf5_would_walk_for_ever(small: tuple[bytes, Path], wrong
         path.write_bytes(valid[:place] + wrong.to_bytes(8, "little") + valid[place + 8 :])
         with contextlib.suppress(DamagedError):
             read_everything(path)
+
+
+def with_filters(path: Path, stages: list[tuple[int, int, tuple[int, ...]]], payload: bytes | None = None) -> None:
+    """Other filters of the activations; the chunks lie as they were, or are `payload`."""
+    with h5py.File(path, "r+") as file:
+        old = file["layers/maps/activation"]
+        scales, plist = [axis[0] for axis in old.dims], h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plist.set_chunk(old.chunks)
+        for stage in stages:
+            plist.set_filter(*stage)
+        space = h5py.h5s.create_simple(old.shape, (h5py.h5s.UNLIMITED, *old.shape[1:]))
+        del file["layers/maps/activation"]
+        made = h5py.Dataset(h5py.h5d.create(file.id, b"layers/maps/activation", old.id.get_type(), space, plist))
+        for axis, scale in zip(made.dims, scales, strict=True):
+            axis.attach_scale(scale)
+        for at in range(old.id.get_num_chunks()):
+            offset = old.id.get_chunk_info(at).chunk_offset
+            made.id.write_direct_chunk(offset, payload or old.id.read_direct_chunk(offset)[1])
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([(5, 1, (8, 0, 4, 1, 4, 0, 0, 0))], "the filter 5"),  # n-bit, of integers of no bits
+        ([(1, 1, (1,)), (1, 1, (1,))], "the filter 1 more than once"),
+        ([(65535, 1, ())], "the filter 65535"),
+    ],
+)
+def test_filters_that_libhdf5_is_not_given(
+    tmp_path: Path, stages: list[tuple[int, int, tuple[int, ...]]], said: str
+) -> None:
+    path = tmp_path / "a.h5"
+    make_file(path, {"maps": MAPS})
+    with_filters(path, stages)
+    with pytest.raises(FormatError, match=said):
+        reader.open(path)
+
+
+def test_a_shuffle_of_other_bytes_than_the_values_have(tmp_path: Path) -> None:
+    """libhdf5 sets the client data itself when a dataset is made, so that they are changed where they lie."""
+    path = tmp_path / "a.h5"
+    make_file(path, {"maps": MAPS})
+    with_filters(path, [(2, 1, (4,)), (1, 1, (1,))])
+    content = path.read_bytes()
+    place = content.rindex(b"shuffle\0") + 8
+    path.write_bytes(content[:place] + b"\x02" + content[place + 1 :])
+    with pytest.raises(FormatError, match=r"the filter 2 with the client data \(2,\)"):
+        reader.open(path)
+
+
+def test_a_chunk_that_libhdf5_would_inflate_without_end(tmp_path: Path) -> None:
+    """Ours is bounded; one with a checksum behind it goes through libhdf5."""
+    path = tmp_path / "a.h5"
+    make_file(path, {"maps": MAPS})
+    with_filters(path, [(2, 1, (4,)), (1, 1, (1,)), (3, 1, ())], zlib.compress(bytes(2**26), 9))
+    with reader.open(path) as acts, pytest.raises(DamagedError, match=r"a chunk of .* bytes has"):
+        acts["maps"][...]
+
+
+def test_a_checksum_by_h5py_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    make_file(path, {"maps": MAPS})
+    with h5py.File(path, "r+") as file:
+        old = file["layers/maps/activation"]
+        scales, chunks = [axis[0] for axis in old.dims], old.chunks
+        del file["layers/maps/activation"]
+        made = file["layers/maps"].create_dataset(
+            "activation", data=MAPS, chunks=chunks, shuffle=True, compression="gzip", fletcher32=True,
+            maxshape=(None, *MAPS.shape[1:]),
+        )  # fmt: skip
+        for axis, scale in zip(made.dims, scales, strict=True):
+            axis.attach_scale(scale)
+    with reader.open(path) as acts:
+        np.testing.assert_array_equal(acts["maps"][...], MAPS)
