@@ -23,7 +23,7 @@ import stat
 import threading
 import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,11 +89,19 @@ def open(path: str | os.PathLike[str], *, threads: int | None = None, cache: int
     is not fmextract's, is newer, or is a run in progress, and DamagedError where its content is not what was written.
     """
     place = Path(path).expanduser()
-    if place.is_dir():
-        parts = _listed_shards(place.absolute())
-    else:
-        parts = [_Part(place.absolute())]
-    return Activations(place, parts, threads, cache)
+    return Activations(place, _parts(place), threads, cache)
+
+
+def just_written(path: Path) -> Activations:
+    """The same, for the run that has just written `path`: the file that it finished last is not looked through again.
+
+    Of thousands of layers that takes seconds. What was written by another process, or before, is, as `open` does it.
+    """
+    return Activations(path, [part._replace(own=True) for part in _parts(path)], None, RECENT_BYTES)
+
+
+def _parts(place: Path) -> list[_Part]:
+    return _listed_shards(place.absolute()) if place.is_dir() else [_Part(place.absolute())]
 
 
 class Activations:
@@ -910,11 +918,15 @@ class _Stored:
 
 
 class _Part(NamedTuple):
-    """One file of an output: its rows (all that are there, if None), and its content's digest as the index knows it."""
+    """One file of an output: its rows (all that are there, if None), and its content's digest as the index knows it.
+
+    `own`: what this process knows of the file, since it has just written it, is trusted.
+    """
 
     path: Path
     rows: range | None = None
     digest: str | None = None
+    own: bool = False
 
 
 class _File:
@@ -924,7 +936,7 @@ class _File:
     """
 
     def __init__(self, part: _Part) -> None:
-        path, rows, digest = part
+        path, rows, digest, own = part
         self.path = path
         self._lock = threading.Lock()
         self._opening = threading.RLock()
@@ -937,7 +949,8 @@ class _File:
         self.nbytes = os.fstat(self.fd).st_size
         check_heaps(self.fd, path)
         with self.hdf5() as file:
-            self.contents = store.validate(file)
+            known = store.take_written(self._identity) if own else None
+            self.contents = known or store.validate(file)
             self.start = int(file["sample"][0])
         if not 0 <= self.start <= schema.LARGEST:
             raise DamagedError(f"{path}: /sample begins at row {self.start}")
@@ -984,7 +997,7 @@ class _File:
         with self.hdf5() as file:
             dataset = file[name]
             if dataset.chunks is not None:
-                self._complete(dataset)
+                self._complete(dataset.id, dataset.shape, dataset.chunks, name)
             strings = h5py.check_string_dtype(dataset.dtype) is not None
             values: Array = np.asarray(dataset.asstr()[:] if strings else dataset[:])
         if name == "sample" and not np.array_equal(values, np.arange(self.start, self.start + len(values))):
@@ -1010,14 +1023,14 @@ class _File:
         zeros = float(np.nansum(stats["zero_fraction"] * count))  # NaN in a channel without values
         return Totals(stored.nbytes, float(count.sum()), zeros, int(np.sum(stats["nonfinite"])))
 
-    def stats(self, layer: str, covariance: bool = False, only: Container[str] | None = None) -> dict[str, Array]:
+    def stats(self, layer: str, covariance: bool = False, only: Iterable[str] | None = None) -> dict[str, Array]:
         """The statistics of a layer by name, empty where it has none; its covariance, of megabytes, only on demand.
 
         Where `only` some are wanted, the others are not read.
         """
         with self.hdf5() as file:
             path, spec = f"/layers/{store.escape_name(layer)}/stats", self.contents.layers[layer].spec
-            if path not in file or spec.channel_axis is None:
+            if spec.channel_axis is None:
                 return {}
             left_out = () if covariance else moments.COVARIANCE
             channels, values = spec.shape[spec.channel_axis], store.read_statistics(file, path, left_out, only)
@@ -1096,28 +1109,31 @@ class _File:
         return out
 
     def _look_up(self, file: h5py.File, layer: str) -> _Stored:
-        dataset = file[f"/layers/{store.escape_name(layer)}/activation"]
+        # Not by `file[…]`: what h5py asks on the way is most of the time where there are many layers.
+        dataset = h5py.h5d.open(file.id, f"/layers/{store.escape_name(layer)}/activation".encode())
         spec, attrs = self.contents.layers[layer]
-        grid = self._complete(dataset)
+        plist, kind = dataset.get_create_plist(), dataset.dtype
+        grid = self._complete(dataset, dataset.shape, plist.get_chunk(), f"layer {layer}")
         offsets, sizes, masks = np.zeros(grid, np.int64), np.full(grid, -1, np.int64), np.zeros(grid, np.uint32)
 
         def note(chunk: Any) -> None:
             place = tuple(i // n for i, n in zip(chunk.chunk_offset, spec.chunk, strict=True))
             offsets[place], sizes[place], masks[place] = chunk.byte_offset, chunk.size, chunk.filter_mask
 
-        dataset.id.chunk_iter(note)
+        dataset.chunk_iter(note)
         if sizes.min() < 0 or offsets.min() < 0 or (offsets + sizes).max() > self.nbytes:
             raise DamagedError(f"{self.path}: layer {layer} has chunks that lie outside the file")
-        kind = dataset.dtype
-        codec = codecs.filters_to_codec(dataset.id.get_create_plist(), kind.itemsize) if kind.isnative else None
+        codec = codecs.filters_to_codec(plist, kind.itemsize) if kind.isnative else None
         return _Stored(spec, attrs, codec, offsets, sizes, masks)
 
-    def _complete(self, dataset: h5py.Dataset) -> tuple[int, ...]:
+    def _complete(
+        self, dataset: h5py.h5d.DatasetID, shape: tuple[int, ...], chunk: tuple[int, ...], name: str
+    ) -> tuple[int, ...]:
         """The grid of chunks of a dataset. Raises DamagedError where one is not there: HDF5 would show fill values."""
-        grid = store.chunk_grid(dataset.shape, dataset.chunks)
-        there = dataset.id.get_num_chunks()
+        grid = store.chunk_grid(shape, chunk)
+        there = dataset.get_num_chunks()
         if there != math.prod(grid):
-            raise DamagedError(f"{self.path}: {dataset.name} has {there} of {math.prod(grid)} chunks")
+            raise DamagedError(f"{self.path}: {name} has {there} of {math.prod(grid)} chunks")
         return grid
 
 
@@ -1203,8 +1219,7 @@ def _hdf5_file(path: Path) -> h5py.File:
 
 def _identity(fd: int) -> tuple[int, ...]:
     """What changes when the content of a path does."""
-    have = os.fstat(fd)
-    return have.st_dev, have.st_ino, have.st_size, have.st_mtime_ns
+    return store.file_identity(os.fstat(fd))
 
 
 @contextlib.contextmanager

@@ -142,7 +142,7 @@ def _done(
             resumed = _extract(prepared, made, output, progress, tally)
             _check_failures(made, output.directory, tally, config)
             output.fold(made)
-    acts = reader.open(target)
+    acts = reader.just_written(target)
     try:
         result = _result(acts, target, tally, time.perf_counter() - started, resumed if made is not None else None)
     except BaseException:

@@ -21,6 +21,7 @@ import os
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -222,6 +223,7 @@ class ShardWriter:
             _write_columns(file, len(self.rows), tables, forms)
             digest = _content_digest(file, written)
             file.attrs["content_digest"] = digest
+            contents = _contents_of_own(file, written)
             self._activations.clear()
             file.close()
             self._file = None
@@ -231,6 +233,7 @@ class ShardWriter:
             self._disk = None
             if durable:
                 _fsync(self.path)
+            _last_written[:] = [(file_identity(self.path.stat()), contents)]
         return digest
 
     def _write_layers(
@@ -243,14 +246,15 @@ class ShardWriter:
         codec, level = self._pipeline
         written: dict[str, _Layer] = {}
         on_samples: dict[str, objects.Entries] = {"/sample": []}
+        samples = {"/sample": file["sample"].id}
         for spec, digests in zip(self.layers, self._digests, strict=True):
             path = f"/layers/{escape_name(spec.name)}"
             own = {name: value for name, value in layer_attrs.get(spec.name, {}).items() if value is not None}
             beside = list(_statistics(path, spec, stats[spec.name])) if spec.name in stats else None
             attrs, filters = {**_layer_attrs(spec), **own}, codec.filters(np.dtype(spec.dtype).itemsize, level)
-            layer = _Layer(path, spec, len(self.rows), filters, attrs, beside, digests)
+            layer = _Layer(path, spec, len(self.rows), filters, attrs, _scales(spec), beside, digests)
             # Layer by layer: so that no more are open at a time than those of one.
-            objects.attach_scales(file, layer.attached(), layer.write(file), on_samples)
+            objects.attach_scales(file, layer.attached(), samples | layer.write(file), on_samples)
             written[path] = layer
         objects.write_references(file, on_samples)
         return written
@@ -487,13 +491,13 @@ def _layer_attrs(spec: LayerSpec) -> dict[str, Any]:
 
 
 def _create_dataset(
-    group: h5py.Group,
+    group: h5py.h5g.GroupID,
     name: str,
     shape: tuple[int, ...],
     dtype: Any,
     chunk: tuple[int, ...],
     filters: Sequence[tuple[int, tuple[int, ...]]],
-) -> h5py.Dataset:
+) -> h5py.h5d.DatasetID:
     """A chunked dataset with an unlimited first axis. Low level, since a filter need not be installed to be named."""
     plist = objects.creation()
     plist.set_chunk(chunk)
@@ -502,8 +506,7 @@ def _create_dataset(
     for number, options in filters:
         plist.set_filter(number, h5py.h5z.FLAG_OPTIONAL, options)
     space = h5py.h5s.create_simple(shape, (h5py.h5s.UNLIMITED, *shape[1:]))
-    kind = h5py.h5t.py_create(np.dtype(dtype), logical=True)
-    return h5py.Dataset(h5py.h5d.create(group.id, name.encode(), kind, space, plist))
+    return h5py.h5d.create(group, name.encode(), objects.kind_of(np.dtype(dtype))[0], space, plist)
 
 
 def _create_column(file: h5py.File, name: str, rows: int, dtype: Any, each: tuple[int, ...] = ()) -> h5py.Dataset:
@@ -512,7 +515,7 @@ def _create_column(file: h5py.File, name: str, rows: int, dtype: Any, each: tupl
     # netCDF knows no filters on strings of variable length.
     filters = () if h5py.check_string_dtype(kind) else CODECS["gzip"].filters(kind.itemsize)
     together = max(1, min(rows, COLUMN_CHUNK // math.prod(each)))
-    column = _create_dataset(file, name, (rows, *each), kind, (together, *each), filters)
+    column = h5py.Dataset(_create_dataset(file.id, name, (rows, *each), kind, (together, *each), filters))
     if name != "sample":
         column.dims[0].attach_scale(file["sample"])
     return column
@@ -528,13 +531,10 @@ def _create_sample_scale(file: h5py.File, rows: range) -> None:
 
 
 def _create_layer(group: h5py.Group, spec: LayerSpec, rows: int, codec: Codec, level: int) -> h5py.h5d.DatasetID:
-    """The group of a layer with its activations, and the scales of their axes."""
-    layer = group.create_group(escape_name(spec.name), track_order=True)
+    """The group of a layer with its activations."""
+    layer = objects.create_group(group.id, escape_name(spec.name))
     filters = codec.filters(np.dtype(spec.dtype).itemsize, level)
-    activation = _create_dataset(layer, "activation", (rows, *spec.shape), spec.dtype, spec.chunk, filters)
-    for scale in _scales(spec):
-        objects.create(layer.id, scale)
-    return activation.id
+    return _create_dataset(layer, "activation", (rows, *spec.shape), spec.dtype, spec.chunk, filters)
 
 
 def _scales(spec: LayerSpec) -> list[Values]:
@@ -791,6 +791,22 @@ class Contents:
     layers: Mapping[str, LayerContents]
 
 
+_last_written: list[tuple[tuple[int, ...], Contents]] = []
+"""What the file is that this process finished last, and what it put there: at most one."""
+
+
+def file_identity(have: os.stat_result) -> tuple[int, ...]:
+    """What changes when the content of a path does."""
+    return have.st_dev, have.st_ino, have.st_size, have.st_mtime_ns
+
+
+def take_written(identity: tuple[int, ...]) -> Contents | None:
+    """What `validate` would find in the file that this process finished last, once; None where it is another file."""
+    known = dict(_last_written)
+    _last_written.clear()
+    return known.get(identity)
+
+
 def validate(file: h5py.File) -> Contents:
     """Raise FormatError unless the file is of our format and version, and safe to read: then, what stands in it.
 
@@ -801,7 +817,8 @@ def validate(file: h5py.File) -> Contents:
     with _reading(file):
         _validate_version(file)
         seen: set[int] = set()
-        return _contents(file, {node.path: node for node in _sound(file, _top(file), seen, {"/layers"})}, seen)
+        nodes = {node.path: node for node in _sound(file, _top(file), seen, {"/layers"})}
+        return _contents(file, nodes, partial(_found_layers, file, seen))
 
 
 def _sound(file: h5py.File, top: _Node, seen: set[int], closed: Container[str] = ()) -> Iterator[_Node]:
@@ -945,10 +962,18 @@ _WITHIN_LAYER = 3
 """Slashes in the path of what lies in the group of a layer. What lies deeper, its statistics, is read on demand."""
 
 
-def _contents(file: h5py.File, nodes: Mapping[str, _Node], seen: set[int]) -> Contents:
-    """What a file holds, checked. What lies beside its layers, by path in `nodes`, is sound, and was `seen`.
+def _contents_of_own(file: h5py.File, written: Mapping[str, _Layer]) -> Contents:
+    """The same of a file that this process has just written: its layers are not read again."""
+    nodes = {node.path: node for node in _walk(file, _top(file), set(), {"/layers"})}
+    return _contents(file, nodes, lambda *_: [layer.contents() for layer in written.values()])
 
-    One layer after the other, so that libhdf5 still has at hand what it found when it is asked again.
+
+def _contents(
+    file: h5py.File, nodes: Mapping[str, _Node], layers_in: Callable[[_Node, int, int | None], list[LayerContents]]
+) -> Contents:
+    """What a file holds, checked. What lies beside its layers, by path in `nodes`, is sound.
+
+    `layers_in` gives its layers, of their group, the address of the scale of the rows, and the number of rows.
     """
     name = file.filename
     attrs, said = schema.attributes(nodes["/"].id, schema.ROOT, name)
@@ -961,13 +986,22 @@ def _contents(file: h5py.File, nodes: Mapping[str, _Node], seen: set[int]) -> Co
     for column, kind in schema.COLUMNS.items():
         if column in columns or kind.required:
             _check_column(name, column, columns.get(column), kind, rows)
-    layers = []
-    for group in _children(file, nodes["/layers"]):
-        below = [node for node in _sound(file, group, seen) if node.path.count("/") <= _WITHIN_LAYER]
-        with _reading(file, group.path):
-            layers.append(_layer_contents(name, group, below[1:], columns["sample"].address, rows))
+    layers = layers_in(nodes["/layers"], columns["sample"].address, rows)
     brought = dict(_brought_by(name, columns, rows))
     return Contents(rows or 0, attrs, said, frozenset(columns), brought, {layer.spec.name: layer for layer in layers})
+
+
+def _found_layers(file: h5py.File, seen: set[int], group: _Node, sample: int, rows: int | None) -> list[LayerContents]:
+    """The layers in a group, checked. `seen` are the addresses of what lies beside them.
+
+    One after the other, so that libhdf5 still has at hand what it found when it is asked again.
+    """
+    layers = []
+    for layer in _children(file, group):
+        below = [node for node in _sound(file, layer, seen) if node.path.count("/") <= _WITHIN_LAYER]
+        with _reading(file, layer.path):
+            layers.append(_layer_contents(file.filename, layer, below[1:], sample, rows))
+    return layers
 
 
 def _brought_by(file: str, columns: Mapping[str, _Node], rows: int | None) -> Iterator[tuple[str | None, Brought]]:
@@ -1062,12 +1096,24 @@ def _layer_contents(file: str, group: _Node, children: Sequence[_Node], sample: 
     for together in schema.TOGETHER:
         if 0 < sum(one in attrs for one in together) < len(together):
             raise DamagedError(f"{where}: expected the attributes {', '.join(together)}, or none of them")
+    return LayerContents(_spec(name, shape, dtype, chunk, _axes(where, own, sample), attrs), attrs)
+
+
+def _spec(
+    name: str,
+    shape: Sequence[int],
+    dtype: str,
+    chunk: tuple[int, ...],
+    axes: tuple[str, ...],
+    attrs: Mapping[str, Any],
+) -> LayerSpec:
+    """A layer as it was written: `shape` is that of its activations, `attrs` are its attributes, checked."""
     field = None
     if "rf_size" in attrs:
         size, stride, offset = (tuple(attrs[f"rf_{part}"].tolist()) for part in ("size", "stride", "offset"))
         flags = {field: attrs.get(f"rf_{flag}", False) for flag, field in _FIELD_FLAGS.items()}
         field = Field(size, stride, offset, **flags)
-    spec = LayerSpec(
+    return LayerSpec(
         name=name,
         module=attrs["module"],
         module_type=attrs["module_type"],
@@ -1076,8 +1122,8 @@ def _layer_contents(file: str, group: _Node, children: Sequence[_Node], sample: 
         tap=attrs["tap"],
         member=attrs.get("member", ""),
         reducer=attrs.get("reducer", ""),
-        shape=shape[1:],
-        axes=_axes(where, own, sample),
+        shape=tuple(shape[1:]),
+        axes=axes,
         dtype=dtype,
         compute_dtype=attrs["compute_dtype"],
         chunk=chunk,
@@ -1089,7 +1135,6 @@ def _layer_contents(file: str, group: _Node, children: Sequence[_Node], sample: 
         near_zero_below=attrs.get("near_zero_below"),
         number=attrs.get("number", ""),
     )
-    return LayerContents(spec, attrs)
 
 
 def _activation(where: str, data: _Node, rows: int | None) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
@@ -1160,16 +1205,24 @@ def _texts(column: h5py.Dataset, part: slice) -> list[str]:
 
 
 def read_statistics(
-    file: h5py.File, path: str, left_out: Container[str] = (), only: Container[str] | None = None
+    file: h5py.File, path: str, left_out: Container[str] = (), only: Iterable[str] | None = None
 ) -> dict[str, Array]:
-    """The values of the datasets of a group that are no scales, by name: of all, or `only` of some."""
+    """The values of the datasets of a group that are no scales, by name: of all, or `only` of some.
+
+    Of a group that is not there, none.
+    """
     values: dict[str, Array] = {}
-    group = h5py.h5o.open(file.id, path.encode())
+    above, _, last = path.rpartition("/")
+    holder = h5py.h5o.open(file.id, above.encode())
+    if last.encode() not in holder:
+        return values
+    group = h5py.h5o.open(holder, last.encode())
     if not isinstance(group, h5py.h5g.GroupID):
         raise FormatError(f"{file.filename}: {path} is no group")
-    for encoded in group:
+    wanted = list(group) if only is None else [name.encode() for name in only if name.encode() in group]
+    for encoded in wanted:
         name = encoded.decode("utf-8", "surrogateescape")
-        if name in left_out or (only is not None and name not in only):
+        if name in left_out:
             continue
         data = h5py.h5o.open(group, encoded)
         if isinstance(data, h5py.h5d.DatasetID) and not schema.is_scale(data):
@@ -1242,7 +1295,8 @@ def _content_digest(file: h5py.File, written: Mapping[str, _Layer]) -> str:
 class _Layer:
     """A layer as it stands in a file, as data: it is written from here, and the digest made of the same.
 
-    `filters` are those of the activations, `digests` those of their chunks; `stats` None: there is no such group.
+    `filters` are those of the activations, `digests` those of their chunks, `scales` those of their axes behind the
+    first; `stats` None: there is no such group.
     """
 
     path: str
@@ -1250,25 +1304,32 @@ class _Layer:
     rows: int
     filters: Sequence[tuple[int, tuple[int, ...]]]
     attrs: Mapping[str, Any]
+    scales: Sequence[Values]
     stats: Sequence[Values] | None
     digests: Mapping[tuple[int, ...], bytes]
 
     def write(self, file: h5py.File) -> dict[str, h5py.h5d.DatasetID]:
-        """All but the activations and the scales of their axes, which are there, and what scales are attached to.
-
-        Gives the datasets that it made, by path.
-        """
+        """All but the activations, which are there, and what scales are attached to. Gives its datasets, by path."""
         group = h5py.h5g.open(file.id, self.path.encode())
         objects.add_attributes(group, self.attrs)
-        if self.stats is None:
-            return {}
-        inside = objects.create_group(group, b"stats")
-        return {f"{self.path}/stats/{one.name}": objects.create(inside, one) for one in self.stats}
+        there = {f"{self.path}/activation": h5py.h5d.open(group, b"activation")}
+        there |= {f"{self.path}/{one.name}": objects.create(group, one) for one in self.scales}
+        if self.stats is not None:
+            inside = objects.create_group(group, "stats")
+            there |= {f"{self.path}/stats/{one.name}": objects.create(inside, one) for one in self.stats}
+        return there
 
     def attached(self) -> Iterator[tuple[str, Sequence[str]]]:
         """The path of each dataset, and those of the scales of its axes."""
         yield f"{self.path}/activation", self._axes()
         yield from ((f"{self.path}/stats/{one.name}", one.scales) for one in self.stats or () if one.scales)
+
+    def contents(self) -> LayerContents:
+        """What `_layer_contents` finds in the file, without reading it."""
+        attrs = schema.as_read(objects.attribute_values(self.attrs), schema.LAYER)
+        spec = self.spec
+        shape, dtype = (self.rows, *spec.shape), np.dtype(spec.dtype).name
+        return LayerContents(_spec(spec.name, shape, dtype, tuple(spec.chunk), tuple(spec.axes), attrs), attrs)
 
     def _axes(self) -> list[str]:
         return ["/sample", *(f"{self.path}/{axis}" for axis in self.spec.axes)]
@@ -1277,7 +1338,7 @@ class _Layer:
         """What `_content_digest` takes in of the file, without reading it."""
         framed = objects.framed
         attributes = [framed(*parts) for parts in objects.attributes_parts(self.attrs)]
-        scales = [self._dataset(f"{self.path}/{scale.name}", scale) for scale in _scales(self.spec)]
+        scales = [self._dataset(f"{self.path}/{scale.name}", scale) for scale in self.scales]
         pieces = [framed("group", self.path), *attributes, *self._activation(), *scales]
         if self.stats is not None:
             pieces.append(framed("group", f"{self.path}/stats"))

@@ -92,6 +92,49 @@ def test_the_nouns_come_back(path: Path) -> None:
         assert (part.start, part.keys) == (2, samples.keys[2:5])
 
 
+def test_what_a_process_has_written_is_what_is_found_there(path: Path) -> None:
+    whole = replace(CONV, name="ünï/%", copied=True, erf_size=3.0, near_zero_below=np.float32(0.1), number="conv#1")
+    whole = replace(whole, field=Field((7, 9), (2, 4), (0.5, 1.5), bound=True, has_global=True))
+    counts = replace(layer("count", (2, 3), "channel axis_1"), dtype="int16", chunk=(4, 1, 3))
+    attrs = {"effective_dimension": np.float64("nan"), "effective_dimension_rows": np.int64(9), "nonfinite": 2}
+    later = {"warm": True, "said": {"a": [1, None]}, "pairs": np.arange(2, dtype=np.float32), "absent": None}
+    samples = table(range(9), labels=[1, None, 3] * 3, columns={"sample": ["a"] * 9, "lists": [[1.0, 2.0]] * 9})
+    shardfiles.write(
+        path,
+        {spec: values(spec, 9) for spec in (whole, TOKENS, FC, counts)},
+        samples=samples,
+        info=replace(INFO, extra={"label_names": ["x", "y"]}),
+        stats={whole.name: {"mean": np.arange(3.0)}},
+        layer_attrs={whole.name: attrs, FC.name: later},
+        root_attrs={"throughput": {"images": 9, "seconds": 1.5, "busy_seconds": {"decode": 1.0}}},
+    )
+    known = store.take_written(store.file_identity(path.stat()))
+    with store.open_shard(path) as file:
+        found = store.validate(file)
+    assert known is not None
+    assert list(known.layers) == list(found.layers) == [whole.name, TOKENS.name, FC.name, counts.name]
+    assert repr(known) == repr(found)  # types too, and arrays, which know no equality
+
+
+def test_only_the_file_that_was_written_last_is_known_and_once(path: Path) -> None:
+    def write(at: Path) -> None:
+        shardfiles.write(at, {FC: values(FC, 3)})
+
+    other = path.with_name("b.h5")
+    write(path)
+    identity = store.file_identity(path.stat())
+    write(other)
+    assert store.take_written(identity) is None
+    write(path)
+    path.rename(other)
+    assert store.take_written(store.file_identity(other.stat())) is not None
+    assert store.take_written(store.file_identity(other.stat())) is None
+    write(path)
+    with path.open("ab") as file:
+        file.write(b"x")
+    assert store.take_written(store.file_identity(path.stat())) is None
+
+
 @pytest.mark.parametrize(
     ("labels", "expected"),
     [

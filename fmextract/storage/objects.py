@@ -68,7 +68,7 @@ _ENTRY_TYPE.insert(b"dataset", 0, h5py.h5t.STD_REF_OBJ)
 _ENTRY_TYPE.insert(b"dimension", 8, h5py.h5t.NATIVE_UINT32)
 
 
-def _kind(dtype: np.dtype[Any]) -> Kind:
+def kind_of(dtype: np.dtype[Any]) -> Kind:
     return _TEXT if dtype.hasobject else _number(dtype)
 
 
@@ -96,9 +96,16 @@ def _group_creation() -> h5py.h5p.PropGCID:
     return plist
 
 
-def create_group(group: h5py.h5g.GroupID, name: bytes) -> h5py.h5g.GroupID:
-    """An empty group of a name in ASCII that keeps the order in which things are put into it."""
-    return h5py.h5g.create(group, name, gcpl=_group_creation())
+@functools.cache
+def _utf8() -> h5py.h5p.PropLCID:
+    plist = h5py.h5p.create(h5py.h5p.LINK_CREATE)
+    plist.set_char_encoding(h5py.h5t.CSET_UTF8)
+    return plist
+
+
+def create_group(group: h5py.h5g.GroupID, name: str) -> h5py.h5g.GroupID:
+    """An empty group that keeps the order in which things are put into it."""
+    return h5py.h5g.create(group, name.encode(), None if name.isascii() else _utf8(), _group_creation())
 
 
 @functools.lru_cache(1024)
@@ -108,14 +115,33 @@ def _space(shape: tuple[int, ...]) -> h5py.h5s.SpaceID:
 
 def create(group: h5py.h5g.GroupID, made: Values) -> h5py.h5d.DatasetID:
     """The dataset, a scale where it has none itself; those of others are attached by `attach_scales`."""
-    kind, memory = _kind(made.values.dtype)
+    kind, memory = kind_of(made.values.dtype)
     name, values = made.name.encode(), np.ascontiguousarray(made.values)
     data = h5py.h5d.create(group, name, kind, _space(values.shape), _creation())
     data.write(h5py.h5s.ALL, h5py.h5s.ALL, values, memory)
     if not made.scales:
-        h5py.h5ds.set_scale(data, name)
+        for attribute in _scale_attributes(name):
+            _write_attribute(data, *attribute)
     add_attributes(data, made.attrs)
     return data
+
+
+@functools.lru_cache(1024)
+def _scale_attributes(name: bytes) -> tuple[tuple[bytes, Array, Kind], ...]:
+    """Name, value and type of what `H5DSset_scale` writes, which looks through all attributes first."""
+    said = {b"CLASS": b"DIMENSION_SCALE", b"NAME": name}
+    return tuple(
+        (one, np.array(value, f"S{len(value) + 1}"), _fixed_text(len(value) + 1)) for one, value in said.items()
+    )
+
+
+@functools.cache
+def _fixed_text(size: int) -> Kind:
+    """Text of C, which ends at NUL."""
+    kind = h5py.h5t.C_S1.copy()
+    kind.set_size(size)
+    kind.set_strpad(h5py.h5t.STR_NULLTERM)
+    return kind, kind
 
 
 def add_attributes(node: Node, attrs: Mapping[str, Any]) -> None:
@@ -123,7 +149,7 @@ def add_attributes(node: Node, attrs: Mapping[str, Any]) -> None:
     for name, value in attrs.items():
         if value is not None:
             array = _attribute(value)
-            _write_attribute(node, name.encode(), array, _kind(array.dtype))
+            _write_attribute(node, name.encode(), array, kind_of(array.dtype))
 
 
 def set_attributes(node: Node, attrs: Mapping[str, Any]) -> None:
@@ -134,7 +160,7 @@ def set_attributes(node: Node, attrs: Mapping[str, Any]) -> None:
         array, encoded = _attribute(value), name.encode()
         if h5py.h5a.exists(node, encoded):
             h5py.h5a.delete(node, encoded)
-        _write_attribute(node, encoded, array, _kind(array.dtype))
+        _write_attribute(node, encoded, array, kind_of(array.dtype))
 
 
 def _write_attribute(node: Node, name: bytes, array: Array, kind: Kind) -> None:
@@ -184,7 +210,8 @@ def attach_scales(
     for path, scales in datasets:
         own = address(path)
         held = np.array([address(scale) for scale in scales], np.uint64)
-        lists = np.array([(1, held.ctypes.data + i * held.itemsize) for i in range(len(scales))], _SEQUENCE)
+        start = held.__array_interface__["data"][0]  # what `held.ctypes.data` says, at once
+        lists = np.array([(1, start + i * held.itemsize) for i in range(len(scales))], _SEQUENCE)
         for axis, scale in enumerate(scales):
             (later[scale] if scale in later else used.setdefault(scale, [])).append((own, axis))
         _write_attribute(nodes[path], b"DIMENSION_LIST", lists, (_LIST_TYPE, _LIST_TYPE))
@@ -227,6 +254,12 @@ def array_parts(value: Array) -> Parts:
     if value.dtype.kind in "iuf":
         return [kind, shape, value.tobytes()]
     return [kind, shape, *value.astype(object).reshape(-1).tolist()]
+
+
+def attribute_values(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes that `set_attributes` wrote, as `schema.attributes` reads them: texts, numbers and arrays, by name."""
+    arrays = {name: _attribute(attrs[name]) for name in sorted(attrs) if attrs[name] is not None}
+    return {name: array if array.shape else array.item() for name, array in arrays.items()}
 
 
 def attributes_parts(attrs: Mapping[str, Any]) -> Iterator[Parts]:

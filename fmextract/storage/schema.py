@@ -557,6 +557,11 @@ def attributes(
     return values, meant
 
 
+def as_read(values: Mapping[str, Any], table: Mapping[str, Attribute]) -> dict[str, Any]:
+    """What `attributes` makes of values that this process has written."""
+    return {name: _as_kind(value, table[name])[0] if name in table else value for name, value in values.items()}
+
+
 def _as_kind(value: Any, known: Attribute) -> tuple[Any, Any]:
     """(the value of an attribute, what it means: another thing where it holds JSON)."""
     if not known.json:

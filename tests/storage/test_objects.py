@@ -70,7 +70,7 @@ def test_a_layer_costs_few_of_h5pys_objects(counted: Counter[str]) -> None:
 
 def test_the_digest_reads_nothing_of_a_layer_that_was_just_written(counted: Counter[str]) -> None:
     assert counted["fmextract.store._put_values"] == counted["fmextract.store._attribute_parts"] == 0
-    assert counted["fmextract.storage.schema.scales"] == MANY - FEW  # of the activations, when the output is opened
+    assert counted["fmextract.storage.schema.scales"] == 0  # nor does the run look through the file that it wrote
 
 
 def test_what_a_layer_costs_does_not_grow_with_the_layers(counted: Counter[str]) -> None:
