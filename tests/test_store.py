@@ -103,7 +103,7 @@ def test_what_a_process_has_written_is_what_is_found_there(path: Path) -> None:
         path,
         {spec: values(spec, 9) for spec in (whole, TOKENS, FC, counts)},
         samples=samples,
-        info=replace(INFO, extra={"label_names": ["x", "y"]}),
+        info=replace(INFO, extra={"label_names": '["x", "y"]'}),
         stats={whole.name: {"mean": np.arange(3.0)}},
         layer_attrs={whole.name: attrs, FC.name: later},
         root_attrs={"throughput": {"images": 9, "seconds": 1.5, "busy_seconds": {"decode": 1.0}}},
