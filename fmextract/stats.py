@@ -182,13 +182,14 @@ class RunningStats:
         self._sum.add_(found.sums.sum(0))
         for held, new in ((self._squares, found.squares), (self._zeros, found.zeros), (self._near, found.near)):
             held.add_(new)
-        self._nonfinite.add_(found.nonfinite)
         self._low = torch.minimum(self._low, found.low)
         self._high = torch.maximum(self._high, found.peaks.amax(0))
         self._covariance.add(found.sums / x.shape[2], ~found.bad)
         self._seen += x.shape[0] * x.shape[2]
-        first_bad = numbers.masked_fill(~found.bad, _NEVER)
-        self._bad_rows = torch.cat([self._bad_rows, first_bad]).sort().values[:NAMED_ROWS]
+        if masked:
+            self._nonfinite.add_(found.nonfinite)
+            first_bad = numbers.masked_fill(~found.bad, _NEVER)
+            self._bad_rows = torch.cat([self._bad_rows, first_bad]).sort().values[:NAMED_ROWS]
         return found.peaks, masked
 
     def _in_one_pass(self, x: Tensor) -> _Found | None:
@@ -277,15 +278,19 @@ class RunningStats:
         channels = torch.arange(x.shape[1], device=self._device)
         if self._may_ask:
             channels = channels[(peaks > self._top_value[:, -1]).any(0)]
+            if not len(channels):
+                return
+        # Of all channels a view does: to pick them one by one costs more than all the rest where they are few.
+        those = slice(None) if len(channels) == x.shape[1] else channels
         # Held entries come first and rows ascend: a stable sort leaves the lower of two equal rows in front.
-        values = torch.cat([self._top_value[channels], peaks.T[channels]], 1)
+        values = torch.cat([self._top_value[those], peaks.T[those]], 1)
         values, order = (t[:, : self._k] for t in values.sort(dim=1, descending=True, stable=True))
         entered = (order >= self._k) & (values > -torch.inf)
         held, image = order.clamp(max=self._k - 1), (order - self._k).clamp(min=0)
         positions = self._positions(x, peaks, image, channels[:, None].expand_as(image), entered, masked)
-        self._top_value[channels] = values
-        self._top_row[channels] = torch.where(entered, numbers[image], self._top_row[channels].gather(1, held))
-        self._top_position[channels] = torch.where(entered, positions, self._top_position[channels].gather(1, held))
+        self._top_value[those] = values
+        self._top_row[those] = torch.where(entered, numbers[image], self._top_row[those].gather(1, held))
+        self._top_position[those] = torch.where(entered, positions, self._top_position[those].gather(1, held))
 
     def _positions(
         self, x: Tensor, peaks: Tensor, image: Tensor, channel: Tensor, wanted: Tensor, masked: bool
@@ -302,16 +307,15 @@ class RunningStats:
                 positions[:, some] = _first_highest(maps.flatten(0, 1)).view(maps.shape[:2])
             return positions
         if not masked:
-            images, channels = image[wanted], channel[wanted]
-            found = kernels.places(
-                _numbers(x), images.numpy(), channels.numpy(), peaks[images, channels].double().numpy()
-            )
+            here = wanted.numpy()  # numpy picks a few values in a tenth of the time
+            images, channels = image.numpy()[here], channel.numpy()[here]
+            found = kernels.places(_numbers(x), images, channels, peaks.double().numpy()[images, channels])
             assert found is not None  # of what is not masked `kernels` gave the peaks
-            positions[wanted] = torch.from_numpy(found)
+            positions.numpy()[here] = found
             return positions
         for i in image[wanted].unique().tolist():
-            here = wanted & (image == i)
-            positions[here] = _first_highest(_finite_or_lowest(x[i].index_select(0, channel[here])))
+            its = wanted & (image == i)
+            positions[its] = _first_highest(_finite_or_lowest(x[i].index_select(0, channel[its])))
         return positions
 
     def _top(self) -> dict[str, Array]:

@@ -543,7 +543,7 @@ class RowLayout:
         if tensor.shape[self.axis] != batch * self.k:
             raise CaptureError(f"axis {self.axis} is {tensor.shape[self.axis]} long, expected {batch} x {self.k}")
         if self.k == 1:
-            return tensor.movedim(self.axis, 0)
+            return tensor.movedim(self.axis, 0) if self.axis else tensor
         split = (batch, self.k) if self.outer else (self.k, batch)
         tensor = tensor.unflatten(self.axis, split)
         return tensor.movedim(self.axis if self.outer else self.axis + 1, 0)
@@ -803,8 +803,7 @@ class Capture:
 
         A tensor of our own over the same memory, since the model may give its own another shape or memory later.
         """
-        if not self._gradients:
-            tensor = tensor.detach()
+        tensor = tensor.view_as(tensor) if self._gradients else tensor.detach()
         rows = probed.rows(tensor, self._batch)
         return rows if self._wanted == self._batch else rows[: self._wanted]
 

@@ -52,6 +52,8 @@ def finite(values: torch.Tensor) -> torch.Tensor:
 
 def kinds(rows: torch.Tensor, most: int = 3) -> int:
     """How many different rows there are; counts no further than to `most`."""
+    if len(rows) and torch.equal(rows, rows[:1].expand_as(rows)):
+        return 1
     found: list[torch.Tensor] = []
     for row in rows:
         if not any(same(row, other) for other in found):

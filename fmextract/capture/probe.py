@@ -74,11 +74,11 @@ class _Watch:
         self.shapes: dict[int, tuple[int, ...]] = {}
         self.flaws: dict[int, str] = {}
         self.layouts: dict[int, Sequence[RowLayout]] = {}
-        self.rows: dict[tuple[int, RowLayout], list[torch.Tensor]] = {}
+        self.rows: dict[tuple[int, RowLayout], torch.Tensor] = {}
         self.whole: dict[tuple[int, RowLayout], torch.Tensor] = {}
         self.axes: dict[int, Axes | None] = {}
         self._taps, self._given, self._images, self._keeps, self._tracer = taps, layouts, len(batch), keeps, tracer
-        self._before: dict[int, tuple[int, int]] = {}
+        self._before: dict[int, tuple[int, int | bytes]] = {}
         self._at: dict[int, set[int]] = {}
         self._written: set[int] = set()
         hooks = Hooks(taps, self._take)
@@ -131,7 +131,7 @@ class _Watch:
         return {i for i, tensor in self.tensors.items() if memory(tensor) in used}
 
 
-def _changed(tensor: torch.Tensor, version: int, before: int) -> bool:
+def _changed(tensor: torch.Tensor, version: int, before: int | bytes) -> bool:
     return tensor.is_inference() or tensor._version != version or digest(tensor) != before
 
 
@@ -148,11 +148,11 @@ def _flaw(tensor: torch.Tensor | None) -> str:
     return ""
 
 
-def _sampled(rows: torch.Tensor) -> list[torch.Tensor]:
-    """Of each row a copy of some _SAMPLED values spread over it, in float32 or wider."""
+def _sampled(rows: torch.Tensor) -> torch.Tensor:
+    """Of each row a copy of some _SAMPLED values spread over it, (B, values), in float32 or wider."""
     flat = plain(rows).flatten(1) if rows.dim() > 1 else plain(rows)[:, None]
     flat = flat[:, :: max(1, flat.shape[1] // _SAMPLED)]
-    return list(flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32, copy=True).unbind())
+    return flat.to(torch.float64 if flat.dtype == torch.float64 else torch.float32, copy=True)
 
 
 def overwritten(model: nn.Module, forward: Forward, taps: Sequence[Tap], batch: torch.Tensor) -> set[int]:
@@ -437,13 +437,13 @@ def _proposed_layouts(two: tuple[int, ...], three: tuple[int, ...]) -> list[RowL
     return [RowLayout(axis)] if k == 1 else [RowLayout(axis, k, outer=True), RowLayout(axis, k, outer=False)]
 
 
-def _moved(rows: Sequence[torch.Tensor], others: Sequence[torch.Tensor], to: Mapping[int, int]) -> bool | None:
+def _moved(rows: torch.Tensor, others: torch.Tensor, to: Mapping[int, int]) -> bool | None:
     """Whether row i of `rows` is row `to[i]` of `others`: by far closer to it than to any other.
 
     None where they are too much alike to tell, as those of an untrained network may be.
     """
     decided = True
-    own, theirs = (finite(torch.stack(list(tensors))) for tensors in (rows, others))
+    own, theirs = finite(rows), finite(others)
     scales = own.norm(dim=1).tolist()
     distances = (own[:, None] - theirs).norm(dim=2).tolist()
     for i, j in to.items():
@@ -512,25 +512,24 @@ def _independent(
 
     `usual`: a row of each as it was for the first images, which is put down here.
     """
-    keys = list(tries)
     with tapped(model, list(tries.values())) as capture, torch.no_grad():
+        rows = dict(zip(tries, capture.forward(forward, six[:3].clone()), strict=True))
+    with unwatched():
+        unlike = {key: kinds(values) for key, values in rows.items()}
+        # Where all rows are alike, but not as before, something of the images is in them: perhaps of all of them.
+        told = {key for key, row in rows.items() if unlike[key] > 1 or not same(row[0], usual.get(key, row[0]))}
+        usual |= {key: row[0].clone() for key, row in rows.items() if unlike[key] == 1 and key not in usual}
+    telling = [key for key in tries if key in told]
+    if not telling:
+        return set(), set()
+    with tapped(model, [tries[key] for key in telling]) as capture, torch.no_grad():
 
         def run(batch: torch.Tensor) -> list[torch.Tensor]:
             return capture.forward(forward, batch.clone())
 
-        rows = run(six[:3])
-        with unwatched():
-            unlike = {n: kinds(values) for n, values in enumerate(rows)}
-            # Where all rows are alike, but not as before, something of the images is in them: perhaps of all of them.
-            telling = {
-                n: values
-                for n, values in enumerate(rows)
-                if unlike[n] > 1 or not same(values[0], usual.setdefault(keys[n], values[0].clone()))
-            }
-        if not telling:
-            return set(), set()
-        leaks = leaking(run, six[:3], six[3:], telling)
+        leaks = leaking(run, six[:3], six[3:], {n: rows[key] for n, key in enumerate(telling)})
         fewer = run(six[:2])
         with unwatched():
-            leaks |= {n for n, values in telling.items() if not same(values[:2], fewer[n], _MOVED)}
-    return {keys[n] for n in telling if unlike[n] == 3 and n not in leaks}, {keys[n] for n in leaks}
+            leaks |= {n for n, key in enumerate(telling) if not same(rows[key][:2], fewer[n], _MOVED)}
+    refuted = {telling[n] for n in leaks}
+    return {key for key in telling if unlike[key] == 3} - refuted, refuted

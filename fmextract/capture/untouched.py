@@ -26,6 +26,7 @@ from fmextract.capture.writes import Writes, digest, memory
 
 Key = tuple[str, str]
 """Where something is, and its name there."""
+_SMALL = 32 << 20  # bytes of parameters of which a copy is cheaper than watching every operation
 RANDOM = "random numbers"
 """Where the generators are."""
 
@@ -75,15 +76,24 @@ class State:
                 unit.restore()
         if only is None:
             for data, saved in self._written:
-                data.copy_(saved)
+                if digest(data) != digest(saved):  # what is as it was is not written: it may be a file's own memory
+                    data.copy_(saved)
 
     @contextmanager
     def guarded(self) -> Iterator[None]:
-        """Whatever parameter is written while the block lasts is kept first, so that `restore` knows it."""
+        """Whatever parameter is written while the block lasts is known to `restore` as it was.
+
+        Of a small model all of them are kept; of a large one each just before it is written, for which every operation
+        is watched: that costs little beside what it computes.
+        """
+        parameters = [parameter.data for parameter in self._model.parameters() if _is_dense(parameter)]
+        if sum(data.numel() * data.element_size() for data in parameters) <= _SMALL:
+            self._written += [(data, data.clone()) for data in parameters]
+            yield
+            return
         own: dict[int, list[torch.Tensor]] = {}
-        for parameter in self._model.parameters():
-            if _is_dense(parameter):
-                own.setdefault(memory(parameter), []).append(parameter.data)
+        for data in parameters:
+            own.setdefault(memory(data), []).append(data)
 
         def keep(tensor: torch.Tensor) -> None:
             self._written += [(data, data.clone()) for data in own.pop(memory(tensor), ())]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -12,15 +12,19 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 _BLOCK = 1 << 20  # values that are weighted at once
+_KEPT = 1 << 11  # numbers of 64 bits, up to which a copy of them is their own digest: of many small layers the cheaper
 _AS_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def digest(tensor: torch.Tensor) -> int:
+def digest(tensor: torch.Tensor) -> int | bytes:
     """A number of 64 bits over all bits of a dense tensor, in whatever order it lies in memory.
 
-    One that differs in a single value has another digest for certain, any other one but by a chance of 2^-32.
+    One that differs in a single value has another digest for certain, any other one but by a chance of 2^-32. Of a
+    small tensor in memory of the host it is the bits themselves.
     """
     bits = _bits(tensor.detach())
+    if len(bits) <= _KEPT and type(bits) is torch.Tensor and bits.device.type == "cpu":
+        return bits.numpy().tobytes()
     weights = _weights(bits.device)
     if len(bits) <= _BLOCK:
         return int((bits * weights[: len(bits)]).sum())
@@ -66,20 +70,23 @@ class Writes(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        schema = func._schema
-        if schema.is_mutable:
-            given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-            for argument in schema.arguments:
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for value in tree_leaves(given.get(argument.name)):
-                        if isinstance(value, torch.Tensor):
-                            self._tell(value)
+        for at, name in _written_by(func):
+            for value in tree_leaves(args[at] if at < len(args) else kwargs.get(name)):
+                if isinstance(value, torch.Tensor):
+                    self._tell(value)
         return func(*args, **kwargs)
+
+
+@lru_cache(maxsize=4096)
+def _written_by(func: Any) -> list[tuple[int, str]]:
+    """The arguments that an operation writes, by position and name."""
+    arguments = enumerate(func._schema.arguments) if func._schema.is_mutable else ()
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def unwatched() -> AbstractContextManager[Any]:
     """Nothing is told of the operations within, which are not the model's: of many layers, telling is the work."""
-    return _disable_current_modes()
+    return _disable_current_modes() if torch._C._len_torch_dispatch_stack() else nullcontext()
 
 
 def memory(tensor: torch.Tensor) -> int:

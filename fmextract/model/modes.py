@@ -205,6 +205,8 @@ def within_rounding(subject: Subject, reference: Trial) -> Judge:
                 most = min(most, FUSED_ROUNDING)
             elif trial.mode.memory_format == "contiguous":
                 most = 0.0
+            if (rows.dtype, rows.shape) == (others.dtype, others.shape) and torch.equal(rows, others):
+                continue
             for row, other in zip(rows, others, strict=True):
                 if told := _apart(row, other, most):
                     return f"layer {subject.probed[i].tap.name!r} is not what it is in the model as written: {told}"

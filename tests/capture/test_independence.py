@@ -13,7 +13,8 @@ from runs import Notes
 from torch import nn
 
 import fmextract as fm
-from fmextract.capture import independence
+from fmextract import taps
+from fmextract.capture import independence, probe
 
 Tensor = torch.Tensor
 
@@ -208,3 +209,30 @@ def test_any_place_that_another_one_reaches_is_found(length: int) -> None:
 
             rows = dict(enumerate(run(batch)))
             assert independence.leaking(run, batch, strangers, rows) == ({1} if seen != place else set())
+
+
+def test_only_what_tells_something_is_run_again_among_strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.late, self.dead = nn.Identity(), nn.Identity()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.late((x - 20).relu()) + self.dead(x * 0)
+
+    model, image_shape = Layers().eval(), (3, 4, 4)
+    noise = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    wanted = taps.resolve(["late", "dead"], taps.survey(model, model, noise))
+    hooked: list[list[str]] = []
+
+    def tapped(model: nn.Module, probed: Any, *rest: Any) -> Any:
+        hooked.append([one.tap.name for one in probed])
+        return taps.tapped(model, probed, *rest)
+
+    monkeypatch.setattr(probe, "tapped", tapped)
+    probed, refused = probe.probe(model, model, wanted, image_shape, torch.device("cpu"))
+    assert [(one.tap.name, one.undecided) for one in probed] == [("late", False), ("dead", True)]
+    assert not refused
+    assert ["late"] in hooked, "of the dead layer there is nothing to compare"
+    assert hooked[0] == ["late", "dead"]
+    assert hooked[-1] == ["dead"]

@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn import functional
 
 import fmextract as fm
+from fmextract.capture import untouched
 from fmextract.capture.untouched import State
+from fmextract.capture.writes import Writes
 
 Tensor = torch.Tensor
 
@@ -238,6 +240,37 @@ def test_what_a_forward_does_is_undone_on_every_way_out(name: str, ending: str, 
             inputs, model, tmp_path / "x.h5", layers=layers, progress=notes, device="cpu", batch_size=2, workers=1
         ).close()
     assert state(model) == before
+
+
+def teeter(model: Busy) -> None:
+    """Every second pass undoes what the one before did."""
+    model.calls += 1
+    model.conv.weight.data.add_(0.25 if model.calls % 2 else -0.25)
+
+
+@pytest.mark.parametrize("small", [0, 1 << 20], ids=["as a large model", "as a small one"])
+@pytest.mark.parametrize("does", [learn, teeter])
+def test_parameters_of_small_and_large_models(
+    does: Callable[[Busy], Any], small: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(untouched, "_SMALL", small)
+    model = Busy(does).eval()
+    before = state(model)
+    with contextlib.suppress(fm.LayerError):
+        extract(model, tmp_path, images(3))
+    assert state(model) == before
+
+
+def test_what_has_not_changed_is_not_written() -> None:
+    model = Busy(lambda model: None)
+    found = State(model)
+    with found.guarded():
+        model.conv.bias.data.add_(1)
+    writes: list[int] = []
+    with Writes(lambda tensor: writes.append(tensor.data_ptr())):
+        found.restore()
+    assert model.conv.bias.data_ptr() in writes
+    assert model.conv.weight.data_ptr() not in writes
 
 
 def test_a_norm_that_a_forward_trains(tmp_path: Path) -> None:

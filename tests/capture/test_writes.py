@@ -133,6 +133,12 @@ def test_a_digest_tells_any_changed_value(dtype: torch.dtype, shape: tuple[int, 
     assert writes.digest(tensor) == before == writes.digest(copy)
 
 
+def test_the_digest_of_a_small_tensor_is_exact() -> None:
+    values = torch.arange(64, dtype=torch.float64).view(4, 16)
+    assert writes.digest(values) == values.numpy().tobytes(), "no two of them share one"
+    assert writes.digest(-torch.zeros(3)) != writes.digest(torch.zeros(3)), "by their bits"
+
+
 def test_a_digest_is_of_any_layout_of_memory() -> None:
     x = torch.randn(2, 6, 4, 5).to(memory_format=torch.channels_last)
     for view in (x, x[:, 1:], x[..., ::2], x.transpose(1, 3), x[:0], x[:, :1].expand(-1, 7, -1, -1)):
