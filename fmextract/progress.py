@@ -101,7 +101,7 @@ class TerminalProgress:
             self.note(self._line())
         if self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
-                if images and self._bar.bar_format == FIRST_BAR:
+                if images and getattr(self._bar, "bar_format", None) == FIRST_BAR:  # which a notebook's has not
                     self._bar.bar_format = BAR
                 if failed:
                     self._bar.set_postfix_str(f"{failed:,} failed", refresh=False)

@@ -636,6 +636,15 @@ def test_progress_on_a_terminal_shows_rate_and_end() -> None:
     assert "\x07" not in stream.said
 
 
+def test_a_bar_names_no_end_before_there_is_one() -> None:
+    stream = Stream(terminal=True)
+    progress = TerminalProgress(stream)
+    progress.start(total=100, done=20)
+    assert "20/100 images" in stream.said
+    assert "ends" not in stream.said
+    assert "?" not in stream.said
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_closed_stderr_does_not_end_a_run(terminal: bool) -> None:
     go(Stream(terminal, broken=True))
