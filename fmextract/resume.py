@@ -165,8 +165,9 @@ def _taken_over(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             made[name] = _taken_over(a, b, names, f"{here}.")
             continue
-        field = _as_told(here)
-        ignore = field not in NOT_IGNORED and any(_is_below(field, one) for one in names)
+        ignore = here not in NOT_IGNORED and any(
+            _is_below(here, one) or _is_below(_as_told(here), one) for one in names
+        )
         if name in (side := old if ignore else new):
             made[name] = side[name]
     return made
@@ -175,7 +176,7 @@ def _taken_over(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[
 def _fields(identity: Mapping[str, Any], path: str = "") -> Iterator[str]:
     """The fields of an identity, by the names that messages have for them."""
     for name, value in identity.items():
-        yield _as_told(f"{path}{name}")
+        yield from {f"{path}{name}", _as_told(f"{path}{name}")}
         if isinstance(value, Mapping):
             yield from _fields(value, f"{path}{name}.")
 

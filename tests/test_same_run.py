@@ -20,6 +20,7 @@ from torch import nn
 
 from fmextract import index, planning, reader, resume, verify
 from fmextract.errors import ConfigError, OutputError, TooManyFailures
+from fmextract.model.randomness import may_draw
 
 ROWS = 6
 RATE = 1.0
@@ -565,6 +566,26 @@ def test_what_is_ignored_is_still_compared_by_its_values(finished: bool, photos:
     with contextlib.nullcontext() if finished else refused:
         extract(photos, out, model=Tanh(), ignore=["model"], recheck=False, notes=notes)
     assert "model.modules.ReLU: 1 there, not set now" in notes
+
+
+def test_all_of_the_code_is_a_field(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.h5"
+    extract(photos, out)
+    notes = Notes()
+    extract(photos, out, model=Tanh(), ignore=["code"], recheck=False, notes=notes)
+    assert "model.modules.Tanh: not set there, 1 now" in notes
+    with pytest.raises(OutputError, match="cannot be made again"):
+        extract(photos, out, model=Tanh(), ignore=["code"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_scripted_module_may_draw_for_some_images() -> None:
+    assert not may_draw(library_model())
+    assert may_draw(nn.Sequential(torch.jit.script(library_model())))
+    assert may_draw(Tiny())
+    hooked_model = library_model()
+    hooked_model[0].register_forward_hook(lambda module, inputs, output: output)
+    assert may_draw(hooked_model)
 
 
 @pytest.mark.parametrize("begun", [True, False])

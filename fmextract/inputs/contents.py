@@ -64,7 +64,7 @@ def _of_dataset(data: Any) -> Told:
     groups: dict[type, list[tuple[str, Mapping[str, Any]]]] = {}
     packages, files_of_arrays = set(), set[str]()
     for number, part in enumerate(parts):
-        if is_array(part):
+        if is_array(part) and is_library(type(part).__module__):
             facts.value(f"part {number}", [type(part).__qualname__, list(map(int, part.shape)), str(part.dtype)])
             packages.add(type(part).__module__.partition(".")[0])
             files_of_arrays |= (files := places(part))

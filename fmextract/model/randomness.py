@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-_LIBRARIES = frozenset({"torch", "torchvision", "timm"})
-"""Whose modules draw nothing for single images: they draw in training mode, for every image, or never."""
+_LIBRARIES = ("torch.nn.", "torchvision.", "timm.")
+"""Whose modules draw nothing for single images: they draw in training mode, for every image, or never. What runs a
+program of the user's, as a scripted or a traced module does, is none of them."""
 
 
 def may_draw(model: nn.Module) -> bool:
@@ -17,5 +18,5 @@ def may_draw(model: nn.Module) -> bool:
 
 
 def _is_users(module: nn.Module) -> bool:
-    known = type(module).__module__.partition(".")[0] in _LIBRARIES and "forward" not in vars(module)
+    known = type(module).__module__.startswith(_LIBRARIES) and "forward" not in vars(module)
     return not known or bool(module._forward_hooks) or bool(module._forward_pre_hooks)

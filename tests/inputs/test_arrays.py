@@ -16,7 +16,7 @@ import zarr
 from runs import Notes, extract
 
 from fmextract import reader
-from fmextract.errors import SourceError
+from fmextract.errors import OutputError, SourceError
 from fmextract.inputs.sources import open_source
 
 ROWS = 12
@@ -124,7 +124,7 @@ def test_arrays_are_read_row_by_row(kind: str, right: np.ndarray, tmp_path: Path
     notes = Notes()
     extract(data, tmp_path / "out.h5", notes=notes)
     assert "is complete already" in notes
-    assert ("nobody can tell what is in it" in notes) == (kind in ("dask", "foreign"))
+    assert ("nobody can tell what is in it" in notes) == (kind in ("dask", "foreign")), "no file; a list that grows"
 
 
 @pytest.mark.parametrize("kind", ["h5py", "zarr", "xarray", "netcdf", "memmap"])
@@ -141,6 +141,21 @@ def test_one_row_that_is_another_is_noticed(kind: str, tmp_path: Path) -> None:
             data.file.flush()
     with pytest.raises(Exception, match=r"cannot be made again|row 5: other than it was"):
         extract(data, tmp_path / "out.h5", batch_size=1, shard_size="1GiB")
+
+
+def test_an_array_of_the_users_own_is_compared_by_its_attributes(tmp_path: Path) -> None:
+    class Flipped(Foreign):
+        flip = False
+
+        def __getitem__(self, at: Any) -> Foreign:
+            return Foreign(self._values[at][::-1] if self.flip else self._values[at])
+
+    data = Flipped(PIXELS)
+    extract(data, tmp_path / "out.h5")
+    other = Flipped(PIXELS)
+    other.flip = True
+    with pytest.raises(OutputError, match=r"flip: .*True now"):
+        extract(other, tmp_path / "out.h5", recheck=False)
 
 
 def test_an_array_in_which_a_row_cannot_be_read_fails_that_row(tmp_path: Path) -> None:
