@@ -205,8 +205,9 @@ def _unknown(shape: Sequence[int]) -> Axes:
 
 
 def _features(axis: Axis, size: int) -> Axis:
-    """Features that are made of what stood along `axis`."""
-    return plain(MIXED if is_positional(axis) and length(axis) > 1 else CHANNEL, size)
+    """Features that are made of what stood along `axis`: of positions, also mixed before."""
+    mixed = {atom.role for atom in axis if atom.size > 1} == {MIXED}
+    return plain(MIXED if mixed or (is_positional(axis) and length(axis) > 1) else CHANNEL, size)
 
 
 def _channel_first(operation: Operation, channel: Callable[[Axis, int], Axis] = _features) -> Axes:

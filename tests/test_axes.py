@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -79,6 +80,15 @@ def test_vit_has_tokens_and_features() -> None:
     assert len(inside) > 15
     assert {found[name] for name in inside} == {("token", "feature")}
     assert found["heads"] == ("feature",)
+
+
+def test_mixers_keep_their_tokens() -> None:
+    """Two layers over the positions, and the sum with what is still in place."""
+    model = timm.models.mlp_mixer.MlpMixer(img_size=16, patch_size=4, num_blocks=2, embed_dim=16, num_classes=5)
+    found = axes_of(model, (3, 16, 16))
+    blocks = {found[f"blocks.{i}{inner}"] for i in (0, 1) for inner in ("", ".norm1", ".norm2", ".mlp_channels")}
+    assert blocks | {found["norm"]} == {("token", "feature")}
+    assert found["blocks.1.mlp_tokens.fc1"] == ("axis_1", "axis_2"), "features, and sums of tokens"
 
 
 def test_networks_of_convolutions() -> None:
