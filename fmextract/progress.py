@@ -81,6 +81,7 @@ class TerminalProgress:
             return None
         from tqdm import tqdm
 
+        self._stream.write("")  # raises where it is closed; tqdm would leave half a bar, which complains at its end
         # smoothing 0: the rate since the start. The first batches warm up and the last drain; a moving average would
         # swing with both.
         return tqdm(

@@ -564,7 +564,10 @@ def test_too_many_keys_for_safetensors(source: Path, tmp_path: Path, monkeypatch
 
 def test_the_header_that_safetensors_reads(tmp_path: Path) -> None:
     """MOST_HEADER_BYTES is the library's own limit."""
-    for size, error in ((exporting.MOST_HEADER_BYTES, None), (exporting.MOST_HEADER_BYTES + 8, "header too large")):
+    for size, error in (
+        (exporting.MOST_HEADER_BYTES, None),
+        (exporting.MOST_HEADER_BYTES + 8, "(?i)header ?too ?large"),
+    ):
         path = tmp_path / f"{size}.safetensors"
         path.write_bytes(size.to_bytes(8, "little") + b"{}".ljust(size))
         if error is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +109,21 @@ def _is_pattern(text: str) -> bool:
     return glob.has_magic(text)
 
 
+def _matched(pattern: str, hidden: bool) -> list[str]:
+    """Return the names that a pattern matches, as they were given, sorted."""
+    if not hidden:
+        return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+    if sys.version_info < (3, 11):
+        raise SourceError(
+            f"{pattern!r}: a pattern that matches hidden files needs Python 3.11. Give the folder instead."
+        )
+    return sorted(glob.glob(pattern, recursive=True, include_hidden=True))  # noqa: PTH207
+
+
 def _open_pattern(pattern: str, options: Options) -> Source:
     """The images among the files that a pattern matches, in the order of their names."""
     passed = Passed()
-    matched = sorted(glob.glob(pattern, recursive=True, include_hidden=options.hidden))  # noqa: PTH207  as it was given
+    matched = _matched(pattern, options.hidden)
     files = [name for name in matched if not Path(name).is_dir()]
     images = [name for name in files if image_among(os.fsencode(name), passed)][: options.limit]
     if not images:

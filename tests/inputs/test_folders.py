@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from pathlib import Path
 
 import PIL.Image
@@ -58,6 +59,18 @@ def test_hidden_takes_them(tmp_path):
     source = open_source(tmp_path, hidden=True)
     assert keys(source) == sorted(["a.jpg", *HIDDEN])
     assert "2 other files" in source.notes[0]  # Thumbs.db, and what macOS keeps beside a.jpg: neither is an image
+
+
+def test_hidden_takes_what_a_pattern_leaves_out(tmp_path, monkeypatch):
+    put(tmp_path, "a.jpg", ".b.jpg")
+    monkeypatch.chdir(tmp_path)
+    pattern = "*.jpg"
+    assert keys(open_source(pattern)) == ["a.jpg"]
+    if sys.version_info >= (3, 11):
+        assert sorted(keys(open_source(pattern, hidden=True))) == [".b.jpg", "a.jpg"]
+    else:
+        with pytest.raises(SourceError, match=r"needs Python 3\.11"):
+            open_source(pattern, hidden=True)
 
 
 def test_a_hidden_folder_that_is_named_is_read(tmp_path):
