@@ -36,10 +36,7 @@ def parse_share(text: str | float, option: str) -> float:
         raise ConfigError(
             f"{option} {text!r} is not a share; expected a percentage such as 2% or a fraction such as 0.02"
         )
-    share = float(match[1]) / (100 if match[2] else 1)
-    if share > 1:
-        raise ConfigError(f"{option} {text!r} is more than all: expected at most 100%")
-    return share
+    return float(match[1]) / (100 if match[2] else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +58,10 @@ class FailureBudget:
             return text
         if isinstance(text, int) or re.fullmatch(r"\s*\d+\s*", str(text)):
             return cls(count=int(text), share=None)
-        return cls(share=parse_share(text, "--max-failures"))
+        share = parse_share(text, "--max-failures")
+        if share > 1:
+            raise ConfigError(f"--max-failures {text!r} is more than all: expected at most 100%")
+        return cls(share=share)
 
     def exceeded(self, failed: int, seen: int) -> bool:
         """Whether `failed` of the `seen` images so far are too many."""
