@@ -134,12 +134,12 @@ def digest_again(path: Path) -> str | None:
     from fmextract.errors import FmextractError
 
     try:
-        digest = store.content_digest(path)
+        value = store.content_digest(path)
         with h5py.File(path, "r+") as file:
-            file.attrs["content_digest"] = digest
+            file.attrs["content_digest"] = value
     except (FmextractError, OSError, RuntimeError, TypeError, ValueError, KeyError):
         return None
-    return digest
+    return value
 
 
 def change_directory(random: Random, folder: Path) -> list[str]:

@@ -236,13 +236,13 @@ def test_rows_of_the_index_must_be_whole(finished: Path) -> None:
     whole = json.loads(path.read_text())
     middle = index.ShardRecord.from_json(whole["shards"][1])
     twice = replace(middle, start=7, statuses={"0": 9}).to_json()
-    for shards, message in (
+    for entries, message in (
         (whole["shards"][::2], r"rows 8 to 15, before shard-00002\.h5, are missing"),
         (whole["shards"][1:], r"rows 0 to 7, before shard-00001\.h5, are missing"),
         (whole["shards"][:2], "expected 19 rows, the shards have 16"),
         ([whole["shards"][0], twice, whole["shards"][2]], r"rows 7 to 7, before shard-00001\.h5, are there twice"),
     ):
-        path.write_text(json.dumps({**whole, "shards": shards}))
+        path.write_text(json.dumps({**whole, "shards": entries}))
         with pytest.raises(FormatError, match=message):
             index.load_index(finished)
 

@@ -211,7 +211,7 @@ def test_only_touched_chunks_are_read(
     read = reader._File._payload
     monkeypatch.setattr(reader._File, "_payload", lambda *a: (seen.append(a[2]), read(*a))[1])
     acts = reader.open(outputs["one", "gzip"].path, threads=1)  # idle threads would read ahead
-    for key, chunks in (
+    for key, touched in (
         ((3, 5), {(3, 1, 0, 0)}),
         ((slice(3, 5), slice(0, 2)), {(3, 0, 0, 0), (4, 0, 0, 0)}),
         (([9, 1], [0, 5]), {(9, 0, 0, 0), (1, 1, 0, 0)}),
@@ -220,8 +220,8 @@ def test_only_touched_chunks_are_read(
         seen.clear()
         acts._recent.clear()
         acts["maps"][key]
-        assert set(seen) == chunks
-        assert len(seen) == len(chunks)
+        assert set(seen) == touched
+        assert len(seen) == len(touched)
 
 
 def test_a_chunk_of_many_rows_is_decoded_once_in_a_loop(
