@@ -22,9 +22,9 @@ import torch
 
 from benchmarks.contenders import Script, Task
 from fmextract import bench, tables
+from fmextract.common.progress import Quiet
+from fmextract.common.system import cores
 from fmextract.config import Config
-from fmextract.prepare import cores
-from fmextract.progress import Quiet
 
 DISTINCT = 256
 STAGES = tuple(f"layer{i}" for i in (1, 2, 3, 4))

@@ -25,9 +25,9 @@ def one(precision: str, memory_format: str, images: int) -> str:
     from benchmarks.peers import CASES as NETWORKS
     from fmextract import index, run
     from fmextract.bench import make_photos
+    from fmextract.common.progress import Quiet
     from fmextract.config import Config
     from fmextract.planning import Plan
-    from fmextract.progress import Quiet
 
     case = NETWORKS["maps"]
     model = case.network()

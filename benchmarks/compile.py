@@ -21,6 +21,7 @@ import torchvision
 
 from fmextract import precision, taps
 from fmextract.capture import probe
+from fmextract.common import allocator
 from fmextract.compiled import GRAPHED_BATCH, CompiledCapture
 from fmextract.model import modes
 
@@ -77,7 +78,7 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device)
     if device.type == "cpu":
-        precision.keep_freed_memory()
+        allocator.keep_freed_memory()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     print(f"{options.model}, {options.size} pixels, fp32, {name}, {threads}, torch {torch.__version__}\n")

@@ -22,10 +22,11 @@ import numpy as np
 from PIL import Image
 
 import fmextract
-from fmextract import demo, look
-from fmextract.boxes import Box, photo_box
+from fmextract.common import sample_photos
+from fmextract.common.boxes import Box, photo_box
+from fmextract.common.progress import Quiet
+from fmextract.look import where
 from fmextract.look.photos import input_size
-from fmextract.progress import Quiet
 from fmextract.reader import Activations
 
 OBJECTS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "coins.png")
@@ -63,7 +64,7 @@ def scenes(photos: Path, folder: Path, count: int) -> dict[str, tuple[int, int]]
 
 def hit(acts: Activations, key: str, layer: str, target: Box) -> tuple[bool, bool]:
     """Whether the hottest cell, and the strongest channel, point into `target`, in pixels of the photo."""
-    found = look.localize(acts, key, layer, 1)
+    found = where.localize(acts, key, layer, 1)
     row = acts.row(key)
     size = int(acts.heights[row]), int(acts.widths[row])
     inside = []
@@ -104,7 +105,7 @@ def main() -> None:
     count = options.parse_args().scenes
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        photos = demo.copy_photos(root / "photos")
+        photos = sample_photos.copy_photos(root / "photos")
         corners = scenes(photos, root / "scenes", count)
         squares = {key: (y, x, y + SQUARE, x + SQUARE) for key, (y, x) in corners.items()}
         whole = {"preprocess": "size=224,crop=224,mean=0.498,std=0.502"}

@@ -28,8 +28,8 @@ def child(photos: Path, out: Path) -> None:
     import torch
     from torch import nn
 
+    from fmextract.common.progress import Quiet
     from fmextract.config import Config
-    from fmextract.progress import Quiet
     from fmextract.run import run
 
     torch.manual_seed(0)

@@ -535,7 +535,7 @@ def _tables(found: Mapping[str, Any]) -> Iterator[tuple[str, list[list[str]]]]:
 
 def _plain(title: str, rows: list[list[str]]) -> str:
     """For a terminal."""
-    from fmextract import text
+    from fmextract.common import text
 
     return f"{title}\n{text.table(rows[0], rows[1:], right=[rows[0][i] for i in _figures(rows)])}\n"
 

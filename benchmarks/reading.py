@@ -35,8 +35,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import fmextract as fm
 from fmextract.bench import machine, make_photos
-from fmextract.demo import copy_photos
-from fmextract.progress import Quiet
+from fmextract.common.progress import Quiet
+from fmextract.common.sample_photos import copy_photos
 
 MAPS = ("blocks.0", "blocks.2")
 POOLED = "1=mean"

@@ -29,7 +29,8 @@ from collections.abc import Callable
 
 import torch
 
-from fmextract import kernels, precision, stats
+from fmextract import stats
+from fmextract.common import allocator, kernels
 from fmextract.stats import RunningStats
 
 RESNET50 = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
@@ -67,7 +68,7 @@ def main() -> None:
     if options.without_kernels:
         kernels._library = None
     torch.set_num_threads(options.threads)
-    precision.keep_freed_memory()  # as in a run
+    allocator.keep_freed_memory()  # as in a run
     stats._CPU_BLOCK = options.block
     print(f"threads {options.threads}, block {options.block}; CPU ms an image")
     print(f"{'type':9} {'layout':14} {'moments':>8} {f'+ top {options.top}':>8} {'copy':>6} {'sum':>6} {'GB/s':>6}")

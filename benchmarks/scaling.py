@@ -105,9 +105,9 @@ def _preprocess(size: int) -> str:
 @contextmanager
 def _run(photos: Photos, network: nn.Module, layers: Sequence[str], size: int, batch: int) -> Iterator[Run]:
     """A run that is prepared and planned, fp32, ready to be timed again and again."""
+    from fmextract.common.progress import Quiet
     from fmextract.config import Config
     from fmextract.prepare import plan_for, prepare
-    from fmextract.progress import Quiet
 
     config = Config.of(
         layers=list(layers), precision="fp32", memory_format="contiguous", batch_size=batch, device="cpu",

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fmextract as fm
-from fmextract.demo import copy_photos
+from fmextract.common.sample_photos import copy_photos
 
 LAYERS = ("bn1=mean", "blocks.*=mean", "bn2=mean", "classifier")
 SIDE = 128

@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from fmextract.comparison import compare
     from fmextract.exporting import export
     from fmextract.planning import Plan
+    from fmextract.prepare import describe
     from fmextract.reader import Activations, Layer, open
-    from fmextract.run import describe, extract
+    from fmextract.run import extract
     from fmextract.run import make_plan as plan
     from fmextract.similarity import linear_cka
 

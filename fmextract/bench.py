@@ -30,14 +30,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import chunks, codecs, engine, images, index, precision, run, taps, text
+from fmextract import chunks, codecs, engine, images, index, precision, run, taps
+from fmextract.common import text
+from fmextract.common.progress import Quiet
+from fmextract.common.system import cores
 from fmextract.config import Config
 from fmextract.errors import ConfigError, MissingExtra
 from fmextract.inputs.reading import content
 from fmextract.inputs.sources import on_disk
 from fmextract.planning import Plan
-from fmextract.prepare import Prepared, cores, lent, plan_for, prepare, reduce_functions
-from fmextract.progress import Quiet
+from fmextract.prepare import Prepared, lent, plan_for, prepare, reduce_functions
 from fmextract.records import LayerSpec, Preprocess, Progress
 from fmextract.stats import RunningStats
 from fmextract.workers import Jpegs, Workers, hired
@@ -515,7 +517,7 @@ def make_photos(folder: Path, count: int, width: int = 500, height: int = 375) -
     """`count` JPEGs of quality 85, crops of the demo's photos at many scales, of ImageNet's size; gives `folder`."""
     import PIL.Image
 
-    from fmextract.demo import copy_photos
+    from fmextract.common.sample_photos import copy_photos
 
     folder.mkdir(parents=True, exist_ok=True)
     originals: list[PIL.Image.Image] = []

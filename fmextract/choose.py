@@ -10,45 +10,72 @@ the few images that any judgement needs are run in every case.
 from __future__ import annotations
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from fmextract import fusion, precision
+from fmextract.common.devices import TOO_SMALL, is_out_of_memory
 from fmextract.common.relative_error import relative_error
+from fmextract.common.system import host_memory
 from fmextract.compiled import CompiledCapture
-from fmextract.device import TOO_SMALL, is_out_of_memory
 from fmextract.errors import ConfigError, DeviceLost, FmextractError, LayerError
 from fmextract.model import modes
 from fmextract.model.modes import Subject, Trial
 from fmextract.precision import PLAIN, Mode
 
 SAMPLE_BYTES = 256 << 20  # of activations in fp32 that the sample may take
+
+
 MOST_SAMPLES = 8
+
+
 DEFAULT_BATCH = {"cpu": 8}  # in fp32; in half precision as many as take the same memory
+
+
 ACCELERATOR_BATCH = 64
+
+
 LARGEST_BATCH = {"cpu": 64}
+
+
 LARGEST_ACCELERATOR_BATCH = 512
+
+
 IN_FLIGHT = 3  # batches of activations alive at once: one captured, two on their way to the disk
+
+
 IN_FLIGHT_BYTES = 768 << 20
+
+
 IN_FLIGHT_ACCELERATOR = (
     3 << 30
 )  # each batch is a few hundred calls whatever its size, and a device is soon done with it
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
 MOST_OF_HOST = 1 / 8  # of the memory of the host, for them
+
+
 SHARE_OF_RUN = 0.1
+
+
 LEAST_MEASURING = 4.0  # seconds that an accelerator may take for it in a run of any length: it loads its kernels
+
+
 PASSES = 3
+
+
 FUSING_PAYS = 400
 """Images of a run in fp32 from which norms run inside the convolutions: to try it takes what it spares two hundred."""
+
+
 TIE = 1.1
 """Times as fast as the default that something else has to be, in turns; in one pass each, which says little:"""
+
+
 TIE_OF_ONE_PASS = 1.5
 
 
@@ -473,11 +500,3 @@ def _fits(taken: Trial, kind: str) -> int:
     one = sum(t[0].numel() * t.element_size() for t in taken.tensors)
     room = IN_FLIGHT_BYTES if kind == "cpu" else min(IN_FLIGHT_ACCELERATOR, int(MOST_OF_HOST * host_memory()))
     return max(1, int(room / IN_FLIGHT / max(1, one)))
-
-
-def host_memory() -> int:
-    """Bytes that the host has, or the container on it."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError):  # no control groups; or "max", no limit
-        memory = min(memory, int(CONTAINER_LIMIT.read_text()))
-    return memory

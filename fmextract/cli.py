@@ -20,9 +20,10 @@ from typing import Annotated, Any, TextIO, TypeVar, cast
 
 import typer
 
-from fmextract import __version__, tables, text
+from fmextract import __version__, tables
 from fmextract.capture.reducer_help import REDUCER_HELP
-from fmextract.common import streams, strict_json
+from fmextract.common import streams, strict_json, text
+from fmextract.common.progress import TerminalProgress
 from fmextract.config import (
     DECODERS,
     EFFECTIVE_FIELDS,
@@ -34,7 +35,6 @@ from fmextract.config import (
     parse_size,
 )
 from fmextract.errors import FmextractError
-from fmextract.progress import TerminalProgress
 
 USAGE = 2
 SOME_FAILED = 3
@@ -446,7 +446,7 @@ def layers(
     """
     with _working():
         with _importing():
-            from fmextract.run import describe
+            from fmextract.prepare import describe
 
         rows = describe(model, preprocess=preprocess or "model", size=size, selectors=tuple(selectors or ()))
     _show([asdict(row) for row in rows], lambda: tables.modules(rows), as_json)
@@ -685,7 +685,7 @@ def compare(
         with reader.open(a) as first, reader.open(b) as second:
             found = comparison.compare(first, second, layers or (), worst=worst)
         if out is not None:
-            from fmextract.look import draw_comparison
+            from fmextract.look.differences import draw_comparison
 
             draw_comparison(found, out, style=style)
     _show(found.as_json(), lambda: tables.comparison(found), as_json)
@@ -875,16 +875,17 @@ def show_maps(
     drawing: dict[str, Any] = {"count": count, "order": order, "channels": channels or (), "scale": scale}
     drawing |= {"overlay": overlay, "format": kind, "layers": layers or ()}
     with _working():
-        from fmextract import look, reader
+        from fmextract import reader
+        from fmextract.look import live, maps
 
         drawing["style"] = _style(theme, dpi, cmap)
 
         if model is not None and input is not None and acts is None:
             how: dict[str, Any] = {"weights": weights, "preprocess": preprocess or "model", "size": size}
-            made = look.show_maps_of(model, input, out, **how, **drawing)
+            made = live.show_maps_of(model, input, out, **how, **drawing)
         elif acts is not None and image is not None and model is None:
             with reader.open(acts) as stored:
-                made = look.show_maps(stored, image, out, images=images, **drawing)
+                made = maps.show_maps(stored, image, out, images=images, **drawing)
         else:
             raise typer.BadParameter("give either a file and --image KEY, or --model MODEL and --input FILE")
     _show([one.as_json() for one in made], lambda: tables.paths(one.picture for one in made), as_json)
@@ -913,13 +914,14 @@ def show_depth(
     fmextract show depth acts.h5 -o depth.png
     """
     with _working():
-        from fmextract import look, reader
+        from fmextract import reader
+        from fmextract.look import depth
 
         with reader.open(acts) as stored:
             if out is None:
-                rows = look.measure_depth(stored, layers or ())
+                rows = depth.measure_depth(stored, layers or ())
             else:
-                _, rows = look.show_depth(stored, out, layers=layers or (), style=_style(theme, dpi))
+                _, rows = depth.show_depth(stored, out, layers=layers or (), style=_style(theme, dpi))
     _show([row.as_json() for row in rows], lambda: tables.depth(rows), as_json)
     return 0
 
@@ -944,11 +946,12 @@ def show_top(
     fmextract show top acts.h5 -l layer4 --channel 17 -o top.png
     """
     with _working():
-        from fmextract import look, reader
+        from fmextract import reader
+        from fmextract.look import top
 
         with reader.open(acts) as stored:
-            found = look.show_top(stored, layer, channels, out, k=k, images=images, style=_style(theme, dpi))
-    _show(look.top_picture(out, found), lambda: tables.examples(out, found), as_json)
+            found = top.show_top(stored, layer, channels, out, k=k, images=images, style=_style(theme, dpi))
+    _show(top.top_picture(out, found), lambda: tables.examples(out, found), as_json)
     return 0
 
 
@@ -973,11 +976,12 @@ def show_where(
     fmextract show where acts.h5 --image cats/tom.jpg -l layer4 -o where.png
     """
     with _working():
-        from fmextract import look, reader
+        from fmextract import reader
+        from fmextract.look import where
 
         with reader.open(acts) as stored:
-            found = look.show_where(stored, image, layer, out, k=k, images=images, style=_style(theme, dpi, cmap))
-    _show(look.where_picture(out, found), lambda: tables.where(out, found), as_json)
+            found = where.show_where(stored, image, layer, out, k=k, images=images, style=_style(theme, dpi, cmap))
+    _show(where.where_picture(out, found), lambda: tables.where(out, found), as_json)
     return 0
 
 

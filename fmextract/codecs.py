@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from isal import igzip_lib, isal_zlib
 
-from fmextract import kernels
+from fmextract.common import kernels
 from fmextract.errors import ConfigError, DamagedError, MissingExtra
 
 Array: TypeAlias = npt.NDArray[Any]

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fmextract.device import is_out_of_memory
+from fmextract.common.devices import is_out_of_memory
 from fmextract.errors import CaptureError, ConfigError
 from fmextract.taps import Capture, Forward
 

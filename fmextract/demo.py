@@ -6,28 +6,24 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmextract.errors import FmextractError, MissingExtra, OutputError
+from fmextract.common.sample_photos import copy_photos
+from fmextract.common.text import printable
+from fmextract.errors import FmextractError, MissingExtra
 from fmextract.records import Preprocess, Progress
-from fmextract.text import printable
 
 if TYPE_CHECKING:
     from torch import nn
 
-PHOTOS = (
-    "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png",
-    "grass.png", "hubble_deep_field.jpg", "moon.png", "motorcycle_left.png", "retina.jpg", "rocket.jpg",
-)  # fmt: skip
-"""Photos in scikit-image's wheel, free to use; its other pictures are fetched when asked for."""
-
 CAT = "chelsea.png"
+
+
 CATS = {281: "tabby cat", 282: "tiger cat", 285: "Egyptian cat"}
 """The classes of ImageNet that a pet cat may be taken for."""
+
 
 LAYERS = ("conv#0", "blocks.*", "conv#-1", "classifier")
 
@@ -107,26 +103,10 @@ def demo(out: Path, progress: Progress) -> Demo:
     return Demo(str(photos), str(out / "acts.h5"), str(picture), str(page), result.images, cat, probability)
 
 
-def copy_photos(folder: Path) -> Path:
-    """Put the photos into `folder` as files; returns it. Raises OutputError, MissingExtra."""
-    try:
-        shipped = resources.files("skimage") / "data"
-    except ModuleNotFoundError as error:
-        raise MissingExtra("scikit-image", "demo", "the photos of the demo") from error
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in PHOTOS:
-            with resources.as_file(shipped / name) as file:
-                shutil.copyfile(file, folder / name)
-    except OSError as error:
-        raise OutputError(f"cannot put the photos into {folder}: {error.strerror or error}") from error
-    return folder
-
-
 def _picture(acts: Any, photo: Path, out: Path) -> Path:
     import PIL.Image
 
-    from fmextract.look import draw_maps
+    from fmextract.look.maps import draw_maps
 
     maps = [name for name in acts.layers if "y" in acts[name].axes]
     layers = [maps[round(i * (len(maps) - 1) / 6)] for i in range(7)]  # the first, the last, and five between

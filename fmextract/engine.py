@@ -29,15 +29,17 @@ from torch import nn
 from fmextract import chunks, images, index, store
 from fmextract.capture import blame
 from fmextract.channel import Channel, Closed
+from fmextract.common.allocator import give_back_freed_memory
+from fmextract.common.devices import TOO_SMALL, is_out_of_memory, lost
 from fmextract.config import FailureBudget
-from fmextract.device import TOO_SMALL, Download, Transfers, is_out_of_memory, lost, transfers_for
+from fmextract.device import Download, Transfers, transfers_for
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
 from fmextract.inputs.reading import Reader, content, stamp
 from fmextract.inputs.sources import columns_of, on_disk
 from fmextract.moments import settled
 from fmextract.planning import Plan
 from fmextract.pool import Pool
-from fmextract.precision import give_back_freed_memory, numerics, to_memory_format
+from fmextract.precision import numerics, to_memory_format
 from fmextract.records import FileInfo, FileStamp, LayerSpec, Preprocess, Progress, SampleTable, Source, Status
 from fmextract.stats import RunningStats
 from fmextract.taps import Capture, Forward

@@ -30,15 +30,15 @@ import numpy.typing as npt
 
 from fmextract import codecs, index, output, reader, store
 from fmextract.common import strict_json
+from fmextract.common.progress import Quiet
+from fmextract.common.text import byte_count, count
 from fmextract.dissimilarity import METRICS, dissimilarities
 from fmextract.errors import ConfigError, MissingExtra, NoSpace, OutputError
 from fmextract.look.select import select_layers
-from fmextract.progress import Quiet
 from fmextract.reader import Activations, Layer
 from fmextract.records import FileStamp, Label, LayerSpec, Progress, SampleTable
 from fmextract.storage import schema
 from fmextract.storage.columns import form_of, stored_names
-from fmextract.text import byte_count, count
 
 Array: TypeAlias = npt.NDArray[Any]
 

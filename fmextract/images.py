@@ -25,8 +25,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from fmextract.boxes import Span, crop_span, resized_size
-from fmextract.device import is_out_of_memory
+from fmextract.common.boxes import Span, crop_span, resized_size
+from fmextract.common.devices import is_out_of_memory
 from fmextract.errors import ConfigError, DeviceLost, MissingExtra, SampleError
 from fmextract.inputs.files import OnDisk, stamp_of
 from fmextract.inputs.pictures import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,31 +19,29 @@ from torch.nn.parameter import is_lazy
 from fmextract import (
     choose,
     codecs,
-    device,
     effective,
     engine,
     estimate,
     fusion,
     geometry,
     images,
-    kernels,
     models,
     planning,
     precision,
     provenance,
     reducers,
     taps,
-    text,
     workers,
 )
 from fmextract.capture import blame, probe
 from fmextract.capture.untouched import RANDOM, Key, State, untouched
-from fmextract.common import strict_json
+from fmextract.common import allocator, devices, kernels, strict_json, text
+from fmextract.common.devices import is_out_of_memory
 from fmextract.common.facts import Told
 from fmextract.common.folders import remembered
+from fmextract.common.system import cores
 from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
-from fmextract.device import is_out_of_memory
 from fmextract.errors import ConfigError, FmextractError, LayerError, SampleError, SourceError
 from fmextract.inputs.datasets import DatasetSource
 from fmextract.inputs.reading import Reader, reading
@@ -56,12 +53,23 @@ from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress,
 
 T = TypeVar("T")
 
+
 EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
+
+
 LONGEST_NAMES = 60_000
 """An attribute of HDF5 holds 64 KiB: of more classes the names are not stored."""
+
+
 EFFECTIVE_SHARE = 0.04  # of a run that measuring may take
+
+
 EFFECTIVE_SECONDS = 0.3  # that it may take of any run, however short
+
+
 FEW_PHOTOS = 2  # up to which number any of the source will do
+
+
 NEAR_ZERO = 0.01  # of the root mean square of a layer's values: what is not above it counts as near zero
 
 
@@ -111,7 +119,7 @@ class Prepared:
 def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iterator[Prepared]:
     """Open, build, survey, probe. Raises SourceError, ModelError, LayerError or ConfigError, each with what to do."""
     codecs.codec_named(config.codec).checked_level(config.level)
-    where = device.pick(config.device)
+    where = devices.pick(config.device)
     if config.decode == "device":
         images.device_decoder(where)  # before the model is built, which may take long
     if config.precision != "auto":
@@ -155,7 +163,7 @@ def _prepared(
         images.check_fits_on_device(loaded.preprocess)
     own = _own_type(config.precision, loaded.input_dtype)
     if where.type == "cpu":
-        precision.keep_freed_memory()
+        allocator.keep_freed_memory()
     with precision.lent(loaded.module, where), precision.numerics("fp32", where):
         photos = partial(_photos, reader, len(opened), loaded, input_shape, ready, where)
         with found.guarded():
@@ -376,7 +384,7 @@ def _failing_on(shape: Sequence[int], model: torch.nn.Module) -> Iterator[None]:
     except FmextractError:
         raise
     except Exception as error:
-        if (gone := device.lost(error)) is not None:
+        if (gone := devices.lost(error)) is not None:
             raise gone from error
         shown = " x ".join(map(str, shape))
         raise LayerError(
@@ -860,11 +868,6 @@ def describe_run(prepared: Prepared, out: Path, command: str | None = None) -> d
     loaded, source = prepared.loaded, prepared.source
     said = provenance.describe_run(loaded, source.name, len(source), ready=prepared.ready, command=command)
     return {**said, **_images(source, out), **_classes(source)}
-
-
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
 # --------------------------------------------------------------------------------------------- describe

@@ -34,35 +34,53 @@ import numpy as np
 import numpy.typing as npt
 
 from fmextract import codecs, index, moments, store
-from fmextract.boxes import cell_box
+from fmextract.common.boxes import cell_box
+from fmextract.common.system import cpus
+from fmextract.common.text import byte_count
+from fmextract.common.text import count as plural
 from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
 from fmextract.heaps import check_heaps
 from fmextract.records import Field, FileInfo, Label, LayerSpec
 from fmextract.selection import AxisIndex, Part, Selection, count, crossing, cut, per_axis, selection_of, stretches
 from fmextract.storage import schema
 from fmextract.storage.columns import Form, as_array, common_form, decode_column, encode_column
-from fmextract.text import byte_count
-from fmextract.text import count as plural
 
 if TYPE_CHECKING:
     from fmextract.feeding import LayerDataset
 
 Array: TypeAlias = npt.NDArray[Any]
+
+
 Rows: TypeAlias = npt.NDArray[np.int64]
 
+
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
 _COUNTED = ("count", "zero_fraction", "nonfinite")
 """Statistics that the summary of a run is made of."""
+
+
 FILES_OPEN = 32
 """Open shards: each costs one file descriptor and 20 bytes a chunk."""
+
+
 RECENT_BYTES = 16 * 2**20
 """Chunks kept, so that a loop over single rows decodes a chunk of many images once."""
+
+
 DATASET_BYTES = 256 * 2**20
 """The same for a torch Dataset, which is read in any order, again and again; and how much of it is held as a whole."""
+
+
 ALONE_BYTES = 2**20
 """What is copied from the page cache before a thread of the pool has begun."""
+
+
 SEEK_BYTES = 32 * 2**10
 """What one more read of a stretch of a chunk costs, in bytes read (3 µs at 10 GB/s, from the page cache)."""
+
+
 FEW = 4
 """Of the values of a chunk at most one in so many: these alone are picked when the chunk is met for the first time."""
 
@@ -116,7 +134,7 @@ class Activations:
         self._place = path.absolute()  # the working directory may be another one later
         self._files = _Files(parts)
         self._given_threads = threads
-        self._threads = threads or _cpus()
+        self._threads = threads or cpus()
         self._recent = _Recent(cache)
         self._made: dict[str, Layer] = {}
         first = self._files[0]
@@ -1299,16 +1317,11 @@ def _size(chunk: Array | bytes) -> int:
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     """The threads that all readers of this process share."""
-    return ThreadPoolExecutor(_cpus(), thread_name_prefix="fmextract-read")
+    return ThreadPoolExecutor(cpus(), thread_name_prefix="fmextract-read")
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
-
-
-def _cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _in_parallel(work: Callable[[Any], None], tasks: Iterable[Any], count: int, threads: int) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from fmextract import codecs, engine, index, provenance, reader
+from fmextract.common.progress import Quiet
 from fmextract.config import FailureBudget
 from fmextract.errors import FormatError, OutputError, SampleError
 from fmextract.planning import Plan
-from fmextract.progress import Quiet
 from fmextract.records import Label, Progress, Status
 
 TOLERANCE: Mapping[str, float] = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}

@@ -18,11 +18,11 @@ from torch import nn
 
 from fmextract import models, prepare, reader, reducers, replay, resume, run, taps
 from fmextract.common import strict_json
+from fmextract.common.progress import Quiet
 from fmextract.common.trust import names_from_a_file
 from fmextract.config import Config
 from fmextract.errors import ConfigError
 from fmextract.inputs import sources
-from fmextract.progress import Quiet
 from fmextract.records import Progress
 
 

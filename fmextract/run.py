@@ -22,14 +22,14 @@ import torch
 
 from fmextract import engine, estimate, following, images, index, precision, reader, replay, resume, taps
 from fmextract.common import strict_json
+from fmextract.common.devices import is_out_of_memory
+from fmextract.common.progress import Quiet
 from fmextract.config import Config, check_out
-from fmextract.device import is_out_of_memory
 from fmextract.errors import TooManyFailures
 from fmextract.inputs.sources import notes_of
 from fmextract.output import Output, resumable
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, copied_as_planned, describe, identity, lent, plan_for, prepare, reduce_functions
-from fmextract.progress import Quiet
 from fmextract.records import FileInfo, LayerResult, LayerSpec, Progress, Result
 from fmextract.resume import Asked
 from fmextract.workers import Jpegs, Workers, hired
@@ -85,7 +85,7 @@ def extract(
 
 
 def _default_progress() -> Progress:
-    from fmextract.progress import TerminalProgress
+    from fmextract.common.progress import TerminalProgress
 
     return TerminalProgress()
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fmextract import kernels
+from fmextract.common import kernels
 from fmextract.moments import MOMENTS, MOST_COMPONENTS, NEAR_ZERO, TOP, Array, folding, merge
 
 __all__ = ["MOMENTS", "TOGETHER", "TOP", "WORKSPACE", "RunningStats", "bytes_held", "covariance_bytes", "merge"]

@@ -8,14 +8,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fmextract import text
+from fmextract.common import text
 from fmextract.records import ModuleRow, Result
 
 if TYPE_CHECKING:
     from fmextract.bench import Report as Measured
     from fmextract.comparison import Comparison
     from fmextract.exporting import Exported
-    from fmextract.look import Example, LayerDepth, Where
+    from fmextract.look.depth import LayerDepth
+    from fmextract.look.top import Example
+    from fmextract.look.where import Where
     from fmextract.planning import Plan
     from fmextract.verify import Report
 

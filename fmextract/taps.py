@@ -25,8 +25,8 @@ from torch import nn
 from fmextract.capture.independence import kinds, leaking, same
 from fmextract.capture.reach import UNREADY, out_of_reach
 from fmextract.capture.trunk import ShortcutTracer
+from fmextract.common.text import some
 from fmextract.errors import CaptureError, LayerError
-from fmextract.text import some
 
 ROOT = "(model)"  # how the model itself is called as a layer; as a selector it is "."
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 
 import fmextract
-from fmextract import Preprocess
+from fmextract.records import Preprocess
 
 SIZE = 32
 LAYERS = ["conv#0", "relu", "conv#-1", "fc"]

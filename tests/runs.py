@@ -165,7 +165,8 @@ def same(one: Path, other: Path) -> None:
 
 def command(arguments: list[str], said: str, slow: float = 0.0) -> int:
     """The command line, its stderr in the file `said`, with `slow` seconds after every batch."""
-    from fmextract import cli, progress
+    from fmextract import cli
+    from fmextract.common import progress
 
     advance = progress.TerminalProgress.advance
 

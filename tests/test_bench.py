@@ -13,11 +13,11 @@ from runs import OPTIONS, Tiny, make_photos
 from torch import nn
 
 from fmextract import bench, cli, tables
+from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import OutputError
 from fmextract.look.stages import draw_stages
 from fmextract.prepare import prepare
-from fmextract.progress import Quiet
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from torch import nn
 
 from fmextract import choose, precision, taps
 from fmextract.capture import probe
+from fmextract.common import system
 from fmextract.errors import ConfigError, LayerError
 from fmextract.model import modes
 
@@ -276,18 +277,18 @@ def test_an_accelerator_takes_many_images_even_in_a_short_run(monkeypatch: pytes
     device = OnAccelerator(monkeypatch, start=5e-3, image=1e-5)
     assert device.chosen(rows=2000, of_an_image=10) == 512
     assert list(dict.fromkeys(device.sizes)) == [64, 128, 256, 512]
-    monkeypatch.setattr(choose, "host_memory", lambda: 8 << 30)  # of which an eighth is 1 GiB, for three batches
+    monkeypatch.setattr(system, "host_memory", lambda: 8 << 30)  # of which an eighth is 1 GiB, for three batches
     assert device.chosen(rows=2000, of_an_image=(1 << 20) // 4) == 256
     assert device.chosen(rows=100, of_an_image=10) == 64
 
 
 def test_a_container_s_memory_is_the_host_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "CONTAINER_LIMIT", tmp_path / "memory.max")
-    whole = choose.host_memory()
+    monkeypatch.setattr(system, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    whole = system.host_memory()
     assert whole == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for written, memory in (("max\n", whole), (f"{1 << 30}\n", 1 << 30), (f"{1 << 60}\n", whole)):
         (tmp_path / "memory.max").write_text(written)
-        assert choose.host_memory() == memory
+        assert system.host_memory() == memory
 
 
 def test_of_sizes_that_are_as_fast_an_accelerator_takes_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,11 @@ from files import make_file
 from PIL import Image
 
 import fmextract
-from fmextract import errors, text
+from fmextract import errors
 from fmextract.capture.reducer_help import REDUCER_HELP
 from fmextract.cli import main
-from fmextract.progress import TerminalProgress
+from fmextract.common import text
+from fmextract.common.progress import TerminalProgress
 
 TINY = """
 import torch
@@ -582,7 +583,7 @@ def test_progress_in_a_log_says_every_so_often_how_far_it_is(monkeypatch: pytest
     """Ten seconds after the start and then every half minute, by a clock that advances 4 s an image."""
     clock = itertools.count(0, 1)
     now = [0.0]
-    monkeypatch.setattr("fmextract.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("fmextract.common.progress.time.monotonic", lambda: now[0])
     stream = Stream(terminal=False)
     progress = TerminalProgress(stream)
     for done in range(5):

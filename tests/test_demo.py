@@ -13,8 +13,10 @@ from PIL import Image
 import fmextract
 from fmextract import demo
 from fmextract.cli import main
+from fmextract.common import sample_photos
 from fmextract.errors import ConfigError
-from fmextract.look.maps import as_seen, draw_maps
+from fmextract.look.maps import draw_maps
+from fmextract.look.photos import as_seen
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +32,9 @@ def test_it_leaves_photos_a_file_a_picture_and_a_report(made: Path) -> None:
         assert min(picture.size) > 500
         assert np.unique(np.asarray(picture.convert("L").resize((64, 64)))).size > 50
     with fmextract.open(made / "acts.h5") as acts:
-        assert set(acts.keys) == set(demo.PHOTOS)
+        assert set(acts.keys) == set(sample_photos.PHOTOS)
         assert not acts.status.any()
-        assert acts["conv_stem"].shape == (len(demo.PHOTOS), 32, 112, 112)
+        assert acts["conv_stem"].shape == (len(sample_photos.PHOTOS), 32, 112, 112)
 
 
 @pytest.mark.parametrize(

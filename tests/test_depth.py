@@ -18,9 +18,10 @@ from runs import extract, make_photos
 from torch import nn
 
 import fmextract
-from fmextract import look, store
+from fmextract import store
 from fmextract.cli import main
 from fmextract.index import PLAN
+from fmextract.look import depth
 from fmextract.moments import COVARIANCE, NEAR_ZERO, TOP
 from fmextract.planning import Plan
 from fmextract.records import LayerSpec
@@ -82,7 +83,7 @@ def check(acts: fmextract.Activations) -> None:
         assert found.rows == len(rows)
         assert found.estimated == (name == "wide")
         assert found.value == pytest.approx(participation(rows), rel=0.02 if found.estimated else EXACT), name
-    for row in look.measure_depth(acts):
+    for row in depth.measure_depth(acts):
         layer = acts[row.layer]
         values = layer[:][acts.status == 0].astype(np.float64)
         values = values[np.isfinite(values)]
@@ -247,7 +248,7 @@ def test_too_few_good_images_have_no_dimension(photos: Path, tmp_path: Path) -> 
     extract(photos, tmp_path / "one.h5", **OPTIONS, limit=1)
     with fmextract.open(tmp_path / "one.h5") as acts:
         assert all(math.isnan(acts[name].effective_dimension.value) for name in acts)
-        assert [row.effective_dimension_rows for row in look.measure_depth(acts)] == [1] * 5
+        assert [row.effective_dimension_rows for row in depth.measure_depth(acts)] == [1] * 5
     assert main(["show", "depth", str(tmp_path / "one.h5"), "-o", str(tmp_path / "d.png")]) == 0
 
 
@@ -294,7 +295,7 @@ def test_files_of_earlier_versions_are_shown_without(tmp_path: Path, capfd: pyte
     with fmextract.open(path) as acts:
         assert acts["conv"].effective_dimension is None
         assert acts["conv"].spec.near_zero_below is None
-        (row,) = look.measure_depth(acts)
+        (row,) = depth.measure_depth(acts)
     assert (row.near_zeros, row.effective_dimension, row.effective_dimension_rows) == (None, None, None)
     assert main(["show", "depth", str(path), "-o", str(tmp_path / "depth.png")]) == 0
     said = capfd.readouterr().out
@@ -319,7 +320,7 @@ def test_a_run_begun_by_an_earlier_version_is_finished_as_it_began(photos: Path,
     extract(photos, out, **OPTIONS, max_failures="1")
     with fmextract.open(out) as acts:
         assert NEAR_ZERO not in acts["relu"].stats.names
-        assert {row.near_zeros for row in look.measure_depth(acts)} == {None}
+        assert {row.near_zeros for row in depth.measure_depth(acts)} == {None}
 
 
 # ------------------------------------------------------------------------------------------------------ what is told

@@ -18,9 +18,10 @@ import simulated_device
 import torch
 from simulated_device import Event, Simulator, Stream, installed
 
-from fmextract import device as device_module
+from fmextract import device, errors
 from fmextract.channel import Closed
-from fmextract.device import DeviceTransfers, HostTransfers, is_out_of_memory, transfers_for
+from fmextract.common.devices import is_out_of_memory
+from fmextract.device import DeviceTransfers, HostTransfers, transfers_for
 
 DELAYS = {
     "slow copies": {"copy": 0.004},
@@ -125,17 +126,17 @@ def _staging_refilled_early(patch: pytest.MonkeyPatch, simulator: Simulator) -> 
 
 
 def _slot_released_early(patch: pytest.MonkeyPatch, simulator: Simulator) -> None:
-    wait, given = device_module._DeviceDownload.wait, set()
+    wait, given = device._DeviceDownload.wait, set()
 
     def release_at_once(self: Any) -> list[torch.Tensor]:
         views = wait(self)
         if self not in given:
             given.add(self)
-            device_module._give_back(self._ring, self._slot)
+            device._give_back(self._ring, self._slot)
         return views
 
-    patch.setattr(device_module._DeviceDownload, "wait", release_at_once)
-    patch.setattr(device_module._DeviceDownload, "release", lambda self: None)
+    patch.setattr(device._DeviceDownload, "wait", release_at_once)
+    patch.setattr(device._DeviceDownload, "release", lambda self: None)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +216,8 @@ def test_a_fast_producer_is_held_back_until_a_slot_is_free_or_the_run_ends(
 @pytest.mark.parametrize("delays", [pytest.param(DELAYS["jitter"], id="simulated"), REAL])
 def test_buffers_are_pinned_and_used_again(delays: dict[str, float] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.Tensor] = []
-    pinned = device_module._pinned
-    monkeypatch.setattr(device_module, "_pinned", lambda *a: made.append(pinned(*a)) or made[-1])
+    pinned = device._pinned
+    monkeypatch.setattr(device, "_pinned", lambda *a: made.append(pinned(*a)) or made[-1])
     with machine(monkeypatch, delays) as (where, compute):
         moves = DeviceTransfers(where, 2)
         stream_batches(moves, compute, 5, 0.0)
@@ -230,7 +231,7 @@ def test_buffers_are_pinned_and_used_again(delays: dict[str, float] | None, monk
 def test_memory_that_could_not_be_pinned_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with installed(monkeypatch, {}) as simulator:
         simulator.pins = type("Nothing", (set,), {"add": lambda self, item: None})()
-        with pytest.raises(device_module.ConfigError, match="no pinned memory"):
+        with pytest.raises(errors.ConfigError, match="no pinned memory"):
             DeviceTransfers(simulated_device.DEVICE, 2).input_buffer(SHAPE, torch.uint8)
 
 

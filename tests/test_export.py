@@ -30,8 +30,8 @@ from scipy.spatial.distance import pdist
 import fmextract as fm
 from fmextract import dissimilarity, exporting, reader, store
 from fmextract.cli import main
+from fmextract.common.progress import Quiet
 from fmextract.errors import ConfigError, DamagedError, MissingExtra, OutputError
-from fmextract.progress import Quiet
 from fmextract.verify import verify
 
 ROWS, CUTS = 21, (8, 16)

@@ -287,8 +287,8 @@ def _after(calls: int, function: Callable[..., Any], error: Exception) -> Callab
 STAGES = {
     "decode": "fmextract.engine.images.decode",
     "normalise": "fmextract.engine.images.normalise",
-    "statistics": "fmextract.engine.RunningStats.update",
-    "statistics' end": "fmextract.engine.RunningStats.result",
+    "statistics": "fmextract.stats.RunningStats.update",
+    "statistics' end": "fmextract.stats.RunningStats.result",
     "cut": "fmextract.engine.chunks.Cutter.add",
     "encode": "fmextract.engine.chunks.codecs.encode",
     "create": "fmextract.engine.store.ShardWriter.__init__",

@@ -20,9 +20,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from fmextract import taps
-from fmextract.boxes import cell_box, photo_box
 from fmextract.capture import probe
 from fmextract.capture.atoms import image_axes
+from fmextract.common.boxes import cell_box, photo_box
 from fmextract.effective import _square, effective_sizes
 from fmextract.geometry import FieldTracer, Span, trace_fields
 from fmextract.records import Field, Preprocess
@@ -550,7 +550,7 @@ def test_photo_box_is_exact_and_stays_in_the_photo() -> None:
 
 
 def test_boxes_need_no_torch() -> None:
-    code = "import sys, fmextract.boxes; sys.exit('torch' in sys.modules)"
+    code = "import sys, fmextract.common.boxes; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

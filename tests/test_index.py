@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fmextract import index
+from fmextract import index, store
 from fmextract.errors import DamagedError, FormatError, OutputError
 
 DIGEST = "ab" * 32
@@ -76,7 +76,7 @@ def test_write_json_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(index.os, "fsync", full)
-    with pytest.raises(index.disk_error(path, OSError(28, "")).__class__, match="full"):
+    with pytest.raises(store.disk_error(path, OSError(28, "")).__class__, match="full"):
         index.write_json(path, {"a": []})
     with pytest.raises(TypeError, match="JSON"):
         index.write_json(path, {"a": {1, 2}})

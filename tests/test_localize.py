@@ -8,12 +8,12 @@ import PIL.Image
 import pytest
 
 from benchmarks.localize import DRAWN
-from fmextract import demo
+from fmextract.common import sample_photos
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return demo.copy_photos(tmp_path_factory.mktemp("localize") / "photos")
+    return sample_photos.copy_photos(tmp_path_factory.mktemp("localize") / "photos")
 
 
 @pytest.mark.parametrize("name", DRAWN)

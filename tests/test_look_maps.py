@@ -12,10 +12,10 @@ from looking import SIZE, Tokens, small_run, write_photos
 from PIL import Image
 
 import fmextract
-from fmextract import look
 from fmextract.cli import main
 from fmextract.errors import ConfigError, MissingExtra, OutputError, SourceError
-from fmextract.look import canvas
+from fmextract.look import canvas, live
+from fmextract.look.maps import show_maps
 from fmextract.look.photos import as_seen, load_photo
 from fmextract.look.places import Grid, grid_of, patch_grid, read_maps
 from fmextract.look.select import select_layers
@@ -44,7 +44,7 @@ def tokens(place: Path) -> Iterator[fmextract.Activations]:
 
 
 def test_maps_are_those_of_the_file(acts: fmextract.Activations, tmp_path: Path) -> None:
-    made = look.show_maps(acts, "3.png", tmp_path / "maps", count=4)
+    made = show_maps(acts, "3.png", tmp_path / "maps", count=4)
     assert [one.layer for one in made] == ["conv1", "relu", "conv2"]
     for one in made:
         stored = acts[one.layer][acts.row("3.png")]
@@ -57,10 +57,10 @@ def test_maps_are_those_of_the_file(acts: fmextract.Activations, tmp_path: Path)
 
 
 def test_a_shared_scale_and_chosen_channels(acts: fmextract.Activations, tmp_path: Path) -> None:
-    (one,) = look.show_maps(acts, "3.png", tmp_path / "m", layers=["conv2"], channels=[5, 2], scale="shared")
+    (one,) = show_maps(acts, "3.png", tmp_path / "m", layers=["conv2"], channels=[5, 2], scale="shared")
     assert one.channels == (5, 2)
     assert one.ranges == ((one.values.min(), one.values.max()),) * 2
-    (first,) = look.show_maps(acts, "3.png", tmp_path / "m", layers=["conv2"], count=3, order="first", overlay=True)
+    (first,) = show_maps(acts, "3.png", tmp_path / "m", layers=["conv2"], count=3, order="first", overlay=True)
     assert first.channels == (0, 1, 2)
 
 
@@ -68,9 +68,9 @@ def test_all_layers_in_one_picture_and_a_name_that_tries_everything(
     acts: fmextract.Activations, tmp_path: Path
 ) -> None:
     key = next(str(key) for key in acts.keys if "odd" in key)
-    made = look.show_maps(acts, key, tmp_path / "all.png", overlay=True)
+    made = show_maps(acts, key, tmp_path / "all.png", overlay=True)
     assert {one.picture for one in made} == {tmp_path / "all.png"}
-    look.show_maps(acts, key, tmp_path / "each", count=1)
+    show_maps(acts, key, tmp_path / "each", count=1)
     assert canvas.safe("a\n$b$\u202e") == r"a\n\$b\$\u202e"
 
 
@@ -89,7 +89,7 @@ def test_all_layers_in_one_picture_and_a_name_that_tries_everything(
 )
 def test_mistakes_are_named(acts: fmextract.Activations, tmp_path: Path, options: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        look.show_maps(acts, options.pop("image", "3.png"), tmp_path / "m", **options)
+        show_maps(acts, options.pop("image", "3.png"), tmp_path / "m", **options)
 
 
 def test_photos_are_found_where_they_moved_to(acts: fmextract.Activations, place: Path, tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_tokens_stand_on_their_patches_and_the_class_token_apart(tokens: fmextra
     assert maps.grid.cell(0, -1) is None
     assert maps.grid.cell(1 + 6, -1) == (1, 2)
     assert maps.grid.region((1, 2)).box == (8, 16, 16, 24)
-    (one,) = look.show_maps(tokens, str(tokens.keys[2]), tmp_path / "t", layers=["norm"], overlay=True)
+    (one,) = show_maps(tokens, str(tokens.keys[2]), tmp_path / "t", layers=["norm"], overlay=True)
     assert np.array_equal(one.values, maps.values)
 
 
@@ -182,21 +182,21 @@ def test_straight_from_a_model(place: Path, tmp_path: Path) -> None:
     from looking import PREPROCESS, Tiny
 
     photo = place / "photos" / "3.png"
-    made = look.show_maps_of(Tiny(), photo, tmp_path / "m", layers=["conv#0", "conv#-1"], preprocess=PREPROCESS)
+    made = live.show_maps_of(Tiny(), photo, tmp_path / "m", layers=["conv#0", "conv#-1"], preprocess=PREPROCESS)
     assert [one.layer for one in made] == ["conv1", "conv2"]
     with fmextract.open(place / "acts.h5") as acts:
         for one in made:
             stored = acts[one.layer][acts.row("3.png")][list(one.channels)]
             np.testing.assert_allclose(one.values, stored, rtol=1e-4, atol=1e-5)
     with pytest.raises(SourceError, match="no such image"):
-        look.show_maps_of(Tiny(), tmp_path / "none.png", tmp_path, preprocess=PREPROCESS)
+        live.show_maps_of(Tiny(), tmp_path / "none.png", tmp_path, preprocess=PREPROCESS)
 
 
 def test_six_pictures_of_resnet50_from_first_to_last_convolution(place: Path, tmp_path: Path) -> None:
     """It has 53, downsampling included. The weights are random: what is tested is which layers they are."""
     selectors = [f"conv#{i}" for i in (0, 20, 40, 44, 48, -1)]
     photo = place / "photos" / "3.png"
-    made = look.show_maps_of("resnet50", photo, tmp_path, layers=selectors, weights="random:0", size=64, count=4)
+    made = live.show_maps_of("resnet50", photo, tmp_path, layers=selectors, weights="random:0", size=64, count=4)
     names = ["conv1", "layer2.2.conv3", "layer3.5.conv1", "layer4.0.conv2", "layer4.1.conv2", "layer4.2.conv3"]
     assert [one.layer for one in made] == names
     assert len(list(tmp_path.glob("*.png"))) == 6

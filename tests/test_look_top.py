@@ -12,9 +12,12 @@ from files import make_file
 from looking import Tokens, small_run, write_photos
 
 import fmextract
-from fmextract import look
 from fmextract.cli import main
 from fmextract.errors import ConfigError
+from fmextract.look import depth
+from fmextract.look.maps import show_maps
+from fmextract.look.top import show_top, strongest
+from fmextract.look.where import localize, show_where
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def acts(place: Path, request: pytest.FixtureRequest) -> Iterator[fmextract.Acti
 def test_strongest_images_are_those_of_the_maps(acts: fmextract.Activations) -> None:
     maps = acts["conv2"][:]
     for channel in range(8):
-        found = look.strongest(acts, "conv2", channel, 3)
+        found = strongest(acts, "conv2", channel, 3)
         peaks = maps[:, channel].reshape(len(maps), -1)
         assert [one.row for one in found] == np.argsort(-peaks.max(1), kind="stable")[:3].tolist()
         for one in found:
@@ -46,7 +49,7 @@ def test_strongest_images_are_those_of_the_maps(acts: fmextract.Activations) -> 
 
 def test_the_region_holds_what_drove_the_channel(acts: fmextract.Activations) -> None:
     """conv1 has no zero padding inside: its theoretical field is 5 pixels around 2 * cell + 0.5."""
-    (one, *_) = look.strongest(acts, "conv1", 0, 1)
+    (one, *_) = strongest(acts, "conv1", 0, 1)
     assert one.cell is not None
     assert one.region is not None
     y, x = one.cell
@@ -60,34 +63,34 @@ def test_the_region_holds_what_drove_the_channel(acts: fmextract.Activations) ->
 
 
 def test_top_is_drawn_for_maps_and_features(acts: fmextract.Activations, place: Path, tmp_path: Path) -> None:
-    found = look.show_top(acts, "conv2", [3, 4], tmp_path / "top.png", k=4, images=place / "photos")
+    found = show_top(acts, "conv2", [3, 4], tmp_path / "top.png", k=4, images=place / "photos")
     assert [one.channel for one in found] == [3] * 4 + [4] * 4
-    (plain, *_) = look.show_top(acts, "fc", [0], tmp_path / "fc.png")
+    (plain, *_) = show_top(acts, "fc", [0], tmp_path / "fc.png")
     assert plain.cell is plain.region is None
     assert (tmp_path / "top.png").stat().st_size > 10_000
     with pytest.raises(ConfigError, match="channel 99"):
-        look.show_top(acts, "conv2", [99], tmp_path / "x.png")
+        show_top(acts, "conv2", [99], tmp_path / "x.png")
     with pytest.raises(ConfigError, match="at least one channel"):
-        look.show_top(acts, "conv2", [], tmp_path / "x.png")
+        show_top(acts, "conv2", [], tmp_path / "x.png")
     with pytest.raises(ConfigError, match="--images"):
-        look.show_top(acts, "conv2", [0], tmp_path / "x.png", images=tmp_path)
+        show_top(acts, "conv2", [0], tmp_path / "x.png", images=tmp_path)
 
 
 def test_tokens_have_their_patch(place: Path, tmp_path: Path) -> None:
     with small_run(place / "photos", tmp_path / "tokens.h5", Tokens(), layers=["norm"]) as acts:
         stored = acts["norm"][:]
         for channel in range(4):
-            for one in look.strongest(acts, "norm", channel, 4):
+            for one in strongest(acts, "norm", channel, 4):
                 token = int(stored[one.row, :, channel].argmax())
                 assert one.cell == (None if token == 0 else divmod(token - 1, 4))
-        found = look.show_where(acts, "2.png", "norm", tmp_path / "w.png", k=2)
+        found = show_where(acts, "2.png", "norm", tmp_path / "w.png", k=2)
         assert np.allclose(found.heat, np.abs(stored[acts.row("2.png"), 1:]).sum(1).reshape(4, 4))
 
 
 def test_where_is_heat_and_unusual_channels(acts: fmextract.Activations, tmp_path: Path) -> None:
     maps = acts["conv2"][:].astype(np.float64)
     row = acts.row("3.png")
-    found = look.show_where(acts, "3.png", "conv2", tmp_path / "w.png", k=3)
+    found = show_where(acts, "3.png", "conv2", tmp_path / "w.png", k=3)
     assert np.allclose(found.heat, np.abs(maps[row]).sum(0))
     assert found.cell == np.unravel_index(found.heat.argmax(), found.heat.shape)
     assert found.spread.shape == (32, 32)
@@ -98,15 +101,15 @@ def test_where_is_heat_and_unusual_channels(acts: fmextract.Activations, tmp_pat
     for peak in found.peaks:
         assert maps[row, peak.channel][peak.cell] == maps[row, peak.channel].max() == peak.value
     with pytest.raises(ConfigError, match="at least 1"):
-        look.localize(acts, "3.png", "conv2", 0)
+        localize(acts, "3.png", "conv2", 0)
 
 
 def test_a_dead_channel_is_never_the_strongest(acts: fmextract.Activations) -> None:
-    assert 1 not in [peak.channel for peak in look.localize(acts, "3.png", "relu", 5).peaks]
+    assert 1 not in [peak.channel for peak in localize(acts, "3.png", "relu", 5).peaks]
 
 
 def test_depth_is_numpy_on_the_stored_maps(acts: fmextract.Activations, tmp_path: Path) -> None:
-    path, rows = look.show_depth(acts, tmp_path / "depth.png")
+    path, rows = depth.show_depth(acts, tmp_path / "depth.png")
     assert path.exists()
     assert [row.layer for row in rows] == list(acts.layers)
     for row in rows:
@@ -133,7 +136,7 @@ def test_depth_counts_what_is_not_finite(tmp_path: Path) -> None:
     running.update(torch.from_numpy(values), 0)
     make_file(tmp_path / "a.h5", {"conv": values}, stats={"conv": running.result()})
     with fmextract.open(tmp_path / "a.h5") as acts:
-        (row,) = look.measure_depth(acts)
+        (row,) = depth.measure_depth(acts)
     finite = values[np.isfinite(values)].astype(np.float64)
     assert (row.nonfinite, row.values) == (2, finite.size)
     assert row.mean == pytest.approx(finite.mean())
@@ -167,17 +170,17 @@ def test_nothing_is_drawn_where_the_preprocessing_cannot_be_undone(place: Path, 
         return torch.from_numpy(np.array(photo.resize((32, 32)), np.float32).transpose(2, 0, 1) / 255)  # type: ignore[attr-defined]
 
     with small_run(place / "photos", tmp_path / "own.h5", preprocess=own) as acts:
-        found = look.show_top(acts, "conv2", [0], tmp_path / "top.png", k=2)
+        found = show_top(acts, "conv2", [0], tmp_path / "top.png", k=2)
         assert all(one.photo_box is None for one in found)
         with pytest.raises(ConfigError, match="the user's own"):
-            look.show_where(acts, "2.png", "conv2", tmp_path / "w.png")
+            show_where(acts, "2.png", "conv2", tmp_path / "w.png")
         with pytest.raises(ConfigError, match="the user's own"):
-            look.show_maps(acts, "2.png", tmp_path / "m", overlay=True)
-        look.show_maps(acts, "2.png", tmp_path / "m", layers=["conv2"])
+            show_maps(acts, "2.png", tmp_path / "m", overlay=True)
+        show_maps(acts, "2.png", tmp_path / "m", layers=["conv2"])
 
 
 def test_positions_are_kept_where_the_maps_are_not(place: Path, tmp_path: Path) -> None:
     with small_run(place / "photos", tmp_path / "t.h5", layers=["conv2=top", "conv2"]) as acts:
-        (bare, *_), (full, *_) = (look.strongest(acts, name, 3) for name in ("conv2=top", "conv2"))
+        (bare, *_), (full, *_) = (strongest(acts, name, 3) for name in ("conv2=top", "conv2"))
         assert (bare.row, bare.value, bare.cell) == (full.row, full.value, full.cell)
-        look.show_top(acts, "conv2=top", [3], tmp_path / "top.png", k=2)
+        show_top(acts, "conv2=top", [3], tmp_path / "top.png", k=2)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import contenders, peers
-from fmextract import demo
+from fmextract.common import sample_photos
 
 # The script's loader forks, which newer Pythons warn about in a process with threads.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -24,7 +24,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("peers")
     (folder / "photos").mkdir()
     (folder / "truths").mkdir()
-    demo.copy_photos(folder / "demo")
+    sample_photos.copy_photos(folder / "demo")
     import PIL.Image
 
     for name in ("astronaut.png", "chelsea.png", "coffee.png", "camera.png"):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fmextract import engine, fusion, precision
+from fmextract.common import allocator
 from fmextract.errors import ConfigError
 from fmextract.model import modes
 
@@ -215,7 +216,7 @@ print(kept, held() - before)
 def test_freed_memory_is_kept_until_it_is_given_back() -> None:
     found = subprocess.run([sys.executable, "-c", KEPT], check=True, capture_output=True, text=True).stdout
     kept, left = map(float, found.split())
-    if precision._of_libc("malloc_trim") is not None:  # glibc
+    if allocator._of_libc("malloc_trim") is not None:  # glibc
         assert kept > 150
     assert left < 50
 

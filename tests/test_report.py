@@ -19,14 +19,15 @@ import pytest
 from files import AXES, INFO, make_file, stamps_of
 
 import fmextract
-from fmextract import boxes, index
+from fmextract import index
 from fmextract.cli import main
+from fmextract.common import boxes
+from fmextract.common.text import printable
 from fmextract.errors import ConfigError
 from fmextract.records import Field
 from fmextract.report import _level, _spread, write_report
 from fmextract.report.numbers import shown
 from fmextract.report.views import sprite_columns
-from fmextract.text import printable
 
 HERE = Path(__file__).parent / "browser"
 EVIL = "</script><img src=x onerror=alert(1)>"

@@ -156,7 +156,7 @@ def test_a_resume_measures_nothing_again(photos: Path, tmp_path: Path, monkeypat
     def measured(*_: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("fmextract.run.plan_for", measured)
+    monkeypatch.setattr("fmextract.prepare.plan_for", measured)
     extract(photos, out, precision="auto")
     assert (out / "plan.json").read_bytes() == plan
 

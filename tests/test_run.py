@@ -14,10 +14,11 @@ from runs import OPTIONS, Notes, Tiny, extract, make_photos
 from torch import nn
 
 import fmextract as fm
-from fmextract import estimate, kernels, planning
+from fmextract import estimate, planning
+from fmextract.common import kernels
+from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import ConfigError, DeviceLost, NoSpace
-from fmextract.progress import Quiet
 from fmextract.records import LayerSpec, Status
 from fmextract.run import make_plan
 

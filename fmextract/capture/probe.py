@@ -19,7 +19,8 @@ from fmextract.capture import blame
 from fmextract.capture.atoms import Axes, image_axes, name_axes, without_batch
 from fmextract.capture.independence import finite, kinds, leaking, same
 from fmextract.capture.writes import Writes, digest, memory, unwatched
-from fmextract.device import is_out_of_memory
+from fmextract.common.devices import is_out_of_memory
+from fmextract.common.text import some
 from fmextract.errors import CaptureError, FmextractError
 from fmextract.taps import (
     ROOT,
@@ -34,7 +35,6 @@ from fmextract.taps import (
     plain,
     tapped,
 )
-from fmextract.text import some
 
 _SAMPLED = 1 << 14  # values of a row that are compared: more than enough to tell two images apart
 _MOVED = 1e-2  # relative L2 distance of a row among other images, or at another place, that kernels explain

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from fmextract.common.text import printable
 from fmextract.errors import ConfigError, MissingExtra, OutputError
-from fmextract.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

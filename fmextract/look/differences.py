@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fmextract.common.text import count
 from fmextract.comparison import Comparison
 from fmextract.look import canvas
 from fmextract.look.canvas import Array, Style, cut, styled
-from fmextract.text import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

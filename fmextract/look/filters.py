@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fmextract import models, prepare, taps
+from fmextract.common.text import shape
 from fmextract.errors import ConfigError, LayerError
 from fmextract.images import Preprocessing
 from fmextract.look import canvas
@@ -22,7 +23,6 @@ from fmextract.look.canvas import Array, Style, short, styled
 from fmextract.look.live import activations_of
 from fmextract.look.photos import as_seen, load_photo
 from fmextract.look.places import read_maps
-from fmextract.text import shape
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

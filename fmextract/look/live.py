@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fmextract import reader
+from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import SourceError
 from fmextract.look.maps import MapPicture, show_maps
-from fmextract.progress import Quiet
 from fmextract.run import run
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
-from fmextract.boxes import crop_span, resized_size
+from fmextract.common.boxes import crop_span, resized_size
 from fmextract.common.folders import base_of, candidates, names_of
 from fmextract.errors import ConfigError, SampleError
 from fmextract.inputs.files import FileBytes, read_file

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fmextract.boxes import Box, cell_box
+from fmextract.common.boxes import Box, cell_box
 from fmextract.errors import ConfigError
 from fmextract.look.photos import input_size
 from fmextract.records import Field

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import PIL.Image
 
-from fmextract.boxes import Box, photo_box
+from fmextract.common.boxes import Box, photo_box
 from fmextract.common.folders import local_name
+from fmextract.common.text import count
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
 from fmextract.look.canvas import Style, short, styled
 from fmextract.look.photos import Listing, as_seen, input_size, load_photo
 from fmextract.look.places import Grid, Region, grid_of, has_maps
-from fmextract.text import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

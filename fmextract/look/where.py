@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fmextract.boxes import Box, photo_box
+from fmextract.common.boxes import Box, photo_box
 from fmextract.common.folders import local_name
 from fmextract.errors import ConfigError
 from fmextract.look import canvas

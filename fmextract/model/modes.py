@@ -18,8 +18,8 @@ from torch import nn
 
 from fmextract import fusion, precision, taps
 from fmextract.capture import probe
+from fmextract.common.devices import is_out_of_memory
 from fmextract.common.relative_error import relative_error
-from fmextract.device import is_out_of_memory
 from fmextract.errors import CaptureError
 from fmextract.precision import PLAIN, Lending, Mode
 

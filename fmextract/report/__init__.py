@@ -26,12 +26,12 @@ import numpy as np
 from fmextract import reader
 from fmextract.common import strict_json
 from fmextract.common.folders import local_name
+from fmextract.common.text import byte_count, count, printable
 from fmextract.errors import ConfigError
 from fmextract.look.photos import input_size
 from fmextract.report import numbers
 from fmextract.report.photos import Photos
 from fmextract.report.views import drawn, view_of
-from fmextract.text import byte_count, count, printable
 
 __all__ = ["Made", "write_report"]
 

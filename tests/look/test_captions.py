@@ -14,10 +14,11 @@ from looking import PREPROCESS, write_photos
 from torch import nn
 
 import fmextract
-from fmextract import cli, look
+from fmextract import bench, cli, comparison
 from fmextract.common.folders import common_folder, local_name, without_folders
 from fmextract.errors import ConfigError, OutputError
-from fmextract.look import canvas
+from fmextract.look import canvas, maps, stages, top, where
+from fmextract.look.depth import show_depth
 from fmextract.look.filters import show_filters
 from fmextract.report import write_report
 
@@ -63,10 +64,10 @@ def test_every_picture_names_both_numbers(place: Path, tmp_path: Path, figures: 
     with fmextract.open(place / "acts.h5") as acts:
         assert acts["after"].numbers == ("conv#3", "trunk#2")
         assert acts["fit"].numbers == ("conv#1",)
-        look.show_top(acts, "after", [1, 2], tmp_path / "top.png", k=2)
-        look.show_where(acts, "1.png", "after", tmp_path / "where.png")
-        look.show_maps(acts, "1.png", tmp_path / "maps", layers=["after"])
-        look.show_depth(acts, tmp_path / "depth.png")
+        top.show_top(acts, "after", [1, 2], tmp_path / "top.png", k=2)
+        where.show_where(acts, "1.png", "after", tmp_path / "where.png")
+        maps.show_maps(acts, "1.png", tmp_path / "maps", layers=["after"])
+        show_depth(acts, tmp_path / "depth.png")
     model = Block().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for layer in ("after", "trunk#2"):
@@ -118,7 +119,7 @@ def test_captions_of_all_layers_in_one_picture_do_not_meet(tmp_path: Path, figur
     write_photos(tmp_path / "photos", 2)
     how: dict[str, Any] = {"preprocess": PREPROCESS, "precision": "fp32", "batch_size": 2, "layers": ["type:Conv2d"]}
     with fmextract.extract(str(tmp_path / "photos"), Long(), tmp_path / "acts.h5", **how) as acts:
-        look.show_maps(acts, "1.png", tmp_path / "all.png")
+        maps.show_maps(acts, "1.png", tmp_path / "all.png")
     renderer = figures[0].canvas.get_renderer()  # that of the file has another resolution than the figure now
     for panel in figures[0].subfigs:
         said = [(text.get_text(), text.get_window_extent(renderer)) for text in panel.texts if text.get_text()]
@@ -194,10 +195,10 @@ def test_a_folder_of_pictures_in_any_format(place: Path, tmp_path: Path, kind: s
 def test_formats_that_there_are_not(place: Path, tmp_path: Path) -> None:
     with fmextract.open(place / "acts.h5") as acts:
         with pytest.raises(ConfigError, match="unknown format 'gif': expected png, pdf, svg"):
-            look.show_maps(acts, "1.png", tmp_path / "maps", format="gif")
+            maps.show_maps(acts, "1.png", tmp_path / "maps", format="gif")
         with pytest.raises(ConfigError, match="--format svg is for a folder"):
-            look.show_maps(acts, "1.png", tmp_path / "all.pdf", format="svg")
-        look.show_maps(acts, "1.png", tmp_path / "all.pdf", layers=["stem"], format="pdf")
+            maps.show_maps(acts, "1.png", tmp_path / "all.pdf", format="svg")
+        maps.show_maps(acts, "1.png", tmp_path / "all.pdf", layers=["stem"], format="pdf")
     assert (tmp_path / "all.pdf").is_file()
     assert not (tmp_path / "maps").exists()
 
@@ -205,8 +206,6 @@ def test_formats_that_there_are_not(place: Path, tmp_path: Path) -> None:
 def test_a_benchmark_is_drawn_in_a_style_that_is_checked_before_it_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from fmextract import bench
-    from fmextract.look import stages
 
     measured: list[Any] = []
     drawn: list[Any] = []
@@ -223,13 +222,12 @@ def test_a_benchmark_is_drawn_in_a_style_that_is_checked_before_it_is_measured(
     assert "--theme 'sepia'" in capsys.readouterr().err
     assert measured == []
     assert cli.main([*command, str(tmp_path / "a.pdf"), "--theme", "light", "--dpi", "70"]) == 0
-    assert drawn == [(tmp_path / "a.pdf", look.Style("light", 70))]
+    assert drawn == [(tmp_path / "a.pdf", canvas.Style("light", 70))]
 
 
 def test_a_comparison_is_refused_before_it_is_made(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fmextract import comparison
 
     monkeypatch.setattr(comparison, "compare", lambda *args, **how: pytest.fail("compared for nothing"))
     acts = str(place / "acts.h5")

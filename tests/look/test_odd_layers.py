@@ -18,9 +18,10 @@ from PIL import Image
 from torch import nn
 
 import fmextract
-from fmextract import cli, comparison, look
+from fmextract import cli, comparison
 from fmextract.errors import ConfigError, OutputError
-from fmextract.look import canvas
+from fmextract.look import canvas, depth, differences, maps, where
+from fmextract.look.top import show_top
 from fmextract.report import write_report
 
 
@@ -72,9 +73,9 @@ def words(figure: Any) -> list[str]:
 def test_a_channel_without_finite_values_is_no_peak(place: Path, tmp_path: Path, figures: list[Any]) -> None:
     with fmextract.open(place / "acts.h5") as acts:
         assert not np.isfinite(acts["holes"][acts.row("1.png")][1]).any()
-        found = look.show_where(acts, "1.png", "holes", tmp_path / "where.png")
+        found = where.show_where(acts, "1.png", "holes", tmp_path / "where.png")
         with pytest.raises(ConfigError, match="no image has a finite value in holes, channel 1"):
-            look.show_top(acts, "holes", [1], tmp_path / "top.png")
+            show_top(acts, "holes", [1], tmp_path / "top.png")
     assert sorted(peak.channel for peak in found.peaks) == [0, 2, 3]
     assert all(math.isfinite(peak.strength) for peak in found.peaks)
     assert "inf" not in " ".join(words(figures[0]))
@@ -82,7 +83,7 @@ def test_a_channel_without_finite_values_is_no_peak(place: Path, tmp_path: Path,
 
 def test_values_that_are_not_finite_are_counted_in_the_picture(place: Path, tmp_path: Path, figures: list[Any]) -> None:
     with fmextract.open(place / "acts.h5") as acts:
-        look.show_maps(acts, "1.png", tmp_path / "maps", layers=["holes", "conv"])
+        maps.show_maps(acts, "1.png", tmp_path / "maps", layers=["holes", "conv"])
         bad = int((~np.isfinite(acts["holes"][acts.row("1.png")])).sum())
     told = [[text for text in words(figure) if "not finite" in text] for figure in figures]
     assert sorted(told) == [[], [f"{bad} values not finite, left blank"]]
@@ -92,15 +93,15 @@ def test_a_layer_that_is_the_same_everywhere_has_no_peak_of_all_channels(
     place: Path, tmp_path: Path, figures: list[Any]
 ) -> None:
     with fmextract.open(place / "acts.h5") as acts:
-        look.show_where(acts, "1.png", "dead", tmp_path / "where.png")
-        look.show_where(acts, "1.png", "conv", tmp_path / "where.png")
+        where.show_where(acts, "1.png", "dead", tmp_path / "where.png")
+        where.show_where(acts, "1.png", "conv", tmp_path / "where.png")
     assert "sum of all channels: the same everywhere" in words(figures[0])
     assert "sum of all channels, and its peak" in words(figures[1])
 
 
 def test_numbers_of_peaks_of_one_cell_stay_within_the_photo(place: Path, tmp_path: Path, figures: list[Any]) -> None:
     with fmextract.open(place / "acts.h5") as acts:
-        found = look.show_where(acts, "1.png", "wide", tmp_path / "where.png", k=9)
+        found = where.show_where(acts, "1.png", "wide", tmp_path / "where.png", k=9)
     assert len({peak.cell for peak in found.peaks}) < len(found.peaks)  # some share one
     left = figures[0].axes[0]
     top, bottom = sorted(left.get_ylim())
@@ -113,8 +114,8 @@ def test_one_image_has_no_dimension_and_no_cka_and_that_is_said(
     place: Path, tmp_path: Path, figures: list[Any]
 ) -> None:
     with fmextract.open(place / "one.h5") as one, fmextract.open(place / "other.h5") as other:
-        look.show_depth(one, tmp_path / "depth.png")
-        look.draw_comparison(comparison.compare(one, other, ["conv"]), tmp_path / "same.png")
+        depth.show_depth(one, tmp_path / "depth.png")
+        differences.draw_comparison(comparison.compare(one, other, ["conv"]), tmp_path / "same.png")
     assert "none: it takes several images that differ" in words(figures[0])
     assert "linear CKA: of one image there is none" in [
         text.get_text() for axis in figures[1].axes if axis.get_legend() for text in axis.get_legend().get_texts()
@@ -124,7 +125,7 @@ def test_one_image_has_no_dimension_and_no_cka_and_that_is_said(
 @pytest.mark.parametrize(("many", "named"), [(16, True), (150, False)])
 def test_a_number_never_covers_its_map(place: Path, tmp_path: Path, figures: list[Any], many: int, named: bool) -> None:
     with fmextract.open(place / "acts.h5") as acts:
-        look.show_maps(acts, "1.png", tmp_path / "maps.png", layers=["conv", "wide"], count=many)
+        maps.show_maps(acts, "1.png", tmp_path / "maps.png", layers=["conv", "wide"], count=many)
     held = {text for text in words(figures[0]) if text.isdecimal()}
     assert (len(held) >= many) is named
 
@@ -134,8 +135,8 @@ def test_letters_that_a_font_has_not_are_no_warning_and_come_from_another(
 ) -> None:
     with fmextract.open(place / "acts.h5") as acts, warnings.catch_warnings():
         warnings.simplefilter("error")
-        look.show_maps(acts, "猫と犬.png", tmp_path / "plain.png", layers=["conv"])
-        look.show_where(acts, "猫と犬.png", "conv", tmp_path / "where.png")
+        maps.show_maps(acts, "猫と犬.png", tmp_path / "plain.png", layers=["conv"])
+        where.show_where(acts, "猫と犬.png", "conv", tmp_path / "where.png")
     missing, family = _a_letter_of_another_font()
     pictures = []
     for fonts in ((), (family,)):
@@ -179,13 +180,13 @@ def test_an_image_that_failed_is_told_apart_from_a_photo_that_cannot_be_shown(pl
         fmextract.open(place / "acts.h5") as acts,
         pytest.raises(ConfigError, match=r"'broken\.png' has no activations"),
     ):
-        look.show_maps(acts, "broken.png", tmp_path / "maps", layers=["conv"])
+        maps.show_maps(acts, "broken.png", tmp_path / "maps", layers=["conv"])
 
 
 def test_a_file_in_the_place_of_a_folder_of_pictures(place: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with fmextract.open(place / "acts.h5") as acts, pytest.raises(OutputError, match=r"file is not a folder"):
-        look.show_maps(acts, "1.png", tmp_path / "file", layers=["conv"])
+        maps.show_maps(acts, "1.png", tmp_path / "file", layers=["conv"])
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,9 @@ from files import INFO, make_file
 from odd_images import jpeg, photo, with_orientation
 
 import fmextract
-from fmextract import images, look, output, reader
+from fmextract import images, output, reader
 from fmextract.errors import ConfigError
+from fmextract.look import maps
 from fmextract.look.photos import load_photo
 from fmextract.records import FileStamp
 from fmextract.report import write_report
@@ -170,9 +171,9 @@ def test_another_photo_under_the_same_name_is_named_and_not_shown(out: Path, tmp
         assert seen.thumbnail(2) is None
         assert seen.thumbnail(1) is not None
         assert "is not the photo that was extracted" in seen.told()
-        look.show_maps(acts, "0001.png", tmp_path / "maps", layers=["conv"])
+        maps.show_maps(acts, "0001.png", tmp_path / "maps", layers=["conv"])
         with pytest.raises(ConfigError, match="is not the photo that was extracted"):
-            look.show_maps(acts, "0002.png", tmp_path / "maps", layers=["conv"])
+            maps.show_maps(acts, "0002.png", tmp_path / "maps", layers=["conv"])
 
 
 @contextmanager

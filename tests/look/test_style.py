@@ -14,10 +14,10 @@ from looking import LAYERS, small_run, write_photos
 from PIL import Image
 
 import fmextract
-from fmextract import cli, look
+from fmextract import cli
 from fmextract.comparison import Comparison, LayerComparison
 from fmextract.errors import ConfigError
-from fmextract.look import canvas
+from fmextract.look import canvas, depth, differences, maps, top, where
 
 GROUND = {"dark": (0x16, 0x16, 0x1D), "light": (255, 255, 255)}
 
@@ -84,8 +84,8 @@ def test_every_picture_for_a_screen_and_for_paper(place: Path, tmp_path: Path, w
 def test_a_colour_map_is_that_of_the_maps(place: Path, tmp_path: Path) -> None:
     with fmextract.open(place / "acts.h5") as acts:
         for name in (None, "viridis"):
-            (made,) = look.show_maps(
-                acts, "1.png", tmp_path / str(name), layers=["conv1"], scale="shared", style=look.Style(cmap=name)
+            (made,) = maps.show_maps(
+                acts, "1.png", tmp_path / str(name), layers=["conv1"], scale="shared", style=canvas.Style(cmap=name)
             )
             with Image.open(made.picture) as picture:
                 seen = set(map(tuple, np.asarray(picture.convert("RGB")).reshape(-1, 3).tolist()))
@@ -106,7 +106,7 @@ def test_a_colour_map_is_that_of_the_maps(place: Path, tmp_path: Path) -> None:
 )
 def test_what_there_is_not_is_named(place: Path, tmp_path: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        look.Style(**options)
+        canvas.Style(**options)
     named = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     assert cli.main([*commands(place)["maps"], "-o", str(tmp_path / "x.png"), *named]) == 2
     assert not (tmp_path / "x.png").exists()
@@ -114,8 +114,8 @@ def test_what_there_is_not_is_named(place: Path, tmp_path: Path, options: dict[s
 
 def test_two_channels_are_told_apart(place: Path, tmp_path: Path, figures: list[Any]) -> None:
     with fmextract.open(place / "acts.h5") as acts:
-        look.show_top(acts, "conv2", [5, 3], tmp_path / "two.png", k=2)
-        look.show_top(acts, "conv2", [5], tmp_path / "one.png", k=2)
+        top.show_top(acts, "conv2", [5, 3], tmp_path / "two.png", k=2)
+        top.show_top(acts, "conv2", [5], tmp_path / "one.png", k=2)
     two, one = (
         [(text.get_text(), text.get_position()[1]) for text in figure.texts if text.get_text().startswith("channel ")]
         for figure in figures
@@ -132,11 +132,11 @@ def test_no_path_of_this_machine_is_a_caption(place: Path, tmp_path: Path, figur
     with fmextract.extract(photos, model, tmp_path / "acts.h5", layers=LAYERS, **how) as acts:
         key = str(acts.keys[0])
         assert key == str(photos[0])
-        look.show_maps(acts, key, tmp_path / "maps")
-        look.show_maps(acts, key, tmp_path / "maps.png")
-        look.show_where(acts, key, "conv2", tmp_path / "where.png")
-        look.show_top(acts, "conv2", [0], tmp_path / "top.png", k=2)
-        look.show_depth(acts, tmp_path / "depth.png")
+        maps.show_maps(acts, key, tmp_path / "maps")
+        maps.show_maps(acts, key, tmp_path / "maps.png")
+        where.show_where(acts, key, "conv2", tmp_path / "where.png")
+        top.show_top(acts, "conv2", [0], tmp_path / "top.png", k=2)
+        depth.show_depth(acts, tmp_path / "depth.png")
     for figure in figures:
         assert not [text for text in texts(figure) if "/" in text]
     assert any("1.png" in text for text in texts(figures[0]))
@@ -169,7 +169,7 @@ def compared(median: np.ndarray, most: np.ndarray) -> Comparison:
 def test_the_errors_have_marks_and_fill_their_panel(
     tmp_path: Path, figures: list[Any], median: np.ndarray, most: np.ndarray
 ) -> None:
-    look.draw_comparison(compared(median, most), tmp_path / "a.png")
+    differences.draw_comparison(compared(median, most), tmp_path / "a.png")
     upper = figures[0].axes[0]
     low, high = upper.get_ylim()
     marks = [

@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks import fuzz_structure
 from fmextract import index, reader, replay, store
-from fmextract.boxes import photo_box
+from fmextract.common.boxes import photo_box
 from fmextract.errors import DamagedError, FmextractError, FormatError
 from fmextract.planning import Plan
 from fmextract.records import Field

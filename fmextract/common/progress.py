@@ -8,7 +8,7 @@ import time
 import warnings
 from typing import Any, TextIO
 
-from fmextract.text import count, duration, printable, rate
+from fmextract.common.text import count, duration, printable, rate
 
 BAR = "{percentage:3.0f}% {bar} {n:,}/{total:,}{unit}, {rate_noinv_fmt}, {remaining} left, ends {eta:%H:%M}{postfix}"
 FIRST_BAR = "{percentage:3.0f}% {bar} {n:,}/{total:,}{unit}{postfix}"  # tqdm calls an end that is not known 00:00

@@ -1,0 +1,44 @@
+"""Freed memory, which a CPU run keeps for its next pass, and gives back between batches."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed blocks: giving activations back to the system costs a page fault a page and batch.
+
+    Measured on a CPU: ResNet-50 at batch 64 goes from 52 to 78 images/s, EfficientNet-Lite0 from 87 to 251, for 0.1 to
+    0.3 GB of memory (docs/measurements). One arena for all threads, since each else keeps what it once needed: 0.15
+    GB of a run, at the same speed. Elsewhere than on glibc it does nothing.
+    """
+    mallopt = _of_libc("mallopt")
+    if mallopt is None:
+        return
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
+    mallopt(m_mmap_threshold, 1 << 30)
+    mallopt(m_trim_threshold, 2**31 - 1)
+    mallopt(m_arena_max, 1)
+
+
+def give_back_freed_memory() -> None:
+    """Give the system what `keep_freed_memory` kept: holes that no pass fits into would else add up in a long run.
+
+    Takes some 20 ms, and as much again for faults of the next pass. Elsewhere than on glibc it does nothing.
+    """
+    trim = _of_libc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_libc(name: str) -> Callable[..., int] | None:
+    """A function of the C library; None where it has no such function, as musl and other systems than Linux."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        function: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError):
+        return None
+    return function
