@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Script, Task
-from fmextract import bench, tables
+from fmextract import benchmark, tables
 from fmextract.common.progress import Quiet
 from fmextract.common.system import cores
 from fmextract.config import Config
@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def photos(folder: Path, count: int) -> Path:
     """`count` names of `DISTINCT` photos."""
-    bench.make_photos(folder, min(count, DISTINCT))
+    benchmark.make_photos(folder, min(count, DISTINCT))
     made = sorted(folder.iterdir())
     for i in range(DISTINCT, count):
         os.link(made[i % DISTINCT], folder / f"{i:05}.jpg")
@@ -76,13 +76,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    found: dict[str, Any] = {"machine": bench.machine()}
+    found: dict[str, Any] = {"machine": benchmark.machine()}
     print(found["machine"], flush=True)
     with tempfile.TemporaryDirectory(dir=options.work) as scratch:
         folder = photos(Path(scratch) / "photos", options.images)
         for name in options.only:
             config = Config.of(weights="random:0", device=options.device, **CASES[name])
-            made = bench.bench(folder, "resnet50", config, Quiet(), repeats=options.repeats)
+            made = benchmark.bench(folder, "resnet50", config, Quiet(), repeats=options.repeats)
             found[name] = asdict(made)
             print(f"\n== {name}\n{tables.benchmark(made)}\nruns {[round(rate) for rate in made.runs]}", flush=True)
             if options.json:

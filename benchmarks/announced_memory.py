@@ -24,7 +24,7 @@ def one(precision: str, memory_format: str, images: int) -> str:
     from benchmarks.contenders import Ours
     from benchmarks.peers import CASES as NETWORKS
     from fmextract import index, run
-    from fmextract.bench import make_photos
+    from fmextract.benchmark import make_photos
     from fmextract.common.progress import Quiet
     from fmextract.config import Config
     from fmextract.planning import Plan

@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CASES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    from fmextract.bench import machine, make_photos
+    from fmextract.benchmark import machine, make_photos
 
     found = {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -22,7 +22,7 @@ def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     """(layers in the order of execution, the errors of each precision)."""
     from fmextract import images as decoding
     from fmextract import models, precision, taps
-    from fmextract.bench import make_photos
+    from fmextract.benchmark import make_photos
     from fmextract.capture import probe
     from fmextract.inputs.sources import open_source
     from fmextract.records import Preprocess

@@ -34,7 +34,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fmextract as fm
-from fmextract.bench import machine, make_photos
+from fmextract.benchmark import machine, make_photos
 from fmextract.common.progress import Quiet
 from fmextract.common.sample_photos import copy_photos
 

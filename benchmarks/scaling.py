@@ -82,7 +82,7 @@ class Photos:
 
 
 def _photos(count: int, width: int, height: int, different: int = 100) -> Photos:
-    from fmextract.bench import make_photos
+    from fmextract.benchmark import make_photos
 
     with tempfile.TemporaryDirectory() as scratch:
         made = make_photos(Path(scratch) / "photos", min(count, different), width, height)
@@ -124,7 +124,7 @@ class Run:
 
     def seconds(self) -> float:
         """From the first image to the published files."""
-        from fmextract.bench import _end_to_end
+        from fmextract.benchmark import _end_to_end
 
         with tempfile.TemporaryDirectory() as scratch:
             return _end_to_end(self.prepared, self.plan, None, Path(scratch) / "run")[0]
@@ -188,7 +188,7 @@ def layers(turns: int) -> Figure:
 
 def start(turns: int) -> Figure:
     with tempfile.TemporaryDirectory() as scratch:
-        from fmextract.bench import make_photos
+        from fmextract.benchmark import make_photos
 
         photos = make_photos(Path(scratch) / "photos", 64)
         measured = []
@@ -246,16 +246,16 @@ def tiny(turns: int) -> Figure:
 
 def _bare_decode(run: Run, count: int) -> float:
     """Seconds of libjpeg-turbo alone, on all threads of the run."""
-    from fmextract import bench
+    from fmextract import benchmark
 
     data = [run.prepared.source.load(row) for row in range(count)]
     parts = [data[i :: run.plan.threads] for i in range(run.plan.threads)]
 
     def decode(part: Sequence[bytes]) -> None:
         for item in part:
-            bench._bare_decode(item)
+            benchmark._bare_decode(item)
 
-    with bench._threads(run.plan) as run_all:
+    with benchmark._threads(run.plan) as run_all:
         started = time.perf_counter()
         run_all([partial(decode, part) for part in parts])
         return time.perf_counter() - started
@@ -305,7 +305,7 @@ def main() -> None:
     if options.child:
         _child(options.child[0], options.child[1:])
         return
-    from fmextract.bench import machine
+    from fmextract.benchmark import machine
 
     figures = []
     for name in options.only.split(",") if options.only else FIGURES:

@@ -46,7 +46,7 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 
-from fmextract import bench, chunks, codecs, engine, reader, run
+from fmextract import benchmark, chunks, codecs, engine, reader, run
 from fmextract.channel import Channel, Closed
 from fmextract.common.progress import Quiet
 from fmextract.config import WORKER_KINDS, Config
@@ -202,7 +202,7 @@ def capture(scratch: Path) -> dict[str, list[torch.Tensor]]:
     from fmextract import demo, images
 
     network, preprocess = demo.model()
-    photos = sorted(bench.make_photos(scratch / "photos", IMAGES).iterdir())
+    photos = sorted(benchmark.make_photos(scratch / "photos", IMAGES).iterdir())
     caught: dict[str, list[torch.Tensor]] = {name: [] for names in TAPS.values() for name in names}
     for name, kept in caught.items():
         hook = lambda module, args, output, kept=kept: kept.append(output.clone())  # noqa: E731
@@ -324,7 +324,7 @@ class _References:
 
     def encode(self) -> tuple[float, float]:
         """Bytes of values a second: (the encoder, the library), each with all threads of a run."""
-        with bench._threads(self._made) as run_all:
+        with benchmark._threads(self._made) as run_all:
             tasks = [partial(_forget, self._encoder, chunk) for chunk in self._cut]
             alone = _rate(lambda: run_all(tasks), self._seconds) * self._values
             if self._made.codec == "none":
@@ -436,7 +436,7 @@ def main() -> None:
                     print(f"turn {number + 1}: {case.name}: {turns[case.name][-1]}", file=sys.stderr)
     rows = [_row(case.name, _median(turns[case.name]), options.rate, case.bytes) for case in cases]
     if options.json:
-        print(json.dumps({"rate": options.rate, "cases": rows, "machine": bench.machine()}, indent=2))
+        print(json.dumps({"rate": options.rate, "cases": rows, "machine": benchmark.machine()}, indent=2))
     else:
         print(_table(rows))
 

@@ -35,14 +35,13 @@ from fmextract.errors import (
 from fmextract.records import Field, FileInfo, LayerSpec, Preprocess, Result, Source, Status
 
 if TYPE_CHECKING:
-    from fmextract.comparison import compare
+    from fmextract.comparison import compare, linear_cka
     from fmextract.exporting import export
     from fmextract.planning import Plan
     from fmextract.prepare import describe
     from fmextract.reader import Activations, Layer, open
     from fmextract.run import extract
     from fmextract.run import make_plan as plan
-    from fmextract.similarity import linear_cka
 
 __version__ = "0.1.0"
 
@@ -55,7 +54,7 @@ _LAZY = {
     "describe": ("fmextract.run", "describe"),
     "export": ("fmextract.exporting", "export"),
     "extract": ("fmextract.run", "extract"),
-    "linear_cka": ("fmextract.similarity", "linear_cka"),
+    "linear_cka": ("fmextract.comparison", "linear_cka"),
     "open": ("fmextract.reader", "open"),
     "plan": ("fmextract.run", "make_plan"),
 }

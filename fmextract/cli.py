@@ -532,7 +532,7 @@ def verify(
     fmextract verify acts.h5 --rerun 20
     """
     with _working():
-        from fmextract.verify import verify as check
+        from fmextract.verification import verify as check
 
         report = check(
             out,
@@ -622,7 +622,7 @@ def bench(
     config = _config(options)
     with _working():
         with _importing():
-            from fmextract.bench import bench as measure
+            from fmextract.benchmark import bench as measure
         style = _style(theme, dpi, out=plot)
         found = measure(source, model, config, TerminalProgress(), repeats=repeats)
         if plot is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fmextract import models, prepare, reader, reducers, replay, resume, run, taps
+from fmextract import models, prepare, reader, reducers, replay, resume, run
 from fmextract.common import strict_json
 from fmextract.common.progress import Quiet
 from fmextract.common.trust import names_from_a_file
@@ -24,6 +24,7 @@ from fmextract.config import Config
 from fmextract.errors import ConfigError
 from fmextract.inputs import sources
 from fmextract.records import Progress
+from fmextract.selector import Selector
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ def _code(acts: reader.Activations, said: Said) -> Iterator[tuple[str, str]]:
     if said.preprocess is None and models.is_code(str(options.get("preprocess"))):
         yield "--preprocess", str(options.get("preprocess"))
     for selector in options.get("layers", []):
-        reducer = taps.Selector.parse(selector).reducer
+        reducer = Selector.parse(selector).reducer
         if reducers.is_code(reducer):
             yield "=", reducer
 

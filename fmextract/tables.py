@@ -12,14 +12,14 @@ from fmextract.common import text
 from fmextract.records import ModuleRow, Result
 
 if TYPE_CHECKING:
-    from fmextract.bench import Report as Measured
+    from fmextract.benchmark import Report as Measured
     from fmextract.comparison import Comparison
     from fmextract.exporting import Exported
     from fmextract.look.depth import LayerDepth
     from fmextract.look.top import Example
     from fmextract.look.where import Where
     from fmextract.planning import Plan
-    from fmextract.verify import Report
+    from fmextract.verification import Report
 
 SHOWN = 50  # problems
 

@@ -12,7 +12,7 @@ import difflib
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property, partial
@@ -27,15 +27,9 @@ from fmextract.capture.reach import UNREADY, out_of_reach
 from fmextract.capture.trunk import ShortcutTracer
 from fmextract.common.text import some
 from fmextract.errors import CaptureError, LayerError
+from fmextract.selector import TRUNK, Selector, _glob
 
 ROOT = "(model)"  # how the model itself is called as a layer; as a selector it is "."
-
-# ------------------------------------------------------------------------------------------ selectors
-
-_SELECTOR = re.compile(
-    r"(?P<base>type:[\w.]+|[^:@\[=]+)"
-    r"(?::(?P<call>\d+))?(?P<input>@in)?(?P<member>(?:\[[^\[\]]+\])*)(?:=(?P<reducer>[^=]+))?"
-)
 
 
 def _classes_in(module: ModuleType) -> frozenset[str]:
@@ -54,68 +48,11 @@ _MODULE_KINDS: dict[str, frozenset[str]] = {
     "pool": _classes_in(nn.modules.pooling),
 }
 
-TRUNK = "trunk"  # convolutions that lie on no shortcut, as texts on feature maps number them
-
-
-@dataclass(frozen=True, slots=True)
-class Selector:
-    """One `-l` option, taken apart. `call` counts from 1; `member` is a path of keys and indices."""
-
-    text: str
-    base: str
-    call: int | None
-    tap: str
-    member: tuple[str, ...]
-    reducer: str
-
-    @classmethod
-    def parse(cls, text: str) -> Selector:
-        """Raises LayerError with the grammar when `text` is no selector."""
-        match = _SELECTOR.fullmatch(text.strip())
-        if match is None:
-            raise LayerError(
-                f"{text!r} is not a layer selector. Expected a module path, a glob, type:Class or conv#N, "
-                "then in this order, each optional: ':2' (call), '@in' (input), '[1]' or '[key]' (member), '=mean'."
-            )
-        call = match["call"]
-        if call == "0":
-            raise LayerError(f"{text!r}: calls count from 1, so ':1' is the first")
-        return cls(
-            text=text.strip(),
-            base=match["base"],
-            call=int(call) if call else None,
-            tap="in" if match["input"] else "out",
-            member=tuple(re.findall(r"\[([^\[\]]+)\]", match["member"])),
-            reducer=match["reducer"] or "",
-        )
-
-    @classmethod
-    def of(cls, text: str, paths: Collection[str]) -> Selector:
-        """`text` itself where it is one of the module paths, however odd its letters; else taken apart."""
-        return cls(text, text, None, "out", (), "") if text in paths else cls.parse(text)
-
-    @property
-    def wanted(self) -> str:
-        """The name of the class, of `type:torch.nn.ReLU`; of anything else the base."""
-        return self.base.rpartition(".")[2].removeprefix("type:") if self.base.startswith("type:") else self.base
-
-    @property
-    def is_pattern(self) -> bool:
-        """Whether it may stand for several modules."""
-        return self.base.startswith("type:") or any(c in self.base for c in "*?")
-
 
 def module_kind(module: nn.Module) -> str:
     """`conv`, `linear`, `norm`, `act`, `pool`, or "" for anything else; quantized twins count too."""
     names = {cls.__name__ for cls in type(module).__mro__}
     return next((kind for kind, bases in _MODULE_KINDS.items() if names & bases), "")
-
-
-def _glob(pattern: str) -> re.Pattern[str]:
-    """`*` and `?` stay within one name, `**` crosses dots; `**.x` is every x, the top-level one included."""
-    parts = {"**.": r"(?:.*\.)?", "**": r".*", "*": r"[^.]*", "?": r"[^.]"}
-    tokens = re.split(r"(\*\*\.|\*\*|\*|\?)", pattern)
-    return re.compile("".join(parts.get(token, re.escape(token)) for token in tokens))
 
 
 # --------------------------------------------------------------------------------------------- survey

@@ -12,7 +12,7 @@ import torchvision
 from runs import OPTIONS, Tiny, make_photos
 from torch import nn
 
-from fmextract import bench, cli, tables
+from fmextract import benchmark, cli, tables
 from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import OutputError
@@ -21,12 +21,12 @@ from fmextract.prepare import prepare
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> bench.Report:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> benchmark.Report:
     photos = make_photos(tmp_path_factory.mktemp("bench") / "photos", 8)
-    return bench.bench(photos, Tiny(), Config.of(**OPTIONS | {"workers": 2}), Quiet(), repeats=1)
+    return benchmark.bench(photos, Tiny(), Config.of(**OPTIONS | {"workers": 2}), Quiet(), repeats=1)
 
 
-def test_the_limit_is_that_of_the_stages(measured: bench.Report) -> None:
+def test_the_limit_is_that_of_the_stages(measured: benchmark.Report) -> None:
     """On a CPU the stages share the cores: the least time of an image is the sum of theirs."""
     stages = {stage.name: stage for stage in measured.stages if stage.part}
     assert list(stages) == ["decode", "forward", "statistics", "encode", "write"]
@@ -49,7 +49,7 @@ def test_the_limit_is_that_of_the_stages(measured: bench.Report) -> None:
         assert stage.name in tables.benchmark(measured)
 
 
-def test_the_picture(measured: bench.Report, tmp_path: Path) -> None:
+def test_the_picture(measured: benchmark.Report, tmp_path: Path) -> None:
     made = draw_stages(measured, tmp_path / "bench.png")
     with PIL.Image.open(made) as picture:
         assert min(picture.size) > 300
@@ -76,7 +76,7 @@ def test_the_operations_of_a_forward_pass(network: str, last: str, weights: str,
     known = getattr(torchvision.models, weights).IMAGENET1K_V1.meta["_ops"]
     photos = make_photos(tmp_path / "photos", 1)
     with prepare(photos, network, Config.of(weights="random:0", layers=[last]), Quiet()) as prepared:
-        assert bench._flop(prepared, Quiet()) / 2e9 == pytest.approx(known, rel=0.01)
+        assert benchmark._flop(prepared, Quiet()) / 2e9 == pytest.approx(known, rel=0.01)
 
 
 class Squeezing(nn.Module):
@@ -101,6 +101,6 @@ def test_whatever_a_run_can_do_is_counted_or_left_out(gradients: bool, tmp_path:
     progress.note = notes.append  # type: ignore[method-assign]
     config = Config.of(**OPTIONS | {"layers": ("fc",)})
     with prepare(make_photos(tmp_path / "photos", 2), Squeezing(gradients), config, Quiet()) as prepared:
-        found = bench._flop(prepared, progress)
+        found = benchmark._flop(prepared, progress)
     assert found == (0 if gradients else 2 * (6 * 6 * 27 * 4 + 4 * 5))
     assert [("not counted" in note) for note in notes] == [True] * gradients

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmextract as fm
-from fmextract import similarity
+from fmextract import comparison
 from fmextract.cli import main
 from fmextract.errors import ConfigError
 
@@ -32,7 +32,7 @@ def test_cka_is_its_definition_whatever_the_batches(n: int, p: int, q: int, seed
     random = np.random.default_rng(seed)
     x, y = random.normal(size=(n, p)) + offset, random.normal(size=(n, q))
     y[:, 0] += x[:, 0]
-    cka = similarity.LinearCKA(p, q)
+    cka = comparison.LinearCKA(p, q)
     for start in range(0, n, 7):
         cka.update(x[start : start + 7], y[start : start + 7])
     assert cka.result() == pytest.approx(kornblith(x, y), rel=1e-6)
@@ -48,8 +48,8 @@ def test_wide_features_in_one_batch_are_exact(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_wide_features_in_many_batches_are_a_good_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "WIDEST", 8)
-    monkeypatch.setattr(similarity, "BATCH_BYTES", 50 * 8 * 400)
+    monkeypatch.setattr(comparison, "WIDEST", 8)
+    monkeypatch.setattr(comparison, "BATCH_BYTES", 50 * 8 * 400)
     random = np.random.default_rng(0)
     hidden = random.normal(size=(2000, 5))
     x, y = (hidden @ random.normal(size=(5, 200)) + random.normal(size=(2000, 200)) * s for s in (0.2, 1.0))
@@ -69,10 +69,10 @@ def test_cka_of_nothing_that_varies_and_of_broken_rows() -> None:
 
 @given(st.integers(0, 5000), st.integers(1, 1 << 30))
 def test_batches_are_all_rows_once_and_bounded(rows: int, row_bytes: int) -> None:
-    made = list(similarity.batches(rows, row_bytes))
+    made = list(comparison.batches(rows, row_bytes))
     assert [row for start, stop in made for row in range(start, stop)] == list(range(rows))
     for start, stop in made:
-        assert stop - start <= max(similarity.FEWEST, similarity.BATCH_BYTES // row_bytes)
+        assert stop - start <= max(comparison.FEWEST, comparison.BATCH_BYTES // row_bytes)
 
 
 @pytest.fixture

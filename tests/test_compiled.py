@@ -27,7 +27,7 @@ from fmextract.cli import main
 from fmextract.compiled import CompiledCapture
 from fmextract.errors import CaptureError, ConfigError, OutputError
 from fmextract.records import Status
-from fmextract.verify import verify
+from fmextract.verification import verify
 
 Tensor = torch.Tensor
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from torchvision.transforms import functional as v1
 from fmextract import engine, images, reader
 from fmextract.errors import ConfigError, DeviceLost, MissingExtra, OutputError
 from fmextract.records import FileStamp, Preprocess
-from fmextract.verify import verify
+from fmextract.verification import verify
 
 try:
     from torchcodec.decoders import decode_jpeg

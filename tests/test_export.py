@@ -32,7 +32,7 @@ from fmextract import dissimilarity, exporting, reader, store
 from fmextract.cli import main
 from fmextract.common.progress import Quiet
 from fmextract.errors import ConfigError, DamagedError, MissingExtra, OutputError
-from fmextract.verify import verify
+from fmextract.verification import verify
 
 ROWS, CUTS = 21, (8, 16)
 FAILED = (5, 16)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from fmextract import choose, fusion, precision, reader, taps
 from fmextract.capture import probe
 from fmextract.errors import FormatError
-from fmextract.verify import verify
+from fmextract.verification import verify
 
 CPU = torch.device("cpu")
 SHAPE = (3, 16, 16)

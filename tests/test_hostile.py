@@ -18,7 +18,7 @@ from runs import extract, extract_until, make_photos, picture
 
 from fmextract import cli, output, reader, store
 from fmextract.errors import FmextractError, FormatError, ModelError, OutputError, SampleError
-from fmextract.verify import verify
+from fmextract.verification import verify
 
 KEYS = [
     "plain",

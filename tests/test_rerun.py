@@ -23,7 +23,7 @@ from fmextract import cli, models, store
 from fmextract.common.imports import import_object
 from fmextract.common.trust import names_from_a_file
 from fmextract.errors import ConfigError, ModelError
-from fmextract.verify import verify
+from fmextract.verification import verify
 
 EVIL = """
 import pathlib, sys

@@ -18,7 +18,7 @@ import torch
 from runs import Notes, Tiny, extract, extract_until, make_photos, same
 from torch import nn
 
-from fmextract import index, lock, output, planning, reader, verify
+from fmextract import index, lock, output, planning, reader, verification
 from fmextract.errors import FormatError, OutputError, RunStopped
 
 ROWS = 18
@@ -97,7 +97,7 @@ def test_an_incomplete_run_is_an_error_everywhere(photos: Path, whole: Path, tmp
     extract_until(9, photos, out)
     there = [record.name for record in index.load_records(out)]
     assert there
-    for read in (reader.open, verify.verify, lambda path: output.pack(path, tmp_path / "packed.h5")):
+    for read in (reader.open, verification.verify, lambda path: output.pack(path, tmp_path / "packed.h5")):
         with pytest.raises((FormatError, OutputError), match=r"finished|in progress"):
             read(out)
     missing = [range(4 * len(there), ROWS)]
@@ -111,7 +111,7 @@ def test_an_incomplete_run_is_an_error_everywhere(photos: Path, whole: Path, tmp
         assert np.isnan(packed["conv"][left:]).all()
         np.testing.assert_array_equal(packed["fc"][:left], acts["fc"][:left])
         assert "left out" in packed.messages[-1]
-    assert verify.verify(tmp_path / "packed.h5").ok
+    assert verification.verify(tmp_path / "packed.h5").ok
 
 
 def test_a_missing_shard_is_an_error_everywhere_and_is_made_again(photos: Path, whole: Path, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_missing_shard_is_an_error_everywhere_and_is_made_again(photos: Path, 
         reader.open(out)
     with pytest.raises(FormatError, match=r"shard-00002\.h5"):
         output.pack(out, tmp_path / "packed.h5")
-    (problem,) = verify.verify(out).problems
+    (problem,) = verification.verify(out).problems
     assert (Path(problem.file).name, problem.rows) == ("shard-00002.h5", "8-11")
     assert extract(photos, out).resumed_images == ROWS - 4
     same(out, whole)
@@ -386,7 +386,7 @@ def test_the_one_shard_of_a_file_needs_no_checksum(
     assert out.read_bytes() == content
     extract(photos, tmp_path / "undisturbed.h5", **options)
     same(out, tmp_path / "undisturbed.h5")
-    assert verify.verify(out).ok
+    assert verification.verify(out).ok
 
 
 def test_smaller_batches_are_recorded_and_equal_within_rounding(photos: Path, tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_smaller_batches_are_recorded_and_equal_within_rounding(photos: Path, tm
     output.pack(tmp_path / "tight", tmp_path / "packed.h5")
     with reader.open(tmp_path / "packed.h5") as packed:
         assert json.loads(packed.attrs["smaller_batches"]) == {"8-11": 2, "12-15": 2, "16-17": 2}
-    assert verify.verify(tmp_path / "packed.h5").ok
+    assert verification.verify(tmp_path / "packed.h5").ok
 
 
 def test_the_callers_model_comes_back_as_it_was(photos: Path, tmp_path: Path) -> None:

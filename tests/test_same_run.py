@@ -18,7 +18,7 @@ from PIL import Image
 from runs import OPTIONS, Notes, Tiny, extract, extract_until, make_photos, picture, same
 from torch import nn
 
-from fmextract import index, planning, reader, resume, verify
+from fmextract import index, planning, reader, resume, verification
 from fmextract.errors import ConfigError, OutputError, TooManyFailures
 from fmextract.model.randomness import may_draw
 
@@ -346,7 +346,7 @@ def test_rows_that_failed_are_tried_again(name: str, tmp_path: Path) -> None:
     place.write_text("")
     assert extract(Away(place), out).failed == 0
     same(out, tmp_path / "whole") if name == "out" else None
-    assert verify.verify(out).ok
+    assert verification.verify(out).ok
     assert sorted(path.name for path in tmp_path.iterdir()) == ["away.txt", name, "whole"]
 
 

@@ -14,7 +14,8 @@ import fmextract as fm
 from fmextract import taps
 from fmextract.capture import probe
 from fmextract.errors import CaptureError, LayerError
-from fmextract.taps import RowLayout, Selector
+from fmextract.selector import Selector
+from fmextract.taps import RowLayout
 
 Tensor = torch.Tensor
 

@@ -21,7 +21,7 @@ from runs import Tiny, extract, make_photos
 
 from fmextract import cli, index, output, prepare, provenance, reader, store
 from fmextract.errors import ConfigError, FormatError, OutputError
-from fmextract.verify import verify
+from fmextract.verification import verify
 
 ROWS = 14
 MODEL = f"{Path(runs.__file__)}:Tiny"
@@ -341,5 +341,5 @@ def test_the_command_line(whole: Path, whole_file: Path, tmp_path: Path, capsys:
 
 
 def test_no_torch() -> None:
-    code = "import sys, fmextract.verify, fmextract.output; sys.exit('torch' in sys.modules)"
+    code = "import sys, fmextract.verification, fmextract.output; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -11,7 +11,7 @@ from fmextract.look import canvas
 from fmextract.look.canvas import Style, cut, styled
 
 if TYPE_CHECKING:
-    from fmextract.bench import Report
+    from fmextract.benchmark import Report
 
 
 @styled

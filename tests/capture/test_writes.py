@@ -14,7 +14,7 @@ from torch import nn
 
 import fmextract as fm
 from fmextract.capture import writes
-from fmextract.verify import verify
+from fmextract.verification import verify
 
 Tensor = torch.Tensor
 

@@ -23,7 +23,7 @@ from fmextract import images, reader, run, store, workers
 from fmextract.inputs import files
 from fmextract.inputs.files import FileBytes
 from fmextract.output import pack
-from fmextract.verify import verify
+from fmextract.verification import verify
 
 NONE = (-1, "")
 

@@ -40,7 +40,7 @@ from fmextract.inputs.seeding import own_generators, seeded
 from fmextract.inputs.sources import open_source
 from fmextract.inputs.thread_safety import data_is_known, transform_is_known
 from fmextract.records import Preprocess
-from fmextract.verify import verify
+from fmextract.verification import verify
 
 # A Dataset that keeps its file open says nowhere when to close it.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")

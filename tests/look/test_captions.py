@@ -14,7 +14,7 @@ from looking import PREPROCESS, write_photos
 from torch import nn
 
 import fmextract
-from fmextract import bench, cli, comparison
+from fmextract import benchmark, cli, comparison
 from fmextract.common.folders import common_folder, local_name, without_folders
 from fmextract.errors import ConfigError, OutputError
 from fmextract.look import canvas, maps, stages, top, where
@@ -214,7 +214,7 @@ def test_a_benchmark_is_drawn_in_a_style_that_is_checked_before_it_is_measured(
         def as_json(self) -> dict[str, Any]:
             return {}
 
-    monkeypatch.setattr(bench, "bench", lambda *args, **how: (measured.append(args), Found())[1])
+    monkeypatch.setattr(benchmark, "bench", lambda *args, **how: (measured.append(args), Found())[1])
     monkeypatch.setattr(stages, "draw_stages", lambda found, out, *, style: drawn.append((out, style)))
     command = ["bench", "-m", "resnet18", "--json", "--plot"]
     assert cli.main([*command, str(tmp_path / "a.gif")]) == OutputError.exit_code

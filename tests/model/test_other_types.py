@@ -14,7 +14,7 @@ from torch import nn
 
 from fmextract import reader
 from fmextract.errors import ConfigError
-from fmextract.verify import verify
+from fmextract.verification import verify
 
 LAYERS = ["conv", "fc"]
 TYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}

@@ -21,7 +21,7 @@ import fmextract as fm
 from fmextract import output, reader
 from fmextract.errors import ConfigError, FmextractError, FormatError
 from fmextract.storage.columns import common_form, form_of, stored_names
-from fmextract.verify import verify
+from fmextract.verification import verify
 
 COLUMNS: dict[str, list[Any]] = {
     "int": [3, 0, 7, 3, 2**40, 5],
