@@ -130,11 +130,11 @@ def change(random: Random, path: Path) -> list[str]:
 
 def digest_again(path: Path) -> str | None:
     """So that what is wrong is not told by the digest. None where the content cannot be read that far."""
-    from fmextract import store
     from fmextract.errors import FmextractError
+    from fmextract.storage import digest
 
     try:
-        value = store.content_digest(path)
+        value = digest.content_digest(path)
         with h5py.File(path, "r+") as file:
             file.attrs["content_digest"] = value
     except (FmextractError, OSError, RuntimeError, TypeError, ValueError, KeyError):
@@ -144,7 +144,7 @@ def digest_again(path: Path) -> str | None:
 
 def change_directory(random: Random, folder: Path) -> list[str]:
     """Change a shard, with a record that fits again, or one of the JSON files."""
-    from fmextract import index
+    from fmextract.storage import shards
 
     shard = random.choice(sorted(folder.glob("shard-*.h5")))
     if random.random() < 0.5:
@@ -154,7 +154,7 @@ def change_directory(random: Random, folder: Path) -> list[str]:
     done = change(random, shard)
     digest = digest_again(shard)
     record = shard.with_suffix(".json")
-    new = {"bytes": shard.stat().st_size, "sha256": index.file_sha256(shard)} | (
+    new = {"bytes": shard.stat().st_size, "sha256": shards.file_sha256(shard)} | (
         {"content_digest": digest} if digest else {}
     )
     said = json.loads(record.read_text()) | new
@@ -193,7 +193,7 @@ def read(target: Path) -> None:
 def misread(target: Path) -> str | None:
     """A layer of a file of which other values are read than h5py has, None where there is none."""
     import fmextract as fm
-    from fmextract.store import escape_name
+    from fmextract.storage.layout import escape_name
 
     with fm.open(target) as acts, h5py.File(target) as file:
         for name in acts.layers:

@@ -48,8 +48,8 @@ class Clock:
 def case(name: str, photos: Path, folder: Path) -> dict[str, Any]:
     """Plan and run one network; the foretold and the real figures, and their ratios."""
     from fmextract.config import Config
-    from fmextract.index import PLAN
     from fmextract.run import make_plan, run
+    from fmextract.storage.shards import PLAN
 
     weights, layers, precision = CASES[name]
     config = Config.of(layers=layers, weights=weights, precision=precision)

@@ -46,13 +46,14 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 
-from fmextract import benchmark, chunks, codecs, engine, reader, run
+from fmextract import benchmark, chunks, engine, reader, run
 from fmextract.channel import Channel, Closed
 from fmextract.common.progress import Quiet
 from fmextract.config import WORKER_KINDS, Config
 from fmextract.device import Download
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, plan_for, prepare
+from fmextract.storage import codecs
 from fmextract.workers import hired
 
 IMAGES = 128  # different ones

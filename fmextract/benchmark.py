@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import chunks, codecs, engine, images, index, precision, run, taps
+from fmextract import chunks, engine, images, precision, run, taps
 from fmextract.common import text
 from fmextract.common.progress import Quiet
 from fmextract.common.system import cores
@@ -42,6 +42,7 @@ from fmextract.planning import Plan
 from fmextract.prepare import Prepared, lent, plan_for, prepare, reduce_functions
 from fmextract.records import LayerSpec, Preprocess, Progress
 from fmextract.stats import RunningStats
+from fmextract.storage import codecs, shards
 from fmextract.workers import Jpegs, Workers, hired
 
 STAGE_SECONDS = 1.0  # each stage is repeated for about this long, each time it is measured
@@ -480,7 +481,7 @@ def _write(made: Plan, payloads: Sequence[tuple[int, codecs.Stored]], folder: Pa
 
     def ours() -> None:
         started = time.process_time()
-        digest = beside.submit(index.file_sha256, before)
+        digest = beside.submit(shards.file_sha256, before)
         with path.open("wb", buffering=0) as file:
             for _, payload in payloads:
                 file.write(payload)

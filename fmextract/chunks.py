@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import codecs, store
 from fmextract.planning import Plan
 from fmextract.records import LayerSpec
+from fmextract.storage import codecs, layout
+from fmextract.storage.digest import chunk_digest
 
 FLOAT16_MAX = 65504.0
 
@@ -34,7 +35,7 @@ class Cutter:
     def __init__(self, layer: int, spec: LayerSpec) -> None:
         self._layer, self._spec = layer, spec
         self._images = spec.chunk[0]
-        self._grid = store.chunk_grid(spec.shape, spec.chunk[1:])
+        self._grid = layout.chunk_grid(spec.shape, spec.chunk[1:])
         self._staged: list[Piece] = []
         self._row = 0
 
@@ -126,7 +127,7 @@ class Encoder:
             keep_bits=plan.keep_bits if np.dtype(spec.dtype).kind == "f" else None,
             bfloat16=bfloat16,
         )
-        return Encoded(payload, store.chunk_digest(payload), overflowed)
+        return Encoded(payload, chunk_digest(payload), overflowed)
 
     def all(self, task: Sequence[Chunk]) -> list[Encoded]:
         """The same of several."""

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fmextract import chunks, images, index, store
+from fmextract import chunks, images
 from fmextract.capture import blame
 from fmextract.channel import Channel, Closed
 from fmextract.common.allocator import give_back_freed_memory
@@ -36,12 +36,15 @@ from fmextract.device import Download, Transfers, transfers_for
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
 from fmextract.inputs.reading import Reader, content, stamp
 from fmextract.inputs.sources import columns_of, on_disk
-from fmextract.moments import settled
 from fmextract.planning import Plan
 from fmextract.pool import Pool
 from fmextract.precision import numerics, to_memory_format
 from fmextract.records import FileInfo, FileStamp, LayerSpec, Preprocess, Progress, SampleTable, Source, Status
 from fmextract.stats import RunningStats
+from fmextract.storage import durable, layout
+from fmextract.storage.layer_stats import settled
+from fmextract.storage.shards import ShardRecord, file_sha256, record_shard, shard_name
+from fmextract.storage.writer import ShardWriter
 from fmextract.taps import Capture, Forward
 from fmextract.watch import InFlight, Watch
 from fmextract.workers import Jpegs, Workers
@@ -101,7 +104,7 @@ class Tally:
     seen: int = 0
     smallest_batch: int = 0
     nonfinite: dict[str, list[str]] = field(default_factory=dict)  # the first keys of each layer that has such values
-    records: list[index.ShardRecord] = field(default_factory=list)
+    records: list[ShardRecord] = field(default_factory=list)
     moves: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -396,10 +399,10 @@ class _Publisher:
 
     def publish(self, shard: _Finished) -> None:
         started = time.perf_counter()
-        final = self._directory / index.shard_name(shard.rows.start // self._work.plan.shard_rows)
+        final = self._directory / shard_name(shard.rows.start // self._work.plan.shard_rows)
         content_digest, sha256 = shard.digests()
-        index.publish(shard.path, final)
-        record = index.record_shard(
+        durable.publish(shard.path, final)
+        record = record_shard(
             final,
             rows=shard.rows,
             statuses=shard.statuses,
@@ -426,7 +429,7 @@ class _Writer:
     ) -> None:
         self._work, self._directory, self._shards, self._tally, self._pool = work, directory, shards, tally, pool
         self._finished = finished
-        self._open: store.ShardWriter | None = None
+        self._open: ShardWriter | None = None
         self._paths: list[Path] = []
         self._overflowed: dict[str, int] = {}
         self._since, self._busy = time.perf_counter(), dict[str, float]()
@@ -450,12 +453,12 @@ class _Writer:
             self._tally.add("write", time.perf_counter() - started)
         self.now = "encode"
 
-    def _current(self) -> store.ShardWriter:
+    def _current(self) -> ShardWriter:
         if self._open is None:
             rows = next(self._shards)
             plan = self._work.plan
-            path = index.temporary_name(self._directory / index.shard_name(rows.start // plan.shard_rows))
-            self._open = store.ShardWriter(path, rows, plan.layers, self._work.info, plan.codec, plan.level)
+            path = durable.temporary_name(self._directory / shard_name(rows.start // plan.shard_rows))
+            self._open = ShardWriter(path, rows, plan.layers, self._work.info, plan.codec, plan.level)
             self._paths.append(path)
         return self._open
 
@@ -485,9 +488,9 @@ class _Writer:
 
     def _closed(
         self,
-        writer: store.ShardWriter,
+        writer: ShardWriter,
         samples: SampleTable,
-        stats: store.Stats,
+        stats: layout.Stats,
         attrs: Mapping[str, Mapping[str, Any]],
         root: Mapping[str, Any],
     ) -> Callable[[], tuple[str, str]]:
@@ -500,10 +503,10 @@ class _Writer:
             left, summed = writer.leave(), self._work.checksums
             return self._pool.submit(workers.finish, left, samples, stats, attrs, root, summed).result
         digest = writer.finish(samples, stats, attrs, root, durable=False)
-        sha256 = self._pool.submit(index.file_sha256, writer.path) if self._work.checksums else None
+        sha256 = self._pool.submit(file_sha256, writer.path) if self._work.checksums else None
 
         def wait() -> tuple[str, str]:
-            index.make_durable(writer.path)
+            durable.make_durable(writer.path)
             return digest, sha256.result() if sha256 is not None else ""
 
         return wait

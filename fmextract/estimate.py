@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fmextract import codecs
 from fmextract.chunks import as_array
 from fmextract.common.text import byte_count
 from fmextract.engine import DEPTH, Captured, most_pending
@@ -19,6 +18,7 @@ from fmextract.errors import NoSpace
 from fmextract.planning import CHUNK_BYTES, Estimate
 from fmextract.records import LayerSpec
 from fmextract.stats import TOGETHER, WORKSPACE, RunningStats, bytes_held, covariance_bytes
+from fmextract.storage import codecs
 
 # Bytes a second through digest, write, fsync and the checksum of the shard, on one core (docs/measurements).
 # Measuring it would mean to write, which a plan does not.

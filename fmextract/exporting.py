@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fmextract import codecs, index, output, reader, store
+from fmextract import output, reader
 from fmextract.common import strict_json
 from fmextract.common.progress import Quiet
 from fmextract.common.text import byte_count, count
@@ -37,8 +37,9 @@ from fmextract.errors import ConfigError, MissingExtra, NoSpace, OutputError
 from fmextract.look.select import select_layers
 from fmextract.reader import Activations, Layer
 from fmextract.records import FileStamp, Label, LayerSpec, Progress, SampleTable
-from fmextract.storage import schema
+from fmextract.storage import codecs, contents, digest, durable, layout, schema, shards
 from fmextract.storage.columns import form_of, stored_names
+from fmextract.storage.writer import ShardWriter, write_rdms
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -233,18 +234,18 @@ def _check_target(target: Path, to: str, overwrite: bool) -> None:
 @contextlib.contextmanager
 def _published(target: Path) -> Iterator[Path]:
     """A temporary name beside `target` for a file or a directory, which gets that name when the block ends well."""
-    temporary, aside = index.temporary_name(target), index.temporary_name(target)
+    temporary, aside = durable.temporary_name(target), durable.temporary_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         # A folder that was set aside may be all that is left of an earlier export.
-        index.remove_dead(target, directories=target.exists())
+        shards.remove_dead(target, directories=target.exists())
         yield temporary
         if target.is_dir():  # one that holds something is not replaced by a rename
             target.rename(aside)
-        index.publish(temporary, target)
-        index.remove_dead(target, directories=True)
+        durable.publish(temporary, target)
+        shards.remove_dead(target, directories=True)
     except OSError as error:
-        raise store.disk_error(target, error) from error
+        raise durable.disk_error(target, error) from error
     except (NoSpace, OutputError) as error:
         raise type(error)(str(error).replace(temporary.name, target.name)) from error
     finally:
@@ -437,7 +438,7 @@ def _write_netcdf(job: _Job, path: Path) -> list[ExportedLayer]:
     info = acts._files[0].info()
     written = _written(
         job.layers,
-        [f"/layers/{store.escape_name(name)}" for name in job.names],
+        [f"/layers/{layout.escape_name(name)}" for name in job.names],
         [_netcdf_spec(layer).dtype for layer in job.layers],
     )
     extra = {**info.extra, **({"smaller_batches": smaller} if smaller else {}), _ABOUT: job.about(written)}
@@ -450,18 +451,18 @@ def _write_netcdf(job: _Job, path: Path) -> list[ExportedLayer]:
     brought = {name: acts.listed(name) or [] for name in acts.columns}
     table = SampleTable(rows.start, acts.keys.tolist(), job.labels, status, message, height, width, files, brought)
     with (
-        store.ShardWriter(path, rows, specs, replace(info, extra=extra), "gzip", None) as writer,
+        ShardWriter(path, rows, specs, replace(info, extra=extra), "gzip", None) as writer,
         ThreadPoolExecutor(acts._threads) as pool,
     ):
         for number, (layer, spec) in enumerate(zip(job.layers, specs, strict=True)):
             for block in job.blocks([layer]):
                 values = layer[block]
-                grid = store.chunk_grid(values.shape, spec.chunk)
+                grid = layout.chunk_grid(values.shape, spec.chunk)
                 before = block.start // spec.chunk[0]
                 payloads = pool.map(functools.partial(_encoded, values, spec), np.ndindex(grid))
                 for place, payload in zip(np.ndindex(grid), payloads, strict=True):
                     at = (before + place[0], *place[1:])
-                    writer.write_chunk(number, at, payload, store.chunk_digest(payload))
+                    writer.write_chunk(number, at, payload, digest.chunk_digest(payload))
         writer.finish(table, stats, attrs)
     return written
 
@@ -485,7 +486,7 @@ def _encoded(values: Array, spec: LayerSpec, place: Sequence[int]) -> codecs.Sto
 
 
 def _about_netcdf(path: Path) -> Any:
-    return schema.load(store.read_text(path, "/", _ABOUT))
+    return schema.load(contents.read_text(path, "/", _ABOUT))
 
 
 # --------------------------------------------------------------------------------------------------------------- rdm
@@ -513,7 +514,7 @@ def _write_rdm(job: _Job, path: Path) -> list[ExportedLayer]:
         patterns[name] = values[rows] if is_number else [str(_cell(value)) for value in values[rows].tolist()]
     about = job.about(written)
     said = {name: str(about[name]) for name in ("source", "model", "precision") if name in about}
-    store.write_rdms(
+    write_rdms(
         path,
         {layer.name: job.matrix(layer, rows) for layer in job.layers},
         pairs,
@@ -525,7 +526,7 @@ def _write_rdm(job: _Job, path: Path) -> list[ExportedLayer]:
 
 
 def _about_rdm(path: Path) -> Any:
-    return schema.load(store.read_text(path, "/descriptors", _ABOUT))
+    return schema.load(contents.read_text(path, "/descriptors", _ABOUT))
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import InterpolationMode
 
-from fmextract import index
 from fmextract.capture.reach import is_unready
 from fmextract.common import trust
 from fmextract.common.imports import import_object, importing_for
@@ -37,6 +36,7 @@ from fmextract.errors import ConfigError, MissingExtra, ModelError
 from fmextract.images import PREPROCESS_HELP, CustomPreprocess, Preprocessing, apply_size, parse_preprocess
 from fmextract.inputs.seeding import seeded
 from fmextract.records import Preprocess
+from fmextract.storage import shards
 
 __all__ = ["LoadedModel", "describe_preprocess", "load_model", "weights_digest"]
 
@@ -639,7 +639,7 @@ def _load_file(module: nn.Module, path: Path) -> str:
 
     Raises ModelError unless names and shapes fit exactly.
     """
-    sha256 = index.file_sha256(path) if path.is_file() else ""
+    sha256 = shards.file_sha256(path) if path.is_file() else ""
     trust.check_weights_file(str(path), sha256)
     state = _unwrapped(_read_file(path), path, set(module.state_dict()))
     try:

@@ -14,21 +14,36 @@ from typing import Any
 
 import numpy as np
 
-from fmextract import index, reader, resume, store
+from fmextract import reader, resume
 from fmextract.common.folders import base_of, moved
 from fmextract.config import check_out, is_single_file
 from fmextract.errors import ConfigError, DamagedError, FormatError, OutputError, OutputLost
-from fmextract.index import INDEX, PLAN, ShardRecord
-from fmextract.lock import NAME as LOCK
-from fmextract.lock import Lock
-from fmextract.moments import merge, settled
 from fmextract.planning import PLAN_FORMAT, Plan
 from fmextract.records import Progress
 from fmextract.resume import Asked
+from fmextract.storage import contents, digest, durable, merging
+from fmextract.storage.durable import writing
+from fmextract.storage.layer_stats import merge, settled
+from fmextract.storage.lock import NAME as LOCK
+from fmextract.storage.lock import Lock
+from fmextract.storage.shards import (
+    INDEX,
+    PLAN,
+    ShardRecord,
+    file_sha256,
+    fold_index,
+    load_index,
+    load_records,
+    remove_dead,
+    shard_name,
+    write_sealed,
+)
 from fmextract.watch import left_behind
 
 COUNTED = ("clipped", "nonfinite")
 """Attributes of a layer that count values of a shard: those of an output are their sums."""
+
+
 CHECKS = 4  # shards whose checksums are computed at once
 
 
@@ -52,7 +67,7 @@ class Output:
 
     def __enter__(self) -> Output:
         """Raises OutputError where the place holds something else, or another run is at work there."""
-        with _writing(self.directory):
+        with writing(self.directory):
             self._check_place()
         # Looking at a finished output needs no lock: the place may well be read-only.
         if self._overwrite or not self._is_finished() or (self._single and self.directory.exists()):
@@ -90,9 +105,9 @@ class Output:
         if self._single:
             earlier = self._earlier() if self._continues(asked) else None
             return earlier or self._anew(make_plan)
-        with _writing(self.directory):
+        with writing(self.directory):
             (self.directory / INDEX).unlink()
-        self.records, self.taken_up = index.load_records(self.directory, self._tell_damaged), True
+        self.records, self.taken_up = load_records(self.directory, self._tell_damaged), True
         self.drop(rows)
         return Plan.load(self.directory / PLAN)
 
@@ -109,13 +124,13 @@ class Output:
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         info = {**earlier.info, "history": f"{history}\n{now} taken up, ignoring what differs: {ignored}"}
         plan = replace(earlier, info=info)
-        index.write_sealed(self.directory / PLAN, plan.as_json())
+        write_sealed(self.directory / PLAN, plan.as_json())
         return plan
 
     def _anew(self, make_plan: Callable[[], Plan]) -> Plan:
         made = make_plan()
-        with _writing(self.directory):
-            index.write_sealed(self.directory / PLAN, made.as_json())
+        with writing(self.directory):
+            write_sealed(self.directory / PLAN, made.as_json())
         return made
 
     def _continues(self, asked: Asked) -> bool:
@@ -150,7 +165,7 @@ class Output:
                 f"{error}. Without it nobody knows what the shards beside it are of: --overwrite begins anew, -o names"
                 " another"
             ) from error
-        records = index.load_records(self.directory)
+        records = load_records(self.directory)
         if not (self._single or records or self._says_plan()):
             raise FormatError(f"{error}. Nothing beside it says whose it is: remove {self.directory} yourself")
         self._remove([record.name for record in records])
@@ -158,7 +173,7 @@ class Output:
     def _says_plan(self) -> bool:
         """Whether plan.json says that it is ours, for all that is wrong with it."""
         with contextlib.suppress(FormatError, OutputError):
-            said = index.read_json(self.directory / PLAN)
+            said = durable.read_json(self.directory / PLAN)
             return isinstance(said, dict) and said.get("format") == PLAN_FORMAT
         return False
 
@@ -175,11 +190,11 @@ class Output:
         """All shards are there: write the index, or make the one file of them. Raises OutputLost, NoSpace."""
         with resumable():
             if not self._single:
-                index.fold_index(self.directory, made.as_json())
+                fold_index(self.directory, made.as_json())
                 return
-            shards = [self.directory / index.shard_name(i) for i in range(len(made.shards))]
+            shards = [self.directory / shard_name(i) for i in range(len(made.shards))]
             if self.is_one_shard(made):
-                index.publish(shards[0], self._target)
+                durable.publish(shards[0], self._target)
             else:
                 _pack(shards, self._target, self.directory)
             self._remove(_shards_of(made))
@@ -233,8 +248,8 @@ class Output:
 
     def _records_of(self, plan: Plan, tell: Callable[[str], None]) -> list[ShardRecord]:
         """The shards of a plan that are there. `tell` is told of records that are damaged."""
-        planned = {index.shard_name(i): rows for i, rows in enumerate(plan.shards)}
-        records = index.load_records(self.directory, tell)
+        planned = {shard_name(i): rows for i, rows in enumerate(plan.shards)}
+        records = load_records(self.directory, tell)
         return [record for record in records if planned.get(record.name) == record.rows]
 
     def _tell_damaged(self, error: str) -> None:
@@ -245,11 +260,11 @@ class Output:
         if self._single or not self._is_finished():
             return False
         try:
-            index.load_index(self.directory)
+            load_index(self.directory)
         except FormatError as error:
             self._progress.note(f"{error}: its rows are extracted again")
             self._acquire()
-            with _writing(self.directory):
+            with writing(self.directory):
                 (self.directory / INDEX).unlink()
             return False
         return True
@@ -265,7 +280,7 @@ class Output:
     def _resume(self, earlier: Plan) -> Plan:
         """Keep the shards that are whole; remove what a run that died left unfinished."""
         self.crashed_at, self.taken_up = left_behind(self.directory), True
-        with _writing(self.directory):
+        with writing(self.directory):
             self._remove_temporaries()
         there = self._records_of(earlier, self._tell_damaged)
         with ThreadPoolExecutor(CHECKS) as pool:
@@ -281,33 +296,33 @@ class Output:
     # ---- what is changed
 
     def _make_directory(self) -> None:
-        with _writing(self.directory):
+        with writing(self.directory):
             missing = [path for path in (self.directory, *self.directory.parents) if not path.exists()]
             self._made = self._made or missing
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in missing:
-                index.fsync(path.parent)
+                durable.fsync(path.parent)
 
     def _remove_temporaries(self) -> None:
         for path in self.directory.iterdir():
-            if index.is_temporary(path.name):
+            if durable.is_temporary(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _remove(self, names: Iterable[str]) -> None:
         """Remove shards that a plan or their records list, and nothing else: the index first, since without it nothing
         is whole, the plan last, since it says what there is to remove."""
-        with _writing(self.directory):
+        with writing(self.directory):
             (self.directory / INDEX).unlink(missing_ok=True)
             for name in names:
                 (self.directory / name).with_suffix(".json").unlink(missing_ok=True)
                 (self.directory / name).unlink(missing_ok=True)
             self._remove_temporaries()
             (self.directory / PLAN).unlink(missing_ok=True)
-            index.fsync(self.directory)
+            durable.fsync(self.directory)
 
 
 def _shards_of(plan: Plan) -> list[str]:
-    return [index.shard_name(i) for i in range(len(plan.shards))]
+    return [shard_name(i) for i in range(len(plan.shards))]
 
 
 def finished_shards(target: Path) -> int:
@@ -327,9 +342,9 @@ def _check_ours(target: Path) -> None:
 
 def _is_unchanged(shard: Path, record: ShardRecord) -> bool:
     if record.sha256:
-        return index.file_sha256(shard) == record.sha256
+        return file_sha256(shard) == record.sha256
     try:
-        return store.content_digest(shard) == record.content_digest
+        return digest.content_digest(shard) == record.content_digest
     except (FormatError, OutputError):
         return False
 
@@ -338,19 +353,11 @@ def _check_directory(directory: Path) -> None:
     """An output of ours, the beginning of one, or nothing at all."""
     if not directory.exists() or (directory / PLAN).exists():
         return
-    foreign = [path.name for path in directory.iterdir() if path.name != LOCK and not index.is_temporary(path.name)]
+    foreign = [path.name for path in directory.iterdir() if path.name != LOCK and not durable.is_temporary(path.name)]
     if foreign:
         raise OutputError(
             f"{directory} holds something that fmextract did not write ({foreign[0]}); name another directory"
         )
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise store.disk_error(path, error) from error
 
 
 @contextlib.contextmanager
@@ -380,8 +387,8 @@ def pack(directory: Path, out: Path, *, leave_out: Sequence[range] = (), overwri
         if not overwrite:
             raise OutputError(f"{out} exists; --overwrite replaces it, -o names another")
     parts = _parts(directory, leave_out)
-    with _writing(out):
-        index.remove_dead(out, directories=False)
+    with writing(out):
+        remove_dead(out, directories=False)
         _pack(parts, out, out.parent)
 
 
@@ -399,12 +406,12 @@ def row_ranges(texts: Iterable[str]) -> list[range]:
 def _parts(directory: Path, leave_out: Sequence[range]) -> list[Path | range]:
     """The shards of a directory, and the rows that are left out, in the order of their rows."""
     if not leave_out:
-        return [directory / record.name for record in index.load_index(directory)]
+        return [directory / record.name for record in load_index(directory)]
     plan = Plan.load(directory / PLAN)
-    there = {record.name for record in index.load_records(directory)}
+    there = {record.name for record in load_records(directory)}
     parts: list[Path | range] = []
     for i, rows in enumerate(plan.shards):
-        name = index.shard_name(i)
+        name = shard_name(i)
         parts.append(directory / name if name in there else rows)
     missing = _joined(part for part in parts if isinstance(part, range))
     if _joined(leave_out) != missing or len(missing) == 0 or not there:
@@ -430,10 +437,10 @@ def _said(ranges: Sequence[range]) -> str:
 def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
     """One file of all parts, published under its name at once. `scratch` is a directory beside or below it."""
     shards = [part for part in parts if isinstance(part, Path)]
-    temporary = index.temporary_name(scratch / target.name)
+    temporary = durable.temporary_name(scratch / target.name)
     stats, attrs, smaller = merged(shards)
-    with store.open_shard(shards[0]) as first:
-        info = store.read_info(first)
+    with contents.open_shard(shards[0]) as first:
+        info = contents.read_info(first)
     left_out = _joined(part for part in parts if isinstance(part, range))
     extra = {
         **{name: value for name, value in info.extra.items() if name not in ("smaller_batches", "throughput")},
@@ -444,8 +451,8 @@ def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
     }
     info = replace(info, extra=extra, history=_history(shards))
     try:
-        store.pack(parts, temporary, info=info, stats=stats, layer_attrs=attrs)
-        index.publish(temporary, target)
+        merging.pack(parts, temporary, info=info, stats=stats, layer_attrs=attrs)
+        durable.publish(temporary, target)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -463,8 +470,8 @@ def images_from(acts: reader.Activations, to: Path) -> dict[str, Any]:
 
 def _history(shards: Sequence[Path]) -> str:
     """That of the last shard, which also says how the run was taken up."""
-    with store.open_shard(shards[-1]) as last:
-        return store.read_info(last).history
+    with contents.open_shard(shards[-1]) as last:
+        return contents.read_info(last).history
 
 
 def _throughput(shards: Sequence[Path]) -> Mapping[str, Any] | None:

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from fmextract import index
 from fmextract.errors import FormatError
 from fmextract.records import FORMAT_VERSION, Field, LayerSpec
-from fmextract.storage import schema
+from fmextract.storage import durable, schema
+from fmextract.storage.shards import read_sealed
 
 PLAN_FORMAT = "fmextract-plan"
 
@@ -102,12 +102,12 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file, for `extract(…, plan=path)`. Raises OutputError, NoSpace."""
-        index.write_json(Path(path).expanduser(), self.as_json())
+        durable.write_json(Path(path).expanduser(), self.as_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """What was saved there. Raises OutputError where nothing is there, FormatError where it is no plan."""
-        return cls.from_json(index.read_sealed(Path(path)), path)
+        return cls.from_json(read_sealed(Path(path)), path)
 
     @classmethod
     def from_json(cls, obj: Any, where: str | os.PathLike[str] = "plan.json") -> Plan:

@@ -18,7 +18,6 @@ from torch.nn.parameter import is_lazy
 
 from fmextract import (
     choose,
-    codecs,
     effective,
     engine,
     estimate,
@@ -50,6 +49,7 @@ from fmextract.model.modes import Subject
 from fmextract.model.randomness import may_draw
 from fmextract.planning import Plan
 from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress, Source
+from fmextract.storage import codecs
 
 T = TypeVar("T")
 

@@ -33,17 +33,17 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from fmextract import codecs, index, moments, store
 from fmextract.common.boxes import cell_box
 from fmextract.common.system import cpus
 from fmextract.common.text import byte_count
 from fmextract.common.text import count as plural
 from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
-from fmextract.heaps import check_heaps
 from fmextract.records import Field, FileInfo, Label, LayerSpec
 from fmextract.selection import AxisIndex, Part, Selection, count, crossing, cut, per_axis, selection_of, stretches
-from fmextract.storage import schema
+from fmextract.storage import codecs, contents, layer_stats, layout, schema, writer
 from fmextract.storage.columns import Form, as_array, common_form, decode_column, encode_column
+from fmextract.storage.shards import INDEX, PLAN, load_index, load_records, read_sealed
+from fmextract.storage.validation import check_heaps
 
 if TYPE_CHECKING:
     from fmextract.feeding import LayerDataset
@@ -686,16 +686,16 @@ class Layer:
         return Stats(f"{self.name} of {self._acts.path}", merged)
 
     @functools.cached_property
-    def effective_dimension(self) -> moments.EffectiveDimension | None:
+    def effective_dimension(self) -> layer_stats.EffectiveDimension | None:
         """In how many directions the images differ (see `moments`); None where that was not kept.
 
         Read from the layer's attributes; in a directory, computed of its shards' covariances.
         """
-        known = moments.EffectiveDimension.of_attrs(self.attrs)
+        known = layer_stats.EffectiveDimension.of_attrs(self.attrs)
         if known is not None:
             return known
         with _damage(self._acts.path):
-            return moments.effective_dimension(_merged_stats(self, covariance=True))
+            return layer_stats.effective_dimension(_merged_stats(self, covariance=True))
 
     def top(self, channel: int, k: int = 9) -> list[Top]:
         """The `k` images with the highest values in a channel, strongest first: as many as were kept (--top).
@@ -895,7 +895,7 @@ def _merged_stats(layer: Layer, covariance: bool = False) -> dict[str, Array]:
         if not part:
             return {}
         with _damage(path):
-            merged = moments.merge([merged, part]) if merged else part
+            merged = layer_stats.merge([merged, part]) if merged else part
     return merged
 
 
@@ -967,14 +967,14 @@ class _File:
         self.nbytes = os.fstat(self.fd).st_size
         check_heaps(self.fd, path)
         with self.hdf5() as file:
-            known = store.take_written(self._identity) if own else None
-            self.contents = known or store.validate(file)
+            known = writer.take_written(self._identity) if own else None
+            self.contents = known or contents.validate(file)
             self.start = int(file["sample"][0])
         if not 0 <= self.start <= schema.LARGEST:
             raise DamagedError(f"{path}: /sample begins at row {self.start}")
         if digest is not None and self.contents.attrs.get("content_digest", digest) != digest:
             raise FormatError(
-                f"{path} is another shard than {index.INDEX} lists, or was replaced since: open the output again,"
+                f"{path} is another shard than {INDEX} lists, or was replaced since: open the output again,"
                 " or verify it"
             )
         count = self.contents.rows
@@ -1047,22 +1047,22 @@ class _File:
         Where `only` some are wanted, the others are not read.
         """
         with self.hdf5() as file:
-            path, spec = f"/layers/{store.escape_name(layer)}/stats", self.contents.layers[layer].spec
+            path, spec = f"/layers/{layout.escape_name(layer)}/stats", self.contents.layers[layer].spec
             if spec.channel_axis is None:
                 return {}
-            left_out = () if covariance else moments.COVARIANCE
-            channels, values = spec.shape[spec.channel_axis], store.read_statistics(file, path, left_out, only)
+            left_out = () if covariance else layer_stats.COVARIANCE
+            channels, values = spec.shape[spec.channel_axis], contents.read_statistics(file, path, left_out, only)
             return schema.statistics(values, channels, f"{self.path}: {path}")
 
     def coordinates(self, layer: str) -> dict[str, Array]:
         """The values of the scales along the axes of a layer, by the axis."""
         with self.hdf5() as file:
-            group = file["layers"][store.escape_name(layer)]
+            group = file["layers"][layout.escape_name(layer)]
             return {axis: np.asarray(group[axis][()]) for axis in self.contents.layers[layer].spec.axes}
 
     def info(self) -> FileInfo:
         """The root attributes as they were written."""
-        return store.info_of(self.contents.attrs, self.contents.said)
+        return contents.info_of(self.contents.attrs, self.contents.said)
 
     def stored(self, layer: str) -> _Stored:
         """Where the chunks of a layer lie; looked up once."""
@@ -1121,14 +1121,14 @@ class _File:
             raise DamagedError(f"a chunk of {stored.chunk_bytes} bytes has {stored.sizes[place]}")
         region = tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, stored.spec.chunk, strict=True))
         with self.hdf5() as file:
-            values = file["layers"][store.escape_name(stored.spec.name)]["activation"][region]
+            values = file["layers"][layout.escape_name(stored.spec.name)]["activation"][region]
         out = np.empty(stored.spec.chunk, stored.spec.dtype)
         out[tuple(map(slice, values.shape))] = values
         return out
 
     def _look_up(self, file: h5py.File, layer: str) -> _Stored:
         # Not by `file[…]`: what h5py asks on the way is most of the time where there are many layers.
-        dataset = h5py.h5d.open(file.id, f"/layers/{store.escape_name(layer)}/activation".encode())
+        dataset = h5py.h5d.open(file.id, f"/layers/{layout.escape_name(layer)}/activation".encode())
         spec, attrs = self.contents.layers[layer]
         plist, kind = dataset.get_create_plist(), dataset.dtype
         grid = self._complete(dataset, dataset.shape, plist.get_chunk(), f"layer {layer}")
@@ -1148,7 +1148,7 @@ class _File:
         self, dataset: h5py.h5d.DatasetID, shape: tuple[int, ...], chunk: tuple[int, ...], name: str
     ) -> tuple[int, ...]:
         """The grid of chunks of a dataset. Raises DamagedError where one is not there: HDF5 would show fill values."""
-        grid = store.chunk_grid(shape, chunk)
+        grid = layout.chunk_grid(shape, chunk)
         there = dataset.get_num_chunks()
         if there != math.prod(grid):
             raise DamagedError(f"{self.path}: {name} has {there} of {math.prod(grid)} chunks")
@@ -1214,7 +1214,7 @@ def _descriptor(path: Path) -> int:
         fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
     except FileNotFoundError:
         partial = path.with_name(path.name + ".partial")
-        if (partial / index.PLAN).exists():
+        if (partial / PLAN).exists():
             raise _in_progress(partial, path) from None
         raise FormatError(f"no such file or directory: {path}") from None
     except (OSError, ValueError) as error:
@@ -1237,7 +1237,7 @@ def _hdf5_file(path: Path) -> h5py.File:
 
 def _identity(fd: int) -> tuple[int, ...]:
     """What changes when the content of a path does."""
-    return store.file_identity(os.fstat(fd))
+    return writer.file_identity(os.fstat(fd))
 
 
 @contextlib.contextmanager
@@ -1254,9 +1254,9 @@ def _damage(path: Path) -> Iterator[None]:
 
 def _listed_shards(folder: Path) -> list[_Part]:
     """The shards of a finished directory. Raises FormatError for one that is not finished, or not ours."""
-    if not (folder / index.INDEX).exists() and (folder / index.PLAN).exists():
+    if not (folder / INDEX).exists() and (folder / PLAN).exists():
         raise _in_progress(folder, folder)
-    records = index.load_index(folder)
+    records = load_index(folder)
     if not records:
         raise FormatError(f"{folder}: index.json lists no shards")
     return [_Part(folder / record.name, record.rows, record.content_digest) for record in records]
@@ -1265,8 +1265,8 @@ def _listed_shards(folder: Path) -> list[_Part]:
 def _in_progress(folder: Path, output: Path) -> FormatError:
     """What to say of a run that is at work, or was ended: how many rows are stored, not only how many shards."""
     with _damage(folder):
-        records = index.load_records(folder)
-        shards = [range(*ends) for ends in index.read_sealed(folder / index.PLAN)["shards"]]
+        records = load_records(folder)
+        shards = [range(*ends) for ends in read_sealed(folder / PLAN)["shards"]]
         rows, total = sum(len(record.rows) for record in records), sum(map(len, shards))
         failed = sum(record.failed for record in records)
     said = f"{rows:,} of {total:,} images are stored" + (f", {failed:,} of them failed" if failed else "")

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fmextract import codecs, engine, index, provenance, reader
+from fmextract import engine, provenance, reader
 from fmextract.common.progress import Quiet
 from fmextract.config import FailureBudget
 from fmextract.errors import FormatError, OutputError, SampleError
 from fmextract.planning import Plan
 from fmextract.records import Label, Progress, Status
+from fmextract.storage import codecs, durable, shards
 
 TOLERANCE: Mapping[str, float] = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Relative L2 distance of a row, by the type it was computed in, that other kernels or batch sizes explain."""
@@ -112,7 +113,7 @@ def relative_error(stored: np.ndarray, again: np.ndarray) -> float:
     return float(np.linalg.norm(b - a)) / scale if scale else float("inf")
 
 
-def check_resume(work: engine.Work, directory: Path, records: Sequence[index.ShardRecord], progress: Progress) -> None:
+def check_resume(work: engine.Work, directory: Path, records: Sequence[shards.ShardRecord], progress: Progress) -> None:
     """Run one stored batch again before a run goes on, so that changed code, library or machine is noticed.
 
     What rounding explains is told. Raises OutputError for more, since the rest would not go with what is there.
@@ -122,7 +123,7 @@ def check_resume(work: engine.Work, directory: Path, records: Sequence[index.Sha
     record = next((r for r in reversed(usual) if r.failed < len(r.rows)), usual[-1])
     with reader.open(directory / record.name) as stored:
         good = np.flatnonzero(stored.status == Status.OK)[:1]
-        found = _batches_again(work, stored, good, index.temporary_name(directory / "again"))
+        found = _batches_again(work, stored, good, durable.temporary_name(directory / "again"))
     _judge(
         found,
         work.plan,

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import engine, estimate, following, images, index, precision, reader, replay, resume, taps
+from fmextract import engine, estimate, following, images, precision, reader, replay, resume, taps
 from fmextract.common import strict_json
 from fmextract.common.devices import is_out_of_memory
 from fmextract.common.progress import Quiet
@@ -32,6 +32,7 @@ from fmextract.planning import Plan
 from fmextract.prepare import Prepared, copied_as_planned, describe, identity, lent, plan_for, prepare, reduce_functions
 from fmextract.records import FileInfo, LayerResult, LayerSpec, Progress, Result
 from fmextract.resume import Asked
+from fmextract.storage import shards
 from fmextract.workers import Jpegs, Workers, hired
 
 RECHECKED, RECHECKED_IN_DOUBT = 2, 512
@@ -220,7 +221,7 @@ def _tell_crash(prepared: Prepared, output: Output, progress: Progress) -> None:
         )
 
 
-def _count_earlier(tally: engine.Tally, records: Sequence[index.ShardRecord]) -> None:
+def _count_earlier(tally: engine.Tally, records: Sequence[shards.ShardRecord]) -> None:
     tally.records = list(records)
     tally.failed = sum(record.failed for record in records)
     tally.seen = sum(len(record.rows) for record in records)
@@ -234,7 +235,7 @@ def _check_failures(made: Plan, directory: Path, tally: engine.Tally, config: Co
     if tally.failed < made.rows:
         engine.check_budget(config.max_failures, tally)
         return
-    key, message = tally.failures[0] if tally.failures else _first_failure(directory / index.shard_name(0))
+    key, message = tally.failures[0] if tally.failures else _first_failure(directory / shards.shard_name(0))
     raise TooManyFailures(f"every one of the {made.rows} images failed. The first: {key!r}: {message}")
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fmextract.common import kernels
-from fmextract.moments import MOMENTS, MOST_COMPONENTS, NEAR_ZERO, TOP, Array, folding, merge
+from fmextract.storage.layer_stats import MOMENTS, MOST_COMPONENTS, NEAR_ZERO, TOP, Array, folding, merge
 
 __all__ = ["MOMENTS", "TOGETHER", "TOP", "WORKSPACE", "RunningStats", "bytes_held", "covariance_bytes", "merge"]
 

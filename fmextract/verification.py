@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from fmextract import index, moments, reader, store
+from fmextract import reader
 from fmextract.errors import FormatError, OutputError
-from fmextract.index import INDEX, PLAN, ShardRecord
 from fmextract.planning import Plan
 from fmextract.records import Progress, Status
+from fmextract.storage import layer_stats, layout, shards
+from fmextract.storage.digest import chunk_digest, content_digest
+from fmextract.storage.shards import INDEX, PLAN, ShardRecord
 
 Array = reader.Array
 BLOCK_BYTES = 32 << 20
@@ -153,12 +155,12 @@ class _Check:
     def _directory(self) -> None:
         records: list[ShardRecord] = []
         with self._looking_at(self.place / INDEX):
-            records = index.read_index(self.place)
+            records = shards.read_index(self.place)
         with self._looking_at(self.place / PLAN):
             planned = Plan.load(self.place / PLAN)
             if records and planned.shards != [record.rows for record in records]:
                 self._wrong(self.place / PLAN, f"plans other shards than {INDEX} lists")
-            if (digest := index.plan_digest(self.place)) and index.file_sha256(self.place / PLAN) != digest:
+            if (digest := shards.plan_digest(self.place)) and shards.file_sha256(self.place / PLAN) != digest:
                 self._wrong(self.place / PLAN, "has changed: its SHA-256 is not the recorded one")
         for record in records:
             path = self.place / record.name
@@ -167,7 +169,7 @@ class _Check:
                 self._wrong(path, "is missing", rows=record.rows)
                 continue
             before = len(self.problems)
-            sound = index.file_sha256(path) == record.sha256
+            sound = shards.file_sha256(path) == record.sha256
             self._file(path, record, chunks, sound)
             if not sound and len(self.problems) == before:
                 self._wrong(path, "its SHA-256 is not the recorded one", rows=record.rows)
@@ -177,9 +179,9 @@ class _Check:
         chunks: Mapping[str, str] = {}
         own = path.with_suffix(".json")
         with self._looking_at(own, record.rows):
-            said = ShardRecord.from_json(index.read_sealed(own), own)
+            said = ShardRecord.from_json(shards.read_sealed(own), own)
             chunks = said.extra.get("chunks", {})
-            if replace(said, extra=index.without_chunks(said.extra)) != record:
+            if replace(said, extra=shards.without_chunks(said.extra)) != record:
                 self._wrong(own, f"is another record than that in {INDEX}", rows=record.rows)
         return chunks
 
@@ -204,7 +206,7 @@ class _Check:
                 with self._looking_at(path, rows):
                     self._layer(path, acts[name], start, (chunks or {}).get(name))
             with self._looking_at(path, rows):
-                digest = store.content_digest(path)
+                digest = content_digest(path)
                 stored = acts.attrs.get("content_digest")
                 if digest != stored and len(self.problems) == before:
                     self._wrong(path, "the content is not the one its content_digest was made of", rows=rows)
@@ -260,7 +262,7 @@ class _Check:
         broken = False
         for number, place in enumerate(np.ndindex(stored.sizes.shape) if digests else ()):
             payload = os.pread(file.fd, int(stored.sizes[place]), int(stored.offsets[place]))
-            if store.chunk_digest(payload).hex()[:16] != (digests or "")[16 * number : 16 * number + 16]:
+            if chunk_digest(payload).hex()[:16] != (digests or "")[16 * number : 16 * number + 16]:
                 broken = True
                 at = start + place[0] * layer.chunks[0]
                 rows = range(at, min(at + layer.chunks[0], start + len(layer)))
@@ -293,7 +295,7 @@ class _Check:
     def _coordinates(self, path: Path, layer: reader.Layer) -> None:
         there = layer._acts._files[0].coordinates(layer.name)
         for role, size in zip(layer.axes[1:], layer.shape[1:], strict=True):
-            expected, _ = store.coordinate(layer.field, role, size)
+            expected, _ = layout.coordinate(layer.field, role, size)
             if not np.array_equal(there[role], expected):
                 self._wrong(path, f"the coordinate {role} is not what the receptive field gives", layer.name)
 
@@ -332,7 +334,7 @@ class _Recount:
             yield "the strongest images are not where the statistics say"
         by_channel = np.moveaxis(good, 1 + self._axis, 0).reshape(good.shape[1 + self._axis], -1)
         part = _moments(by_channel.astype(np.float64), self._layer.spec.near_zero_below)
-        self._seen = moments.merge([self._seen, part]) if self._seen else part
+        self._seen = layer_stats.merge([self._seen, part]) if self._seen else part
 
     def _top_is_there(self, values: Array, at: int) -> bool:
         """Whether each of the strongest in these rows is stored in its place."""
@@ -372,7 +374,7 @@ class _Recount:
         if not self._seen:
             return
         told = self._stats
-        if missing := [name for name in moments.MOMENTS if name not in told]:
+        if missing := [name for name in layer_stats.MOMENTS if name not in told]:
             yield f"has no statistics {', '.join(missing)}"
             return
         scale = np.fmax(np.abs(told["min"]), np.abs(told["max"]))
@@ -381,13 +383,15 @@ class _Recount:
             "count": np.zeros_like(scale),
             "nonfinite": np.zeros_like(scale),
             "zero_fraction": np.full_like(scale, 1.0 if self._flushes else 1e-12),
-            moments.NEAR_ZERO: np.full_like(scale, 1.0 if self._rounding else 1e-12),
+            layer_stats.NEAR_ZERO: np.full_like(scale, 1.0 if self._rounding else 1e-12),
             "min": self._tolerance(told["min"]),
             "max": self._tolerance(told["max"]),
             "mean": near,
             "std": near,
         }
-        for name in (name for name in (*moments.MOMENTS, moments.NEAR_ZERO) if name in told and name in self._seen):
+        for name in (
+            name for name in (*layer_stats.MOMENTS, layer_stats.NEAR_ZERO) if name in told and name in self._seen
+        ):
             expected, found = told[name].astype(np.float64), self._seen[name].astype(np.float64)
             if name in ("min", "max"):
                 expected = self._clipped(expected)
@@ -422,7 +426,7 @@ def _moments(values: Array, near_zero_below: float | None) -> dict[str, Array]:
     }
     if near_zero_below is not None:
         near = (np.abs(values) <= near_zero_below) & finite
-        made[moments.NEAR_ZERO] = np.where(empty, np.nan, near.sum(1) / n)
+        made[layer_stats.NEAR_ZERO] = np.where(empty, np.nan, near.sum(1) / n)
     return made
 
 

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fmextract import index
+from fmextract.storage import durable
 
 PATIENCE = 60.0
 """Seconds without any movement before a run says what it waits for; then after twice as long, and so on."""
@@ -51,7 +51,7 @@ class InFlight:
     """The rows that are being decoded, also in a file: it is still there when a decoder has crashed the process."""
 
     def __init__(self, directory: Path) -> None:
-        self._path = index.temporary_name(directory / _NAME)
+        self._path = durable.temporary_name(directory / _NAME)
         self._rows: dict[int, tuple[Sequence[int], float]] = {}
         self._slots: dict[int, int] = {}
         self._noted: mmap.mmap | None = None

@@ -36,11 +36,13 @@ import numpy as np
 import PIL.Image
 import torch
 
-from fmextract import chunks, images, index, store
+from fmextract import chunks, images
 from fmextract.errors import OutputLost
 from fmextract.inputs.files import OnDisk, stamp_of
 from fmextract.planning import Plan
 from fmextract.records import LayerSpec, Preprocess, SampleTable
+from fmextract.storage import durable, shards, writer
+from fmextract.storage.layout import Stats
 
 ENOUGH = 5
 """Workers from which `auto` means processes."""
@@ -141,7 +143,7 @@ class Workers:
         """What decodes JPEGs as `images.decode` does."""
         return Jpegs(self._do, exif)
 
-    def finish(self, shard: store.Unfinished, *what: Any) -> tuple[str, str]:
+    def finish(self, shard: writer.Unfinished, *what: Any) -> tuple[str, str]:
         """(content digest, SHA-256 or "") of a shard that is finished with `what`, as `finish_shard` does it.
 
         Raises what that raises; OutputLost where the process ended in the middle of it.
@@ -208,9 +210,9 @@ def _refuse() -> None:
 
 
 def finish_shard(
-    shard: store.Unfinished,
+    shard: writer.Unfinished,
     samples: SampleTable,
-    stats: store.Stats,
+    stats: Stats,
     layer_attrs: Mapping[str, Mapping[str, Any]],
     root_attrs: Mapping[str, Any],
     checksum: bool,
@@ -218,11 +220,11 @@ def finish_shard(
     """Write what stands beside the chunks and make the file durable: (its content digest, its SHA-256 or "")."""
     digest = shard.finish(samples, stats, layer_attrs, root_attrs)
     if not checksum:
-        index.make_durable(shard.path)
+        durable.make_durable(shard.path)
         return digest, ""
     with ThreadPoolExecutor(1) as beside:  # reading it does not wait for the disk
-        sha256 = beside.submit(index.file_sha256, shard.path)
-        index.make_durable(shard.path)
+        sha256 = beside.submit(shards.file_sha256, shard.path)
+        durable.make_durable(shard.path)
         return digest, sha256.result()
 
 
@@ -344,7 +346,7 @@ class _Worker:
             for where, digest, over in answers
         ]
 
-    def finish(self, shard: store.Unfinished, what: tuple[Any, ...]) -> tuple[str, str]:
+    def finish(self, shard: writer.Unfinished, what: tuple[Any, ...]) -> tuple[str, str]:
         found: tuple[str, str] = self._ask("finish", shard, *what)
         return found
 

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from fmextract import codecs, index
 from fmextract.records import FileInfo, FileStamp, LayerSpec, SampleTable
-from fmextract.store import ShardWriter, chunk_digest, chunk_grid
+from fmextract.storage import codecs, durable, shards
+from fmextract.storage.digest import chunk_digest
+from fmextract.storage.layout import chunk_grid
+from fmextract.storage.writer import ShardWriter
 
 AXES = {
     1: (),
@@ -134,18 +136,18 @@ def make_shards(
     count = len(next(iter(arrays.values())))
     ranges = [range(start, stop) for start, stop in pairwise((0, *cuts, count))]
     plan = {"shards": [[rows.start, rows.stop] for rows in ranges]}
-    index.write_json(folder / index.PLAN, plan)
+    durable.write_json(folder / shards.PLAN, plan)
     paths = []
     for number, rows in enumerate(ranges if finish else ranges[:-1]):
-        path = folder / index.shard_name(number)
+        path = folder / shards.shard_name(number)
         part = {name: options[name][rows.start : rows.stop] for name in PER_ROW if options.get(name) is not None}
         if columns := options.get("columns"):
             part["columns"] = {name: values[rows.start : rows.stop] for name, values in columns.items()}
         mine = {name: array[rows.start : rows.stop] for name, array in arrays.items()}
         digest = make_file(path, mine, start=rows.start, **(options | part))
         statuses = part.get("status", [0] * len(rows))
-        index.record_shard(path, rows=rows, statuses=statuses, content_digest=digest, batch_size=1)
+        shards.record_shard(path, rows=rows, statuses=statuses, content_digest=digest, batch_size=1)
         paths.append(path)
     if finish:
-        index.fold_index(folder, plan)
+        shards.fold_index(folder, plan)
     return paths

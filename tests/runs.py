@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fmextract import index, reader, run
+from fmextract import reader, run
 from fmextract.config import Config
 from fmextract.errors import FmextractError
 from fmextract.records import Result
+from fmextract.storage import shards
 
 LAYERS = ("conv", "relu", "fc")
 OPTIONS: Mapping[str, Any] = {
@@ -220,7 +221,7 @@ def on_full_disk(source: str, disk: str, whole: str, said: str) -> int:
 
     lines = [_stopped(Path(source), out, fill), str(sorted(path.name for path in out.iterdir()))]
     filler.unlink()
-    lines.append(f"{len(index.load_records(out))} {extract(Path(source), out).resumed_images}")
+    lines.append(f"{len(shards.load_records(out))} {extract(Path(source), out).resumed_images}")
     same(out, Path(whole))
     Path(said).write_text("\n".join([*lines, "same"]))
     return 0

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fmextract import codecs, store
 from fmextract.records import FileInfo, LayerSpec, SampleTable
+from fmextract.storage import codecs, digest, layout
+from fmextract.storage.writer import ShardWriter
 
 INFO = FileInfo(
     title="activations",
@@ -62,12 +63,10 @@ def table(rows: range, **columns: Any) -> SampleTable:
     return made
 
 
-def fill(
-    writer: store.ShardWriter, arrays: Sequence[np.ndarray], codec: str = "gzip", level: int | None = None
-) -> None:
+def fill(writer: ShardWriter, arrays: Sequence[np.ndarray], codec: str = "gzip", level: int | None = None) -> None:
     """Write every chunk of every layer."""
     for number, (spec, array) in enumerate(zip(writer.layers, arrays, strict=True)):
-        for index in np.ndindex(store.chunk_grid(array.shape, spec.chunk)):
+        for index in np.ndindex(layout.chunk_grid(array.shape, spec.chunk)):
             box = tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, spec.chunk, strict=True))
             part = array[box]
             if part.shape[1:] != spec.chunk[1:]:  # a channel split that does not come out even
@@ -81,7 +80,7 @@ def fill(
                 dtype=spec.dtype,
                 values=math.prod(spec.chunk),
             )
-            writer.write_chunk(number, index, payload, store.chunk_digest(payload))
+            writer.write_chunk(number, index, payload, digest.chunk_digest(payload))
 
 
 def write(
@@ -96,6 +95,6 @@ def write(
 ) -> str:
     """A finished file of the given activations. Returns its content digest."""
     rows = range(start, start + len(next(iter(arrays.values()))))
-    writer = store.ShardWriter(path, rows, list(arrays), info, codec, None)
+    writer = ShardWriter(path, rows, list(arrays), info, codec, None)
     fill(writer, list(arrays.values()), codec)
     return writer.finish(samples or table(rows), **finish)

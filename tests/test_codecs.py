@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from isal import isal_zlib
 
-from fmextract.codecs import CODECS, codec_named, decode, encode, filters_to_codec, pick, round_mantissa, unpack
 from fmextract.errors import ConfigError, DamagedError, MissingExtra
+from fmextract.storage.codecs import CODECS, codec_named, decode, encode, filters_to_codec, pick, round_mantissa, unpack
 
 TYPES = ("float16", "float32", "float64", "uint8", "int16", "int32", "int64")
 

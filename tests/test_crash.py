@@ -25,8 +25,9 @@ import pytest
 import runs
 from runs import make_photos, same
 
-from fmextract import index, reader, store
+from fmextract import reader
 from fmextract.errors import FmextractError
+from fmextract.storage import digest, durable
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -218,7 +219,7 @@ def _no_file_is_broken(out: Path) -> None:
     directory = out.with_name(f"{out.name}.partial") if out.suffix else out
     for path in directory.glob("[!.]*.h5") if directory.exists() else ():
         with reader.open(path) as acts:
-            assert store.content_digest(path) == acts.attrs["content_digest"]
+            assert digest.content_digest(path) == acts.attrs["content_digest"]
     for path in directory.glob("[!.]*.json") if directory.exists() else ():
         json.loads(path.read_text())
     try:
@@ -330,7 +331,7 @@ def test_interrupted_while_the_last_shard_is_written(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The caller's thread waits for the writer then: it must go on waiting until the writer has let go."""
-    publish = index.publish
+    publish = durable.publish
 
     def slowly(temporary: Path, final: Path) -> None:
         if final.name == f"shard-{(ROWS - 1) // 4:05}.h5":
@@ -338,7 +339,7 @@ def test_interrupted_while_the_last_shard_is_written(
             time.sleep(0.3)
         publish(temporary, final)
 
-    monkeypatch.setattr(index, "publish", slowly)
+    monkeypatch.setattr(durable, "publish", slowly)
     with pytest.raises(KeyboardInterrupt):
         runs.extract(photos, tmp_path / "out")
     assert not [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]

@@ -18,14 +18,14 @@ from runs import extract, make_photos
 from torch import nn
 
 import fmextract
-from fmextract import store
 from fmextract.cli import main
-from fmextract.index import PLAN
 from fmextract.look import depth
-from fmextract.moments import COVARIANCE, NEAR_ZERO, TOP
 from fmextract.planning import Plan
 from fmextract.records import LayerSpec
 from fmextract.stats import RunningStats
+from fmextract.storage.digest import content_digest
+from fmextract.storage.layer_stats import COVARIANCE, NEAR_ZERO, TOP
+from fmextract.storage.shards import PLAN
 
 ATTRS = ("effective_dimension", "effective_dimension_rows")
 EXACT = 1e-9
@@ -222,10 +222,10 @@ def test_the_covariance_is_numpys_and_part_of_the_digest(shards: Path, tmp_path:
         assert stats["covariance_count"][:].tolist() == [len(found)] * 6
         assert [dim[0].name for dim in stats["covariance"].dims] == [
             "/layers/conv/stats/component", "/layers/conv/stats/covariance_bin"]  # fmt: skip
-    digest = store.content_digest(path)
+    digest = content_digest(path)
     with h5py.File(path, "r+") as file:
         file["layers/conv/stats/covariance"][1, 2] += 1e-9
-    assert store.content_digest(path) != digest
+    assert content_digest(path) != digest
     assert main(["verify", str(path)]) == 5
 
 

@@ -28,10 +28,11 @@ from safetensors import safe_open
 from scipy.spatial.distance import pdist
 
 import fmextract as fm
-from fmextract import dissimilarity, exporting, reader, store
+from fmextract import dissimilarity, exporting, reader
 from fmextract.cli import main
 from fmextract.common.progress import Quiet
 from fmextract.errors import ConfigError, DamagedError, MissingExtra, OutputError
+from fmextract.storage import writer
 from fmextract.verification import verify
 
 ROWS, CUTS = 21, (8, 16)
@@ -275,7 +276,7 @@ def test_many_keys_fit_into_the_descriptors_of_an_rdm(tmp_path: Path) -> None:
     """Texts are attributes there, and HDF5 keeps those of more than 64 KiB in another way."""
     keys = [f"photos/bîrd/{i:06}.jpg" for i in range(20_000)]
     path = tmp_path / "rdm.h5"
-    store.write_rdms(path, {"fc": [np.ones(2), np.ones(1)]}, 3, "cosine", {"model": "tiny"}, {"key": keys})
+    writer.write_rdms(path, {"fc": [np.ones(2), np.ones(1)]}, 3, "cosine", {"model": "tiny"}, {"key": keys})
     with h5py.File(path) as file:
         assert list(file["pattern_descriptors"].attrs["key"]) == keys
         assert file["dissimilarities"][:].tolist() == [[1, 1, 1]]

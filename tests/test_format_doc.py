@@ -11,9 +11,8 @@ import pytest
 import shardfiles
 from shardfiles import layer, table, values
 
-from fmextract import codecs, store
 from fmextract.records import Field
-from fmextract.storage import schema
+from fmextract.storage import codecs, digest, schema
 
 DOC = (Path(__file__).parents[1] / "docs/reference/format.md").read_text(encoding="utf-8")
 CONV = layer(
@@ -69,7 +68,7 @@ def test_every_codec_and_its_filters_are_documented() -> None:
 
 def test_the_digest_is_as_documented(path: Path) -> None:
     assert "BLAKE2b (32 bytes, hex)" in DOC
-    assert len(bytes.fromhex(store.content_digest(path))) == 32
+    assert len(bytes.fromhex(digest.content_digest(path))) == 32
 
 
 @pytest.mark.parametrize(("then", "now"), [(False, []), (True, []), ([["conv1", "bn1"]], [["conv1", "bn1"]])])

@@ -16,8 +16,9 @@ import runs
 import torch
 from runs import extract, extract_until, make_photos, picture
 
-from fmextract import cli, output, reader, store
+from fmextract import cli, output, reader
 from fmextract.errors import FmextractError, FormatError, ModelError, OutputError, SampleError
+from fmextract.storage import digest
 from fmextract.verification import verify
 
 KEYS = [
@@ -219,7 +220,7 @@ def test_crafted_files_are_refused_everywhere(named: Path, photos: Path, tmp_pat
     with pytest.raises(FormatError):
         reader.open(path)
     with pytest.raises(FormatError):
-        store.content_digest(path)
+        digest.content_digest(path)
     assert not verify(path).ok
     content = path.read_bytes()
     with pytest.raises(OutputError):  # nor is it replaced: it is not one of ours any more

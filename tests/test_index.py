@@ -12,45 +12,45 @@ from typing import Any
 
 import pytest
 
-from fmextract import index, store
 from fmextract.errors import DamagedError, FormatError, OutputError
+from fmextract.storage import durable, shards
 
 DIGEST = "ab" * 32
 PLAN: dict[str, Any] = {"shards": [[0, 8], [8, 16], [16, 19]]}
 
 
-def record(number: int, rows: range, directory: Path) -> index.ShardRecord:
+def record(number: int, rows: range, directory: Path) -> shards.ShardRecord:
     """A finished shard: bytes under the final name, and their record."""
     temporary = directory / f".{number}.tmp"
     temporary.write_bytes(f"shard {number}".encode() * 100)
-    final = directory / index.shard_name(number)
-    index.publish(temporary, final)
+    final = directory / shards.shard_name(number)
+    durable.publish(temporary, final)
     statuses = [0] * (len(rows) - 1) + [2]
-    return index.record_shard(final, rows=rows, statuses=statuses, content_digest=DIGEST, batch_size=8)
+    return shards.record_shard(final, rows=rows, statuses=statuses, content_digest=DIGEST, batch_size=8)
 
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    index.write_json(tmp_path / index.PLAN, PLAN)
+    durable.write_json(tmp_path / shards.PLAN, PLAN)
     for number, (start, stop) in enumerate(PLAN["shards"]):
         record(number, range(start, stop), tmp_path)
-    index.fold_index(tmp_path, PLAN)
+    shards.fold_index(tmp_path, PLAN)
     return tmp_path
 
 
 def test_names_sort_as_numbers_do() -> None:
-    assert [index.shard_name(i) for i in (0, 12, 123456)] == ["shard-00000.h5", "shard-00012.h5", "shard-123456.h5"]
+    assert [shards.shard_name(i) for i in (0, 12, 123456)] == ["shard-00000.h5", "shard-00012.h5", "shard-123456.h5"]
 
 
 def test_publish_replaces_in_one_step(tmp_path: Path) -> None:
     temporary, final = tmp_path / "t", tmp_path / "f"
     final.write_text("old")
     temporary.write_text("new")
-    index.publish(temporary, final)
+    durable.publish(temporary, final)
     assert final.read_text() == "new"
     assert not temporary.exists()
     with pytest.raises(OutputError, match="cannot write"):
-        index.publish(temporary, final)
+        durable.publish(temporary, final)
     assert final.read_text() == "new"
 
 
@@ -60,37 +60,37 @@ def test_publish_syncs_the_bytes_before_the_name_and_the_name_after(
     (tmp_path / "t").write_text("x")
     names = {(tmp_path / "t").stat().st_ino: "bytes", tmp_path.stat().st_ino: "directory"}
     done: list[str] = []
-    monkeypatch.setattr(index.os, "fsync", lambda fd: done.append(names[os.fstat(fd).st_ino]))
+    monkeypatch.setattr(shards.os, "fsync", lambda fd: done.append(names[os.fstat(fd).st_ino]))
     replace_path = Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, to: (done.append("rename"), replace_path(self, to))[1])
-    index.publish(tmp_path / "t", tmp_path / "f")
+    durable.publish(tmp_path / "t", tmp_path / "f")
     assert done == ["bytes", "rename", "directory"]
 
 
 def test_write_json_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plan.json"
-    index.write_json(path, {"a": [1, 2]})
+    durable.write_json(path, {"a": [1, 2]})
     assert json.loads(path.read_text()) == {"a": [1, 2]}
 
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index.os, "fsync", full)
-    with pytest.raises(store.disk_error(path, OSError(28, "")).__class__, match="full"):
-        index.write_json(path, {"a": []})
+    monkeypatch.setattr(shards.os, "fsync", full)
+    with pytest.raises(durable.disk_error(path, OSError(28, "")).__class__, match="full"):
+        durable.write_json(path, {"a": []})
     with pytest.raises(TypeError, match="JSON"):
-        index.write_json(path, {"a": {1, 2}})
+        durable.write_json(path, {"a": {1, 2}})
     assert json.loads(path.read_text()) == {"a": [1, 2]}
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_read_json_says_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="there is no file"):
-        index.read_json(tmp_path / "no.json")
+        durable.read_json(tmp_path / "no.json")
     for text in ("{", "[" * 100_000, b"\xff"):
         (tmp_path / "a.json").write_bytes(text.encode() if isinstance(text, str) else text)
         with pytest.raises(FormatError, match="not valid JSON"):
-            index.read_json(tmp_path / "a.json")
+            durable.read_json(tmp_path / "a.json")
 
 
 def test_a_record_tells_the_truth_about_its_file(tmp_path: Path) -> None:
@@ -99,7 +99,7 @@ def test_a_record_tells_the_truth_about_its_file(tmp_path: Path) -> None:
     assert (made.name, made.rows, made.bytes) == ("shard-00003.h5", range(24, 30), len(content))
     assert made.sha256 == hashlib.sha256(content).hexdigest()
     assert (made.statuses, made.failed) == ({"0": 5, "2": 1}, 1)
-    assert index.ShardRecord.from_json(json.loads((tmp_path / "shard-00003.json").read_text())) == made
+    assert shards.ShardRecord.from_json(json.loads((tmp_path / "shard-00003.json").read_text())) == made
 
 
 @pytest.mark.parametrize(
@@ -130,71 +130,71 @@ def test_a_record_tells_the_truth_about_its_file(tmp_path: Path) -> None:
 )
 def test_records_that_are_not_valid_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     good = record(0, range(8), tmp_path).to_json()
-    assert index.ShardRecord.from_json({**good, "of a later version": 1}).to_json() == good
+    assert shards.ShardRecord.from_json({**good, "of a later version": 1}).to_json() == good
     with pytest.raises(FormatError):
-        index.ShardRecord.from_json({**good, **change})
+        shards.ShardRecord.from_json({**good, **change})
     for missing in change:
         with pytest.raises(FormatError):
-            index.ShardRecord.from_json({name: value for name, value in good.items() if name != missing})
+            shards.ShardRecord.from_json({name: value for name, value in good.items() if name != missing})
 
 
 def test_a_finished_run_loads(finished: Path) -> None:
-    records = index.load_index(finished)
+    records = shards.load_index(finished)
     assert [each.rows for each in records] == [range(8), range(8, 16), range(16, 19)]
-    assert index.check_shards(finished, deep=True) == []
+    assert shards.check_shards(finished, deep=True) == []
 
 
 def test_order_comes_from_the_rows(finished: Path) -> None:
-    path = finished / index.INDEX
+    path = finished / shards.INDEX
     stored = json.loads(path.read_text())
     stored["shards"].reverse()
     path.write_text(json.dumps(stored))
-    assert [each.start for each in index.load_index(finished)] == [0, 8, 16]
+    assert [each.start for each in shards.load_index(finished)] == [0, 8, 16]
 
 
 def test_an_unfinished_run_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not an fmextract output"):
-        index.load_index(tmp_path)
-    index.write_json(tmp_path / index.PLAN, PLAN)
+        shards.load_index(tmp_path)
+    durable.write_json(tmp_path / shards.PLAN, PLAN)
     record(0, range(8), tmp_path)
     record(2, range(16, 19), tmp_path)
-    for call in (lambda: index.load_index(tmp_path), lambda: index.fold_index(tmp_path, PLAN)):
+    for call in (lambda: shards.load_index(tmp_path), lambda: shards.fold_index(tmp_path, PLAN)):
         with pytest.raises(OutputError, match=r"missing shard-00001\.h5 \(rows 8 to 15\).*resumes"):
             call()
-    assert not (tmp_path / index.INDEX).exists()
+    assert not (tmp_path / shards.INDEX).exists()
     record(1, range(8, 16), tmp_path)
     with pytest.raises(OutputError, match=r"index\.json is missing"):
-        index.load_index(tmp_path)
-    index.fold_index(tmp_path, PLAN)
-    assert len(index.load_index(tmp_path)) == 3
+        shards.load_index(tmp_path)
+    shards.fold_index(tmp_path, PLAN)
+    assert len(shards.load_index(tmp_path)) == 3
 
 
 def test_a_shard_counts_as_done_only_with_its_whole_file(tmp_path: Path) -> None:
     record(0, range(8), tmp_path)
-    assert [each.name for each in index.load_records(tmp_path)] == ["shard-00000.h5"]
+    assert [each.name for each in shards.load_records(tmp_path)] == ["shard-00000.h5"]
     with (tmp_path / "shard-00000.h5").open("ab") as file:
         file.write(b"x")
-    assert index.load_records(tmp_path) == []
+    assert shards.load_records(tmp_path) == []
     (tmp_path / "shard-00000.h5").unlink()
-    assert index.load_records(tmp_path) == []
+    assert shards.load_records(tmp_path) == []
 
 
 def test_a_record_under_another_name_counts_for_nothing(tmp_path: Path) -> None:
     record(0, range(8), tmp_path)
     shutil.copy(tmp_path / "shard-00000.json", tmp_path / "shard-00001.json")
     told: list[str] = []
-    assert [each.name for each in index.load_records(tmp_path, told.append)] == ["shard-00000.h5"]
+    assert [each.name for each in shards.load_records(tmp_path, told.append)] == ["shard-00000.h5"]
     assert "shard-00001.json is damaged: it is the record of shard-00000.h5" in told[0]
 
 
 def test_no_flipped_bit_of_a_record_is_missed(tmp_path: Path) -> None:
     record(0, range(8), tmp_path)
     path = tmp_path / "shard-00000.json"
-    whole, (right,) = path.read_bytes(), index.load_records(tmp_path)
+    whole, (right,) = path.read_bytes(), shards.load_records(tmp_path)
     for at in range(len(whole)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
         told: list[str] = []
-        assert index.load_records(tmp_path, told.append) == [right] or told, f"byte {at}"
+        assert shards.load_records(tmp_path, told.append) == [right] or told, f"byte {at}"
     assert told
 
 
@@ -204,14 +204,14 @@ def test_a_record_of_an_earlier_version_has_no_digest(tmp_path: Path) -> None:
     said = json.loads(path.read_text())
     assert len(said.pop("digest")) == 64
     path.write_text(json.dumps(said))
-    assert len(index.load_records(tmp_path)) == 1
+    assert len(shards.load_records(tmp_path)) == 1
 
 
 def test_a_missing_file_names_its_rows(finished: Path) -> None:
     (finished / "shard-00001.h5").unlink()
     with pytest.raises(FormatError, match=r"shard-00001\.h5 is missing, with it the rows 8 to 15"):
-        index.load_index(finished)
-    assert [problem.rpartition("/")[2] for problem in index.check_shards(finished)] == [
+        shards.load_index(finished)
+    assert [problem.rpartition("/")[2] for problem in shards.check_shards(finished)] == [
         "shard-00001.h5 (rows 8 to 15) is missing"
     ]
 
@@ -219,22 +219,22 @@ def test_a_missing_file_names_its_rows(finished: Path) -> None:
 def test_a_file_of_another_size_is_damage(finished: Path) -> None:
     (finished / "shard-00002.h5").write_bytes(b"short")
     with pytest.raises(DamagedError, match=r"shard-00002\.h5 \(rows 16 to 18\) has 5 bytes, expected 700"):
-        index.load_index(finished)
-    assert "has 5 bytes" in index.check_shards(finished)[0]
+        shards.load_index(finished)
+    assert "has 5 bytes" in shards.check_shards(finished)[0]
 
 
 def test_changed_bytes_are_found_by_the_deep_check(finished: Path) -> None:
     path = finished / "shard-00002.h5"
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-    assert index.check_shards(finished) == []
-    (problem,) = index.check_shards(finished, deep=True)
+    assert shards.check_shards(finished) == []
+    (problem,) = shards.check_shards(finished, deep=True)
     assert "shard-00002.h5 (rows 16 to 18) has changed" in problem
 
 
 def test_rows_of_the_index_must_be_whole(finished: Path) -> None:
-    path = finished / index.INDEX
+    path = finished / shards.INDEX
     whole = json.loads(path.read_text())
-    middle = index.ShardRecord.from_json(whole["shards"][1])
+    middle = shards.ShardRecord.from_json(whole["shards"][1])
     twice = replace(middle, start=7, statuses={"0": 9}).to_json()
     for entries, message in (
         (whole["shards"][::2], r"rows 8 to 15, before shard-00002\.h5, are missing"),
@@ -244,7 +244,7 @@ def test_rows_of_the_index_must_be_whole(finished: Path) -> None:
     ):
         path.write_text(json.dumps({**whole, "shards": entries}))
         with pytest.raises(FormatError, match=message):
-            index.load_index(finished)
+            shards.load_index(finished)
 
 
 @pytest.mark.parametrize(
@@ -259,18 +259,18 @@ def test_rows_of_the_index_must_be_whole(finished: Path) -> None:
     ],
 )
 def test_a_damaged_index_is_refused(finished: Path, change: dict[str, Any], message: str) -> None:
-    path = finished / index.INDEX
+    path = finished / shards.INDEX
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(FormatError, match=message):
-        index.load_index(finished)
+        shards.load_index(finished)
 
 
 def test_a_plan_without_shards_is_refused(tmp_path: Path) -> None:
     for plan in ({}, {"shards": 3}, {"shards": [[1]]}):
         with pytest.raises(FormatError, match="lists no shards"):
-            index.fold_index(tmp_path, plan)
+            shards.fold_index(tmp_path, plan)
 
 
 def test_a_run_without_rows(tmp_path: Path) -> None:
-    assert index.fold_index(tmp_path, {"shards": []}) == []
-    assert index.load_index(tmp_path) == []
+    assert shards.fold_index(tmp_path, {"shards": []}) == []
+    assert shards.load_index(tmp_path) == []

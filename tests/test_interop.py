@@ -19,8 +19,8 @@ import shardfiles
 import xarray
 from shardfiles import layer, table, values
 
-from fmextract import store
 from fmextract.records import Field, LayerSpec
+from fmextract.storage import layout
 
 assert hdf5plugin  # importing it registers the filters of zstd and lz4
 
@@ -102,7 +102,7 @@ def expect(case: str, spec: LayerSpec, array: np.ndarray, read: Any) -> None:
 def test_h5py(files: Mapping[str, Path], case: str) -> None:
     with h5py.File(files[case]) as file:
         for spec, array in arrays_of(case).items():
-            expect(case, spec, array, file["layers"][store.escape_name(spec.name)]["activation"][()])
+            expect(case, spec, array, file["layers"][layout.escape_name(spec.name)]["activation"][()])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "uint8", "int64"])
@@ -119,7 +119,7 @@ def test_h5py_undoes_every_codec(tmp_path: Path, codec: str, dtype: str) -> None
 def test_h5netcdf(files: Mapping[str, Path], case: str) -> None:
     with h5netcdf.File(files[case], "r") as file:
         for spec, array in arrays_of(case).items():
-            variable = file[f"/layers/{store.escape_name(spec.name)}"].variables["activation"]
+            variable = file[f"/layers/{layout.escape_name(spec.name)}"].variables["activation"]
             assert variable.dimensions == ("sample", *spec.axes)
             expect(case, spec, array, variable[...])
 
@@ -133,7 +133,7 @@ def test_netcdf4(files: Mapping[str, Path], case: str) -> None:
         assert file.dimensions["sample"].isunlimited()
         assert file["key"][0] == "photos/0000.jpg"
         for spec, array in arrays_of(case).items():
-            group = file["layers"].groups[store.escape_name(spec.name)]
+            group = file["layers"].groups[layout.escape_name(spec.name)]
             assert group["activation"].dimensions == ("sample", *spec.axes)
             assert group["activation"].filters()["zlib"]
             group["activation"].set_auto_mask(False)
@@ -148,7 +148,7 @@ def test_xarray_puts_rows_and_keys_beside_a_layer(files: Mapping[str, Path], eng
     """As docs/reference/format.md says: a group opened alone knows nothing of the root's columns."""
     with xarray.open_datatree(files["failed rows"], engine=engine) as tree:
         name, _ = next(iter(arrays_of("failed rows").items()))
-        layer = tree[f"layers/{store.escape_name(name.name)}"].to_dataset().assign_coords(key=tree["key"])
+        layer = tree[f"layers/{layout.escape_name(name.name)}"].to_dataset().assign_coords(key=tree["key"])
         assert layer["sample"].values.tolist() == list(range(6))
         row = layer["activation"].swap_dims(sample="key").sel(key="photos/0004.jpg")
         assert int(row["sample"]) == 4
@@ -166,7 +166,7 @@ def test_xarray(files: Mapping[str, Path], case: str, engine: str) -> None:
             assert root["status"].values.tolist() == [0, 1, 2, 3, 0, 0]
             assert root["message"].values[3] == "ünï"
     for spec, array in arrays_of(case).items():
-        group = f"layers/{store.escape_name(spec.name)}"
+        group = f"layers/{layout.escape_name(spec.name)}"
         with xarray.open_dataset(files[case], engine=engine, group=group) as dataset:
             activation = dataset["activation"]
             assert activation.dims == ("sample", *spec.axes)
@@ -205,12 +205,12 @@ def as_array(seen: Mapping[str, Any], dtype: Any) -> np.ndarray:
 def test_h5wasm(seen_by_h5wasm: Mapping[str, Any], case: str) -> None:
     seen = seen_by_h5wasm[case]
     arrays = arrays_of(case)
-    assert seen["/layers"]["children"] == [store.escape_name(spec.name) for spec in arrays]
+    assert seen["/layers"]["children"] == [layout.escape_name(spec.name) for spec in arrays]
     assert seen["/"]["attributes"]["format"] == ["fmextract"]
     assert len(seen["/"]["attributes"]["fmextract_config"][0]) > 100_000
     assert seen["/key"]["values"][0] == "photos/0000.jpg"
     for spec, array in arrays.items():
-        group = f"/layers/{store.escape_name(spec.name)}"
+        group = f"/layers/{layout.escape_name(spec.name)}"
         expect(case, spec, array, as_array(seen[f"{group}/activation"], spec.dtype))
         assert seen[group]["attributes"]["module"] == [spec.module]
         for name, expected in stats_of(case).get(spec.name, {}).items():

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fmextract import codecs
 from fmextract.common import kernels
+from fmextract.storage import codecs
 
 ROOT = Path(__file__).parent.parent
 NEAR = float(np.float32(0.3))

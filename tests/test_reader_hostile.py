@@ -20,8 +20,9 @@ from files import COLUMNS, make_file, make_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmextract import heaps, reader
+from fmextract import reader
 from fmextract.errors import DamagedError, FmextractError, FormatError
+from fmextract.storage import validation
 
 MAPS = np.random.default_rng(0).normal(size=(6, 4, 3, 2)).astype(np.float32)
 WORDS = (0, 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**64 - 1)
@@ -309,14 +310,14 @@ def test_any_index_raises_only_our_errors(text: bytes | str) -> None:
 
 def heap_places(data: bytes) -> list[int]:
     """Where the sizes of the objects in the global heaps of a valid file stand."""
-    places, heap = [], data.find(heaps.HEAP)
+    places, heap = [], data.find(validation.HEAP)
     while heap >= 0:
         at, end = heap + 16, heap + struct.unpack_from("<Q", data, heap + 8)[0]
         while at <= end - 16:
             places.append(at + 8)
             index, size = struct.unpack_from("<H6xQ", data, at)
             at += 16 + -(-size // 8) * 8 if index else size
-        heap = data.find(heaps.HEAP, heap + 1)
+        heap = data.find(validation.HEAP, heap + 1)
     return places
 
 

@@ -19,7 +19,6 @@ import pytest
 from files import AXES, INFO, make_file, stamps_of
 
 import fmextract
-from fmextract import index
 from fmextract.cli import main
 from fmextract.common import boxes
 from fmextract.common.text import printable
@@ -28,6 +27,7 @@ from fmextract.records import Field
 from fmextract.report import _level, _spread, write_report
 from fmextract.report.numbers import shown
 from fmextract.report.views import sprite_columns
+from fmextract.storage import durable, shards
 
 HERE = Path(__file__).parent / "browser"
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -205,7 +205,7 @@ def test_a_directory_of_shards_gives_the_same(stored: Stored, tmp_path: Path) ->
     write_report(stored.path, whole)
     folder.mkdir()
     plan = {"shards": [[0, 4], [4, 6]]}
-    index.write_json(folder / index.PLAN, plan)
+    durable.write_json(folder / shards.PLAN, plan)
     for number, rows in enumerate((slice(0, 4), slice(4, 6))):
         mine = {name: array[rows] for name, array in stored.arrays.items()}
         stats = {name: stats_of_rows(array, name, good, rows) for name, array in stored.arrays.items() if name != "odd"}
@@ -213,11 +213,11 @@ def test_a_directory_of_shards_gives_the_same(stored: Stored, tmp_path: Path) ->
             **stored.options,
             **{key: stored.options[key][rows] for key in ("keys", "status", "message", "files")},
         }
-        shard = folder / index.shard_name(number)
+        shard = folder / shards.shard_name(number)
         digest = make_file(shard, mine, start=rows.start, **{**options, "stats": stats})
         where = range(rows.start, rows.stop)
-        index.record_shard(shard, rows=where, statuses=options["status"], content_digest=digest, batch_size=1)
-    index.fold_index(folder, plan)
+        shards.record_shard(shard, rows=where, statuses=options["status"], content_digest=digest, batch_size=1)
+    shards.fold_index(folder, plan)
     write_report(folder, parts)
     one, many = data_of(whole), data_of(parts)
     assert one["maps"] == many["maps"]

@@ -19,10 +19,11 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from fmextract import cli, models, store
+from fmextract import cli, models
 from fmextract.common.imports import import_object
 from fmextract.common.trust import names_from_a_file
 from fmextract.errors import ConfigError, ModelError
+from fmextract.storage.digest import _content_digest
 from fmextract.verification import verify
 
 EVIL = """
@@ -157,7 +158,7 @@ def rewritten(out: Path, config: Callable[[dict[str, Any]], None]) -> None:
         said = json.loads(file.attrs["fmextract_config"])
         config(said)
         file.attrs["fmextract_config"] = json.dumps(said)
-        file.attrs["content_digest"] = store._content_digest(file, {})
+        file.attrs["content_digest"] = _content_digest(file, {})
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".txt", ""])

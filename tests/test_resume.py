@@ -18,8 +18,10 @@ import torch
 from runs import Notes, Tiny, extract, extract_until, make_photos, same
 from torch import nn
 
-from fmextract import index, lock, output, planning, reader, verification
+from fmextract import output, planning, reader, verification
 from fmextract.errors import FormatError, OutputError, RunStopped
+from fmextract.storage import lock, shards
+from fmextract.storage.shards import load_index, load_records
 
 ROWS = 18
 SHARDS = 5
@@ -95,7 +97,7 @@ def test_pack_copies_chunks_as_they_are(whole: Path, whole_file: Path, tmp_path:
 def test_an_incomplete_run_is_an_error_everywhere(photos: Path, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract_until(9, photos, out)
-    there = [record.name for record in index.load_records(out)]
+    there = [record.name for record in load_records(out)]
     assert there
     for read in (reader.open, verification.verify, lambda path: output.pack(path, tmp_path / "packed.h5")):
         with pytest.raises((FormatError, OutputError), match=r"finished|in progress"):
@@ -362,12 +364,12 @@ def test_the_one_shard_of_a_file_needs_no_checksum(
     out = tmp_path / "out.h5"
     options = {"shard_size": "1GiB", "worker_kind": kind}
     with monkeypatch.context() as patch:
-        patch.setattr(index, "file_sha256", lambda path: pytest.fail("nobody would read it"))
+        patch.setattr(shards, "file_sha256", lambda path: pytest.fail("nobody would read it"))
         patch.setattr(output.Output, "fold", lambda self, made: sys.exit("killed"))
         with pytest.raises(SystemExit):
             extract(photos, out, **options)
     directory = out.with_name("out.h5.partial")
-    (record,) = index.load_records(directory)
+    (record,) = load_records(directory)
     assert record.sha256 == ""
     shard = directory / record.name
     content = shard.read_bytes()
@@ -396,7 +398,7 @@ def test_smaller_batches_are_recorded_and_equal_within_rounding(photos: Path, tm
     notes = Notes(lambda done: setattr(model, "most", 2) if done >= 6 else None)
     result = extract(photos, tmp_path / "tight", model=model, notes=notes)
     assert result.batch_size == 2
-    records = index.load_index(tmp_path / "tight")
+    records = load_index(tmp_path / "tight")
     assert [record.batch_size for record in records] == [4, 4, 2, 2, 2]
     with reader.open(tmp_path / "tight") as tight, reader.open(tmp_path / "roomy") as roomy:
         for name in tight.layers:

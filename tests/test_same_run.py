@@ -18,9 +18,10 @@ from PIL import Image
 from runs import OPTIONS, Notes, Tiny, extract, extract_until, make_photos, picture, same
 from torch import nn
 
-from fmextract import index, planning, reader, resume, verification
+from fmextract import planning, reader, resume, verification
 from fmextract.errors import ConfigError, OutputError, TooManyFailures
 from fmextract.model.randomness import may_draw
+from fmextract.storage import shards
 
 ROWS = 6
 RATE = 1.0
@@ -354,7 +355,7 @@ def test_rows_that_failed_are_tried_again_when_a_run_is_taken_up(tmp_path: Path)
     photos = make_photos(tmp_path / "photos", 12, bad={1: b"broken", 6: b"broken"})
     out = tmp_path / "out"
     extract_until(11, photos, out)
-    assert sum(record.failed for record in index.load_records(out)) == 2
+    assert sum(record.failed for record in shards.load_records(out)) == 2
     (photos / "0001.png").write_bytes(picture(1))
     result = extract(photos, out)
     assert (result.failed, result.resumed_images) == (1, 4)

@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fmextract import moments, stats
+from fmextract import stats
 from fmextract.common import kernels
-from fmextract.moments import (
+from fmextract.stats import RunningStats
+from fmextract.storage import layer_stats
+from fmextract.storage.layer_stats import (
     COVARIANCE,
     MOMENTS,
     NEAR_ZERO,
@@ -28,7 +30,6 @@ from fmextract.moments import (
     merge,
     settled,
 )
-from fmextract.stats import RunningStats
 
 CPU = torch.device("cpu")
 BELOW = float(np.float32(1.2))
@@ -314,7 +315,7 @@ def test_of_many_channels_the_effective_dimension_is_estimated_within_a_bound(ch
 
 def test_the_estimate_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the mean over many foldings, of 45 channels into 10 components, both traces are the exact ones."""
-    monkeypatch.setattr(moments, "MOST_COMPONENTS", 10)
+    monkeypatch.setattr(layer_stats, "MOST_COMPONENTS", 10)
     random = np.random.default_rng(0)
     rows = np.maximum(random.normal(size=(30, 7)) @ random.normal(size=(7, 45)), 0) * random.lognormal(size=45)
     rows -= rows.mean(0)
@@ -327,7 +328,7 @@ def test_the_estimate_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
         padded[:, :45] = rows[:, some.permutation(45)] * some.choice([-1, 1], 45)
         folded = padded.reshape(30, 5, 10).sum(1)
         s = folded.T @ folded / len(rows)
-        estimates.append(moments._unfolded((s**2).sum(), np.trace(s) ** 2, (np.diag(s) ** 2).sum(), 45))
+        estimates.append(layer_stats._unfolded((s**2).sum(), np.trace(s) ** 2, (np.diag(s) ** 2).sum(), 45))
     means, errors = np.mean(estimates, 0), np.std(estimates, 0) / math.sqrt(len(estimates))
     assert (np.abs(means - exact) < 4 * errors).all()
     assert (errors < 0.02 * np.array(exact)).all()
@@ -335,7 +336,7 @@ def test_the_estimate_is_unbiased(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_folding_never_changes() -> None:
     """Shards of one run, made by other versions on other machines, are merged component by component."""
-    order, signs = moments.folding(1500)
+    order, signs = layer_stats.folding(1500)
     assert sorted(order) == list(range(1500))
     assert order[:5].tolist() == [471, 9, 1499, 54, 1411]
     assert signs[:5].tolist() == [-1.0, 1.0, -1.0, 1.0, -1.0]
@@ -440,5 +441,5 @@ def test_what_is_not_understood_is_refused() -> None:
 
 
 def test_merging_needs_no_torch() -> None:
-    code = "import sys, fmextract.moments; sys.exit('torch' in sys.modules)"
+    code = "import sys, fmextract.storage.layer_stats; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -20,9 +20,12 @@ import shardfiles
 from files import COLUMNS
 from shardfiles import INFO, layer, table, values
 
-from fmextract import store
 from fmextract.errors import DamagedError, FmextractError, FormatError, LayerError, NoSpace, OutputError
 from fmextract.records import Field
+from fmextract.storage import contents, durable, merging
+from fmextract.storage.digest import content_digest
+from fmextract.storage.layout import escape_name, unescape_name
+from fmextract.storage.writer import ShardWriter, file_identity, take_written
 
 CONV = layer("layer1/0", (3, 4, 5), "channel y x", field=Field((7.0, 9.0), (2.0, 4.0), (0.5, 1.5)), rel_error=0.01)
 TOKENS = layer("blocks.0", (6, 8), "token feature", tap="in", member="0", reducer="tokens", copied=True, mantissa=7)
@@ -53,7 +56,7 @@ def test_layout(path: Path) -> None:
     with h5py.File(path) as file:
         assert list(file["layers"]) == ["layer1%2F0", "blocks.0", "fc=mean"]
         for spec, array in arrays.items():
-            stored = file["layers"][store.escape_name(spec.name)]["activation"]
+            stored = file["layers"][escape_name(spec.name)]["activation"]
             np.testing.assert_array_equal(stored, array)
             assert stored.maxshape == (None, *spec.shape)
             assert stored.chunks == spec.chunk
@@ -84,11 +87,11 @@ def test_the_nouns_come_back(path: Path) -> None:
     samples = table(range(9), labels=["cat", None, "ünï"] * 3, message=["", "no such file", ""] * 3)
     info = replace(INFO, extra={"note": "with ünï"})
     shardfiles.write(path, arrays_of(9), samples=samples, info=info)
-    with store.open_shard(path) as file:
-        assert [store.read_layer(group) for group in file["layers"].values()] == list(LAYERS)
-        assert store.read_info(file) == info
-        assert store.read_samples(file) == samples
-        part = store.read_samples(file, slice(2, 5))
+    with contents.open_shard(path) as file:
+        assert [contents.read_layer(group) for group in file["layers"].values()] == list(LAYERS)
+        assert contents.read_info(file) == info
+        assert contents.read_samples(file) == samples
+        part = contents.read_samples(file, slice(2, 5))
         assert (part.start, part.keys) == (2, samples.keys[2:5])
 
 
@@ -108,9 +111,9 @@ def test_what_a_process_has_written_is_what_is_found_there(path: Path) -> None:
         layer_attrs={whole.name: attrs, FC.name: later},
         root_attrs={"throughput": {"images": 9, "seconds": 1.5, "busy_seconds": {"decode": 1.0}}},
     )
-    known = store.take_written(store.file_identity(path.stat()))
-    with store.open_shard(path) as file:
-        found = store.validate(file)
+    known = take_written(file_identity(path.stat()))
+    with contents.open_shard(path) as file:
+        found = contents.validate(file)
     assert known is not None
     assert list(known.layers) == list(found.layers) == [whole.name, TOKENS.name, FC.name, counts.name]
     assert repr(known) == repr(found)  # types too, and arrays, which know no equality
@@ -122,17 +125,17 @@ def test_only_the_file_that_was_written_last_is_known_and_once(path: Path) -> No
 
     other = path.with_name("b.h5")
     write(path)
-    identity = store.file_identity(path.stat())
+    identity = file_identity(path.stat())
     write(other)
-    assert store.take_written(identity) is None
+    assert take_written(identity) is None
     write(path)
     path.rename(other)
-    assert store.take_written(store.file_identity(other.stat())) is not None
-    assert store.take_written(store.file_identity(other.stat())) is None
+    assert take_written(file_identity(other.stat())) is not None
+    assert take_written(file_identity(other.stat())) is None
     write(path)
     with path.open("ab") as file:
         file.write(b"x")
-    assert store.take_written(store.file_identity(path.stat())) is None
+    assert take_written(file_identity(path.stat())) is None
 
 
 @pytest.mark.parametrize(
@@ -147,14 +150,14 @@ def test_only_the_file_that_was_written_last_is_known_and_once(path: Path) -> No
 )
 def test_labels(path: Path, labels: list[Any], expected: list[Any]) -> None:
     shardfiles.write(path, {FC: values(FC, 3)}, samples=table(range(3), labels=labels))
-    with store.open_shard(path) as file:
-        assert store.read_samples(file).labels == expected
+    with contents.open_shard(path) as file:
+        assert contents.read_samples(file).labels == expected
 
 
 def test_text_that_hdf5_cannot_hold_is_escaped(path: Path) -> None:
     shardfiles.write(path, {FC: values(FC, 2)}, samples=table(range(2), keys=["a\0b", "c\udcff"]))
-    with store.open_shard(path) as file:
-        assert store.read_samples(file).keys == ["a\\x00b", "c\\udcff"]
+    with contents.open_shard(path) as file:
+        assert contents.read_samples(file).keys == ["a\\x00b", "c\\udcff"]
 
 
 def test_integers_fill_with_zero_and_channel_splits_need_not_come_out_even(path: Path) -> None:
@@ -173,22 +176,22 @@ def test_old_libraries_can_open_the_file(path: Path) -> None:
 
 
 def test_no_torch() -> None:
-    code = "import sys, fmextract.codecs, fmextract.store, fmextract.index; assert 'torch' not in sys.modules"
+    code = "import sys, fmextract.storage.codecs, fmextract.storage.writer, fmextract.storage.shards; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("name", ["layer4=mean", "a/b%2Fc", "%25", "x[1]", "relu:2", "blöck 1", "%"])
 def test_layer_names_reverse(name: str) -> None:
-    escaped = store.escape_name(name)
+    escaped = escape_name(name)
     assert "/" not in escaped
-    assert store.unescape_name(escaped) == name
+    assert unescape_name(escaped) == name
 
 
 # ------------------------------------------------------------------------------------------------------ what is refused
 
 
 def test_a_missing_chunk_is_refused_and_leaves_no_file(path: Path) -> None:
-    writer = store.ShardWriter(path, range(9), [FC], INFO, "gzip", None)
+    writer = ShardWriter(path, range(9), [FC], INFO, "gzip", None)
     writer.write_chunk(0, (0, 0), b"x", b"")
     with pytest.raises(ValueError, match="1 of 2 chunks are missing"):
         writer.finish(table(range(9)))
@@ -199,7 +202,7 @@ def test_a_missing_chunk_is_refused_and_leaves_no_file(path: Path) -> None:
 
 @pytest.mark.parametrize("index", [(2, 0), (0, 1), (-1, 0), (0,), (0, 0, 0)])
 def test_a_chunk_off_the_grid_is_refused(path: Path, index: tuple[int, ...]) -> None:
-    with store.ShardWriter(path, range(9), [FC], INFO, "gzip", None) as writer:
+    with ShardWriter(path, range(9), [FC], INFO, "gzip", None) as writer:
         with pytest.raises(ValueError, match="expected a chunk index within"):
             writer.write_chunk(0, index, b"x", b"")
         writer.write_chunk(0, (1, 0), b"x", b"")
@@ -211,7 +214,7 @@ def test_a_chunk_off_the_grid_is_refused(path: Path, index: tuple[int, ...]) -> 
 def test_columns_of_other_rows_are_refused(path: Path) -> None:
     for rows in (range(1, 10), range(8)):
         with (
-            store.ShardWriter(path, range(9), [FC], INFO, "gzip", None) as writer,
+            ShardWriter(path, range(9), [FC], INFO, "gzip", None) as writer,
             pytest.raises(ValueError, match="expected columns for rows"),
         ):
             writer.finish(table(rows))
@@ -253,14 +256,14 @@ def test_statistics_that_do_not_fit_are_refused(path: Path) -> None:
 )
 def test_layers_that_readers_could_not_open_are_refused(path: Path, layers: list[Any]) -> None:
     with pytest.raises(LayerError):
-        store.ShardWriter(path, range(2), layers, INFO, "gzip", None)
+        ShardWriter(path, range(2), layers, INFO, "gzip", None)
     assert not path.exists()
 
 
 def test_many_layers(path: Path) -> None:
     many = {spec: values(spec, 2) for spec in (layer(f"conv{number}", (2,), "feature") for number in range(150))}
     digest = shardfiles.write(path, many)
-    assert store.content_digest(path) == digest
+    assert content_digest(path) == digest
     with h5py.File(path) as file:
         assert file["layers/conv149/activation"].dims[0][0] == file["sample"]
 
@@ -270,10 +273,10 @@ def test_many_layers(path: Path) -> None:
 
 def test_errors_of_the_disk() -> None:
     path = Path("out/shard.h5")
-    assert isinstance(store.disk_error(path, OSError(errno.ENOSPC, "")), NoSpace)
+    assert isinstance(durable.disk_error(path, OSError(errno.ENOSPC, "")), NoSpace)
     flush = RuntimeError("Can't decrement id ref count (unable to extend file, errno = 28, error message = 'No space')")
-    assert isinstance(store.disk_error(path, flush), NoSpace)
-    other = store.disk_error(path, OSError(errno.EROFS, ""))
+    assert isinstance(durable.disk_error(path, flush), NoSpace)
+    other = durable.disk_error(path, OSError(errno.EROFS, ""))
     assert isinstance(other, OutputError)
     assert "shard.h5" in str(other)
     assert "Read-only" in str(other)
@@ -281,7 +284,7 @@ def test_errors_of_the_disk() -> None:
 
 def test_an_unwritable_place_is_an_output_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="No such file"):
-        store.ShardWriter(tmp_path / "no" / "a.h5", range(2), [FC], INFO, "gzip", None)
+        ShardWriter(tmp_path / "no" / "a.h5", range(2), [FC], INFO, "gzip", None)
 
 
 FULL_DISK = f"""
@@ -340,7 +343,7 @@ def full_file(path: Path) -> str:
 
 def test_digest_is_that_of_the_closed_file_and_of_every_copy(path: Path, tmp_path: Path) -> None:
     digest = full_file(path)
-    assert store.content_digest(path) == digest
+    assert content_digest(path) == digest
     assert full_file(tmp_path / "b.h5") == digest
     with h5py.File(path) as file:
         assert file.attrs["content_digest"] == digest
@@ -400,7 +403,7 @@ def test_digest_covers(path: Path, change: str) -> None:
     with h5py.File(path, "r+", libver=("earliest", "v110")) as file:
         CHANGES[change](file)
     try:
-        assert store.content_digest(path) != digest
+        assert content_digest(path) != digest
     except FormatError:
         assert change in ("rows",)
 
@@ -431,9 +434,9 @@ def test_no_flipped_bit_changes_what_is_read_unseen(path: Path) -> None:
         flipped[bit // 8] ^= 1 << bit % 8
         flipped_path.write_bytes(flipped)
         try:
-            with store.open_shard(flipped_path) as file:
+            with contents.open_shard(flipped_path) as file:
                 stored = file.attrs["content_digest"]
-            unchanged = store.content_digest(flipped_path) == stored == digest
+            unchanged = content_digest(flipped_path) == stored == digest
             shown = everything_read(flipped_path) if unchanged else None
         except (FmextractError, RuntimeError, OSError):  # ours, or h5py's own: some bits of links only it looks at
             unchanged = False
@@ -525,28 +528,28 @@ def no_activation(file: h5py.File) -> None:
 )
 def test_hostile_files_are_refused(path: Path, attack: Callable[[h5py.File], None]) -> None:
     full_file(path)
-    store.open_shard(path).close()
+    contents.open_shard(path).close()
     with h5py.File(path, "r+", libver=("earliest", "v110")) as file:
         attack(file)
     with pytest.raises(FormatError, match=r"a\.h5"):
-        store.open_shard(path)
+        contents.open_shard(path)
 
 
 def test_other_files_are_refused_with_the_reason(path: Path) -> None:
     with pytest.raises(OutputError, match="there is no file"):
-        store.open_shard(path)
+        contents.open_shard(path)
     path.write_bytes(b"not HDF5" * 100)
     with pytest.raises(FormatError, match="is not an HDF5 file"):
-        store.open_shard(path)
+        contents.open_shard(path)
     with h5py.File(path, "w") as file:
         file["x"] = 1
     with pytest.raises(FormatError, match="was not written by fmextract"):
-        store.open_shard(path)
+        contents.open_shard(path)
     full_file(path)
     with h5py.File(path, "r+") as file:
         file.attrs["format_version"] = 7
     with pytest.raises(FormatError, match=r"version 7.*up to 1.*upgrade"):
-        store.open_shard(path)
+        contents.open_shard(path)
 
 
 def test_a_file_without_rows_is_none_of_ours(path: Path) -> None:
@@ -557,16 +560,16 @@ def test_a_file_without_rows_is_none_of_ours(path: Path) -> None:
         for group in file["layers"].values():
             group["activation"].resize(0, axis=0)
     with pytest.raises(FormatError, match="holds no rows"):
-        store.open_shard(path)
+        contents.open_shard(path)
 
 
 def test_a_missing_chunk_is_never_read_as_fill(path: Path) -> None:
     with h5py.File(path, "w") as file:
         data = file.create_dataset("x", (8,), "f4", chunks=(4,))
         data[:4] = 1
-        assert store.read_chunk(data, (0,))[1]
+        assert contents.read_chunk(data, (0,))[1]
         with pytest.raises(DamagedError, match=r"no chunk \(1,\)"):
-            store.read_chunk(data, (1,))
+            contents.read_chunk(data, (1,))
 
 
 # ----------------------------------------------------------------------------------------------------------------- pack
@@ -586,18 +589,20 @@ def test_pack_equals_the_file_written_at_once(tmp_path: Path, codec: str) -> Non
     whole = shardfiles.write(
         tmp_path / "whole.h5", arrays, samples=table(range(21), labels=labels), codec=codec, stats=stats
     )
-    packed = store.pack(parts, tmp_path / "packed.h5", stats=stats)
-    assert packed == whole == store.content_digest(tmp_path / "packed.h5")
+    packed = merging.pack(parts, tmp_path / "packed.h5", stats=stats)
+    assert packed == whole == content_digest(tmp_path / "packed.h5")
 
 
 def test_pack_takes_other_attributes_and_mixed_labels(tmp_path: Path) -> None:
     parts = [tmp_path / "0.h5", tmp_path / "1.h5"]
     shardfiles.write(parts[0], {FC: values(FC, 8)}, samples=table(range(8), labels=[1] * 7 + [None]))
     shardfiles.write(parts[1], {FC: values(FC, 2)}, start=8, samples=table(range(8, 10), labels=["a", None]))
-    store.pack(parts, tmp_path / "out.h5", info=replace(INFO, history="packed"), layer_attrs={FC.name: {"sparsity": 1}})
-    with store.open_shard(tmp_path / "out.h5") as file:
-        assert store.read_info(file).history == "packed"
-        assert store.read_samples(file).labels == ["1"] * 7 + [None, "a", None]
+    merging.pack(
+        parts, tmp_path / "out.h5", info=replace(INFO, history="packed"), layer_attrs={FC.name: {"sparsity": 1}}
+    )
+    with contents.open_shard(tmp_path / "out.h5") as file:
+        assert contents.read_info(file).history == "packed"
+        assert contents.read_samples(file).labels == ["1"] * 7 + [None, "a", None]
         assert file["layers/fc=mean"].attrs["sparsity"] == 1
 
 
@@ -627,7 +632,7 @@ def test_pack_refuses_what_does_not_belong_together(tmp_path: Path, second: dict
     if damage:
         damage(two)
     with pytest.raises(FormatError, match=message):
-        store.pack([one, two], out)
+        merging.pack([one, two], out)
     assert not out.exists()
 
 
@@ -636,5 +641,5 @@ def test_pack_refuses_parts_that_split_a_chunk(tmp_path: Path) -> None:
     shardfiles.write(one, {FC: values(FC, 7)})
     shardfiles.write(two, {FC: values(FC, 3)}, start=7)
     with pytest.raises(FormatError, match="in the middle of a chunk of fc=mean"):
-        store.pack([one, two], out)
+        merging.pack([one, two], out)
     assert sorted(tmp_path.iterdir()) == [one, two]

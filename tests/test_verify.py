@@ -19,8 +19,10 @@ import pytest
 import runs
 from runs import Tiny, extract, make_photos
 
-from fmextract import cli, index, output, prepare, provenance, reader, store
+from fmextract import cli, output, prepare, provenance, reader
 from fmextract.errors import ConfigError, FormatError, OutputError
+from fmextract.storage import shards
+from fmextract.storage.digest import _content_digest
 from fmextract.verification import verify
 
 ROWS = 14
@@ -151,7 +153,7 @@ def test_two_runs_differ_in_their_digest_by_what_the_format_says(
 
     def digests(name: str) -> list[str]:
         extract(photos, tmp_path / name, layers=["conv", "fc"], limit=6)
-        return [record.content_digest for record in index.load_index(tmp_path / name)]
+        return [record.content_digest for record in shards.load_index(tmp_path / name)]
 
     one, other = digests("one"), digests("other")
     assert set(one).isdisjoint(other)
@@ -211,10 +213,15 @@ def test_a_changed_value_with_a_mended_checksum_is_found_by_the_statistics(
     with h5py.File(shard, "r+", locking=False) as file:
         file["layers/conv/activation"][2, 1, 0, 0] = 100.0
     with h5py.File(shard, "r+", locking=False) as file:
-        digest = store._content_digest(file, {})
+        digest = _content_digest(file, {})
         file.attrs["content_digest"] = digest
     record = json.loads(shard.with_suffix(".json").read_text())
-    record |= {"sha256": index.file_sha256(shard), "bytes": shard.stat().st_size, "content_digest": digest, "extra": {}}
+    record |= {
+        "sha256": shards.file_sha256(shard),
+        "bytes": shard.stat().st_size,
+        "content_digest": digest,
+        "extra": {},
+    }
     shard.with_suffix(".json").write_text(json.dumps(record))
     listed = json.loads((tmp_path / "out" / "index.json").read_text())
     listed["shards"][0] = record
@@ -228,7 +235,7 @@ def edit_columns(edit: Callable[[h5py.File], None], whole_file: Path, place: Pat
     out = copied(whole_file, place)
     with h5py.File(out, "r+", locking=False) as file:
         edit(file)
-        file.attrs["content_digest"] = store._content_digest(file, {})
+        file.attrs["content_digest"] = _content_digest(file, {})
     return out
 
 
@@ -297,7 +304,7 @@ def test_images_that_were_stored_in_another_place_are_found(photos: Path, tmp_pa
     with h5py.File(tmp_path / "out.h5", "r+", locking=False) as file:
         for layer in file["layers"].values():
             layer["activation"][[2, 3]] = layer["activation"][[2, 3]][::-1]
-        file.attrs["content_digest"] = store._content_digest(file, {})
+        file.attrs["content_digest"] = _content_digest(file, {})
     assert verify(tmp_path / "out.h5").ok
     problems = verify(tmp_path / "out.h5", rerun=ROWS, model=MODEL).problems
     assert {problem.rows for problem in problems} == {"2-2", "3-3"}

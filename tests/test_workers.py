@@ -27,7 +27,7 @@ import xxhash
 from PIL import Image
 from runs import Notes, extract, make_photos
 
-from fmextract import chunks, images, reader, run, store, workers
+from fmextract import chunks, images, reader, run, workers
 from fmextract.config import Config
 from fmextract.errors import ConfigError, OutputError, OutputLost, SampleError
 from fmextract.inputs.files import OnDisk
@@ -35,6 +35,7 @@ from fmextract.inputs.sources import on_disk, open_source
 from fmextract.planning import Plan
 from fmextract.prepare import plan_for, prepare
 from fmextract.records import FileStamp
+from fmextract.storage import writer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="processes need memfd_create, of Linux")
 PREPROCESS = images.parse_preprocess("size=20,crop=16,mean=0.5,std=0.5")
@@ -301,7 +302,7 @@ def test_a_shard_that_is_being_finished_when_its_worker_ends_is_lost(tmp_path: P
         os.kill(process, signal.SIGSTOP)
         end = threading.Timer(0.2, os.kill, (process, signal.SIGKILL))
         end.start()
-        shard = store.Unfinished(tmp_path / "x.h5", range(1), (), (), "gzip", 1)
+        shard = writer.Unfinished(tmp_path / "x.h5", range(1), (), (), "gzip", 1)
         with pytest.raises(OutputLost, match="ended while it finished a shard"):
             one.finish(shard, None, {}, {}, {}, True)
         end.join()
@@ -311,7 +312,7 @@ def test_a_shard_that_is_being_finished_when_its_worker_ends_is_lost(tmp_path: P
 
 def test_what_finishing_raises_is_raised_here(two: workers.Workers, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"x\.h5"):
-        two.finish(store.Unfinished(tmp_path / "x.h5", range(1), (), (), "gzip", 1), None, {}, {}, {}, True)
+        two.finish(writer.Unfinished(tmp_path / "x.h5", range(1), (), (), "gzip", 1), None, {}, {}, {}, True)
 
 
 def test_where_processes_do_not_start_threads_do_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from fmextract.lock import NAME as LOCK
+from fmextract.storage.lock import NAME as LOCK
 
 __all__ = ["Stamp", "facts_of_files", "folder_digest", "stamps_of"]
 

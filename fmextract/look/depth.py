@@ -16,7 +16,7 @@ from fmextract.errors import ConfigError
 from fmextract.look import canvas
 from fmextract.look.canvas import Style, styled
 from fmextract.look.select import select_layers
-from fmextract.moments import NEAR_ZERO
+from fmextract.storage.layer_stats import NEAR_ZERO
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fmextract.errors import DamagedError, FormatError
-from fmextract.moments import COVARIANCE, NEAR_ZERO, TOP
+from fmextract.storage.layer_stats import COVARIANCE, NEAR_ZERO, TOP
 
 Array: TypeAlias = npt.NDArray[Any]
 Kind: TypeAlias = Callable[[Any], Any]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from files import make_file, make_shards
 
-from fmextract import exporting, index, output
+from fmextract import exporting, output
 from fmextract.common import processes
+from fmextract.storage import durable, shards
 
 KILLED = """
 import os, signal, sys
@@ -26,7 +27,7 @@ output.pack(source, target) if to == "pack" else exporting.export(source, to=to,
 
 def test_a_mark_tells_a_living_process_from_a_dead_one() -> None:
     mine = processes.mark()
-    assert index.is_temporary(f".x.{mine}")
+    assert durable.is_temporary(f".x.{mine}")
     assert mine != processes.mark()
     assert not processes.is_dead(mine)
     code = "from fmextract.common.processes import mark; print(mark())"
@@ -72,7 +73,7 @@ def test_an_earlier_export_that_was_set_aside_is_no_rubbish_until_the_next_is_th
     aside = tmp_path / f".out.{ended.stdout.strip()}"
     aside.mkdir()
     (aside / "earlier.npy").write_bytes(b"all there is")
-    index.remove_dead(tmp_path / "out", directories=(tmp_path / "out").exists())
+    shards.remove_dead(tmp_path / "out", directories=(tmp_path / "out").exists())
     assert aside.exists()
     exporting.export(tmp_path / "acts.h5", to="npy", out=tmp_path / "out")
     assert not aside.exists()

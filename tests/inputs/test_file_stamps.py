@@ -19,10 +19,11 @@ import xxhash
 from odd_images import jpeg
 from test_device_jpegs import stand_in
 
-from fmextract import images, reader, run, store, workers
+from fmextract import images, reader, run, workers
 from fmextract.inputs import files
 from fmextract.inputs.files import FileBytes
 from fmextract.output import pack
+from fmextract.storage import digest
 from fmextract.verification import verify
 
 NONE = (-1, "")
@@ -162,10 +163,10 @@ def test_they_outlast_a_resume_and_packing(tmp_path: Path) -> None:
 
 def test_another_digest_is_another_content(tmp_path: Path) -> None:
     runs.extract(runs.make_photos(tmp_path / "photos", 3), tmp_path / "a.h5")
-    before = store.content_digest(tmp_path / "a.h5")
+    before = digest.content_digest(tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "r+") as file:
         file["file_digest"][1] = "0" * 32
-    assert store.content_digest(tmp_path / "a.h5") != before
+    assert digest.content_digest(tmp_path / "a.h5") != before
     assert not verify(tmp_path / "a.h5").ok
     with h5py.File(tmp_path / "a.h5", "r+") as file:
         file["file_digest"][1] = "nonsense"

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import fmextract as fm
-from fmextract import prepare, reader, store
-from fmextract.storage import objects
+from fmextract import prepare, reader
+from fmextract.storage import digest, objects, writer
 
 FEW, MANY = 10, 30
 
@@ -38,9 +38,9 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
             (h5py.Group, "__init__"),
             (h5py.AttributeManager, "create"),
             (h5py.AttributeManager, "__getitem__"),
-            (store.schema, "scales"),
-            (store, "_put_values"),
-            (store, "_attribute_parts"),
+            (writer.schema, "scales"),
+            (digest, "_put_values"),
+            (digest, "_attribute_parts"),
             (prepare, "_captured"),
             (Counter, "__eq__"),
         ]
@@ -69,7 +69,7 @@ def test_a_layer_costs_few_of_h5pys_objects(counted: Counter[str]) -> None:
 
 
 def test_the_digest_reads_nothing_of_a_layer_that_was_just_written(counted: Counter[str]) -> None:
-    assert counted["fmextract.store._put_values"] == counted["fmextract.store._attribute_parts"] == 0
+    assert counted["fmextract.storage.digest._put_values"] == counted["fmextract.storage.digest._attribute_parts"] == 0
     assert counted["fmextract.storage.schema.scales"] == 0  # nor does the run look through the file that it wrote
 
 
@@ -81,7 +81,7 @@ def test_what_a_layer_costs_does_not_grow_with_the_layers(counted: Counter[str])
 def test_the_digest_of_what_was_written_is_that_of_the_file(tmp_path: Path) -> None:
     out = run(tmp_path, FEW)
     with fm.open(out) as acts:
-        assert store.content_digest(out) == acts.attrs["content_digest"]
+        assert digest.content_digest(out) == acts.attrs["content_digest"]
 
 
 def test_scales_are_attached_as_libhdf5_attaches_them(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from files import make_file, make_shards
 from torch import nn
 
 from benchmarks import fuzz_structure
-from fmextract import index, reader, replay, store
+from fmextract import reader, replay
 from fmextract.common.boxes import photo_box
 from fmextract.errors import DamagedError, FmextractError, FormatError
 from fmextract.planning import Plan
 from fmextract.records import Field
-from fmextract.storage import schema
+from fmextract.storage import schema, shards
+from fmextract.storage.digest import content_digest
 
 MAPS = np.random.default_rng(0).normal(size=(6, 4, 3, 2)).astype(np.float32)
 TOP = {name: np.zeros((4, 2), np.int64) for name in ("top_sample", "top_y", "top_x")} | {"top_value": np.ones((4, 2))}
@@ -46,7 +47,7 @@ def changed(path: Path, edit: Edit) -> None:
     with h5py.File(path, "r+", libver=("earliest", "v110")) as file:
         edit(file)
     with contextlib.suppress(FmextractError):
-        digest = store.content_digest(path)
+        digest = content_digest(path)
         with h5py.File(path, "r+") as file:
             file.attrs["content_digest"] = digest
 
@@ -165,7 +166,7 @@ def test_open_says_what_is_wrong_and_where(path: Path, what: str) -> None:
     with pytest.raises(FormatError, match=rf"a\.h5.*{place}"):
         reader.open(path)
     with pytest.raises(FormatError, match=r"a\.h5"):
-        store.content_digest(path)
+        content_digest(path)
 
 
 STATISTICS: dict[str, tuple[Edit, str]] = {
@@ -233,7 +234,7 @@ def test_a_record_is_checked(tmp_path: Path, change: dict[str, Any]) -> None:
     listed["shards"][1] |= change
     (tmp_path / "acts/index.json").write_text(json.dumps(listed))
     with pytest.raises(FormatError, match=r"acts/index\.json, shard 1 is damaged"):
-        index.read_index(tmp_path / "acts")
+        shards.read_index(tmp_path / "acts")
 
 
 # ------------------------------------------------------------------------------------------------------------ booleans

@@ -18,7 +18,7 @@ from pathlib import Path
 from fmextract.common import strict_json
 from fmextract.common.processes import started
 from fmextract.errors import OutputError
-from fmextract.store import disk_error
+from fmextract.storage.durable import disk_error
 
 NAME = "lock.json"
 RUN_ID = "FMEXTRACT_RUN_ID"

@@ -10,10 +10,8 @@ killed run leaves whole files or none. Names in an index never lead out of its d
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
-import os
 import re
 import shutil
 from collections import Counter
@@ -26,64 +24,27 @@ from fmextract.common import processes, strict_json
 from fmextract.errors import DamagedError, FormatError, OutputError
 from fmextract.records import FORMAT_VERSION
 from fmextract.storage import schema
-from fmextract.store import disk_error
+from fmextract.storage.durable import is_temporary, read_json, write_json
 
 INDEX, PLAN = "index.json", "plan.json"
+
+
 INDEX_FORMAT = "fmextract-index"
+
+
 DIGEST = "digest"
 """In plan.json and in the record of a shard: SHA-256 of all their other fields."""
+
+
 _NAME = re.compile(r"shard-(\d{5,})\.h5")
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}")
+
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def shard_name(i: int) -> str:
     """The file name of shard `i`."""
     return f"shard-{i:05d}.h5"
-
-
-# ----------------------------------------------------------------------------------------------------- durable writing
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Make `temporary` durable and give it its final name, over what stood there. Raises NoSpace, OutputError."""
-    make_durable(temporary)
-    try:
-        temporary.replace(final)
-        fsync(final.parent)
-    except OSError as error:
-        raise disk_error(final, error) from error
-
-
-def make_durable(path: Path) -> None:
-    """Wait until the bytes of a file are on the disk. Raises NoSpace, OutputError."""
-    try:
-        fsync(path)
-    except OSError as error:
-        raise disk_error(path, error) from error
-
-
-def write_json(path: Path, obj: Any) -> None:
-    """Write `obj` so that `path` holds either what it held or all of `obj`, durably. Raises NoSpace, OutputError."""
-    temporary = temporary_name(path)
-    try:
-        temporary.write_text(strict_json.dumps(obj, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        publish(temporary, path)
-    except OSError as error:
-        raise disk_error(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def temporary_name(path: Path) -> Path:
-    """A new name beside `path`, which `is_temporary` knows: for a file that is not whole yet."""
-    return path.with_name(f".{path.name}.{processes.mark()}")
-
-
-def is_temporary(name: str) -> bool:
-    """Whether a file of this name is what a run that died left unfinished."""
-    return _TEMPORARY.fullmatch(name) is not None
 
 
 def remove_dead(path: Path, *, directories: bool) -> None:
@@ -95,27 +56,6 @@ def remove_dead(path: Path, *, directories: bool) -> None:
                 left.unlink(missing_ok=True)
             elif directories:
                 shutil.rmtree(left)
-
-
-def fsync(path: Path) -> None:
-    """Make a file's bytes, or a directory's names, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_json(path: Path) -> Any:
-    """What `path` holds. Raises OutputError where it is not there, FormatError where it is not JSON."""
-    try:
-        return schema.load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise OutputError(f"there is no file {path}") from error
-    except OSError as error:
-        raise OutputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise FormatError(f"{path} is not valid JSON: {error}") from error
 
 
 def write_sealed(path: Path, obj: Mapping[str, Any]) -> None:
