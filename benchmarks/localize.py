@@ -27,7 +27,7 @@ from fmextract.common.boxes import Box, photo_box
 from fmextract.common.progress import Quiet
 from fmextract.look import where
 from fmextract.look.photos import input_size
-from fmextract.reader import Activations
+from fmextract.reading.activations import Activations
 
 OBJECTS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "coins.png")
 BACKGROUNDS = ("grass.png", "brick.png", "moon.png")

@@ -46,13 +46,14 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 
-from fmextract import benchmark, chunks, engine, reader, run
+from fmextract import benchmark, chunks, engine, run
 from fmextract.channel import Channel, Closed
 from fmextract.common.progress import Quiet
 from fmextract.config import WORKER_KINDS, Config
 from fmextract.device import Download
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, plan_for, prepare
+from fmextract.reading import activations
 from fmextract.storage import codecs
 from fmextract.workers import hired
 
@@ -299,7 +300,7 @@ class Case:
 
     def _check(self, folder: Path) -> None:
         """The first shard holds what the accelerator handed out."""
-        with reader.open(sorted(folder.glob("*.h5"))[0]) as acts:
+        with activations.open(sorted(folder.glob("*.h5"))[0]) as acts:
             for name, maps in zip(acts.layers, self._maps, strict=True):
                 row = min(IMAGES, len(acts)) - 1
                 assert torch.equal(torch.from_numpy(acts[name][row]), maps[row].float()), name

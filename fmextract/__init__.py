@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from fmextract.exporting import export
     from fmextract.planning import Plan
     from fmextract.prepare import describe
-    from fmextract.reader import Activations, Layer, open
+    from fmextract.reading.activations import Activations, open
+    from fmextract.reading.layer import Layer
     from fmextract.run import extract
     from fmextract.run import make_plan as plan
 
@@ -47,15 +48,15 @@ __version__ = "0.1.0"
 
 # What costs an import of HDF5 or torch is imported when it is first used.
 _LAZY = {
-    "Activations": ("fmextract.reader", "Activations"),
-    "Layer": ("fmextract.reader", "Layer"),
+    "Activations": ("fmextract.reading.activations", "Activations"),
+    "Layer": ("fmextract.reading.activations", "Layer"),
     "Plan": ("fmextract.planning", "Plan"),
     "compare": ("fmextract.comparison", "compare"),
     "describe": ("fmextract.run", "describe"),
     "export": ("fmextract.exporting", "export"),
     "extract": ("fmextract.run", "extract"),
     "linear_cka": ("fmextract.comparison", "linear_cka"),
-    "open": ("fmextract.reader", "open"),
+    "open": ("fmextract.reading.activations", "open"),
     "plan": ("fmextract.run", "make_plan"),
 }
 

@@ -460,9 +460,9 @@ def info(out: Output, as_json: Json = False, debug: Debug = False) -> int:
     fmextract info acts.h5
     """
     with _working():
-        from fmextract import reader
+        from fmextract.reading import activations
 
-        with reader.open(out) as acts:
+        with activations.open(out) as acts:
             said = acts.info()
     _show(said, lambda: tables.info(said), as_json)
     return 0
@@ -679,10 +679,11 @@ def compare(
     fmextract compare fp32.h5 bf16.h5 -o differences.png
     """
     with _working():
-        from fmextract import comparison, reader
+        from fmextract import comparison
+        from fmextract.reading import activations
 
         style = _style(theme, dpi, out=out)
-        with reader.open(a) as first, reader.open(b) as second:
+        with activations.open(a) as first, activations.open(b) as second:
             found = comparison.compare(first, second, layers or (), worst=worst)
         if out is not None:
             from fmextract.look.differences import draw_comparison
@@ -875,8 +876,8 @@ def show_maps(
     drawing: dict[str, Any] = {"count": count, "order": order, "channels": channels or (), "scale": scale}
     drawing |= {"overlay": overlay, "format": kind, "layers": layers or ()}
     with _working():
-        from fmextract import reader
         from fmextract.look import live, maps
+        from fmextract.reading import activations
 
         drawing["style"] = _style(theme, dpi, cmap)
 
@@ -884,7 +885,7 @@ def show_maps(
             how: dict[str, Any] = {"weights": weights, "preprocess": preprocess or "model", "size": size}
             made = live.show_maps_of(model, input, out, **how, **drawing)
         elif acts is not None and image is not None and model is None:
-            with reader.open(acts) as stored:
+            with activations.open(acts) as stored:
                 made = maps.show_maps(stored, image, out, images=images, **drawing)
         else:
             raise typer.BadParameter("give either a file and --image KEY, or --model MODEL and --input FILE")
@@ -914,10 +915,10 @@ def show_depth(
     fmextract show depth acts.h5 -o depth.png
     """
     with _working():
-        from fmextract import reader
         from fmextract.look import depth
+        from fmextract.reading import activations
 
-        with reader.open(acts) as stored:
+        with activations.open(acts) as stored:
             if out is None:
                 rows = depth.measure_depth(stored, layers or ())
             else:
@@ -946,10 +947,10 @@ def show_top(
     fmextract show top acts.h5 -l layer4 --channel 17 -o top.png
     """
     with _working():
-        from fmextract import reader
         from fmextract.look import top
+        from fmextract.reading import activations
 
-        with reader.open(acts) as stored:
+        with activations.open(acts) as stored:
             found = top.show_top(stored, layer, channels, out, k=k, images=images, style=_style(theme, dpi))
     _show(top.top_picture(out, found), lambda: tables.examples(out, found), as_json)
     return 0
@@ -976,10 +977,10 @@ def show_where(
     fmextract show where acts.h5 --image cats/tom.jpg -l layer4 -o where.png
     """
     with _working():
-        from fmextract import reader
         from fmextract.look import where
+        from fmextract.reading import activations
 
-        with reader.open(acts) as stored:
+        with activations.open(acts) as stored:
             found = where.show_where(stored, image, layer, out, k=k, images=images, style=_style(theme, dpi, cmap))
     _show(where.where_picture(out, found), lambda: tables.where(out, found), as_json)
     return 0

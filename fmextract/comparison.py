@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fmextract.errors import ConfigError
-from fmextract.reader import Activations, Layer
+from fmextract.reading.activations import Activations
+from fmextract.reading.layer import Layer
 
 Rows: TypeAlias = npt.NDArray[np.int64]
 

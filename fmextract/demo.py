@@ -87,15 +87,15 @@ def demo(out: Path, progress: Progress) -> Demo:
 
     Raises NotACat where it did not, MissingExtra without the libraries of the extra `demo`.
     """
-    from fmextract import reader
     from fmextract.config import Config
+    from fmextract.reading import activations
     from fmextract.report import write_report
     from fmextract.run import run
 
     photos = copy_photos(out / "photos")
     config = Config(layers=LAYERS, precision="fp32", effective_fields="always", overwrite=True)
     result = run(str(photos), "fmextract.demo:model", out / "acts.h5", config, progress)
-    with reader.open(out / "acts.h5") as acts:
+    with activations.open(out / "acts.h5") as acts:
         picture = _picture(acts, photos / CAT, out / "maps.png")
         cat, probability = _recognise(acts)
     page = out / "report.html"

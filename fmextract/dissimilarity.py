@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
-    from fmextract.reader import Layer, Rows
+    from fmextract.reading.indexing import Rows
+    from fmextract.reading.layer import Layer
 
 Array: TypeAlias = npt.NDArray[Any]
 

@@ -28,14 +28,16 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fmextract import output, reader
+from fmextract import output
 from fmextract.common import strict_json
 from fmextract.common.progress import Quiet
 from fmextract.common.text import byte_count, count
 from fmextract.dissimilarity import METRICS, dissimilarities
 from fmextract.errors import ConfigError, MissingExtra, NoSpace, OutputError
-from fmextract.look.select import select_layers
-from fmextract.reader import Activations, Layer
+from fmextract.reading import activations, totals
+from fmextract.reading.activations import Activations
+from fmextract.reading.layer import Layer
+from fmextract.reading.select import select_layers
 from fmextract.records import FileStamp, Label, LayerSpec, Progress, SampleTable
 from fmextract.storage import codecs, contents, digest, durable, layout, schema, shards
 from fmextract.storage.columns import form_of, stored_names
@@ -101,7 +103,7 @@ def export(
     stands at `out`, MissingExtra, NoSpace, and what reading raises.
     """
     if not isinstance(acts, Activations):
-        with reader.open(acts) as opened:
+        with activations.open(acts) as opened:
             return export(opened, to=to, out=out, layers=layers, metric=metric, overwrite=overwrite, progress=progress)
     if to not in FORMATS:
         raise ConfigError(f"--to {to!r}: expected one of {', '.join(FORMATS)}")
@@ -434,7 +436,7 @@ def _write_netcdf(job: _Job, path: Path) -> list[ExportedLayer]:
     """
     acts = job.acts
     parts = [file.path for file in acts._files]
-    stats, attrs, smaller = output.merged(parts, job.names)
+    stats, attrs, smaller = totals.merged(parts, job.names)
     info = acts._files[0].info()
     written = _written(
         job.layers,

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fmextract import estimate, planning, prepare, provenance, reader, resume
+from fmextract import estimate, planning, prepare, provenance, resume
 from fmextract.common import strict_json
 from fmextract.errors import ConfigError, OutputError
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared
+from fmextract.reading import activations
 
 SHOWN = 5  # differences that a message tells
 _OF_FILE = ("batch_size", "memory_format", "forward_threads", "pooling", "prepacked")
@@ -133,7 +134,7 @@ def check_begun(plan: Plan, begun: Plan, target: Path) -> None:
 
 def check_finished(plan: Plan, target: Path) -> None:
     """Raises OutputError where the output that is complete there is not what `plan` says."""
-    with reader.open(target) as acts:
+    with activations.open(target) as acts:
         config = acts.config
         there = {name: config.get(name) for name in _OF_FILE}
         there |= {"precision": acts.attrs.get("precision"), "fused": len(config.get("fused", ()))}

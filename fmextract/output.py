@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,18 +11,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from fmextract import reader, resume
+from fmextract import resume
 from fmextract.common.folders import base_of, moved
 from fmextract.config import check_out, is_single_file
-from fmextract.errors import ConfigError, DamagedError, FormatError, OutputError, OutputLost
+from fmextract.errors import ConfigError, FormatError, OutputError, OutputLost
 from fmextract.planning import PLAN_FORMAT, Plan
+from fmextract.reading import activations, counts
+from fmextract.reading.totals import merged
 from fmextract.records import Progress
 from fmextract.resume import Asked
 from fmextract.storage import contents, digest, durable, merging
 from fmextract.storage.durable import writing
-from fmextract.storage.layer_stats import merge, settled
 from fmextract.storage.lock import NAME as LOCK
 from fmextract.storage.lock import Lock
 from fmextract.storage.shards import (
@@ -39,10 +37,6 @@ from fmextract.storage.shards import (
     write_sealed,
 )
 from fmextract.watch import left_behind
-
-COUNTED = ("clipped", "nonfinite")
-"""Attributes of a layer that count values of a shard: those of an output are their sums."""
-
 
 CHECKS = 4  # shards whose checksums are computed at once
 
@@ -219,7 +213,7 @@ class Output:
         return self._target.exists() if self._single else (self.directory / INDEX).exists()
 
     def _compare_finished(self, asked: Asked) -> None:
-        with reader.open(self._target) as acts:
+        with activations.open(self._target) as acts:
             config = acts.config
         changed = resume.changed(config.get("identity", {}), asked, [self._target], self._progress.note, finished=True)
         if changed:
@@ -334,7 +328,7 @@ def finished_shards(target: Path) -> int:
 def _check_ours(target: Path) -> None:
     """Only a file that says it is ours, and can be read, may be compared with or replaced."""
     try:
-        with reader.open(target):
+        with activations.open(target):
             pass
     except FormatError as error:
         raise OutputError(f"{target} exists and is no output of fmextract, or a broken one: {error}") from error
@@ -459,11 +453,11 @@ def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
 
 
 def _images(shard: Path, target: Path) -> dict[str, Any]:
-    with reader.open(shard) as acts:
+    with activations.open(shard) as acts:
         return images_from(acts, target.parent)
 
 
-def images_from(acts: reader.Activations, to: Path) -> dict[str, Any]:
+def images_from(acts: activations.Activations, to: Path) -> dict[str, Any]:
     """The attribute `images` of a file in the folder `to` that is made of `acts`; nothing where that has none."""
     return {"images": moved(acts.images, base_of(acts.path), to)} if acts.images else {}
 
@@ -477,41 +471,5 @@ def _history(shards: Sequence[Path]) -> str:
 def _throughput(shards: Sequence[Path]) -> Mapping[str, Any] | None:
     """That of all shards together."""
     with contextlib.ExitStack() as stack:
-        opened = (stack.enter_context(reader.open(path)) for path in shards)
-        return reader.total_throughput(acts._files[0].contents.said.get("throughput") for acts in opened)
-
-
-def _joined_stats(path: Path, layer: str, before: Any, part: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return part if before is None else merge([before, part])
-    except (KeyError, ValueError) as error:
-        raise DamagedError(f"{path}: the statistics of {layer} do not fit those of other shards: {error}") from error
-
-
-def merged(
-    shards: Sequence[Path], layers: Sequence[str] | None = None
-) -> tuple[dict[str, dict[str, np.ndarray[Any, Any]]], dict[str, dict[str, Any]], dict[str, int]]:
-    """Statistics and counts of all shards together, and the batch sizes that memory forced; one shard at a time.
-
-    Of all layers if None.
-    """
-    stats: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
-    attrs: dict[str, dict[str, Any]] = {}
-    counts: Counter[tuple[str, str]] = Counter()
-    smaller: dict[str, int] = {}
-    for path in shards:
-        with reader.open(path) as acts:
-            smaller |= acts._files[0].contents.said.get("smaller_batches", {})
-            for name in acts.layers if layers is None else layers:
-                layer = acts[name]
-                counts.update({(name, key): int(layer.attrs[key]) for key in COUNTED if key in layer.attrs})
-                if part := acts._files[0].stats(name, covariance=True):
-                    stats[name] = _joined_stats(path, name, stats.get(name), part)
-                if len(shards) == 1 and (known := layer.effective_dimension):
-                    attrs[name] = known.as_attrs()
-    for name, found in stats.items():
-        stats[name], more = settled(found)
-        attrs.setdefault(name, {}).update(more)
-    for (name, key), count in counts.items():
-        attrs.setdefault(name, {})[key] = np.int64(count)
-    return stats, attrs, smaller
+        opened = (stack.enter_context(activations.open(path)) for path in shards)
+        return counts.total_throughput(acts._files[0].contents.said.get("throughput") for acts in opened)

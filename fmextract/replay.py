@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fmextract import engine, provenance, reader
+from fmextract import engine, provenance
 from fmextract.common.progress import Quiet
 from fmextract.config import FailureBudget
 from fmextract.errors import FormatError, OutputError, SampleError
 from fmextract.planning import Plan
+from fmextract.reading import activations
 from fmextract.records import Label, Progress, Status
 from fmextract.storage import codecs, durable, shards
 
@@ -38,7 +39,7 @@ class Difference:
 
 def differences(
     work: engine.Work,
-    stored: reader.Activations,
+    stored: activations.Activations,
     first: int,
     rows: Sequence[int],
     scratch: Path | None = None,
@@ -65,7 +66,7 @@ def differences(
 
 
 @contextmanager
-def _run_again(work: engine.Work, batch: range, scratch: Path | None) -> Iterator[reader.Activations]:
+def _run_again(work: engine.Work, batch: range, scratch: Path | None) -> Iterator[activations.Activations]:
     """A batch of rows through the whole pipeline, into a file that lives as long as the block."""
     patient = replace(work, budget=FailureBudget(count=len(batch), share=None))
     place = scratch or Path(tempfile.mkdtemp(prefix="fmextract-"))
@@ -73,14 +74,14 @@ def _run_again(work: engine.Work, batch: range, scratch: Path | None) -> Iterato
     try:
         engine.run_shards(patient, place, [batch], Quiet(), engine.Tally())
         (shard,) = place.glob("*.h5")
-        with reader.open(shard) as again:
+        with activations.open(shard) as again:
             yield again
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
 def _compared(
-    stored: reader.Activations, at: int, again: reader.Activations, at_again: int, row: int, precision: str
+    stored: activations.Activations, at: int, again: activations.Activations, at_again: int, row: int, precision: str
 ) -> Iterator[Difference]:
     key = str(stored.keys[at])
     was, now = Status(stored.status[at]), Status(again.status[at_again])
@@ -121,7 +122,7 @@ def check_resume(work: engine.Work, directory: Path, records: Sequence[shards.Sh
     # A shard that memory forced into smaller batches differs in its last bits anyway.
     usual = [r for r in records if r.batch_size == work.plan.batch_size] or list(records)
     record = next((r for r in reversed(usual) if r.failed < len(r.rows)), usual[-1])
-    with reader.open(directory / record.name) as stored:
+    with activations.open(directory / record.name) as stored:
         good = np.flatnonzero(stored.status == Status.OK)[:1]
         found = _batches_again(work, stored, good, durable.temporary_name(directory / "again"))
     _judge(
@@ -134,7 +135,7 @@ def check_resume(work: engine.Work, directory: Path, records: Sequence[shards.Sh
     )
 
 
-def check_finished(work: engine.Work, stored: reader.Activations, rows: int, progress: Progress) -> None:
+def check_finished(work: engine.Work, stored: activations.Activations, rows: int, progress: Progress) -> None:
     """Run the batches of `rows` stored rows again, the first, the last and others evenly between, before an output is
     called complete. As `check_resume`."""
     good = np.flatnonzero(stored.status == Status.OK)
@@ -151,7 +152,7 @@ def check_finished(work: engine.Work, stored: reader.Activations, rows: int, pro
 
 
 def _batches_again(
-    work: engine.Work, stored: reader.Activations, at: np.ndarray, scratch: Path | None = None
+    work: engine.Work, stored: activations.Activations, at: np.ndarray, scratch: Path | None = None
 ) -> list[Difference]:
     """What differs in the batches of the plan that hold these rows of `stored`, as far as it has them."""
     first, size = stored._files[0].start, work.plan.batch_size
@@ -177,7 +178,7 @@ def _judge(found: Sequence[Difference], plan: Plan, place: Path, advice: str, pr
 # ------------------------------------------------------------------------------------------------ rows that failed
 
 
-def recovered(work: engine.Work, stored: reader.Activations) -> list[int]:
+def recovered(work: engine.Work, stored: activations.Activations) -> list[int]:
     """Of the rows that failed, and that `stored` holds, those that would not fail now, as global numbers."""
     first = stored._files[0].start
     status = stored.status
@@ -204,7 +205,7 @@ def _is_decoded(work: engine.Work, row: int) -> bool:
 # ------------------------------------------------------------------------------------------------------- the plan
 
 
-def plan_of(acts: reader.Activations, device: str) -> Plan:
+def plan_of(acts: activations.Activations, device: str) -> Plan:
     """The plan that an output was made by, from what the output says. Raises FormatError where it does not say."""
     try:
         named = acts.config["identity"]["layers"]
@@ -215,7 +216,7 @@ def plan_of(acts: reader.Activations, device: str) -> Plan:
         raise FormatError(f"{acts.path}: fmextract_config does not say {error}: images cannot be run again") from error
 
 
-def _plan_of(acts: reader.Activations, device: str) -> Plan:
+def _plan_of(acts: activations.Activations, device: str) -> Plan:
     config, attrs = acts.config, acts.attrs
     options = config["options"]
     info = {name: attrs.get(name) for name in ("title", "source", "history", "model", "weights_sha256", "created")}

@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fmextract import models, prepare, reader, reducers, replay, resume, run
+from fmextract import models, prepare, reducers, replay, resume, run
 from fmextract.common import strict_json
 from fmextract.common.progress import Quiet
 from fmextract.common.trust import names_from_a_file
 from fmextract.config import Config
 from fmextract.errors import ConfigError
 from fmextract.inputs import sources
+from fmextract.reading import activations
 from fmextract.records import Progress
 from fmextract.selector import Selector
 
@@ -42,7 +43,7 @@ class Said:
 
 
 def rerun(
-    acts: reader.Activations, count: int, said: Said, seed: int | None, progress: Progress | None
+    acts: activations.Activations, count: int, said: Said, seed: int | None, progress: Progress | None
 ) -> list[replay.Difference]:
     """Run `count` random images again, which `seed` chooses; gives what differs. Raises ConfigError where it cannot."""
     first = acts._files[0].start
@@ -62,7 +63,7 @@ def rerun(
             return replay.differences(work, acts, first, [first + int(row) for row in chosen])
 
 
-def _limited(acts: reader.Activations, said: Said) -> contextlib.AbstractContextManager[None]:
+def _limited(acts: activations.Activations, said: Said) -> contextlib.AbstractContextManager[None]:
     """While it lasts, a name in the file becomes code, or weights out of a network, only if the user said so.
 
     Raises ConfigError that says all that has to be given.
@@ -84,7 +85,7 @@ def _limited(acts: reader.Activations, said: Said) -> contextlib.AbstractContext
     )
 
 
-def _code(acts: reader.Activations, said: Said) -> Iterator[tuple[str, str]]:
+def _code(acts: activations.Activations, said: Said) -> Iterator[tuple[str, str]]:
     """What the file names that would be imported, each with the option that gives it (`=`: a reducer; none does)."""
     options = acts.config.get("options", {})
     if said.model is None and models.is_code(str(acts.attrs["model"])):
@@ -99,7 +100,7 @@ def _code(acts: reader.Activations, said: Said) -> Iterator[tuple[str, str]]:
             yield "=", reducer
 
 
-def _options(acts: reader.Activations, said: Said) -> dict[str, Any]:
+def _options(acts: activations.Activations, said: Said) -> dict[str, Any]:
     options = {**acts.config.get("options", {}), "dataset_workers": 0}  # a few rows; and a file starts no processes
     if said.preprocess is not None:
         options["preprocess"] = said.preprocess
@@ -112,21 +113,21 @@ def _options(acts: reader.Activations, said: Said) -> dict[str, Any]:
     return options
 
 
-def _was_an_object(acts: reader.Activations, options: Mapping[str, Any]) -> bool:
+def _was_an_object(acts: activations.Activations, options: Mapping[str, Any]) -> bool:
     """Whether the preprocessing was none that has a name."""
     how = options.get("preprocess")
     own = acts.preprocess.get("kind") == "custom" and not models.is_code(str(how)) and how != "model"
     return own or not isinstance(how, str) or how.startswith("Preprocess(")
 
 
-def _model(acts: reader.Activations, said: Said) -> Any:
+def _model(acts: activations.Activations, said: Said) -> Any:
     name = str(acts.attrs["model"])
     if said.model is None and acts.config.get("origin", {}).get("provider") == "python" and ":" not in name:
         raise ConfigError(f"{acts.path}: the model {name} was an object in a program; give it as model=…")
     return name if said.model is None else said.model
 
 
-def _source(acts: reader.Activations, said: Said) -> Any:
+def _source(acts: activations.Activations, said: Said) -> Any:
     place = str(acts.attrs["source"])
     there = Path(place).exists() or glob.has_magic(place) or sources.is_code(place)
     if said.source is None and not there:

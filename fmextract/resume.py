@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fmextract import planning, reader
+from fmextract import planning
 from fmextract.common.facts import CHANGES
 from fmextract.errors import ConfigError, FormatError, OutputError, SampleError
 from fmextract.inputs.files import stamp_of
 from fmextract.inputs.named_files import folder_digest
+from fmextract.reading import activations
 from fmextract.records import Source, Status
 
 SHOWN = 6  # differences, and photos, that a message names
@@ -286,7 +287,7 @@ def _rows_of(stored: Sequence[Path]) -> Iterator[tuple[int, str, int, str]]:
     """(row, key, status, digest of its file or nothing) of every row that is stored."""
     for path in stored:
         try:
-            with reader.open(path) as acts:
+            with activations.open(path) as acts:
                 first = acts._files[0].start
                 columns = zip(acts.keys, acts.status, acts.file_digests, strict=True)
                 for at, (key, status, digest) in enumerate(columns):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import engine, estimate, following, images, precision, reader, replay, resume, taps
+from fmextract import engine, estimate, following, images, precision, replay, resume, taps
 from fmextract.common import strict_json
 from fmextract.common.devices import is_out_of_memory
 from fmextract.common.progress import Quiet
@@ -30,6 +30,7 @@ from fmextract.inputs.sources import notes_of
 from fmextract.output import Output, resumable
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, copied_as_planned, describe, identity, lent, plan_for, prepare, reduce_functions
+from fmextract.reading import activations, counts
 from fmextract.records import FileInfo, LayerResult, LayerSpec, Progress, Result
 from fmextract.resume import Asked
 from fmextract.storage import shards
@@ -70,7 +71,7 @@ def extract(
     progress: Progress | None = None,
     plan: Saved | None = None,
     **options: Any,
-) -> reader.Activations:
+) -> activations.Activations:
     """Run `source` through `model` and store the activations of `layers` in `out`; gives what `open(out)` gives.
 
     `source`: a folder, a manifest, a map-style Dataset or a sequence of images. `model`: a name (`resnet50`), or an
@@ -116,7 +117,7 @@ def _done(
     *,
     plan: Saved | None = None,
     command: str | None = None,
-) -> tuple[Result, reader.Activations]:
+) -> tuple[Result, activations.Activations]:
     """What was done, and the output, opened: of many layers that takes long, since everything in it is checked."""
     started = time.perf_counter()
     target, given = Path(out).expanduser(), following.loaded(plan)
@@ -143,7 +144,7 @@ def _done(
             resumed = _extract(prepared, made, output, progress, tally)
             _check_failures(made, output.directory, tally, config)
             output.fold(made)
-    acts = reader.just_written(target)
+    acts = activations.just_written(target)
     try:
         result = _result(acts, target, tally, time.perf_counter() - started, resumed if made is not None else None)
     except BaseException:
@@ -159,7 +160,7 @@ def _look_again(prepared: Prepared, asked: Asked, target: Path, progress: Progre
     """Rows of a complete output that failed and would not fail now. Raises OutputError where it is not what this run
     gives."""
     config = prepared.config
-    with reader.open(target) as acts:
+    with activations.open(target) as acts:
         failed = bool(acts.status.any()) and not config.keep_failures
         if not config.recheck and not failed:
             progress.note(f"{target} is complete already")
@@ -240,7 +241,7 @@ def _check_failures(made: Plan, directory: Path, tally: engine.Tally, config: Co
 
 
 def _first_failure(shard: Path) -> tuple[str, str]:
-    with reader.open(shard) as acts:
+    with activations.open(shard) as acts:
         return str(acts.keys[0]), str(acts.messages[0])
 
 
@@ -276,7 +277,7 @@ def _recovered(work: engine.Work, output: Output) -> list[int]:
     """Rows of earlier shards that failed and would not fail now."""
     found: list[int] = []
     for record in (record for record in output.records if record.failed):
-        with reader.open(output.directory / record.name) as stored:
+        with activations.open(output.directory / record.name) as stored:
             found += replay.recovered(work, stored)
     return found
 
@@ -385,7 +386,9 @@ def _file_info(made: Plan) -> FileInfo:
     )
 
 
-def _result(acts: reader.Activations, target: Path, tally: engine.Tally, seconds: float, resumed: int | None) -> Result:
+def _result(
+    acts: activations.Activations, target: Path, tally: engine.Tally, seconds: float, resumed: int | None
+) -> Result:
     """What a finished output holds, and what this run did for it. `resumed` None: it was complete before."""
     rows = len(acts)
     with acts.held():
@@ -434,12 +437,12 @@ def _bytes(target: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _failures(acts: reader.Activations) -> list[tuple[str, str]]:
+def _failures(acts: activations.Activations) -> list[tuple[str, str]]:
     rows = np.flatnonzero(acts.status)[:20]
     return [(str(acts.keys[row]), str(acts.messages[row])) for row in rows]
 
 
-def _layer_result(spec: LayerSpec, totals: reader.Totals) -> LayerResult:
+def _layer_result(spec: LayerSpec, totals: counts.Totals) -> LayerResult:
     return LayerResult(
         name=spec.name,
         shape=spec.shape,

@@ -19,15 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from fmextract import reader
 from fmextract.errors import FormatError, OutputError
 from fmextract.planning import Plan
+from fmextract.reading import activations, indexing
+from fmextract.reading.layer import Layer
 from fmextract.records import Progress, Status
 from fmextract.storage import layer_stats, layout, shards
 from fmextract.storage.digest import chunk_digest, content_digest
 from fmextract.storage.shards import INDEX, PLAN, ShardRecord
 
-Array = reader.Array
+Array = indexing.Array
 BLOCK_BYTES = 32 << 20
 """Values looked at at once, at least one chunk."""
 ROUNDING = 1e-5
@@ -129,7 +130,7 @@ class _Check:
 
     def run(self) -> None:
         if not self.place.exists() or (self.place.is_dir() and not (self.place / INDEX).exists()):
-            reader.open(self.place)  # raises, saying what there is
+            activations.open(self.place)  # raises, saying what there is
         if self.place.is_dir():
             self._directory()
         else:
@@ -193,7 +194,7 @@ class _Check:
         rows = record.rows if record else None
         self.files += 1
         self.bytes += path.stat().st_size
-        with self._looking_at(path, rows), reader.open(path) as acts:
+        with self._looking_at(path, rows), activations.open(path) as acts:
             self.rows += len(acts)
             self._same_run(path, acts, sound)
             start = acts._files[0].start
@@ -213,7 +214,7 @@ class _Check:
                 if record and stored != record.content_digest:
                     self._wrong(path, "its content_digest is not the recorded one", rows=rows)
 
-    def _same_run(self, path: Path, acts: reader.Activations, sound: bool) -> None:
+    def _same_run(self, path: Path, acts: activations.Activations, sound: bool) -> None:
         """Against the first file that is `sound`: one that changed is no measure for the others."""
         self.layers = self.layers or acts.layers
         said = {name: acts.attrs.get(name) for name in ("fmextract_config", "model", "weights_sha256", "precision")}
@@ -224,7 +225,7 @@ class _Check:
             rows = range(start, start + len(acts))
             self._wrong(path, f"is of another run than {self._first[0].name}", rows=rows)
 
-    def _columns(self, path: Path, acts: reader.Activations, record: ShardRecord | None, rows: range) -> None:
+    def _columns(self, path: Path, acts: activations.Activations, record: ShardRecord | None, rows: range) -> None:
         if record and rows != record.rows:
             self._wrong(path, f"holds the rows {rows.start} to {rows.stop - 1}", rows=record.rows)
         if not np.array_equal(acts._column("sample"), np.arange(rows.start, rows.stop)):
@@ -251,7 +252,7 @@ class _Check:
         except FormatError as error:
             self._wrong(path, str(error), rows=rows)
 
-    def _layer(self, path: Path, layer: reader.Layer, start: int, digests: str | None) -> None:
+    def _layer(self, path: Path, layer: Layer, start: int, digests: str | None) -> None:
         self._coordinates(path, layer)
         file = layer._acts._files[0]
         stored = file.stored(layer.name)
@@ -282,7 +283,7 @@ class _Check:
                 self._wrong(path, what, layer.name, range(start, start + len(layer)))
 
     @staticmethod
-    def _damaged(layer: reader.Layer, at: int, step: int, start: int) -> range:
+    def _damaged(layer: Layer, at: int, step: int, start: int) -> range:
         """The first rows of a block that cannot be decoded: those of one chunk."""
         for first in range(at, min(at + step, len(layer)), layer.chunks[0]):
             last = min(first + layer.chunks[0], len(layer))
@@ -292,7 +293,7 @@ class _Check:
                 return range(start + first, start + last)
         return range(start + at, start + min(at + step, len(layer)))
 
-    def _coordinates(self, path: Path, layer: reader.Layer) -> None:
+    def _coordinates(self, path: Path, layer: Layer) -> None:
         there = layer._acts._files[0].coordinates(layer.name)
         for role, size in zip(layer.axes[1:], layer.shape[1:], strict=True):
             expected, _ = layout.coordinate(layer.field, role, size)
@@ -303,7 +304,7 @@ class _Check:
 class _Recount:
     """The statistics of a layer, counted again from what is stored, against those in the file."""
 
-    def __init__(self, layer: reader.Layer) -> None:
+    def __init__(self, layer: Layer) -> None:
         self._layer, self._ok = layer, layer._acts.status == Status.OK
         self._stats = layer._acts._files[0].stats(layer.name)
         self._axis = layer.spec.channel_axis
@@ -437,7 +438,7 @@ def _rerun(check: _Check, count: int, said: tuple[Any, ...], seed: int | None, p
     """Run `count` random images again; notes what does not agree, returns the largest error."""
     from fmextract.rerun import Said, rerun
 
-    with reader.open(check.place) as acts:
+    with activations.open(check.place) as acts:
         found = rerun(acts, count, Said(*said), seed, progress)
     for difference in itertools.filterfalse(lambda d: d.tolerated, found):
         rows = range(difference.row, difference.row + 1)

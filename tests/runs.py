@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fmextract import reader, run
+from fmextract import run
 from fmextract.config import Config
 from fmextract.errors import FmextractError
+from fmextract.reading import activations
 from fmextract.records import Result
 from fmextract.storage import shards
 
@@ -139,7 +140,7 @@ def extract_until(rows: int, source: Any, out: Path, **options: Any) -> None:
 def chunks(out: Path) -> dict[tuple[str, int, tuple[int, ...]], bytes]:
     """Every stored chunk, by layer, first row of its file, and place."""
     held = {}
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         for file in acts._files:
             for name in acts.layers:
                 stored = file.stored(name)
@@ -153,7 +154,7 @@ def chunks(out: Path) -> dict[tuple[str, int, tuple[int, ...]], bytes]:
 def same(one: Path, other: Path) -> None:
     """Asserts that two outputs hold the same: every chunk, every column, every statistic."""
     assert chunks(one) == chunks(other)
-    with reader.open(one) as a, reader.open(other) as b:
+    with activations.open(one) as a, activations.open(other) as b:
         for column in ("keys", "status", "messages", "heights", "widths"):
             np.testing.assert_array_equal(getattr(a, column), getattr(b, column))
         for name in a.layers:

@@ -25,8 +25,8 @@ import pytest
 import runs
 from runs import make_photos, same
 
-from fmextract import reader
 from fmextract.errors import FmextractError
+from fmextract.reading import activations
 from fmextract.storage import digest, durable
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -218,12 +218,12 @@ def _no_file_is_broken(out: Path) -> None:
     """Every file under its final name can be read, and nothing partial opens as the whole."""
     directory = out.with_name(f"{out.name}.partial") if out.suffix else out
     for path in directory.glob("[!.]*.h5") if directory.exists() else ():
-        with reader.open(path) as acts:
+        with activations.open(path) as acts:
             assert digest.content_digest(path) == acts.attrs["content_digest"]
     for path in directory.glob("[!.]*.json") if directory.exists() else ():
         json.loads(path.read_text())
     try:
-        with reader.open(out) as acts:
+        with activations.open(out) as acts:
             assert len(acts) == ROWS
     except FmextractError:
         pass

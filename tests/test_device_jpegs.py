@@ -19,8 +19,9 @@ from odd_images import jpeg, odd_images, photo, with_orientation
 from PIL import ImageOps
 from torchvision.transforms import functional as v1
 
-from fmextract import engine, images, reader
+from fmextract import engine, images
 from fmextract.errors import ConfigError, DeviceLost, MissingExtra, OutputError
+from fmextract.reading import activations
 from fmextract.records import FileStamp, Preprocess
 from fmextract.verification import verify
 
@@ -178,7 +179,7 @@ def test_a_mixed_run_gives_what_the_cpu_gives(
         monkeypatch.setattr(engine._Decoder, "_load_and_decode", noting)
         options = {**OPTIONS, "decode": where, "exif": exif, "batch_size": 64}  # several rows a task
         runs.extract(mixed, tmp_path / f"{where}.h5", **options)
-    with reader.open(tmp_path / "cpu.h5") as a, reader.open(tmp_path / "device.h5") as b:
+    with activations.open(tmp_path / "cpu.h5") as a, activations.open(tmp_path / "device.h5") as b:
         assert set(a.status) == {0, 2}
         for column in ("keys", "status", "messages", "heights", "widths"):
             np.testing.assert_array_equal(getattr(a, column), getattr(b, column))

@@ -9,8 +9,9 @@ import pytest
 import torch
 from runs import Notes, Tiny, extract, make_photos
 
-from fmextract import prepare, reader
+from fmextract import prepare
 from fmextract.errors import ConfigError
+from fmextract.reading import activations
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(photos: Path, out: Path, **options: Any) -> tuple[dict[str, Any], Notes]:
     notes = Notes()
     extract(photos, out, notes=notes, **options)
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         return {name: acts[name].attrs.get("erf_size") for name in acts.layers}, notes
 
 

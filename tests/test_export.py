@@ -28,10 +28,11 @@ from safetensors import safe_open
 from scipy.spatial.distance import pdist
 
 import fmextract as fm
-from fmextract import dissimilarity, exporting, reader
+from fmextract import dissimilarity, exporting
 from fmextract.cli import main
 from fmextract.common.progress import Quiet
 from fmextract.errors import ConfigError, DamagedError, MissingExtra, OutputError
+from fmextract.reading.layer import Layer
 from fmextract.storage import writer
 from fmextract.verification import verify
 
@@ -380,14 +381,14 @@ def test_no_more_than_a_block_is_asked_for(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(dissimilarity, "LEFT_BYTES", block)
     monkeypatch.setattr(dissimilarity, "RIGHT_BYTES", block)
     asked: dict[str, list[int]] = {"wide": [], "narrow": []}
-    read: Callable[[Any, Any], Any] = reader.Layer.__getitem__
+    read: Callable[[Any, Any], Any] = Layer.__getitem__
 
-    def watched(layer: reader.Layer, key: Any) -> Any:
+    def watched(layer: Layer, key: Any) -> Any:
         values = read(layer, key)
         asked[layer.name].append(values.nbytes)
         return values
 
-    monkeypatch.setattr(reader.Layer, "__getitem__", watched)
+    monkeypatch.setattr(Layer, "__getitem__", watched)
     fm.export(tmp_path / "a.h5", to=to, out=tmp_path / NAMES[to])
     for name, array in arrays.items():
         assert max(asked[name]) <= block
@@ -485,14 +486,14 @@ def test_what_goes_wrong_leaves_what_was_there(
 ) -> None:
     fm.export(source, to=to, out=tmp_path / NAMES[to], layers=["conv"])
     before = content(tmp_path / NAMES[to])
-    read: Callable[[Any, Any], Any] = reader.Layer.__getitem__
+    read: Callable[[Any, Any], Any] = Layer.__getitem__
 
-    def broken(layer: reader.Layer, key: Any) -> Any:
+    def broken(layer: Layer, key: Any) -> Any:
         if layer.name == "split":
             raise KeyboardInterrupt
         return read(layer, key)
 
-    monkeypatch.setattr(reader.Layer, "__getitem__", broken)
+    monkeypatch.setattr(Layer, "__getitem__", broken)
     for out in (NAMES[to], f"new-{NAMES[to]}"):
         with pytest.raises(KeyboardInterrupt):
             fm.export(source, to=to, out=tmp_path / out, overwrite=True)

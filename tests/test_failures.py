@@ -19,12 +19,13 @@ import torch
 from privilege import without_privilege
 from runs import LAYERS, Notes, Tiny, extract, make_photos, picture
 
-from fmextract import engine, reader, watch
+from fmextract import engine, watch
 from fmextract.channel import Channel, Closed
 from fmextract.chunks import Chunk
 from fmextract.config import FailureBudget
 from fmextract.errors import CaptureError, DeviceLost, FmextractError, NoSpace, SampleError, TooManyFailures
 from fmextract.pool import Pool
+from fmextract.reading import activations
 from fmextract.records import Status
 
 
@@ -89,7 +90,7 @@ def test_bad_images_keep_their_rows_and_harm_no_others(sound: Path, tmp_path: Pa
     wrong = sorted([*BAD, *UNREADABLE])
     assert (result.images, result.failed) == (14, len(wrong))
     assert len(result.failures) == len(wrong)
-    with reader.open(tmp_path / "out") as acts, reader.open(sound) as good:
+    with activations.open(tmp_path / "out") as acts, activations.open(sound) as good:
         assert acts.keys.tolist() == good.keys.tolist()
         assert np.flatnonzero(acts.status).tolist() == wrong
         for row in wrong:
@@ -114,7 +115,7 @@ def test_a_directory_named_like_an_image_and_a_file_without_permission(tmp_path:
     (photos / "manifest.txt").write_text("".join(f"{row:04}.png\n" for row in range(4)))
     with without_privilege():
         extract(photos / "manifest.txt", tmp_path / "out")
-    with reader.open(tmp_path / "out") as acts:
+    with activations.open(tmp_path / "out") as acts:
         assert acts.status.tolist() == [0, 1, 1, 0]
         assert "Permission denied" in acts.messages[1]
         assert "directory" in acts.messages[2] or "regular file" in acts.messages[2]
@@ -129,7 +130,7 @@ def test_a_file_that_disappears_or_changes_during_the_run_is_a_failed_row(tmp_pa
             (photos / "0013.png").write_bytes(b"not any more")
 
     assert extract(photos, tmp_path / "out", notes=Notes(meddle)).failed == 2
-    with reader.open(tmp_path / "out") as acts:
+    with activations.open(tmp_path / "out") as acts:
         assert acts.status[12:].tolist() == [Status.UNREADABLE, Status.UNDECODABLE]
         assert "No such file" in acts.messages[12]
 
@@ -154,7 +155,7 @@ def test_an_image_that_the_model_refuses_fails_alone(tmp_path: Path) -> None:
     images = with_one_too_bright()
     extract(images, tmp_path / "sound")
     assert extract(images, tmp_path / "out", model=Choosy()).failures == (("000006", "ValueError: too bright"),)
-    with reader.open(tmp_path / "out") as acts, reader.open(tmp_path / "sound") as good:
+    with activations.open(tmp_path / "out") as acts, activations.open(tmp_path / "sound") as good:
         assert acts.status.tolist() == [0] * 6 + [Status.FORWARD_FAILED] + [0] * 3
         fine = acts.rows()
         np.testing.assert_array_equal(acts["conv"][fine], good["conv"][fine])
@@ -255,7 +256,7 @@ def test_all_failed_is_never_done(tmp_path: Path, name: str, budget: Any) -> Non
         with pytest.raises(TooManyFailures, match=r"every one of the 6 images failed\. The first: '0000\.png'"):
             extract(photos, tmp_path / name, max_failures=budget)
     with pytest.raises(FmextractError):
-        reader.open(tmp_path / name)
+        activations.open(tmp_path / name)
 
 
 # ---------------------------------------------------------------------------------------------- stages that raise
@@ -402,7 +403,7 @@ def test_a_stall_says_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.Monk
     notes = Letting()
     extract(data, tmp_path / "out", notes=notes)
     assert "waiting for images to be read and decoded: '000009' (for " in notes
-    with reader.open(tmp_path / "out") as acts:
+    with activations.open(tmp_path / "out") as acts:
         assert not acts.status.any()  # time never decides what is stored
 
 
@@ -575,7 +576,7 @@ def test_chunks_that_share_a_task_come_to_their_places(tmp_path: Path, monkeypat
     monkeypatch.setattr(engine, "tasks", lambda cut, threads, most: [cut[:2], cut[2:]] if len(cut) > 2 else [cut])
     extract(photos, tmp_path / "shared.h5", workers=1)
     assert max(lengths) > 1
-    with reader.open(tmp_path / "plain.h5") as plain, reader.open(tmp_path / "shared.h5") as shared:
+    with activations.open(tmp_path / "plain.h5") as plain, activations.open(tmp_path / "shared.h5") as shared:
         for name in LAYERS:
             np.testing.assert_array_equal(plain[name][:], shared[name][:])
 

@@ -15,8 +15,8 @@ import torch
 from files import make_file
 from torch.utils.data import DataLoader, Subset
 
-from fmextract import reader
 from fmextract.errors import ConfigError
+from fmextract.reading import activations, files
 
 ROWS = 46
 FAILED = (3, 20)
@@ -41,10 +41,10 @@ ARRAYS = make_arrays()
 
 
 @pytest.fixture(scope="module")
-def acts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[reader.Activations]:
+def acts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[activations.Activations]:
     path = tmp_path_factory.mktemp("feeding") / "acts.h5"
     make_file(path, ARRAYS, chunk=CHUNKS, status=[2 * (row in FAILED) for row in range(ROWS)])
-    with reader.open(path) as opened:
+    with activations.open(path) as opened:
         opened["fc"][:8], opened["maps"][:8]  # the threads are there before any worker forks
         yield opened
 
@@ -53,8 +53,8 @@ def acts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[reader.Activation
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The chunks that are read from a file in this process, as they are."""
     seen: list[tuple[int, ...]] = []
-    read = reader._File._payload
-    monkeypatch.setattr(reader._File, "_payload", lambda *a: (seen.append(a[2]), read(*a))[1])
+    read = files.File._payload
+    monkeypatch.setattr(files.File, "_payload", lambda *a: (seen.append(a[2]), read(*a))[1])
     return seen
 
 
@@ -63,7 +63,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("whole", [False, True], ids=["rows", "whole batches"])
 def test_a_dataloader_gets_every_row_once(
-    acts: reader.Activations, cache: int, workers: int, shuffle: bool, whole: bool
+    acts: activations.Activations, cache: int, workers: int, shuffle: bool, whole: bool
 ) -> None:
     dataset = acts.dataset("fc", "maps", cache=cache)
     if whole:
@@ -83,7 +83,7 @@ def test_a_dataloader_gets_every_row_once(
 
 
 @pytest.mark.parametrize("cache", [ALL_FITS, NOTHING_FITS])
-def test_items_and_lists_of_items(acts: reader.Activations, cache: int) -> None:
+def test_items_and_lists_of_items(acts: activations.Activations, cache: int) -> None:
     dataset = acts.dataset("fc", cache=cache)
     for _ in range(2):  # before and after something is held
         row, values = dataset[3]
@@ -101,7 +101,7 @@ def test_items_and_lists_of_items(acts: reader.Activations, cache: int) -> None:
         dataset[len(GOOD)]
 
 
-def test_what_fits_is_read_once(acts: reader.Activations, decoded: list[tuple[int, ...]]) -> None:
+def test_what_fits_is_read_once(acts: activations.Activations, decoded: list[tuple[int, ...]]) -> None:
     dataset = acts.dataset("fc", cache=ALL_FITS)
     for items in dataset.batches(5, shuffle=True):
         dataset[items]
@@ -110,7 +110,9 @@ def test_what_fits_is_read_once(acts: reader.Activations, decoded: list[tuple[in
     assert len(pickle.dumps(dataset)) < 2000  # and does not travel to workers
 
 
-def test_a_chunkwise_shuffle_decodes_every_chunk_once(acts: reader.Activations, decoded: list[tuple[int, ...]]) -> None:
+def test_a_chunkwise_shuffle_decodes_every_chunk_once(
+    acts: activations.Activations, decoded: list[tuple[int, ...]]
+) -> None:
     """Where rows are taken from anywhere, the same cache holds next to nothing of what comes next."""
     dataset = acts.dataset("fc", cache=NOTHING_FITS)
     for items in dataset.batches(6, shuffle=True):
@@ -122,7 +124,7 @@ def test_a_chunkwise_shuffle_decodes_every_chunk_once(acts: reader.Activations, 
     assert len(decoded) > 24
 
 
-def test_shuffles_differ_and_repeat(acts: reader.Activations) -> None:
+def test_shuffles_differ_and_repeat(acts: activations.Activations) -> None:
     for cache in (ALL_FITS, NOTHING_FITS):
         dataset = acts.dataset("fc", cache=cache)
         batches = dataset.batches(6, shuffle=True, seed=1)
@@ -134,13 +136,13 @@ def test_shuffles_differ_and_repeat(acts: reader.Activations) -> None:
             assert sorted(itertools.chain(*one)) == list(range(len(GOOD)))
 
 
-def test_maps_of_one_row_a_chunk_are_shuffled_uniformly(acts: reader.Activations) -> None:
+def test_maps_of_one_row_a_chunk_are_shuffled_uniformly(acts: activations.Activations) -> None:
     """The first batch reaches over the whole file, however little is kept."""
     batches = acts.dataset("maps", cache=1).batches(11, shuffle=True)
     assert np.mean([np.ptp(next(iter(batches))) for _ in range(50)]) > 30
 
 
-def test_each_worker_has_chunks_of_its_own(acts: reader.Activations) -> None:
+def test_each_worker_has_chunks_of_its_own(acts: activations.Activations) -> None:
     dataset = acts.dataset("fc", cache=NOTHING_FITS)
     batches = list(dataset.batches(4, shuffle=True, workers=2))
     assert len(batches) == 11
@@ -149,7 +151,7 @@ def test_each_worker_has_chunks_of_its_own(acts: reader.Activations) -> None:
     assert sorted(itertools.chain(*batches)) == list(range(len(GOOD)))
 
 
-def test_rows_to_choose_from(acts: reader.Activations) -> None:
+def test_rows_to_choose_from(acts: activations.Activations) -> None:
     assert acts.dataset("fc", rows=[20, 30, 4, 3]).rows.tolist() == [30, 4]
     assert acts.dataset("fc", rows=[20, -1], include_failed=True).rows.tolist() == [20, ROWS - 1]
     odd = np.arange(ROWS) % 2 == 1
@@ -161,12 +163,12 @@ def test_rows_to_choose_from(acts: reader.Activations) -> None:
     np.testing.assert_array_equal(tokens.numpy(), ARRAYS["tokens"][rows.numpy()])
     with pytest.raises(IndexError):
         acts.dataset("fc", rows=[ROWS])
-    with pytest.raises(reader.UnknownName, match="closest are fc"):
+    with pytest.raises(activations.UnknownName, match="closest are fc"):
         acts.dataset("f")
     assert len(acts.dataset("fc", rows=[])) == 0
 
 
-def test_sizes_of_batches(acts: reader.Activations) -> None:
+def test_sizes_of_batches(acts: activations.Activations) -> None:
     dataset = acts.dataset("fc")
     for drop, lengths in ((False, [9] * 4 + [8]), (True, [9] * 4)):
         for shuffle in (False, True):
@@ -179,7 +181,7 @@ def test_sizes_of_batches(acts: reader.Activations) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_read_for_themselves(acts: reader.Activations, method: str) -> None:
+def test_workers_read_for_themselves(acts: activations.Activations, method: str) -> None:
     """Also after this process has read, and holds what it read."""
     dataset = acts.dataset("fc")
     whole = dataset[list(range(len(dataset)))][1]
@@ -189,7 +191,7 @@ def test_workers_read_for_themselves(acts: reader.Activations, method: str) -> N
 
 def test_a_dataset_outlives_what_it_came_from(tmp_path: Path) -> None:
     make_file(tmp_path / "a.h5", {"fc": ARRAYS["fc"]})
-    with reader.open(tmp_path / "a.h5") as opened:
+    with activations.open(tmp_path / "a.h5") as opened:
         dataset = opened.dataset("fc")
     np.testing.assert_array_equal(dataset[0][1].numpy(), ARRAYS["fc"][0])
 

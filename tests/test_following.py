@@ -15,10 +15,11 @@ from runs import OPTIONS, Notes, Tiny, extract, extract_until, make_photos
 from torch import nn
 
 import fmextract as fm
-from fmextract import choose, cli, reader
+from fmextract import choose, cli
 from fmextract.config import Config
 from fmextract.errors import ConfigError, FormatError, OutputError
 from fmextract.planning import Plan
+from fmextract.reading import activations
 from fmextract.records import LayerSpec
 from fmextract.run import make_plan, run
 
@@ -41,7 +42,7 @@ def rounded(plan: Plan) -> tuple[LayerSpec, ...]:
 
 
 def decided(out: Path) -> tuple[Any, ...]:
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         config = acts.config
         return acts.attrs["precision"], config["batch_size"], config["memory_format"], config["fused"]
 
@@ -64,7 +65,7 @@ def test_what_was_planned_is_done_whatever_would_be_measured_now(
         follow(photos, tmp_path / f"acts{i}", plan)
         assert decided(tmp_path / f"acts{i}") == (other, 2, "contiguous", [])
         assert len(list((tmp_path / f"acts{i}").glob("shard-*.h5"))) == 1
-        with reader.open(tmp_path / f"acts{i}") as acts:
+        with activations.open(tmp_path / f"acts{i}") as acts:
             assert acts.config["run_id"] != made.run_id
             assert acts["conv"].spec.compute_dtype == made.layers[0].compute_dtype
     again = follow(photos, tmp_path / "acts0", made)
@@ -77,7 +78,7 @@ def test_values_are_those_of_the_planned_precision(tmp_path: Path) -> None:
     made = dataclasses.replace(made, layers=rounded(made))
     follow(photos, tmp_path / "a.h5", made, model)
     follow(photos, tmp_path / "b.h5", None, model, precision="bf16", memory_format="contiguous")
-    with reader.open(tmp_path / "a.h5") as a, reader.open(tmp_path / "b.h5") as b:
+    with activations.open(tmp_path / "a.h5") as a, activations.open(tmp_path / "b.h5") as b:
         for name in a.layers:
             np.testing.assert_array_equal(a[name][:], b[name][:])
 

@@ -14,9 +14,10 @@ from runs import extract, make_photos
 from torch import nn
 from torch.nn import functional
 
-from fmextract import choose, fusion, precision, reader, taps
+from fmextract import choose, fusion, precision, taps
 from fmextract.capture import probe
 from fmextract.errors import FormatError
+from fmextract.reading import activations
 from fmextract.verification import verify
 
 CPU = torch.device("cpu")
@@ -335,12 +336,12 @@ def residual() -> nn.Module:
 def test_a_run_says_that_it_fused_and_can_be_run_again(tmp_path: Path) -> None:
     photos, model = make_photos(tmp_path / "photos", 6), residual()
     extract(photos, tmp_path / "a.h5", model=model, **OPTIONS)
-    with reader.open(tmp_path / "a.h5") as acts:
+    with activations.open(tmp_path / "a.h5") as acts:
         assert len(acts.config["fused"]) == 20
         stored = {name: torch.from_numpy(acts[name][:]) for name in acts.layers}
         said = {name: acts[name].spec.rel_error for name in acts.layers}
     extract(photos, tmp_path / "b.h5", model=model, **{**OPTIONS, "precision": "fp32"})
-    with reader.open(tmp_path / "b.h5") as acts:
+    with activations.open(tmp_path / "b.h5") as acts:
         assert acts.config["fused"] == []
         for name in acts.layers:
             error = distance(stored[name], torch.from_numpy(acts[name][:]))
@@ -360,7 +361,7 @@ def test_long_runs_in_fp32_fuse_where_bits_differ_anyway(tmp_path: Path, monkeyp
     extract(photos, tmp_path / "again.h5", model=model, memory_format="contiguous", **options)
     stored, said, fused = {}, {}, {}
     for name in ("contiguous", "short", "long", "again"):
-        with reader.open(tmp_path / f"{name}.h5") as acts:
+        with activations.open(tmp_path / f"{name}.h5") as acts:
             fused[name] = bool(acts.config["fused"])
             stored[name] = torch.from_numpy(acts["layer4"][:])
             said[name] = acts["layer4"].spec.rel_error
@@ -384,7 +385,7 @@ def test_what_rounding_would_move_too_far_is_not_fused_in_fp32(tmp_path: Path, m
     monkeypatch.setattr(choose, "FUSING_PAYS", 6)
     options = {**OPTIONS, "layers": ["2"], "precision": "fp32", "memory_format": "channels_last"}
     extract(make_photos(tmp_path / "photos", 6), tmp_path / "out.h5", model=model, **options)
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         assert acts.config["fused"] == []
 
 
@@ -417,7 +418,7 @@ def test_readers_that_no_mode_sees_are_found_by_what_comes_out(way: Any, tmp_pat
     photos = make_photos(tmp_path / "photos", 4)
     for name in ("bf16", "fp32"):
         extract(photos, tmp_path / f"{name}.h5", model=model, precision=name, layers=["relu"])
-    with reader.open(tmp_path / "bf16.h5") as rough, reader.open(tmp_path / "fp32.h5") as exact:
+    with activations.open(tmp_path / "bf16.h5") as rough, activations.open(tmp_path / "fp32.h5") as exact:
         assert rough.config["fused"] == []
         assert distance(*(torch.from_numpy(acts["relu"][:]) for acts in (rough, exact))) < 0.02
 

@@ -19,9 +19,10 @@ import simulated_device
 import torch
 from simulated_device import installed
 
-from fmextract import engine, images, reader
+from fmextract import engine, images
 from fmextract.device import DeviceTransfers, _DeviceDownload
 from fmextract.errors import DeviceLost
+from fmextract.reading import activations
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}  # relative L2 against a plain pass of the same precision or fp32
 ROWS = 11
@@ -85,7 +86,7 @@ def test_what_is_stored_is_what_cloning_hooks_give(
     run(out=tmp_path / "two.h5")
     runs.same(tmp_path / "one.h5", tmp_path / "two.h5")  # bit for bit, statistics included
     expected = hooked(photos, device)
-    with reader.open(tmp_path / "one.h5") as acts:
+    with activations.open(tmp_path / "one.h5") as acts:
         for name in runs.LAYERS:
             assert off(acts[name][:], expected[name]) < TOLERANCE[precision]
 
@@ -93,7 +94,7 @@ def test_what_is_stored_is_what_cloning_hooks_give(
 def test_statistics_and_the_strongest_images_are_those_of_what_is_stored(device: torch.device, tmp_path: Path) -> None:
     photos = runs.make_photos(tmp_path / "photos", ROWS, bad={5: b"no picture"})
     runs.extract(photos, tmp_path / "out.h5", device=str(device), max_failures=1)
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         assert acts.status.tolist() == [0] * 5 + [2] + [0] * 5
         for name in runs.LAYERS:
             values = acts[name][:].astype(np.float64)
@@ -111,7 +112,7 @@ def test_reducers_and_an_early_stop(device: torch.device, tmp_path: Path) -> Non
     photos = runs.make_photos(tmp_path / "photos", ROWS)
     runs.extract(photos, tmp_path / "out.h5", device=str(device), layers=["conv=mean", "conv"])
     expected = hooked(photos, device)["conv"]
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         assert off(acts["conv"][:], expected) < TOLERANCE["fp32"]
         assert off(acts["conv=mean"][:], expected.mean((2, 3))) < TOLERANCE["fp32"]
 
@@ -175,7 +176,7 @@ def test_a_batch_that_does_not_fit_is_halved(
     monkeypatch.setattr(model, "forward", forward)
     runs.extract(photos, tmp_path / "out.h5", model=model, device=str(device), batch_size=8)
     expected = hooked(photos, device)
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         for name in runs.LAYERS:
             assert off(acts[name][:], expected[name]) < TOLERANCE["fp32"]
 

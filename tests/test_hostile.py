@@ -16,8 +16,9 @@ import runs
 import torch
 from runs import extract, extract_until, make_photos, picture
 
-from fmextract import cli, output, reader
+from fmextract import cli, output
 from fmextract.errors import FmextractError, FormatError, ModelError, OutputError, SampleError
+from fmextract.reading import activations
 from fmextract.storage import digest
 from fmextract.verification import verify
 
@@ -58,7 +59,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_keys_come_back_as_they_can_be_written(named: Path) -> None:
-    with reader.open(named) as acts:
+    with activations.open(named) as acts:
         for key, stored in zip(KEYS, acts.keys, strict=True):
             if "\udcff" in key or "\0" in key:
                 assert stored == key.replace("\udcff", "\\udcff").replace("\0", "\\x00")
@@ -87,7 +88,7 @@ def test_file_names_that_are_no_text(tmp_path: Path) -> None:
         except OSError:
             pytest.skip("this file system holds no such names")
     extract(photos, tmp_path / "out")
-    with reader.open(tmp_path / "out") as acts:
+    with activations.open(tmp_path / "out") as acts:
         assert set(acts.keys) == {"0000.png", "0001.png", "a\nb.png", "caf\\xe9.png", "-rf.png"}
         assert not acts.status.any()
 
@@ -97,7 +98,7 @@ def test_links_that_lead_in_circles_end(tmp_path: Path) -> None:
     (photos / "up").symlink_to(photos)
     (photos / "self.png").symlink_to("self.png")
     assert extract(photos, tmp_path / "out").failed == 1
-    with reader.open(tmp_path / "out") as acts:
+    with activations.open(tmp_path / "out") as acts:
         assert acts.keys.tolist() == ["0000.png", "0001.png", "0002.png", "self.png"]
 
 
@@ -158,7 +159,7 @@ def test_mutated_runs_raise_only_our_errors(photos: Path, begun: Path, tmp_path:
             runs.same(out, tmp_path / "whole")
             assert verify(out).ok
         else:  # a record may still say something wrong that only verify looks at, as a digest
-            reader.open(out).close()
+            activations.open(out).close()
     assert resumed
 
 
@@ -170,7 +171,7 @@ def test_a_plan_that_leads_elsewhere_removes_nothing(photos: Path, begun: Path, 
         record = json.loads((out / "shard-00000.json").read_text()) | {"name": "../precious.h5"}
         (out / name).write_text(json.dumps(record if name != "index.json" else {"shards": [record]}))
     with pytest.raises(FormatError):
-        reader.open(out)
+        activations.open(out)
     extract(photos, out, overwrite=True)
     assert (tmp_path / "precious.h5").read_text() == "mine"
     runs.same(out, out)
@@ -218,7 +219,7 @@ def test_crafted_files_are_refused_everywhere(named: Path, photos: Path, tmp_pat
     path = Path(shutil.copy(named, tmp_path / "out.h5"))
     crafted(path, kind)
     with pytest.raises(FormatError):
-        reader.open(path)
+        activations.open(path)
     with pytest.raises(FormatError):
         digest.content_digest(path)
     assert not verify(path).ok

@@ -18,7 +18,7 @@ from fmextract.look import canvas, live
 from fmextract.look.maps import show_maps
 from fmextract.look.photos import as_seen, load_photo
 from fmextract.look.places import Grid, grid_of, patch_grid, read_maps
-from fmextract.look.select import select_layers
+from fmextract.reading.select import select_layers
 from fmextract.records import Field
 
 

@@ -13,9 +13,10 @@ import torch
 from runs import Notes, extract, make_photos
 from torch import nn
 
-from fmextract import choose, cli, reader
+from fmextract import choose, cli
 from fmextract.common import strict_json
 from fmextract.common.relative_error import relative_error
+from fmextract.reading import activations
 
 
 class Odd(nn.Module):
@@ -65,7 +66,7 @@ def test_layers_that_are_not_finite_are_stored(
     strictly(strict_json.dumps(result.as_json()))
     for path in out.glob("*.json"):
         strictly(path.read_text())
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         assert np.isnan(acts["all_masked"][:]).all()
         assert np.isneginf(acts["softmax"][:]).any()
         errors = {name: acts[name].spec.rel_error for name in NAMES}
@@ -126,7 +127,7 @@ def test_a_layer_of_zeros_has_no_relative_error(tmp_path: Path) -> None:
     options = {"model": Zeros(), "layers": ["rest"], "memory_format": "contiguous"}
     for kind, error in (("bf16", None), ("fp32", 0.0), ("auto", 0.0)):
         extract(make_photos(tmp_path / kind, 4), tmp_path / f"{kind}.h5", precision=kind, **options)
-        with reader.open(tmp_path / f"{kind}.h5") as acts:
+        with activations.open(tmp_path / f"{kind}.h5") as acts:
             assert acts["rest"].spec.rel_error == error
 
 

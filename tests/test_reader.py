@@ -22,8 +22,10 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fmextract import reader
 from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
+from fmextract.reading import activations, chunks, files, layer, parallel
+from fmextract.reading.chunks import Recent
+from fmextract.reading.layer import Top
 from fmextract.records import Field
 
 ROWS = 22
@@ -44,7 +46,7 @@ ARRAYS = make_arrays()
 
 
 @pytest.fixture(scope="module")
-def outputs() -> Iterator[dict[tuple[str, str], reader.Activations]]:
+def outputs() -> Iterator[dict[tuple[str, str], activations.Activations]]:
     """The same arrays in every way that they can be stored."""
     with tempfile.TemporaryDirectory() as folder:
         opened = {}
@@ -55,7 +57,7 @@ def outputs() -> Iterator[dict[tuple[str, str], reader.Activations]]:
                 make_file(path, ARRAYS, chunk=CHUNKS, codec=codec)
             else:
                 make_shards(path, ARRAYS, (8, 12, 16), chunk=CHUNKS, codec=codec)
-            opened[place, codec] = reader.open(path)
+            opened[place, codec] = activations.open(path)
         yield opened
         for acts in opened.values():
             acts.close()
@@ -117,7 +119,7 @@ def outcome(array: Any, key: Any) -> Any:
 
 @settings(max_examples=600, deadline=None)
 @given(data=st.data())
-def test_indexing_equals_numpy(outputs: dict[tuple[str, str], reader.Activations], data: st.DataObject) -> None:
+def test_indexing_equals_numpy(outputs: dict[tuple[str, str], activations.Activations], data: st.DataObject) -> None:
     acts = outputs[data.draw(st.sampled_from(PLACES))]
     name = data.draw(st.sampled_from(list(SHAPES)))
     key = data.draw(any_index(ARRAYS[name].shape))
@@ -134,7 +136,7 @@ def test_indexing_equals_numpy(outputs: dict[tuple[str, str], reader.Activations
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_indexing_equals_h5py_where_it_can(
-    outputs: dict[tuple[str, str], reader.Activations], data: st.DataObject
+    outputs: dict[tuple[str, str], activations.Activations], data: st.DataObject
 ) -> None:
     acts = outputs["one", "gzip"]
     name = data.draw(st.sampled_from(list(SHAPES)))
@@ -157,7 +159,7 @@ def test_indexing_equals_h5py_where_it_can(
     "rows", [[0], [3, 4, 5], list(range(22)), [4, 3], [3, 3], [2, 4], [1, 3, 2, 4], [20, 21, 22], [-1, 0], [-2, -1], []]
 )
 def test_arrays_of_rows_that_follow_each_other_and_that_do_not(
-    outputs: dict[tuple[str, str], reader.Activations], rows: list[int], dtype: type
+    outputs: dict[tuple[str, str], activations.Activations], rows: list[int], dtype: type
 ) -> None:
     """Such arrays are read as slices, which would cut off rows that are not there."""
     if dtype is np.uint64 and min(rows, default=0) < 0:
@@ -172,7 +174,7 @@ def test_arrays_of_rows_that_follow_each_other_and_that_do_not(
                 np.testing.assert_array_equal(got, want, strict=True)
 
 
-def test_masks_over_several_axes(outputs: dict[tuple[str, str], reader.Activations]) -> None:
+def test_masks_over_several_axes(outputs: dict[tuple[str, str], activations.Activations]) -> None:
     layer, array = outputs["shards", "gzip"]["maps"], ARRAYS["maps"]
     for mask in (array > 50, array.sum((2, 3)) > 0, np.zeros((ROWS, 6), bool)):
         np.testing.assert_array_equal(layer[mask], array[mask])
@@ -182,12 +184,12 @@ def test_masks_over_several_axes(outputs: dict[tuple[str, str], reader.Activatio
 @pytest.mark.parametrize(
     "key", [1.0, "a", [0.5], True, None, (0, None), (..., ...), (0,) * 5, np.zeros(0), np.ones(5, bool), 22, -23, [22]]
 )
-def test_bad_index_raises_like_numpy(outputs: dict[tuple[str, str], reader.Activations], key: Any) -> None:
+def test_bad_index_raises_like_numpy(outputs: dict[tuple[str, str], activations.Activations], key: Any) -> None:
     with pytest.raises(IndexError):
         outputs["one", "gzip"]["maps"][key]
 
 
-def test_scalars_and_conversion(outputs: dict[tuple[str, str], reader.Activations]) -> None:
+def test_scalars_and_conversion(outputs: dict[tuple[str, str], activations.Activations]) -> None:
     layer, array = outputs["one", "gzip"]["fc"], ARRAYS["fc"]
     assert isinstance(layer[1, 2], np.float32)
     np.testing.assert_array_equal(np.asarray(layer), array)
@@ -197,7 +199,7 @@ def test_scalars_and_conversion(outputs: dict[tuple[str, str], reader.Activation
         np.array(layer, copy=False)
 
 
-def test_results_are_the_callers(outputs: dict[tuple[str, str], reader.Activations]) -> None:
+def test_results_are_the_callers(outputs: dict[tuple[str, str], activations.Activations]) -> None:
     layer = outputs["one", "gzip"]["swin"]
     layer[0:3][:] = 0
     layer[5][:] = 0
@@ -205,12 +207,12 @@ def test_results_are_the_callers(outputs: dict[tuple[str, str], reader.Activatio
 
 
 def test_only_touched_chunks_are_read(
-    outputs: dict[tuple[str, str], reader.Activations], monkeypatch: pytest.MonkeyPatch
+    outputs: dict[tuple[str, str], activations.Activations], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, ...]] = []
-    read = reader._File._payload
-    monkeypatch.setattr(reader._File, "_payload", lambda *a: (seen.append(a[2]), read(*a))[1])
-    acts = reader.open(outputs["one", "gzip"].path, threads=1)  # idle threads would read ahead
+    read = files.File._payload
+    monkeypatch.setattr(files.File, "_payload", lambda *a: (seen.append(a[2]), read(*a))[1])
+    acts = activations.open(outputs["one", "gzip"].path, threads=1)  # idle threads would read ahead
     for key, touched in (
         ((3, 5), {(3, 1, 0, 0)}),
         ((slice(3, 5), slice(0, 2)), {(3, 0, 0, 0), (4, 0, 0, 0)}),
@@ -225,25 +227,25 @@ def test_only_touched_chunks_are_read(
 
 
 def test_a_chunk_of_many_rows_is_decoded_once_in_a_loop(
-    outputs: dict[tuple[str, str], reader.Activations], monkeypatch: pytest.MonkeyPatch
+    outputs: dict[tuple[str, str], activations.Activations], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, ...]] = []
-    read = reader._File._payload
-    monkeypatch.setattr(reader._File, "_payload", lambda *a: (seen.append(a[2]), read(*a))[1])
+    read = files.File._payload
+    monkeypatch.setattr(files.File, "_payload", lambda *a: (seen.append(a[2]), read(*a))[1])
     for threads in (1, 3):
-        with reader.open(outputs["one", "gzip"].path, threads=threads) as acts:
+        with activations.open(outputs["one", "gzip"].path, threads=threads) as acts:
             seen.clear()
             np.testing.assert_array_equal(list(acts["fc"]), ARRAYS["fc"])
             assert sorted(seen) == [(chunk, 0) for chunk in range(6)]
 
 
 def test_reading_in_order_reads_ahead_and_no_other(
-    outputs: dict[tuple[str, str], reader.Activations], monkeypatch: pytest.MonkeyPatch
+    outputs: dict[tuple[str, str], activations.Activations], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[int, ...]] = []
-    read = reader._File._payload
-    monkeypatch.setattr(reader._File, "_payload", lambda *a: (seen.append(a[2]), read(*a))[1])
-    with reader.open(outputs["one", "gzip"].path, threads=3) as acts:
+    read = files.File._payload
+    monkeypatch.setattr(files.File, "_payload", lambda *a: (seen.append(a[2]), read(*a))[1])
+    with activations.open(outputs["one", "gzip"].path, threads=3) as acts:
         # From chunk 2 on to 3 is in order: 4 is kept from before, 5 is read along and need not be read for row 21.
         for row, chunks in ((16, [4]), (9, [2]), (12, [3, 5]), (21, []), (2, [0]), (4, [1])):
             seen.clear()
@@ -254,14 +256,14 @@ def test_reading_in_order_reads_ahead_and_no_other(
 @pytest.mark.parametrize("few", [1, 4, 10**6], ids=["picked", "as it is", "joined"])
 @pytest.mark.parametrize("codec", ["gzip", "zstd", "lz4", "none"])
 def test_however_a_part_of_a_chunk_is_read(
-    outputs: dict[tuple[str, str], reader.Activations], codec: str, few: int, monkeypatch: pytest.MonkeyPatch
+    outputs: dict[tuple[str, str], activations.Activations], codec: str, few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "FEW", few)
-    monkeypatch.setattr(reader, "SEEK_BYTES", 1)  # stretches of rows alone, though these chunks are small
-    monkeypatch.setattr(reader, "ALONE_BYTES", 64)  # and several threads
+    monkeypatch.setattr(layer, "FEW", few)
+    monkeypatch.setattr(chunks, "SEEK_BYTES", 1)  # stretches of rows alone, though these chunks are small
+    monkeypatch.setattr(layer, "ALONE_BYTES", 64)  # and several threads
     rng = np.random.default_rng(few)
     for name, array in ARRAYS.items():
-        with reader.open(outputs["one", codec].path, cache=1) as acts:
+        with activations.open(outputs["one", codec].path, cache=1) as acts:
             for _ in range(20):
                 rows = rng.integers(-ROWS, ROWS, rng.integers(1, 9))
                 start, stop = sorted(rng.integers(0, ROWS, 2))
@@ -275,7 +277,7 @@ def test_stored_as_it_is_no_more_is_read_than_wanted(tmp_path: Path, monkeypatch
     read: list[int] = []
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, room, at: (read.append(room[0].nbytes), preadv(fd, room, at))[1])
-    with reader.open(tmp_path / "a.h5") as acts:
+    with activations.open(tmp_path / "a.h5") as acts:
         for key, rows in ((33, [1]), (slice(5, 25), [20]), (..., [64]), ([7, 9, 10], [1, 2]), ([12, 11], [1, 1])):
             read.clear()
             np.testing.assert_array_equal(acts["fc"][key], array[key])
@@ -283,7 +285,7 @@ def test_stored_as_it_is_no_more_is_read_than_wanted(tmp_path: Path, monkeypatch
 
 
 def test_recent_chunks_are_bounded() -> None:
-    recent = reader._Recent(100)
+    recent = Recent(100)
     for number in range(10):
         recent.put(("a", (number,)), np.zeros(30, np.uint8))
         recent.put(("a", (number,)), np.zeros(30, np.uint8))
@@ -292,7 +294,7 @@ def test_recent_chunks_are_bounded() -> None:
     assert recent._room == 100
 
 
-def test_threads_read_at_once(outputs: dict[tuple[str, str], reader.Activations]) -> None:
+def test_threads_read_at_once(outputs: dict[tuple[str, str], activations.Activations]) -> None:
     def read(seed: int) -> None:
         rng = np.random.default_rng(seed)
         for _ in range(15):
@@ -301,15 +303,15 @@ def test_threads_read_at_once(outputs: dict[tuple[str, str], reader.Activations]
             np.testing.assert_array_equal(acts[name][rows], ARRAYS[name][rows])
 
     for place in (("one", "gzip"), ("one", "zstd"), ("shards", "gzip")):
-        with reader.open(outputs[place].path, threads=3) as acts, ThreadPoolExecutor(6) as pool:
+        with activations.open(outputs[place].path, threads=3) as acts, ThreadPoolExecutor(6) as pool:
             list(pool.map(read, range(12)))
 
 
 def test_open_files_are_bounded(
-    outputs: dict[tuple[str, str], reader.Activations], monkeypatch: pytest.MonkeyPatch
+    outputs: dict[tuple[str, str], activations.Activations], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "FILES_OPEN", 1)
-    with reader.open(outputs["shards", "gzip"].path) as acts:
+    monkeypatch.setattr(files, "FILES_OPEN", 1)
+    with activations.open(outputs["shards", "gzip"].path) as acts:
         np.testing.assert_array_equal(acts["maps"][::-1], ARRAYS["maps"][::-1])
         assert len(acts._files._open) == 1
 
@@ -323,7 +325,7 @@ def test_an_error_in_a_thread_is_raised_and_stops_the_others() -> None:
         done.append(task)
 
     with pytest.raises(DamagedError, match="five"):
-        reader._in_parallel(work, iter(range(10_000)), 10_000, 4)
+        parallel.in_parallel(work, iter(range(10_000)), 10_000, 4)
     assert len(done) < 10_000
 
 
@@ -331,7 +333,7 @@ def test_an_error_in_a_thread_is_raised_and_stops_the_others() -> None:
 
 
 def test_columns(failing: Path) -> None:
-    with reader.open(failing) as acts:
+    with activations.open(failing) as acts:
         assert acts.layers == ("maps", "fc")
         assert len(acts) == ROWS
         assert acts.keys[4] == "img/00004.jpg"
@@ -357,14 +359,14 @@ def test_columns(failing: Path) -> None:
 def test_names_with_slashes_and_their_order(tmp_path: Path) -> None:
     arrays = {name: ARRAYS["fc"] + i for i, name in enumerate(("z/y", "a", "50%", "m%2Fn", "relu:2", "b=mean"))}
     make_file(tmp_path / "a.h5", arrays)
-    with reader.open(tmp_path / "a.h5") as acts:
+    with activations.open(tmp_path / "a.h5") as acts:
         assert list(acts) == list(arrays)
         for name, array in arrays.items():
             np.testing.assert_array_equal(acts[name][...], array)
 
 
 def test_info_and_repr(failing: Path) -> None:
-    with reader.open(failing) as acts:
+    with activations.open(failing) as acts:
         info = acts.info()
         assert info["rows"] == ROWS
         assert info["failed"] == 2
@@ -379,7 +381,7 @@ def test_info_and_repr(failing: Path) -> None:
 
 
 def test_closed(failing: Path) -> None:
-    acts = reader.open(failing)
+    acts = activations.open(failing)
     layer = acts["maps"]
     acts.close()
     with pytest.raises(ConfigError, match="closed"):
@@ -388,7 +390,7 @@ def test_closed(failing: Path) -> None:
 
 def test_rows_of_a_lone_shard_count_from_zero(tmp_path: Path) -> None:
     paths = make_shards(tmp_path / "acts", {"maps": ARRAYS["maps"]}, (8, 16))
-    with reader.open(paths[1]) as acts:
+    with activations.open(paths[1]) as acts:
         np.testing.assert_array_equal(acts["maps"][:2], ARRAYS["maps"][8:10])
         assert acts.row("img/00008.jpg") == 0
 
@@ -396,7 +398,7 @@ def test_rows_of_a_lone_shard_count_from_zero(tmp_path: Path) -> None:
 def test_shards_equal_one_file(tmp_path: Path) -> None:
     status = [int(row == 9) for row in range(ROWS)]
     make_shards(tmp_path / "acts", ARRAYS, (8, 16), chunk=CHUNKS, status=status)
-    with reader.open(tmp_path / "acts") as acts:
+    with activations.open(tmp_path / "acts") as acts:
         assert acts.keys.tolist() == [f"img/{row:05}.jpg" for row in range(ROWS)]
         assert acts.status.tolist() == status
         assert acts.info()["files"] == 3
@@ -410,7 +412,7 @@ def test_shards_equal_one_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [1, 5, 8, 256])
 def test_batches_leave_out_failed_rows(failing: Path, size: int) -> None:
     good = [row for row in range(ROWS) if row not in (3, 20)]
-    with reader.open(failing) as acts:
+    with activations.open(failing) as acts:
         for include, want in ((False, good), (True, list(range(ROWS)))):
             batches = list(acts["maps"].batches(size, include_failed=include))
             rows = np.concatenate([rows for rows, _ in batches])
@@ -430,7 +432,7 @@ def test_batches_leave_out_failed_rows(failing: Path, size: int) -> None:
 def test_dataset_in_a_dataloader(failing: Path, workers: int) -> None:
     import torch
 
-    with reader.open(failing) as acts:
+    with activations.open(failing) as acts:
         dataset = acts.dataset("fc", "maps")
         assert isinstance(dataset, torch.utils.data.Dataset)
         acts["maps"][0:8]  # the pool and its threads are there before the workers fork
@@ -449,7 +451,7 @@ def test_dataset_in_a_dataloader(failing: Path, workers: int) -> None:
 def test_dataset_pickles(failing: Path) -> None:
     import torch
 
-    with reader.open(failing) as acts:
+    with activations.open(failing) as acts:
         dataset = acts.dataset("maps")
         row, maps = dataset[3]
     again = pickle.loads(pickle.dumps(dataset))
@@ -460,7 +462,7 @@ def test_dataset_pickles(failing: Path) -> None:
 
 
 def test_reader_does_not_import_torch() -> None:
-    code = "import sys, fmextract.reader; assert 'torch' not in sys.modules"
+    code = "import sys, fmextract.reading.activations; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
@@ -488,7 +490,7 @@ def test_stats_and_top(tmp_path: Path) -> None:
         spec={"maps": {"field": field}},
         stats=make_stats(field),
     )
-    with reader.open(tmp_path / "a.h5") as acts:
+    with activations.open(tmp_path / "a.h5") as acts:
         layer = acts["maps"]
         assert layer.field == field
         assert set(layer.stats.names) >= {"zero_fraction", "count", "top_value"}
@@ -497,7 +499,7 @@ def test_stats_and_top(tmp_path: Path) -> None:
         with pytest.raises(AttributeError, match="zero_fraction"):
             layer.stats.zeros  # noqa: B018
         first, second = layer.top(5)
-        assert first == reader.Top(21, "img/00021.jpg", 9.5, 3, 2, (138.5, 90.5, 181.5, 133.5))
+        assert first == Top(21, "img/00021.jpg", 9.5, 3, 2, (138.5, 90.5, 181.5, 133.5))
         assert second.box == (10.5, 0.0, 53.5, 37.5)  # clipped: the cell looks over the edge
         assert layer.top(-1, k=1) == [first]
         assert layer.top(0) == []
@@ -509,7 +511,7 @@ def test_stats_and_top(tmp_path: Path) -> None:
 
 def test_top_without_a_receptive_field_has_no_box(tmp_path: Path) -> None:
     make_file(tmp_path / "a.h5", {"maps": ARRAYS["maps"]}, stats=make_stats(None))
-    with reader.open(tmp_path / "a.h5") as acts:
+    with activations.open(tmp_path / "a.h5") as acts:
         assert acts["maps"].top(5)[0].box is None
 
 
@@ -522,17 +524,17 @@ def test_run_in_progress_is_refused(tmp_path: Path) -> None:
     make_shards(tmp_path / "acts", {"fc": ARRAYS["fc"]}, (8, 16), status=status, finish=False)
     stored = r"in progress: 16 of 22 images are stored, 1 of them failed \(2 of 3 shards\)\. The same extract command"
     with pytest.raises(FormatError, match=stored):
-        reader.open(tmp_path / "acts")
+        activations.open(tmp_path / "acts")
     (tmp_path / "acts").rename(tmp_path / "a.h5.partial")
     with pytest.raises(FormatError, match=stored):
-        reader.open(tmp_path / "a.h5")
+        activations.open(tmp_path / "a.h5")
 
 
 def test_missing_shard_is_refused(tmp_path: Path) -> None:
     paths = make_shards(tmp_path / "acts", {"fc": ARRAYS["fc"]}, (8, 16))
     paths[1].unlink()
     with pytest.raises(FmextractError, match=r"shard-00001\.h5 is missing.*8 to 15"):
-        reader.open(tmp_path / "acts")
+        activations.open(tmp_path / "acts")
 
 
 def test_swapped_shards_are_refused(tmp_path: Path) -> None:
@@ -540,7 +542,7 @@ def test_swapped_shards_are_refused(tmp_path: Path) -> None:
     small = make_shards(tmp_path / "other", {"maps": ARRAYS["maps"][:20]}, (8, 16))[1].read_bytes()
     record = paths[1].stat().st_size
     paths[1].write_bytes(small[:record].ljust(record, b"\0"))
-    with pytest.raises(FormatError), reader.open(tmp_path / "acts") as acts:
+    with pytest.raises(FormatError), activations.open(tmp_path / "acts") as acts:
         acts["fc"][...]
 
 
@@ -550,16 +552,16 @@ def test_a_shard_of_another_codec_is_refused(tmp_path: Path) -> None:
     other = make_shards(tmp_path / "other", {"fc": array}, (8, 16), codec="gzip")[1].read_bytes()
     paths[1].write_bytes(other.ljust(paths[1].stat().st_size, b"\0"))
     listed = json.loads((tmp_path / "acts" / "index.json").read_text())
-    listed["shards"][1]["content_digest"] = reader.open(paths[1]).attrs["content_digest"]
+    listed["shards"][1]["content_digest"] = activations.open(paths[1]).attrs["content_digest"]
     (tmp_path / "acts" / "index.json").write_text(json.dumps(listed))
-    with reader.open(tmp_path / "acts") as acts:
+    with activations.open(tmp_path / "acts") as acts:
         for key in (slice(6, 10), [3, 12], 9, ...):
             with pytest.raises(FormatError, match=r"shard-00001.h5: layer fc has another shape, type or codec here"):
                 acts["fc"][key]
 
 
 def test_replaced_file_is_noticed(failing: Path, tmp_path: Path) -> None:
-    with reader.open(failing) as acts:
+    with activations.open(failing) as acts:
         make_file(tmp_path / "new.h5", {"maps": ARRAYS["maps"]})
         (tmp_path / "new.h5").replace(failing)
         with pytest.raises(FormatError, match="replaced"):
@@ -586,7 +588,7 @@ def test_not_ours_is_refused(tmp_path: Path, what: str) -> None:
     elif what == "a pipe":
         os.mkfifo(path)
     with pytest.raises(FmextractError, match=expected.get(what)) as caught:
-        reader.open(path)
+        activations.open(path)
     assert caught.value.exit_code == 2
 
 
@@ -598,7 +600,7 @@ def test_damaged_chunk_names_file_layer_and_rows(tmp_path: Path) -> None:
     with path.open("r+b") as raw:
         raw.seek(chunk.byte_offset + chunk.size // 2)
         raw.write(b"\xff" * 8)
-    with reader.open(path) as acts:
+    with activations.open(path) as acts:
         np.testing.assert_array_equal(acts["fc"][:8], ARRAYS["fc"][:8])
         with pytest.raises(DamagedError, match=r"a\.h5: layer fc, rows 8 to 11"):
             acts["fc"][...]
@@ -611,7 +613,7 @@ def test_chunk_that_was_never_written_is_no_fill_value(tmp_path: Path) -> None:
         for name in (*COLUMNS, "layers/fc/activation"):
             file[name].resize(30, 0)
         file["layers/maps/activation"].resize(30, 0)
-    with reader.open(path) as acts, pytest.raises(DamagedError, match="6 of 8 chunks"):
+    with activations.open(path) as acts, pytest.raises(DamagedError, match="6 of 8 chunks"):
         acts["fc"][0]
 
 
@@ -628,7 +630,7 @@ def test_pipelines_that_are_not_ours_go_through_libhdf5(tmp_path: Path) -> None:
         )
         for axis, scale in zip(data.dims, scales, strict=True):
             axis.attach_scale(scale)
-    with reader.open(path) as acts:
+    with activations.open(path) as acts:
         assert acts["maps"].codec is None
         for key in (..., (slice(None, None, -2), [5, 0]), ([3, 21], 4)):
             np.testing.assert_array_equal(acts["maps"][key], ARRAYS["maps"][key])
@@ -646,7 +648,7 @@ def test_what_is_open_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """By its path alone, though that was relative; the other process opens the files itself."""
     monkeypatch.chdir(tmp_path)
     make_shards(Path("acts"), {"maps": SOME}, (4,))
-    with reader.open("acts", threads=1, cache=77) as acts:
+    with activations.open("acts", threads=1, cache=77) as acts:
         sent = pickle.dumps((acts, acts["maps"]))
         assert len(sent) < 1000
         again, layer = pickle.loads(sent)
@@ -661,7 +663,7 @@ def test_what_is_open_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_was_replaced_is_not_unpickled(tmp_path: Path) -> None:
     make_file(tmp_path / "a.h5", {"maps": SOME})
-    with reader.open(tmp_path / "a.h5") as acts:
+    with activations.open(tmp_path / "a.h5") as acts:
         sent = pickle.dumps(acts)
     make_file(tmp_path / "a.h5", {"maps": SOME + 1})
     with pytest.raises(FormatError, match="replaced since"):
@@ -672,7 +674,7 @@ def test_a_shard_that_was_replaced_is_not_read(tmp_path: Path) -> None:
     """The first is as it was: what was opened, pickled or fed to torch holds the rows of one output only."""
     make_shards(tmp_path / "acts", {"maps": SOME}, (4,))
     other = np.concatenate([SOME[:4], SOME[4:] + 1])
-    with reader.open(tmp_path / "acts") as acts:
+    with activations.open(tmp_path / "acts") as acts:
         sent, dataset = pickle.dumps(acts), acts.dataset("maps")
         np.testing.assert_array_equal(acts["maps"][:4], SOME[:4])
         make_shards(tmp_path / "new", {"maps": other}, (4,))
@@ -692,7 +694,7 @@ def test_the_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.Mo
     make_file(tmp_path / "acts.h5", {"maps": SOME})
     for name in ("acts", "acts.h5"):
         monkeypatch.chdir(tmp_path)
-        with reader.open(name) as acts:
+        with activations.open(name) as acts:
             monkeypatch.chdir("/")
             np.testing.assert_array_equal(acts["maps"][:], SOME)
             np.testing.assert_array_equal(pickle.loads(pickle.dumps(acts))["maps"][:], SOME)
@@ -701,7 +703,7 @@ def test_the_working_directory_may_change(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_is_closed_does_not_pickle(tmp_path: Path) -> None:
     make_file(tmp_path / "a.h5", {"maps": SOME})
-    with reader.open(tmp_path / "a.h5") as acts:
+    with activations.open(tmp_path / "a.h5") as acts:
         pass
     with pytest.raises(ConfigError, match="closed"):
         pickle.dumps(acts)
@@ -711,7 +713,7 @@ def test_what_is_closed_does_not_pickle(tmp_path: Path) -> None:
 def test_reductions_say_what_to_do(tmp_path: Path, reduce: Callable[[Any], Any]) -> None:
     """To take them of the array would read all of it, and give NaN for one failed row."""
     make_file(tmp_path / "a.h5", {"maps": SOME})
-    with reader.open(tmp_path / "a.h5") as acts:
+    with activations.open(tmp_path / "a.h5") as acts:
         with pytest.raises(ConfigError, match=r"acts\['maps'\]\.stats.*batches.*acts\['maps'\]\[acts\.rows\(\)\]"):
             reduce(acts["maps"])
         with pytest.raises(ConfigError):

@@ -20,8 +20,8 @@ from files import COLUMNS, make_file, make_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fmextract import reader
 from fmextract.errors import DamagedError, FmextractError, FormatError
+from fmextract.reading import activations
 from fmextract.storage import validation
 
 MAPS = np.random.default_rng(0).normal(size=(6, 4, 3, 2)).astype(np.float32)
@@ -29,7 +29,7 @@ WORDS = (0, 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**64 - 1)
 
 
 def read_everything(path: Path) -> None:
-    with reader.open(path) as acts:
+    with activations.open(path) as acts:
         acts.info()
         repr(acts)
         _ = acts.labels, acts.heights, acts.widths, acts.messages, acts.config, acts.versions, acts.input_size
@@ -254,7 +254,7 @@ def test_open_refuses(crafted: tuple[Path, Any], edit: Callable[[h5py.File], Non
     path, change = crafted
     change(edit)
     with pytest.raises(FormatError, match=r"a\.h5"):
-        reader.open(path)
+        activations.open(path)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", '{"a":' * 5000, "[" * 100_000])
@@ -262,13 +262,13 @@ def test_json_that_is_none(crafted: tuple[Path, Any], text: str) -> None:
     path, change = crafted
     change(lambda file: file.attrs.modify("preprocess", text))
     with pytest.raises(DamagedError, match=r"a\.h5: the attribute preprocess: expected .*JSON"):
-        reader.open(path)
+        activations.open(path)
 
 
 def test_strings_that_are_not_text(crafted: tuple[Path, Any]) -> None:
     path, change = crafted
     change(lambda file: file["key"].__setitem__(2, b"\xff\xfe"))
-    with reader.open(path) as acts, pytest.raises(DamagedError, match=r"a\.h5"):
+    with activations.open(path) as acts, pytest.raises(DamagedError, match=r"a\.h5"):
         acts.keys  # noqa: B018
 
 
@@ -276,14 +276,14 @@ def test_a_chunk_that_inflates_without_end(crafted: tuple[Path, Any]) -> None:
     path, change = crafted
     bomb = zlib.compress(bytes(2**26), 9)
     change(lambda file: file["layers/maps/activation"].id.write_direct_chunk((0, 0, 0, 0), bomb))
-    with reader.open(path) as acts, pytest.raises(DamagedError, match="rows 0 to 3"):
+    with activations.open(path) as acts, pytest.raises(DamagedError, match="rows 0 to 3"):
         acts["maps"][...]
 
 
 def test_statistics_that_name_rows_that_are_not_there(tmp_path: Path) -> None:
     top = {name: np.full((4, 1), 99) for name in ("top_value", "top_sample", "top_y", "top_x")}
     make_file(tmp_path / "a.h5", {"maps": MAPS}, stats={"maps": top})
-    with reader.open(tmp_path / "a.h5") as acts, pytest.raises(DamagedError, match="row 99"):
+    with activations.open(tmp_path / "a.h5") as acts, pytest.raises(DamagedError, match="row 99"):
         acts["maps"].top(0)
 
 
@@ -294,7 +294,7 @@ def test_an_index_that_leads_out_of_its_folder(tmp_path: Path) -> None:
     listed["shards"][0]["name"] = "../shard-00000.h5"
     (tmp_path / "acts/index.json").write_text(json.dumps(listed))
     with pytest.raises(FormatError):
-        reader.open(tmp_path / "acts")
+        activations.open(tmp_path / "acts")
 
 
 @settings(max_examples=100, deadline=None)
@@ -304,7 +304,7 @@ def test_any_index_raises_only_our_errors(text: bytes | str) -> None:
         for name in ("index.json", "plan.json"):
             (Path(folder) / name).write_bytes(text if isinstance(text, bytes) else text.encode())
             with pytest.raises(FmextractError):
-                reader.open(folder)
+                activations.open(folder)
             (Path(folder) / name).unlink()
 
 
@@ -365,7 +365,7 @@ def test_filters_that_libhdf5_is_not_given(
     make_file(path, {"maps": MAPS})
     with_filters(path, stages)
     with pytest.raises(FormatError, match=said):
-        reader.open(path)
+        activations.open(path)
 
 
 def test_a_shuffle_of_other_bytes_than_the_values_have(tmp_path: Path) -> None:
@@ -377,7 +377,7 @@ def test_a_shuffle_of_other_bytes_than_the_values_have(tmp_path: Path) -> None:
     place = content.rindex(b"shuffle\0") + 8
     path.write_bytes(content[:place] + b"\x02" + content[place + 1 :])
     with pytest.raises(FormatError, match=r"the filter 2 with the client data \(2,\)"):
-        reader.open(path)
+        activations.open(path)
 
 
 def test_a_chunk_that_libhdf5_would_inflate_without_end(tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_a_chunk_that_libhdf5_would_inflate_without_end(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     make_file(path, {"maps": MAPS})
     with_filters(path, [(2, 1, (4,)), (1, 1, (1,)), (3, 1, ())], zlib.compress(bytes(2**26), 9))
-    with reader.open(path) as acts, pytest.raises(DamagedError, match=r"a chunk of .* bytes has"):
+    with activations.open(path) as acts, pytest.raises(DamagedError, match=r"a chunk of .* bytes has"):
         acts["maps"][...]
 
 
@@ -402,5 +402,5 @@ def test_a_checksum_by_h5py_is_read(tmp_path: Path) -> None:
         )  # fmt: skip
         for axis, scale in zip(made.dims, scales, strict=True):
             axis.attach_scale(scale)
-    with reader.open(path) as acts:
+    with activations.open(path) as acts:
         np.testing.assert_array_equal(acts["maps"][...], MAPS)

@@ -18,8 +18,9 @@ import torch
 from runs import Notes, Tiny, extract, extract_until, make_photos, same
 from torch import nn
 
-from fmextract import output, planning, reader, verification
+from fmextract import output, planning, verification
 from fmextract.errors import FormatError, OutputError, RunStopped
+from fmextract.reading import activations
 from fmextract.storage import lock, shards
 from fmextract.storage.shards import load_index, load_records
 
@@ -56,13 +57,13 @@ def test_a_directory_holds_what_the_format_says(whole: Path) -> None:
     assert names == ["index.json", "plan.json", *shards]
     plan = json.loads((whole / "plan.json").read_text())
     assert plan["shards"] == [[0, 4], [4, 8], [8, 12], [12, 16], [16, 18]]
-    with reader.open(whole) as acts:
+    with activations.open(whole) as acts:
         assert acts.keys.tolist() == [f"{row:04}.png" for row in range(ROWS)]
 
 
 def test_one_file_equals_the_directory_and_leaves_nothing_beside_it(whole: Path, whole_file: Path) -> None:
     assert not whole_file.with_name("whole.h5.partial").exists()
-    with reader.open(whole) as parts, reader.open(whole_file) as one:
+    with activations.open(whole) as parts, activations.open(whole_file) as one:
         for name in parts.layers:
             np.testing.assert_array_equal(parts[name][:], one[name][:])
             for statistic in one[name].stats.names:
@@ -72,7 +73,7 @@ def test_one_file_equals_the_directory_and_leaves_nothing_beside_it(whole: Path,
 
 
 def test_statistics_of_shards_merge_to_those_of_all_rows(whole: Path) -> None:
-    with reader.open(whole) as acts:
+    with activations.open(whole) as acts:
         values = np.moveaxis(acts["relu"][:].astype(np.float64), 1, 0).reshape(4, -1)
         stats = acts["relu"].stats
         np.testing.assert_array_equal(stats.count, values.shape[1])
@@ -99,14 +100,14 @@ def test_an_incomplete_run_is_an_error_everywhere(photos: Path, whole: Path, tmp
     extract_until(9, photos, out)
     there = [record.name for record in load_records(out)]
     assert there
-    for read in (reader.open, verification.verify, lambda path: output.pack(path, tmp_path / "packed.h5")):
+    for read in (activations.open, verification.verify, lambda path: output.pack(path, tmp_path / "packed.h5")):
         with pytest.raises((FormatError, OutputError), match=r"finished|in progress"):
             read(out)
     missing = [range(4 * len(there), ROWS)]
     with pytest.raises(OutputError, match=f"missing are {missing[0].start}-17"):
         output.pack(out, tmp_path / "packed.h5", leave_out=[range(ROWS - 2, ROWS)])
     output.pack(out, tmp_path / "packed.h5", leave_out=missing)
-    with reader.open(tmp_path / "packed.h5") as packed, reader.open(whole) as acts:
+    with activations.open(tmp_path / "packed.h5") as packed, activations.open(whole) as acts:
         left = missing[0].start
         assert packed.attrs["left_out"] == f"{left}-17"
         assert packed.status.tolist() == [0] * left + [1] * (ROWS - left)
@@ -121,7 +122,7 @@ def test_a_missing_shard_is_an_error_everywhere_and_is_made_again(photos: Path, 
     extract(photos, out)
     (out / "shard-00002.h5").unlink()
     with pytest.raises(FormatError, match=r"shard-00002\.h5 is missing, with it the rows 8 to 11"):
-        reader.open(out)
+        activations.open(out)
     with pytest.raises(FormatError, match=r"shard-00002\.h5"):
         output.pack(out, tmp_path / "packed.h5")
     (problem,) = verification.verify(out).problems
@@ -141,7 +142,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     out = tmp_path / name
     extract_until(rows, photos, out)
     with pytest.raises(FormatError, match="in progress"):
-        reader.open(out)
+        activations.open(out)
     result = extract(photos, out)
     assert result.images == ROWS
     assert result.resumed_images == {1: 0, 8: 4, 17: 16}[rows]
@@ -400,11 +401,11 @@ def test_smaller_batches_are_recorded_and_equal_within_rounding(photos: Path, tm
     assert result.batch_size == 2
     records = load_index(tmp_path / "tight")
     assert [record.batch_size for record in records] == [4, 4, 2, 2, 2]
-    with reader.open(tmp_path / "tight") as tight, reader.open(tmp_path / "roomy") as roomy:
+    with activations.open(tmp_path / "tight") as tight, activations.open(tmp_path / "roomy") as roomy:
         for name in tight.layers:
             np.testing.assert_allclose(tight[name][:], roomy[name][:], rtol=1e-5, atol=1e-6)
     output.pack(tmp_path / "tight", tmp_path / "packed.h5")
-    with reader.open(tmp_path / "packed.h5") as packed:
+    with activations.open(tmp_path / "packed.h5") as packed:
         assert json.loads(packed.attrs["smaller_batches"]) == {"8-11": 2, "12-15": 2, "16-17": 2}
     assert verification.verify(tmp_path / "packed.h5").ok
 
@@ -427,7 +428,7 @@ def test_overwrite_removes_what_the_plan_lists_and_nothing_else(photos: Path, tm
     extract(photos, out, overwrite=True, limit=5)
     assert (out / "notes.txt").read_text() == "mine"
     assert (out / "shard-00099.h5").read_text() == "mine too"
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         assert len(acts) == 5
     assert not (out / "shard-00002.h5").exists()
 
@@ -492,7 +493,7 @@ def test_two_runs_at_once(photos: Path, tmp_path: Path) -> None:
     extract(photos, out, notes=Notes(second))
     assert all(f"process {os.getpid()} on {socket.gethostname()}" in message for message in refused)
     assert len(refused) == SHARDS
-    assert len(reader.open(out)) == ROWS
+    assert len(activations.open(out)) == ROWS
 
 
 def test_a_lock_of_a_dead_process_is_taken_over(photos: Path, tmp_path: Path) -> None:

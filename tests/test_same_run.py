@@ -18,9 +18,10 @@ from PIL import Image
 from runs import OPTIONS, Notes, Tiny, extract, extract_until, make_photos, picture, same
 from torch import nn
 
-from fmextract import planning, reader, resume, verification
+from fmextract import planning, resume, verification
 from fmextract.errors import ConfigError, OutputError, TooManyFailures
 from fmextract.model.randomness import may_draw
+from fmextract.reading import activations
 from fmextract.storage import shards
 
 ROWS = 6
@@ -230,7 +231,7 @@ def test_photos_that_were_only_touched_or_copied_are_the_same(photos: Path, tmp_
     notes = Notes()
     extract(tmp_path / "photos", out, notes=notes)
     assert "4 are compared with what was stored" in notes
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         assert len(acts) == ROWS
 
 
@@ -410,7 +411,7 @@ class Inputs:
 def test_finished_inputs_are_not_said_to_be_preprocessed(photos: Path, tmp_path: Path) -> None:
     extract(Inputs(), tmp_path / "inputs.h5")
     extract(photos, tmp_path / "photos.h5")
-    with reader.open(tmp_path / "inputs.h5") as acts, reader.open(tmp_path / "photos.h5") as others:
+    with activations.open(tmp_path / "inputs.h5") as acts, activations.open(tmp_path / "photos.h5") as others:
         assert acts.preprocess == {"kind": "none"}
         assert others.preprocess["kind"] == "standard"
 
@@ -422,7 +423,7 @@ def test_the_library_of_a_model_and_the_command_are_said(photos: Path, tmp_path:
     out = tmp_path / "out.h5"
     line = ["extract", str(photos), "-m", "timm:test_vit.r160_in1k", "-w", "random:0", "-l", "blocks.0", "-o", str(out)]
     assert main([*line, "--precision", "fp32", "--batch-size", "2"]) == 0
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         assert acts.versions["timm"] == timm.__version__
         assert f"fmextract extract {photos} -m timm:test_vit.r160_in1k -w random:0" in acts.attrs["history"]
     assert OPTIONS["precision"] == "fp32"
@@ -546,7 +547,7 @@ def test_a_field_that_is_ignored_is_told_and_stands_in_the_history(photos: Path,
         assert "not compared, as --ignore says: model: 'Tiny' there, 'Renamed' now" in notes
         assert "is complete already" in notes
         extract(photos, out)
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         _, second = str(acts.attrs["history"]).splitlines()
     assert "ignoring what differs: model: 'Tiny' there, 'Renamed' now" in second
     assert "ignoring" in json.loads((tmp_path / "out/plan.json").read_text())["info"]["history"]

@@ -10,7 +10,8 @@ import pytest
 import torch
 from runs import extract, extract_until, make_photos
 
-from fmextract import cli, engine, reader
+from fmextract import cli, engine
+from fmextract.reading import activations
 from fmextract.report import write_report
 
 
@@ -22,7 +23,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["acts.h5", "acts"])
 def test_the_shards_of_a_run_add_up(photos: Path, tmp_path: Path, name: str) -> None:
     result = extract(photos, tmp_path / name)
-    with reader.open(tmp_path / name) as acts:
+    with activations.open(tmp_path / name) as acts:
         said = acts.throughput
         assert said is not None
         assert said["images"] == 10
@@ -36,7 +37,7 @@ def test_the_shards_of_a_run_add_up(photos: Path, tmp_path: Path, name: str) -> 
 def test_a_resumed_run_counts_all_of_it(photos: Path, tmp_path: Path) -> None:
     extract_until(8, photos, tmp_path / "acts.h5")
     extract(photos, tmp_path / "acts.h5")
-    with reader.open(tmp_path / "acts.h5") as acts:
+    with activations.open(tmp_path / "acts.h5") as acts:
         assert acts.throughput is not None
         assert acts.throughput["images"] == 10
 
@@ -64,7 +65,7 @@ def test_nonsense_is_as_nothing(photos: Path, tmp_path: Path, said: str) -> None
     extract(photos, out, shard_size=None)
     with h5py.File(out, "r+") as file:
         file.attrs["throughput"] = said
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         assert acts.throughput is None
         assert acts.info()["throughput"] is None
 

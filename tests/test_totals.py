@@ -10,7 +10,7 @@ import runs
 import torch
 from torch import nn
 
-from fmextract import reader
+from fmextract.reading import activations, files
 
 
 class _Logarithm(nn.Module):
@@ -33,17 +33,17 @@ def test_all_shards_are_counted_and_each_is_opened_once(tmp_path: Path, monkeypa
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(2, 3, 3, generator=generator) + (1 if number < 4 else -1) for number in range(12)]
     opened: list[Path] = []
-    opening = reader._File.__init__
+    opening = files.File.__init__
 
-    def note(self: reader._File, part: reader._Part) -> None:
+    def note(self: files.File, part: files._Part) -> None:
         opened.append(part.path)
         opening(self, part)
 
-    monkeypatch.setattr(reader, "FILES_OPEN", 1)
+    monkeypatch.setattr(files, "FILES_OPEN", 1)
     result = runs.extract(
         images, tmp_path / "out", model=_Model(), layers=["relu", "log"], preprocess="none", shard_size=1, batch_size=2
     )
-    with reader.open(tmp_path / "out") as acts:
+    with activations.open(tmp_path / "out") as acts:
         shards = len(acts._files)
         assert shards > 2
         said = {layer.name: layer for layer in result.layers}
@@ -55,6 +55,6 @@ def test_all_shards_are_counted_and_each_is_opened_once(tmp_path: Path, monkeypa
         assert said["log"].nonfinite == 8
         assert said["log"].sparsity is None
         assert said["relu"].sparsity == pytest.approx(np.mean(acts["relu"][:] == 0))
-        monkeypatch.setattr(reader._File, "__init__", note)
+        monkeypatch.setattr(files.File, "__init__", note)
         acts.totals()
         assert len(opened) <= shards

@@ -19,8 +19,9 @@ import pytest
 import runs
 from runs import Tiny, extract, make_photos
 
-from fmextract import cli, output, prepare, provenance, reader
+from fmextract import cli, output, prepare, provenance
 from fmextract.errors import ConfigError, FormatError, OutputError
+from fmextract.reading import activations
 from fmextract.storage import shards
 from fmextract.storage.digest import _content_digest
 from fmextract.verification import verify
@@ -65,7 +66,7 @@ def flip(file: Path, byte: int, bit: int = 0) -> None:
 
 def chunk_at(file: Path, layer: str, place: tuple[int, ...] = (0, 0, 0, 0)) -> tuple[int, int]:
     """Offset and size of a stored chunk."""
-    with reader.open(file) as acts:
+    with activations.open(file) as acts:
         stored = acts._files[0].stored(layer)
         return int(stored.offsets[place]), int(stored.sizes[place])
 
@@ -182,7 +183,7 @@ def test_a_flipped_byte_of_one_file_is_found_if_anything_depends_on_it(small: Pa
 
 
 def all_that_is_seen(path: Path) -> list[Any]:
-    with reader.open(path) as acts:
+    with activations.open(path) as acts:
         attrs = {name: value for name, value in acts.attrs.items() if name != "throughput"}  # no digest is of it
         seen: list[Any] = [attrs, acts.keys.tolist(), acts.status.tolist(), acts.messages.tolist()]
         for name in acts.layers:

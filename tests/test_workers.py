@@ -27,13 +27,14 @@ import xxhash
 from PIL import Image
 from runs import Notes, extract, make_photos
 
-from fmextract import chunks, images, reader, run, workers
+from fmextract import chunks, images, run, workers
 from fmextract.config import Config
 from fmextract.errors import ConfigError, OutputError, OutputLost, SampleError
 from fmextract.inputs.files import OnDisk
 from fmextract.inputs.sources import on_disk, open_source
 from fmextract.planning import Plan
 from fmextract.prepare import plan_for, prepare
+from fmextract.reading import activations
 from fmextract.records import FileStamp
 from fmextract.storage import writer
 
@@ -415,7 +416,7 @@ def test_labels_of_a_kind_of_their_own_are_plain_text(tmp_path: Path) -> None:
             return jpeg(row), Kind.CAT
 
     extract(Labelled(), tmp_path / "out.h5", worker_kind="processes")
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         assert acts.labels.tolist() == ["cat"] * 5
 
 

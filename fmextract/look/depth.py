@@ -15,13 +15,13 @@ from fmextract.common.folders import local_name
 from fmextract.errors import ConfigError
 from fmextract.look import canvas
 from fmextract.look.canvas import Style, styled
-from fmextract.look.select import select_layers
+from fmextract.reading.select import select_layers
 from fmextract.storage.layer_stats import NEAR_ZERO
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from fmextract.reader import Activations
+    from fmextract.reading.activations import Activations
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,18 +9,18 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
-from fmextract import reader
 from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import SourceError
 from fmextract.look.maps import MapPicture, show_maps
+from fmextract.reading import activations
 from fmextract.run import run
 
 
 @contextmanager
 def activations_of(
     inputs: Sequence[str | PathLike[str]], model: Any, layers: Sequence[str] | str = (), **options: Any
-) -> Iterator[reader.Activations]:
+) -> Iterator[activations.Activations]:
     """The activations of image files in `layers` of a model, for as long as the block lasts; their keys are the paths.
 
     Options are those of `extract`. It runs in full precision unless told otherwise. Raises SourceError for a file that
@@ -34,7 +34,7 @@ def activations_of(
             if not Path(path).is_file():
                 raise SourceError(f"no such image: {fspath(path)!r}")
         run([fspath(path) for path in inputs], model, out, config, Quiet())
-        with reader.open(out) as acts:
+        with activations.open(out) as acts:
             yield acts
 
 

@@ -19,12 +19,13 @@ from fmextract.look import canvas
 from fmextract.look.canvas import Array, Style, safe, short, styled
 from fmextract.look.photos import as_seen, check_traceable, load_photo
 from fmextract.look.places import Grid, Maps, pick_channels, read_maps
-from fmextract.look.select import select_layers
+from fmextract.reading.select import select_layers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
-    from fmextract.reader import Activations, Layer
+    from fmextract.reading.activations import Activations
+    from fmextract.reading.layer import Layer
 
 PANEL = 3.2
 """Inches of one panel's side."""

@@ -25,7 +25,7 @@ from fmextract.inputs.pictures import decode_file, undecodable
 from fmextract.records import FileStamp
 
 if TYPE_CHECKING:
-    from fmextract.reader import Activations
+    from fmextract.reading.activations import Activations
 
 _FILTERS = {"nearest": PIL.Image.Resampling.NEAREST, "bicubic": PIL.Image.Resampling.BICUBIC}
 

@@ -15,12 +15,15 @@ import numpy.typing as npt
 from fmextract.common.boxes import Box, cell_box
 from fmextract.errors import ConfigError
 from fmextract.look.photos import input_size
+from fmextract.reading.select import has_maps
 from fmextract.records import Field
 
 if TYPE_CHECKING:
-    from fmextract.reader import Activations, Layer
+    from fmextract.reading.activations import Activations
+    from fmextract.reading.layer import Layer
 
 Array = npt.NDArray[Any]
+
 
 SMALLEST_PATCH, MOST_APART = 4, 16
 """Pixels of a patch's side, and how many tokens may stand before the patches (class token, registers)."""
@@ -144,11 +147,6 @@ def grid_of(acts: Activations, layer: Layer) -> Grid:
     raise ConfigError(
         f"{layer.name} has the axes ({', '.join(axes)}): no maps to draw. Layers with maps: {maps or 'none'}"
     )
-
-
-def has_maps(layer: Layer) -> bool:
-    """Whether the layer's axes are those of maps, or of tokens that may stand on a grid."""
-    return set(layer.axes[1:]) in ({"channel", "y", "x"}, {"token", "feature"})
 
 
 def patch_grid(tokens: int, size: tuple[int, int] | None) -> tuple[tuple[int, int], int] | None:

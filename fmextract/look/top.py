@@ -19,12 +19,14 @@ from fmextract.errors import ConfigError
 from fmextract.look import canvas
 from fmextract.look.canvas import Style, short, styled
 from fmextract.look.photos import Listing, as_seen, input_size, load_photo
-from fmextract.look.places import Grid, Region, grid_of, has_maps
+from fmextract.look.places import Grid, Region, grid_of
+from fmextract.reading.select import has_maps
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from fmextract.reader import Activations, Layer
+    from fmextract.reading.activations import Activations
+    from fmextract.reading.layer import Layer
 
 ACROSS = 5
 """Images side by side in one picture."""

@@ -22,7 +22,7 @@ from fmextract.look.top import KINDS, cropped, draw_region, outline
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from fmextract.reader import Activations
+    from fmextract.reading.activations import Activations
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from fmextract import reader
 from fmextract.common import strict_json
 from fmextract.common.folders import local_name
 from fmextract.common.text import byte_count, count, printable
 from fmextract.errors import ConfigError
 from fmextract.look.photos import input_size
+from fmextract.reading import activations
+from fmextract.reading.layer import Layer
 from fmextract.report import numbers
 from fmextract.report.photos import Photos
 from fmextract.report.views import drawn, view_of
@@ -89,7 +90,7 @@ def write_report(
     """
     target = Path(out) if out is not None else Path(path).absolute().parent / "report.html"
     _refuse_foreign(target)
-    with reader.open(path) as acts:
+    with activations.open(path) as acts:
         said = _Collected(acts, images, max_size)
         page = _page(f"{local_name(acts.attrs.get('model', ''))} · {Path(path).name}", said.data)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
@@ -155,7 +156,7 @@ def _json(data: Any) -> str:
 class _Collected:
     """`data`: all that goes into the page, within `max_size`; `left_out`: what does not, for who makes it."""
 
-    def __init__(self, acts: reader.Activations, images: str | os.PathLike[str] | None, max_size: int) -> None:
+    def __init__(self, acts: activations.Activations, images: str | os.PathLike[str] | None, max_size: int) -> None:
         self.acts = acts
         self.places = numbers.Places(acts, str(Path(images).absolute()) if images is not None else "")
         self.room = max_size - len(_page("x" * 300, {}))
@@ -320,7 +321,7 @@ def _level(sizes: Sequence[int], room: float) -> int:
     return low
 
 
-def _chosen(layer: reader.Layer, most: int) -> list[int]:
+def _chosen(layer: Layer, most: int) -> list[int]:
     """The numbers of the `most` channels that vary most over the data set, ascending."""
     spread = numbers.spread_of_channels(layer)
     return sorted(np.argsort(-spread, kind="stable")[:most].tolist())

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from fmextract.common.folders import common_folder, local_name, without_folders
 from fmextract.common.text import printable
 from fmextract.errors import ConfigError
-from fmextract.reader import Activations, Layer, Stats
+from fmextract.reading.activations import Activations
+from fmextract.reading.layer import Layer, Stats
 from fmextract.records import STATUS_MEANINGS
 from fmextract.storage.layer_stats import NEAR_ZERO
 

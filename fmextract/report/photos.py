@@ -11,7 +11,7 @@ import PIL.Image
 
 from fmextract.errors import ConfigError
 from fmextract.look.photos import Listing, as_seen, load_photo
-from fmextract.reader import Activations
+from fmextract.reading.activations import Activations
 
 SIDE = 224
 """Pixels of a thumbnail's longer side."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import PIL.Image
 
 from fmextract.look.places import patch_grid
-from fmextract.reader import Layer
+from fmextract.reading.layer import Layer
 
 Array: TypeAlias = npt.NDArray[Any]
 

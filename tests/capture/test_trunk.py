@@ -15,7 +15,7 @@ import fmextract as fm
 from fmextract import taps
 from fmextract.errors import ConfigError, LayerError
 from fmextract.look.maps import describe_field
-from fmextract.look.select import select_layers
+from fmextract.reading.select import select_layers
 
 Tensor = torch.Tensor
 

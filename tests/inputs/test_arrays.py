@@ -15,9 +15,9 @@ import xarray
 import zarr
 from runs import Notes, extract
 
-from fmextract import reader
 from fmextract.errors import OutputError, SourceError
 from fmextract.inputs.sources import open_source
+from fmextract.reading import activations
 
 ROWS = 12
 PIXELS = np.random.default_rng(0).integers(0, 256, (ROWS, 8, 8, 3), np.uint8)
@@ -107,7 +107,7 @@ KINDS: dict[str, Callable[[Path], Any]] = {
 def right(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
     out = tmp_path_factory.mktemp("right") / "x.h5"
     extract(PIXELS, out)
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         values: np.ndarray = acts["conv"][:]
         return values
 
@@ -117,7 +117,7 @@ def test_arrays_are_read_row_by_row(kind: str, right: np.ndarray, tmp_path: Path
     data = KINDS[kind](tmp_path)
     Foreign.asked.clear()
     extract(data, tmp_path / "out.h5")
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         np.testing.assert_array_equal(acts["conv"][:], right)
         assert (acts.labels is not None) == kind.startswith("dicts")
     assert set(Foreign.asked) <= {PIXELS.shape[1:]}, "never the whole"

@@ -19,10 +19,11 @@ import xxhash
 from odd_images import jpeg
 from test_device_jpegs import stand_in
 
-from fmextract import images, reader, run, workers
+from fmextract import images, run, workers
 from fmextract.inputs import files
 from fmextract.inputs.files import FileBytes
 from fmextract.output import pack
+from fmextract.reading import activations
 from fmextract.storage import digest
 from fmextract.verification import verify
 
@@ -36,7 +37,7 @@ def expected(paths: Sequence[Path]) -> list[tuple[int, str]]:
 
 
 def stamps(out: Path) -> list[tuple[int, str]]:
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         assert acts.file_sizes.dtype == np.int64
         return list(zip(acts.file_sizes.tolist(), acts.file_digests.tolist(), strict=True))
 
@@ -73,7 +74,7 @@ def test_rows_of_files_have_size_and_digest(photos: list[Path], tmp_path: Path, 
     runs.extract(source, tmp_path / "a.h5", max_failures="100%")
     wanted = expected(source.paths if kind == "dataset" else photos)
     assert stamps(tmp_path / "a.h5") == wanted
-    with reader.open(tmp_path / "a.h5") as acts:
+    with activations.open(tmp_path / "a.h5") as acts:
         assert {int(row) for row in np.flatnonzero(acts.status)} == {2, 5} | ({7} if kind == "dataset" else set())
     assert verify(tmp_path / "a.h5").ok
 
@@ -144,7 +145,7 @@ def test_a_row_on_which_the_model_fails_still_says(photos: list[Path], tmp_path:
         images.parse_preprocess(runs.OPTIONS["preprocess"]),
     )[0, :, 0, 0]
     runs.extract(photos[0].parent, tmp_path / "a.h5", model=model, max_failures="100%")
-    with reader.open(tmp_path / "a.h5") as acts:
+    with activations.open(tmp_path / "a.h5") as acts:
         assert acts.status[1] == 3
     assert stamps(tmp_path / "a.h5") == expected(photos)
 

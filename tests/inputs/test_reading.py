@@ -30,7 +30,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from users import Array, pixels
 
-from fmextract import reader, run, workers
+from fmextract import run, workers
 from fmextract.config import Config
 from fmextract.errors import ConfigError, OutputError, SampleError, SourceLost
 from fmextract.images import CustomPreprocess, Image
@@ -39,6 +39,7 @@ from fmextract.inputs.reading import Reader, content
 from fmextract.inputs.seeding import own_generators, seeded
 from fmextract.inputs.sources import open_source
 from fmextract.inputs.thread_safety import data_is_known, transform_is_known
+from fmextract.reading import activations
 from fmextract.records import Preprocess
 from fmextract.verification import verify
 
@@ -118,7 +119,7 @@ def test_a_run_stores_the_images_of_a_dataset_with_an_open_file(tmp_path: Path) 
     path = users.OpenFile.write(tmp_path / "raw", 48)
     extract(users.OpenFile(path, 48), tmp_path / "out.h5", workers=4, shard_size="auto")
     extract([pixels(row) for row in range(48)], tmp_path / "expected.h5", shard_size="auto")
-    with reader.open(tmp_path / "out.h5") as acts, reader.open(tmp_path / "expected.h5") as expected:
+    with activations.open(tmp_path / "out.h5") as acts, activations.open(tmp_path / "expected.h5") as expected:
         np.testing.assert_array_equal(acts["conv"][:], expected["conv"][:])
 
 
@@ -129,7 +130,7 @@ def test_one_thread_reads_and_labels_come_along(tmp_path: Path) -> None:
     with pytest.raises(Ended):
         extract(data, tmp_path / "out.h5", notes=notes)
     assert extract(data, tmp_path / "out.h5").failed == 0
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         assert acts.labels.tolist() == [f"label {row}" for row in range(20)]
 
 
@@ -217,7 +218,7 @@ def test_a_source_of_the_users_own_is_read_by_one_thread_and_may_raise(tmp_path:
     data = Mine()
     assert extract(data, tmp_path / "out.h5").failures == (("row 3", "ZeroDivisionError: none of that"),)
     assert data.threads == {threading.get_ident()}
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         assert acts.labels.tolist() == [-row for row in range(8)]
 
 
@@ -324,9 +325,9 @@ def test_a_random_preprocessing_is_the_same_in_any_run_and_told(tmp_path: Path) 
     with pytest.raises(OutputError, match="seed: 0 there, 1 now"):
         extract(photos, tmp_path / "whole.h5", **options, seed=1)
     with (
-        reader.open(tmp_path / "whole.h5") as whole,
-        reader.open(tmp_path / "resumed.h5") as resumed,
-        reader.open(tmp_path / "other.h5") as other,
+        activations.open(tmp_path / "whole.h5") as whole,
+        activations.open(tmp_path / "resumed.h5") as resumed,
+        activations.open(tmp_path / "other.h5") as other,
     ):
         np.testing.assert_array_equal(whole["conv"][:], resumed["conv"][:])
         assert not np.array_equal(whole["conv"][:], other["conv"][:])
@@ -442,7 +443,7 @@ def test_a_process_that_is_killed_names_its_row_and_the_run_goes_on(tmp_path: Pa
     (tmp_path / "deadly").unlink()
     extract(data, tmp_path / "out.h5")
     extract([pixels(row) for row in range(20)], tmp_path / "expected.h5")
-    with reader.open(tmp_path / "out.h5") as acts, reader.open(tmp_path / "expected.h5") as expected:
+    with activations.open(tmp_path / "out.h5") as acts, activations.open(tmp_path / "expected.h5") as expected:
         np.testing.assert_array_equal(acts["conv"][:], expected["conv"][:])
 
 

@@ -22,10 +22,11 @@ from files import INFO, make_file
 from odd_images import jpeg, photo, with_orientation
 
 import fmextract
-from fmextract import images, output, reader
+from fmextract import images, output
 from fmextract.errors import ConfigError
 from fmextract.look import maps
 from fmextract.look.photos import load_photo
+from fmextract.reading import activations
 from fmextract.records import FileStamp
 from fmextract.report import write_report
 from fmextract.report.photos import Photos
@@ -41,12 +42,12 @@ def out(tmp_path: Path) -> Path:
 
 
 def pixels(out: Path, row: int = 0, folder: Path | None = None) -> np.ndarray:
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         return np.asarray(load_photo(acts, row, folder))
 
 
 def refused(out: Path, row: int = 0, folder: Path | None = None) -> str:
-    with reader.open(out) as acts, pytest.raises(ConfigError) as said:
+    with activations.open(out) as acts, pytest.raises(ConfigError) as said:
         load_photo(acts, row, folder)
     return str(said.value)
 
@@ -166,7 +167,7 @@ def test_another_photo_under_the_same_name_is_named_and_not_shown(out: Path, tmp
         photo.write_bytes(changed)
         assert "0002.png is not the photo that was extracted" in refused(out, 2)
         assert "is not the photo that was extracted" in refused(out, 2, photo.parent)
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         seen = Photos(acts, None)
         assert seen.thumbnail(2) is None
         assert seen.thumbnail(1) is not None
@@ -220,7 +221,7 @@ def test_a_folder_that_a_file_names_gives_no_photo_without_its_digest(tmp_path: 
             sent, {"fc": np.ones((4, 3), np.float32)}, keys=keys, files=claimed,
             info=replace(INFO, source=str(secret), extra={"images": place}),
         )  # fmt: skip
-        with reader.open(sent) as acts:
+        with activations.open(sent) as acts:
             seen = Photos(acts, None)
             assert [seen.thumbnail(row) for row in range(4)] == [None] * 4
         assert write_report(sent).photos == 0

@@ -13,9 +13,10 @@ from runs import Notes, extract, make_photos
 from torch import nn
 from torch.nn import functional
 
-from fmextract import precision, reader
+from fmextract import precision
 from fmextract.errors import ConfigError
 from fmextract.model import modes
+from fmextract.reading import activations
 
 LAYERS = ["c", "d", "f"]
 Way = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -68,7 +69,7 @@ def by_the_shape_of_a_weight(net: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def stored(out: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    with reader.open(out) as acts:
+    with activations.open(out) as acts:
         return {name: acts[name][:] for name in acts.layers}, acts.config
 
 
@@ -256,7 +257,7 @@ def test_what_autocast_runs_runs(model: Callable[[], nn.Module], memory_format: 
     extract(photos, tmp_path / "out.h5", model=model(), layers=layers, **options)
     made, _ = stored(tmp_path / "out.h5")
     for (name, values), exact in zip(made.items(), expected.values(), strict=True):
-        with reader.open(tmp_path / "out.h5") as acts:
+        with activations.open(tmp_path / "out.h5") as acts:
             assert acts[name].spec.compute_dtype == str(exact.dtype).removeprefix("torch.")
         torch.testing.assert_close(torch.from_numpy(values), exact.float(), rtol=2**-7, atol=2**-8, check_dtype=False)
 
@@ -278,6 +279,6 @@ def test_auto_takes_fp32_where_nothing_else_runs_and_says_why(tmp_path: Path) ->
         precision="auto",
         notes=notes,
     )
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         assert acts.attrs["precision"] == "fp32"
     assert ("float32 only" in notes) is precision.bf16_on_cpu()

@@ -12,8 +12,8 @@ import torch
 from runs import Notes, Tiny, extract, make_photos
 from torch import nn
 
-from fmextract import reader
 from fmextract.errors import ConfigError
+from fmextract.reading import activations
 from fmextract.verification import verify
 
 LAYERS = ["conv", "fc"]
@@ -31,7 +31,7 @@ def default_double() -> Iterator[None]:
 def inputs_of(photos: Path, folder: Path) -> torch.Tensor:
     """What a run gives the model, before it is cast."""
     extract(photos, folder / "inputs.h5", model=nn.Sequential(nn.Identity()), layers=["0"])
-    with reader.open(folder / "inputs.h5") as acts:
+    with activations.open(folder / "inputs.h5") as acts:
         assert acts["0"].dtype == np.float32
         return torch.from_numpy(acts["0"][:])
 
@@ -46,7 +46,7 @@ def test_values_are_those_of_the_model_itself(name: str, kind: str, tmp_path: Pa
     with torch.no_grad():
         inputs = inputs_of(photos, tmp_path).to(TYPES[name])
         expected = {"conv": model.conv(inputs), "fc": model(inputs)}
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         assert acts.config["input_dtype"] == name
         for layer in LAYERS:
             assert acts[layer].spec.compute_dtype == name
@@ -72,14 +72,14 @@ def test_a_model_in_half_of_which_only_a_part_is_float32(tmp_path: Path) -> None
     model = Mixed()
     model.conv.bfloat16()
     extract(make_photos(tmp_path / "photos", 4), tmp_path / "out.h5", model=model, layers=LAYERS, precision="auto")
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         assert [acts[name].spec.compute_dtype for name in LAYERS] == ["bfloat16", "float32"]
 
 
 def test_autocast_of_a_model_in_half_is_measured_against_itself(tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", 4)
     extract(photos, tmp_path / "out.h5", model=Tiny().half(), layers=LAYERS, precision="bf16")
-    with reader.open(tmp_path / "out.h5") as acts:
+    with activations.open(tmp_path / "out.h5") as acts:
         assert acts["conv"].spec.compute_dtype == "bfloat16"
         assert 0.0 < acts["conv"].spec.rel_error < 0.02
 
@@ -101,7 +101,7 @@ def test_another_default_type_changes_nothing(tmp_path: Path, default_double: No
     extract(photos, tmp_path / "double.h5", model=model, **options)
     extract(photos, tmp_path / "own.h5", model=made_in_double, layers=LAYERS)
     assert torch.get_default_dtype() == torch.float64
-    with reader.open(tmp_path / "double.h5") as double, reader.open(tmp_path / "single.h5") as single:
+    with activations.open(tmp_path / "double.h5") as double, activations.open(tmp_path / "single.h5") as single:
         for name in single.layers:
             np.testing.assert_array_equal(double[name][:], single[name][:])
             assert double[name].dtype == np.float32
@@ -110,5 +110,5 @@ def test_another_default_type_changes_nothing(tmp_path: Path, default_double: No
                 np.testing.assert_array_equal(
                     getattr(double[name].stats, statistic), getattr(single[name].stats, statistic)
                 )
-    with reader.open(tmp_path / "own.h5") as acts:
+    with activations.open(tmp_path / "own.h5") as acts:
         assert acts["conv"].dtype == np.float64

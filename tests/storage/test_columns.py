@@ -18,8 +18,9 @@ import xarray
 from files import make_file, make_shards
 
 import fmextract as fm
-from fmextract import output, reader
+from fmextract import output
 from fmextract.errors import ConfigError, FmextractError, FormatError
+from fmextract.reading import activations
 from fmextract.storage.columns import common_form, form_of, stored_names
 from fmextract.verification import verify
 
@@ -379,8 +380,8 @@ def test_arrays_as_people_have_them_give_the_same_activations(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), np.uint8)
     runs.extract(pixels, tmp_path / "uint8.h5")
     others = {"float": pixels / 255, "int": pixels.astype(np.int64), "big": pixels.astype(">u2") * np.uint16(257)}
-    with reader.open(tmp_path / "uint8.h5") as wanted:
+    with activations.open(tmp_path / "uint8.h5") as wanted:
         for name, data in others.items():
             runs.extract(data, tmp_path / f"{name}.h5")
-            with reader.open(tmp_path / f"{name}.h5") as acts:
+            with activations.open(tmp_path / f"{name}.h5") as acts:
                 np.testing.assert_array_equal(acts["conv"][:], wanted["conv"][:])

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import fmextract as fm
-from fmextract import prepare, reader
+from fmextract import prepare
+from fmextract.reading import files
 from fmextract.storage import digest, objects, writer
 
 FEW, MANY = 10, 30
@@ -127,7 +128,7 @@ def said(file: h5py.File, name: str, attribute: str) -> Any:
 
 def test_a_file_is_opened_once_for_many_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, counts = run(tmp_path, FEW), Counter[str]()
-    monkeypatch.setattr(reader, "_hdf5_file", counting(counts, "opened", reader._hdf5_file))
+    monkeypatch.setattr(files, "_hdf5_file", counting(counts, "opened", files._hdf5_file))
     with fm.open(out) as acts:
         counts.clear()
         with acts.held():

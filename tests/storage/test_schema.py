@@ -18,10 +18,11 @@ from files import make_file, make_shards
 from torch import nn
 
 from benchmarks import fuzz_structure
-from fmextract import reader, replay
+from fmextract import replay
 from fmextract.common.boxes import photo_box
 from fmextract.errors import DamagedError, FmextractError, FormatError
 from fmextract.planning import Plan
+from fmextract.reading import activations
 from fmextract.records import Field
 from fmextract.storage import schema, shards
 from fmextract.storage.digest import content_digest
@@ -164,7 +165,7 @@ def test_open_says_what_is_wrong_and_where(path: Path, what: str) -> None:
     edit, place = REFUSED[what]
     changed(path, edit)
     with pytest.raises(FormatError, match=rf"a\.h5.*{place}"):
-        reader.open(path)
+        activations.open(path)
     with pytest.raises(FormatError, match=r"a\.h5"):
         content_digest(path)
 
@@ -184,7 +185,10 @@ STATISTICS: dict[str, tuple[Edit, str]] = {
 def test_statistics_are_what_they_can_be(path: Path, what: str) -> None:
     edit, place = STATISTICS[what]
     changed(path, edit)
-    with reader.open(path) as acts, pytest.raises(DamagedError, match=rf"a\.h5: /layers/maps/{place}|a\.h5.*{place}"):
+    with (
+        activations.open(path) as acts,
+        pytest.raises(DamagedError, match=rf"a\.h5: /layers/maps/{place}|a\.h5.*{place}"),
+    ):
         acts["maps"].stats  # noqa: B018
 
 
@@ -199,7 +203,7 @@ def test_what_later_versions_add_is_not_looked_at(path: Path) -> None:
         file[f"{LAYER}/extra"] = np.zeros((2, 2))
 
     changed(path, edit)
-    with reader.open(path) as acts:
+    with activations.open(path) as acts:
         assert acts.attrs["note"] == "of a later version"
         assert "later" not in acts.attrs
         assert acts["maps"].attrs["rank"] == 3
@@ -299,10 +303,10 @@ def test_the_fuzzer_sees_what_it_looks_for(subjects: Path, monkeypatch: pytest.M
     assert fuzz_structure.wrong("info", info, target) is None
 
     def found(error: Exception) -> str | None:
-        def raising(acts: reader.Activations) -> None:
+        def raising(acts: activations.Activations) -> None:
             raise error
 
-        monkeypatch.setattr(reader.Activations, "info", raising)
+        monkeypatch.setattr(activations.Activations, "info", raising)
         return fuzz_structure.wrong("info", info, target)
 
     assert "exit status 1" in (found(KeyError("x")) or "")
@@ -319,11 +323,11 @@ def test_the_tables_name_what_a_file_has(path: Path) -> None:
 
 def test_rows_that_do_not_count_up_are_refused(path: Path) -> None:
     changed(path, lambda file: file["sample"].__setitem__(3, 10**6))
-    with reader.open(path) as acts, pytest.raises(DamagedError, match=r"a\.h5: /sample does not count its rows"):
+    with activations.open(path) as acts, pytest.raises(DamagedError, match=r"a\.h5: /sample does not count its rows"):
         acts.samples  # noqa: B018
     changed(path, lambda file: file["sample"].__setitem__(slice(None), np.arange(-6, 0)))
     with pytest.raises(DamagedError, match=r"a\.h5: /sample begins at row -6"):
-        reader.open(path)
+        activations.open(path)
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0), (-1, 7), (-(2**31), -(2**31))])
@@ -351,5 +355,5 @@ def test_a_run_that_is_not_told_is_not_run_again(tmp_path: Path, missing: str) -
         file.attrs["fmextract_config"] = json.dumps(config)
 
     changed(tmp_path / "a.h5", edit)
-    with reader.open(tmp_path / "a.h5") as acts, pytest.raises(FormatError, match=r"a\.h5.* cannot be run again"):
+    with activations.open(tmp_path / "a.h5") as acts, pytest.raises(FormatError, match=r"a\.h5.* cannot be run again"):
         replay.plan_of(acts, "cpu")

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from fmextract.errors import ConfigError
-from fmextract.look.places import has_maps
 
 if TYPE_CHECKING:
-    from fmextract.reader import Activations
+    from fmextract.reading.activations import Activations
+    from fmextract.reading.layer import Layer
 
 _NUMBERED = re.compile(r"(conv|linear|norm|act|pool|trunk)#(-?\d+)")
+
+
 _KINDS = {
     "conv": r"conv",
     "linear": r"linear",
@@ -21,6 +23,8 @@ _KINDS = {
     "pool": r"pool",
     "trunk": r"conv",
 }
+
+
 _GLOB = {"**.": r"(?:.*\.)?", "**": r".*", "*": r"[^.]*", "?": r"[^.]"}
 
 
@@ -92,3 +96,8 @@ def _numbers(selectors: Sequence[str], kind: str) -> Iterator[int]:
 
 def _is_kind(module_type: str, kind: str) -> bool:
     return re.search(_KINDS[kind], module_type, re.IGNORECASE) is not None
+
+
+def has_maps(layer: Layer) -> bool:
+    """Whether the layer's axes are those of maps, or of tokens that may stand on a grid."""
+    return set(layer.axes[1:]) in ({"channel", "y", "x"}, {"token", "feature"})

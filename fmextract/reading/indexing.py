@@ -7,15 +7,21 @@ those cuts are the chunks to read. Pure arithmetic: nothing here reads anything.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from fmextract.errors import ConfigError
+
 Places: TypeAlias = npt.NDArray[np.int64]
+
+
 AxisIndex: TypeAlias = "int | range | Places"
 """An int ≥ 0 (the axis goes), a range, or an array of integers ≥ 0."""
+
+
 Selection: TypeAlias = "range | Places"
 
 
@@ -175,3 +181,15 @@ def stretches(places: slice | Places, size: int) -> list[range]:
 def count(places: slice | Places, size: int) -> int:
     """How many places of a chunk of `size` a selection has."""
     return len(range(*places.indices(size))) if isinstance(places, slice) else len(places)
+
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+Rows: TypeAlias = npt.NDArray[np.int64]
+
+
+def batched(rows: Rows, size: int) -> Iterator[Rows]:
+    if size < 1:
+        raise ConfigError(f"expected a batch size of at least 1, got {size}")
+    return (rows[start : start + size] for start in range(0, len(rows), size))

@@ -1,0 +1,1 @@
+"""`open(path)` and everything that only reads."""

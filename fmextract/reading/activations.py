@@ -1,0 +1,447 @@
+"""`open(path)` → Activations: numpy-like layers over one file or a directory of shards.
+
+HDF5 is asked only for what describes the data (names, shapes, where each chunk lies), and is closed again at once. The
+chunks are then read with `os.pread` and decoded by several threads: no lock of libhdf5 is held, nothing that must not
+be shared is open across a fork, and memory is the result plus one chunk a thread.
+
+Whatever a mutated file makes libhdf5 raise comes out as a FormatError or DamagedError; the caller's own mistakes in
+indexing come out as numpy's IndexError and TypeError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fmextract.common.system import cpus
+from fmextract.common.text import count as plural
+from fmextract.errors import ConfigError, FormatError
+from fmextract.reading.chunks import RECENT_BYTES, Recent
+from fmextract.reading.counts import Totals, total_throughput
+from fmextract.reading.files import File, Files, _Part, listed_shards
+from fmextract.reading.indexing import Array, Rows, batched
+from fmextract.reading.layer import DATASET_BYTES, Layer
+from fmextract.reading.parallel import _pool
+from fmextract.records import Label
+from fmextract.storage.columns import Form, as_array, common_form, encode_column
+
+if TYPE_CHECKING:
+    from fmextract.reading.dataset import LayerDataset
+
+
+class UnknownName(ConfigError, KeyError):
+    """A layer, or the key of an image, that is not in the file; the message names the closest ones."""
+
+    __str__ = Exception.__str__  # KeyError's shows the message in quotes, with its line ends escaped
+
+
+def open(path: str | os.PathLike[str], *, threads: int | None = None, cache: int = RECENT_BYTES) -> Activations:
+    """The activations in one .h5 file, or in a directory of shards.
+
+    `threads` decode chunks (all of the process's CPUs when None), and about `cache` bytes of chunks that hold more
+    than was asked for are kept. Raises FormatError where there is no such file, it
+    is not fmextract's, is newer, or is a run in progress, and DamagedError where its content is not what was written.
+    """
+    place = Path(path).expanduser()
+    return Activations(place, _parts(place), threads, cache)
+
+
+def just_written(path: Path) -> Activations:
+    """The same, for the run that has just written `path`: the file that it finished last is not looked through again.
+
+    Of thousands of layers that takes seconds. What was written by another process, or before, is, as `open` does it.
+    """
+    return Activations(path, [part._replace(own=True) for part in _parts(path)], None, RECENT_BYTES)
+
+
+def _parts(place: Path) -> list[_Part]:
+    return listed_shards(place.absolute()) if place.is_dir() else [_Part(place.absolute())]
+
+
+class Activations:
+    """What `open` returns: the layers by name, and the columns with one entry a row (an image). A context manager.
+
+    Safe to use from several threads. Columns are numpy arrays, loaded when first asked for. It can be pickled, as can
+    its layers: the path travels, and the files are opened again on the other side.
+    """
+
+    def __init__(self, path: Path, parts: Sequence[_Part], threads: int | None, cache: int) -> None:
+        self.path = path
+        self._place = path.absolute()  # the working directory may be another one later
+        self._files = Files(parts)
+        self._given_threads = threads
+        self._threads = threads or cpus()
+        self._recent = Recent(cache)
+        self._made: dict[str, Layer] = {}
+        first = self._files[0]
+        self.layers: tuple[str, ...] = tuple(first.contents.layers)
+        self.attrs: Mapping[str, Any] = first.contents.attrs
+        """The root attributes; see `config`, `preprocess` and `versions` for those that hold JSON."""
+
+    def __enter__(self) -> Activations:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keep an output of one file open in HDF5 within, for many small questions: each would open it anew."""
+        return self._files.held()
+
+    def close(self) -> None:
+        """Close the files and forget what is kept of them; reading afterwards raises ConfigError."""
+        self._files.close()
+        self._recent.clear()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _opened_again, (self._place, self._given_threads, self._recent.nbytes, self._files.content())
+
+    def __len__(self) -> int:
+        """Rows, failed ones included."""
+        return self._files.rows
+
+    def __getitem__(self, name: str) -> Layer:
+        """A layer by name; raises UnknownName, a KeyError, that shows the closest names."""
+        if name not in self._made:
+            if name not in self.layers:
+                raise UnknownName(f"no layer {name!r} in {self.path}{_closest(name, self.layers)}")
+            self._made[name] = Layer(self, name)
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layers
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the layers, like `layers`."""
+        return iter(self.layers)
+
+    @functools.cached_property
+    def keys(self) -> Array:
+        """Relative paths or tar keys, str (N) as objects."""
+        return self._column("key")
+
+    @functools.cached_property
+    def samples(self) -> Rows:
+        """Row numbers in the whole source, int64 (N): from 0, but for one shard opened alone."""
+        return self._column("sample")
+
+    @functools.cached_property
+    def status(self) -> npt.NDArray[np.uint8]:
+        """uint8 (N), see `records.Status`; rows other than 0 hold NaN."""
+        return self._column("status")
+
+    @functools.cached_property
+    def messages(self) -> Array:
+        """What went wrong, str (N) as objects; empty where nothing did."""
+        return self._column("message")
+
+    @functools.cached_property
+    def heights(self) -> npt.NDArray[np.int32]:
+        """Height of the original image, int32 (N)."""
+        return self._column("height")
+
+    @functools.cached_property
+    def widths(self) -> npt.NDArray[np.int32]:
+        """Width of the original image, int32 (N)."""
+        return self._column("width")
+
+    @functools.cached_property
+    def file_sizes(self) -> npt.NDArray[np.int64]:
+        """Bytes of the file that each row was made of, int64 (N); -1 where it was no file, or the output does not say.
+
+        Outputs of before there were digests do not say.
+        """
+        return np.concatenate([_column_or(file, "file_size", np.int64(-1)) for file in self._files])
+
+    @functools.cached_property
+    def file_digests(self) -> Array:
+        """XXH3 (128 bits, in hex) of that file, str (N) as objects; empty where `file_sizes` is -1."""
+        return np.concatenate([_column_or(file, "file_digest", "") for file in self._files])
+
+    @functools.cached_property
+    def labels(self) -> Array | None:
+        """The source's labels, None where it has none: int64 (N), float64 (N), or text (N) as objects.
+
+        Where an image has none: -1 (NaN, if there are labels of -1), NaN, an empty text. Lists of as many numbers each
+        are (N, number); other lists, and mappings, objects.
+        """
+        return self._brought_array(None) if None in self._brought else None
+
+    @functools.cached_property
+    def columns(self) -> Mapping[str, Array]:
+        """What the source says of its images besides, by name: as `labels`, but NaN where a number is missing."""
+        return {name: self._brought_array(name) for name in self._brought if name is not None}
+
+    def listed(self, name: str | None = None) -> list[Label] | None:
+        """One of `columns`, or the labels, as plain Python, None where there is none; None for what is not there."""
+        if name not in self._brought:
+            return None
+        return [value for file in self._files for value in file.brought(name)]
+
+    def row(self, key: str) -> int:
+        """The row of an image; raises UnknownName, a KeyError."""
+        try:
+            return self._row_of[key]
+        except KeyError:
+            raise UnknownName(f"no image {key!r} in {self.path}{_closest(key, self._row_of)}") from None
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Everything needed to repeat the run."""
+        return self._said("fmextract_config")
+
+    @property
+    def preprocess(self) -> Mapping[str, Any]:
+        """How a photo became an input, the fields of `records.Preprocess`."""
+        return self._said("preprocess")
+
+    @property
+    def images(self) -> Mapping[str, str]:
+        """Where the run found its files: the folder that their paths begin at, `absolute` and `relative` to the output.
+
+        Empty where the images were no files.
+        """
+        return self._said("images")
+
+    @property
+    def label_names(self) -> Sequence[str]:
+        """What the labels 0, 1, … are called, as the `classes` of a Dataset say; empty where nobody says it."""
+        return tuple(self._files[0].contents.said.get("label_names", ()))
+
+    @property
+    def throughput(self) -> Mapping[str, Any] | None:
+        """How fast the run was, over all its shards: `images`, `seconds`, `images_per_second`, and `busy_seconds` of
+        each stage, summed over its threads. None where the file does not say."""
+        total = total_throughput(file.contents.said.get("throughput") for file in self._files)
+        if total is None or not total["seconds"]:
+            return None
+        return {**total, "images_per_second": round(total["images"] / total["seconds"], 3)}
+
+    @property
+    def versions(self) -> Mapping[str, Any]:
+        """Versions of the libraries that made the file."""
+        return self._said("versions")
+
+    @property
+    def input_size(self) -> tuple[int, int] | None:
+        """(height, width) of the network's input, None where the file does not say."""
+        for step in ("crop", "resize"):
+            size = self.preprocess.get(step)
+            if isinstance(size, list):
+                return size[0], size[1]
+        return None
+
+    def rows(self, include_failed: bool = False) -> Rows:
+        """The rows with status 0, or all: int64, ascending."""
+        return np.arange(len(self)) if include_failed else np.flatnonzero(self.status == 0)
+
+    def batches(
+        self, names: Sequence[str] | None = None, size: int = 256, include_failed: bool = False
+    ) -> Iterator[tuple[Rows, dict[str, Array]]]:
+        """(rows int64 (n), {name: array (n, …)}) over several layers, all of them when None; see `Layer.batches`."""
+        layers = [self[name] for name in (self.layers if names is None else names)]
+        for rows in batched(self.rows(include_failed), size):
+            yield rows, {layer.name: layer[rows] for layer in layers}
+
+    def dataset(
+        self,
+        *names: str,
+        rows: npt.ArrayLike | None = None,
+        include_failed: bool = False,
+        labels: bool | str = False,
+        cache: int = DATASET_BYTES,
+    ) -> LayerDataset:
+        """A map-style torch Dataset of (row, one tensor a name), all layers when there is none.
+
+        With `labels` the items end in the label of the row, or in its value of the column of that name: a number, or a
+        tensor; of text the number of the class among `dataset.classes`. Rows without one are left out.
+        Of `rows` (numbers, or a mask), of all when None; those with a status other than 0 are left out unless asked
+        for. Item i is row `dataset.rows[i]`. It pickles, and opens the files anew in every process. What is no larger
+        than `cache` bytes is read by the first batch, and held; else batches are read as they come, and about `cache`
+        bytes of chunks of several rows are kept, in each process. `dataset.batches` is a sampler that spares a
+        DataLoader the copying together of rows, and shuffles chunk-wise what does not fit.
+        """
+        from fmextract.reading.dataset import LayerDataset
+
+        layers = [self[name] for name in names or self.layers]
+        targets, classes, there = self._targets(None if labels is True else labels) if labels is not False else _NONE
+        wanted = np.arange(len(self))
+        if rows is not None:
+            chosen = np.asarray(rows)
+            wanted = wanted[chosen if chosen.size else chosen.astype(np.int64)]  # numpy takes [] for floats
+        if not include_failed:
+            wanted = wanted[self.status[wanted] == 0]
+        if there is not None:
+            wanted = wanted[there[wanted]]
+        of_a_row = {layer: layer.nbytes // max(1, len(layer)) for layer in layers}
+        shared = [layer for layer in layers if layer.chunks[0] > 1]
+        together = max((layer.chunks[0] for layer in shared), default=1)
+        return LayerDataset(
+            functools.partial(_open_shared, self._place, self._threads, cache, self._files.content()),
+            [layer.name for layer in layers],
+            wanted,
+            fits=len(wanted) * sum(of_a_row.values()) <= cache,
+            together=together,
+            # Half of what can be kept: a batch on the border between two windows needs the chunks of both.
+            window=max(1, cache // max(1, 2 * together * sum(of_a_row[layer] for layer in shared))),
+            targets=targets,
+            classes=classes,
+        )
+
+    def _targets(self, name: str | None) -> tuple[Array, tuple[str, ...], npt.NDArray[np.bool_]]:
+        """A number, or as many for each row, what texts stand behind numbers, and which rows have a value at all."""
+        values = self.listed(name)
+        if values is None:
+            known = ", ".join(map(repr, self.columns)) or "none"
+            what = "labels" if name is None else f"column {name!r}"
+            raise ConfigError(f"{self.path} has no {what}. Columns of images: {known}")
+        form = self._brought[name]
+        if form.kind == "json":
+            raise ConfigError(f"{self.path}: labels that are lists of different lengths, or mappings, make no tensor")
+        there = np.array([value is not None for value in values])
+        classes: tuple[str, ...] = ()
+        if form.kind == "text":
+            classes = tuple(sorted({str(value) for value in values if value is not None}))
+            number: dict[Any, Label] = {text: place for place, text in enumerate(classes)}
+            values, form = [number.get(value) for value in values], Form("int")
+        nothing: Any = 0 if form.length is None else [0] * form.length
+        return (
+            np.asarray(encode_column([nothing if value is None else value for value in values], form)),
+            classes,
+            there,
+        )
+
+    def totals(self) -> dict[str, Totals]:
+        """What is counted of every layer, over all rows. Each file is opened once, however many there are."""
+        totals = dict.fromkeys(self.layers, Totals())
+        for file in self._files:
+            with file.hdf5():
+                totals = {name: known.plus(file.totals(name)) for name, known in totals.items()}
+        return totals
+
+    def info(self) -> dict[str, Any]:
+        """A summary as plain data: what `fmextract info` shows."""
+        failed = np.flatnonzero(self.status)
+        stored = self._stored_bytes()
+        layers = [self[name]._info(stored[name]) for name in self.layers]
+        return {
+            "path": str(self.path),
+            "format": f"{self.attrs.get('format')} {self.attrs.get('format_version')}",
+            "files": len(self._files),
+            "model": self.attrs.get("model"),
+            "weights_sha256": self.attrs.get("weights_sha256"),
+            "precision": self.attrs.get("precision"),
+            "created": self.attrs.get("created"),
+            "throughput": self.throughput,
+            "rows": len(self),
+            "failed": len(failed),
+            "failures": [
+                {"row": int(r), "key": self.keys[r], "status": int(self.status[r]), "message": self.messages[r]}
+                for r in failed[:5]
+            ],
+            "bytes_raw": sum(layer["bytes_raw"] for layer in layers),
+            "bytes_stored": sum(layer["bytes_stored"] for layer in layers),
+            "layers": layers,
+        }
+
+    def __repr__(self) -> str:
+        if self._files.closed:
+            return f"<Activations {str(self.path)!r}, closed>"
+        head = f"<Activations {str(self.path)!r}: {plural(len(self), 'row')}, {plural(len(self.layers), 'layer')}"
+        made_by = ", ".join(str(self.attrs[k]) for k in ("model", "precision") if k in self.attrs)
+        wide = max((len(name) for name in self.layers), default=0)
+        # A network has hundreds of layers, and each costs a look into the file: show the two ends.
+        shown = self.layers if len(self.layers) <= 24 else (*self.layers[:12], "…", *self.layers[-12:])
+        lines = (f"  {n:{wide}}  {self[n]._summary()}" if n in self.layers else f"  {n}" for n in shown)
+        return "\n".join([head + (f", {made_by}" if made_by else ""), *lines]) + ">"
+
+    @functools.cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {key: row for row, key in enumerate(self.keys)}
+
+    @functools.cached_property
+    def _brought(self) -> Mapping[str | None, Form]:
+        """The forms of the columns that the source brought along, over all files; None is the labels'."""
+        titles = dict.fromkeys(title for file in self._files for title in file.contents.brought)
+        found: dict[str | None, Form] = {}
+        for title in titles:
+            there = [file.contents.brought[title] for file in self._files if title in file.contents.brought]
+            form = common_form(one.form for one in there)
+            assert form is not None
+            found[title] = form
+        return found
+
+    def _brought_array(self, name: str | None) -> Array:
+        form, whole = self._brought[name], name is None
+        there = [file.contents.brought.get(name) for file in self._files]
+        as_stored = form.kind != "json" and (form.kind != "int" or not form.gaps or (whole and form.missing == -1))
+        if as_stored and all(one is not None and one.form.kind == form.kind for one in there):
+            return np.concatenate([file.column(one.name) for file, one in zip(self._files, there, strict=True) if one])
+        return as_array(self.listed(name) or [], form, whole=whole)
+
+    def _column(self, name: str) -> Array:
+        return np.concatenate([file.column(name) for file in self._files])
+
+    def _stored_bytes(self) -> Counter[str]:
+        """Of every layer, over all files, each of them opened once."""
+        total: Counter[str] = Counter()
+        for file in self._files:
+            with file.hdf5():
+                total.update({name: file.stored(name).nbytes for name in self.layers})
+        return total
+
+    def _said(self, name: str) -> Mapping[str, Any]:
+        """What a root attribute that holds JSON means."""
+        return self._files[0].contents.said.get(name, {})  # type: ignore[no-any-return]
+
+
+_NONE: tuple[None, tuple[str, ...], None] = (None, (), None)
+"""No targets."""
+
+
+def _column_or(file: File, name: str, missing: Any) -> Array:
+    """A column, or `missing` for each row of a file that does not have it."""
+    if name in file.contents.columns:
+        return file.column(name)
+    return np.full(len(file.rows), missing, object if isinstance(missing, str) else None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+ALL_NAMED = 12
+"""Names that are all told where none is close to the one that was asked for."""
+
+
+def _closest(name: object, names: Iterable[str]) -> str:
+    some = [str(known) for known in itertools.islice(names, 10_000)]
+    holding = [known for known in some if str(name).lower() in known.lower()]  # `tom` for `cats/tom.jpg`
+    close = holding[:3] or difflib.get_close_matches(str(name), some, n=3, cutoff=0.5)
+    if not close and 0 < len(some) <= ALL_NAMED:
+        return f"; there are {', '.join(some)}"
+    return f"; the closest are {', '.join(close)}" if close else ""
+
+
+def _opened_again(path: Path, threads: int | None, cache: int, content: str) -> Activations:
+    """What was pickled. Raises FormatError where the files are others by now."""
+    acts = open(path, threads=threads, cache=cache)
+    if acts._files.content() != content:
+        acts.close()
+        raise FormatError(f"{path} is not the output that was opened first: it was replaced since. Open it again")
+    return acts
+
+
+def _open_shared(path: Path, threads: int, cache: int, content: str, processes: int) -> Activations:
+    """For one of several processes that read at once."""
+    return _opened_again(path, max(1, threads // processes), cache, content)

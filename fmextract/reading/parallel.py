@@ -1,0 +1,56 @@
+"""Threads that decode chunks side by side."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+from fmextract.common.system import cpus
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """The threads that all readers of this process share."""
+    return ThreadPoolExecutor(cpus(), thread_name_prefix="fmextract-read")
+
+
+def in_parallel(work: Callable[[Any], None], tasks: Iterable[Any], count: int, threads: int) -> None:
+    """work(task) for every one of `count` tasks, on this thread and `threads` - 1 shared ones.
+
+    Returns, or raises the first error, when no thread works any more. This thread takes tasks too: so a pool that is
+    busy for others costs time only, and a single task costs no pool.
+    """
+    todo = iter(tasks)
+    lock = threading.Lock()
+    stopped = False
+
+    def drain() -> None:
+        nonlocal stopped
+        while True:
+            with lock:
+                task = None if stopped else next(todo, None)
+            if task is None:
+                return
+            try:
+                work(task)
+            except BaseException:
+                stopped = True
+                raise
+
+    helpers = [_pool().submit(drain) for _ in range(min(threads, count) - 1)]
+    if not helpers:
+        drain()
+        return
+    try:
+        drain()
+    except BaseException:
+        stopped = True  # an interrupt may also come between two tasks
+        raise
+    finally:
+        wait([helper for helper in helpers if not helper.cancel()])
+    for helper in helpers:
+        if not helper.cancelled():
+            helper.result()

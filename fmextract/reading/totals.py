@@ -1,0 +1,53 @@
+"""Statistics and counts of several shards as those of one output."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fmextract.errors import DamagedError
+from fmextract.reading import activations
+from fmextract.storage.layer_stats import merge, settled
+
+COUNTED = ("clipped", "nonfinite")
+"""Attributes of a layer that count values of a shard: those of an output are their sums."""
+
+
+def _joined_stats(path: Path, layer: str, before: Any, part: dict[str, Any]) -> dict[str, Any]:
+    try:
+        return part if before is None else merge([before, part])
+    except (KeyError, ValueError) as error:
+        raise DamagedError(f"{path}: the statistics of {layer} do not fit those of other shards: {error}") from error
+
+
+def merged(
+    shards: Sequence[Path], layers: Sequence[str] | None = None
+) -> tuple[dict[str, dict[str, np.ndarray[Any, Any]]], dict[str, dict[str, Any]], dict[str, int]]:
+    """Statistics and counts of all shards together, and the batch sizes that memory forced; one shard at a time.
+
+    Of all layers if None.
+    """
+    stats: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+    attrs: dict[str, dict[str, Any]] = {}
+    counts: Counter[tuple[str, str]] = Counter()
+    smaller: dict[str, int] = {}
+    for path in shards:
+        with activations.open(path) as acts:
+            smaller |= acts._files[0].contents.said.get("smaller_batches", {})
+            for name in acts.layers if layers is None else layers:
+                layer = acts[name]
+                counts.update({(name, key): int(layer.attrs[key]) for key in COUNTED if key in layer.attrs})
+                if part := acts._files[0].stats(name, covariance=True):
+                    stats[name] = _joined_stats(path, name, stats.get(name), part)
+                if len(shards) == 1 and (known := layer.effective_dimension):
+                    attrs[name] = known.as_attrs()
+    for name, found in stats.items():
+        stats[name], more = settled(found)
+        attrs.setdefault(name, {}).update(more)
+    for (name, key), count in counts.items():
+        attrs.setdefault(name, {})[key] = np.int64(count)
+    return stats, attrs, smaller
