@@ -225,11 +225,11 @@ def _hooked(case: Case, photos: Path, ours: bool) -> dict[str, list[np.ndarray]]
 
 def _our_pixels(photos: Path) -> Iterator[Any]:
     """The inputs as fmextract decodes and resizes them; what this does to the values is told apart, by `decoding`."""
-    from fmextract import images
+    from fmextract.inputs import decoding, preprocessing
 
-    preprocess = images.parse_preprocess(Ours.preprocess)
+    preprocess = preprocessing.parse_preprocess(Ours.preprocess)
     for path in sorted(photos.glob("*.jpg")):
-        yield images.normalise(images.decode(path.read_bytes(), preprocess).pixels[None], preprocess)[0]
+        yield preprocessing.normalise(decoding.decode(path.read_bytes(), preprocess).pixels[None], preprocess)[0]
 
 
 def decoding(case: Case, photos: Path, truths: Path) -> float:

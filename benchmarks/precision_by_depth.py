@@ -20,10 +20,10 @@ SELECTORS = ("type:Conv2d",)
 
 def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     """(layers in the order of execution, the errors of each precision)."""
-    from fmextract import images as decoding
     from fmextract import models, precision, taps
     from fmextract.benchmark import make_photos
     from fmextract.capture import probe
+    from fmextract.inputs import decoding
     from fmextract.inputs.sources import open_source
     from fmextract.records import Preprocess
 

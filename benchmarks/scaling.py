@@ -149,13 +149,13 @@ def _inputs(run: Run) -> Any:
     """One batch of the run's images as inputs of the model."""
     import torch
 
-    from fmextract import images
+    from fmextract.inputs import decoding, preprocessing
     from fmextract.records import Preprocess
 
     source, preprocess = run.prepared.source, run.prepared.loaded.preprocess
     assert isinstance(preprocess, Preprocess)
-    pixels = [images.decode(source.load(row), preprocess).pixels for row in range(run.plan.batch_size)]
-    return images.normalise(torch.stack(pixels), preprocess)
+    pixels = [decoding.decode(source.load(row), preprocess).pixels for row in range(run.plan.batch_size)]
+    return preprocessing.normalise(torch.stack(pixels), preprocess)
 
 
 # ------------------------------------------------------------------------------------------ the figures

@@ -201,7 +201,8 @@ def _on_the_device() -> Iterator[list[Ring]]:
 
 def capture(scratch: Path) -> dict[str, list[torch.Tensor]]:
     """What the demo's network gives for IMAGES crops of photos: by size, one float32 tensor (IMAGES, C, y, x) a map."""
-    from fmextract import demo, images
+    from fmextract import demo
+    from fmextract.inputs import decoding, preprocessing
 
     network, preprocess = demo.model()
     photos = sorted(benchmark.make_photos(scratch / "photos", IMAGES).iterdir())
@@ -211,8 +212,8 @@ def capture(scratch: Path) -> dict[str, list[torch.Tensor]]:
         network.get_submodule(name.rstrip(".")).register_forward_hook(hook)
     with torch.no_grad():
         for at in range(0, IMAGES, 16):
-            pixels = [images.decode(photo.read_bytes(), preprocess).pixels for photo in photos[at : at + 16]]
-            network(images.normalise(torch.stack(pixels), preprocess))
+            pixels = [decoding.decode(photo.read_bytes(), preprocess).pixels for photo in photos[at : at + 16]]
+            network(preprocessing.normalise(torch.stack(pixels), preprocess))
     return {size: [torch.cat(caught[name]) for name in names] for size, names in TAPS.items()}
 
 

@@ -30,12 +30,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import chunks, engine, images, precision, run, taps
+from fmextract import chunks, engine, precision, run, taps
 from fmextract.common import text
 from fmextract.common.progress import Quiet
 from fmextract.common.system import cores
 from fmextract.config import Config
 from fmextract.errors import ConfigError, MissingExtra
+from fmextract.inputs import preprocessing
 from fmextract.inputs.reading import content
 from fmextract.inputs.sources import on_disk
 from fmextract.planning import Plan
@@ -373,7 +374,7 @@ def _normalised(prepared: Prepared, pixels: torch.Tensor) -> torch.Tensor:
     if prepared.ready:
         return pixels.clone()
     assert isinstance(preprocess, Preprocess)
-    return images.normalise(pixels, preprocess)
+    return preprocessing.normalise(pixels, preprocess)
 
 
 def _statistics(prepared: Prepared, made: Plan, tensors: Sequence[torch.Tensor]) -> Stage:

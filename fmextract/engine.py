@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fmextract import chunks, images
+from fmextract import chunks
 from fmextract.capture import blame
 from fmextract.channel import Channel, Closed
 from fmextract.common.allocator import give_back_freed_memory
@@ -34,6 +34,7 @@ from fmextract.common.devices import TOO_SMALL, is_out_of_memory, lost
 from fmextract.config import FailureBudget
 from fmextract.device import Download, Transfers, transfers_for
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError, TooManyFailures
+from fmextract.inputs import decoding, device_jpegs, preprocessing
 from fmextract.inputs.reading import Reader, content, stamp
 from fmextract.inputs.sources import columns_of, on_disk
 from fmextract.planning import Plan
@@ -79,8 +80,8 @@ class Work:
     info: FileInfo
     source: Source
     reader: Reader
-    preprocess: images.Preprocessing | None
-    jpegs: images.DeviceJpegs | Jpegs | None  # what decodes plain JPEGs elsewhere; None: the threads here do
+    preprocess: preprocessing.Preprocessing | None
+    jpegs: device_jpegs.DeviceJpegs | Jpegs | None  # what decodes plain JPEGs elsewhere; None: the threads here do
     workers: Workers | None  # processes that encode; None: the threads here do
     input_shape: tuple[int, ...]
     ready: bool  # the images are the model's inputs already: float, not to be normalised
@@ -283,7 +284,7 @@ class _Decoder:
         return self._decode_all(rows, into, [self._loaded(row) for row in rows])
 
     def _decode_all(self, rows: range, into: torch.Tensor, loaded: Sequence[Any]) -> list[_Outcome]:
-        decoded: Sequence[images.Decoded | None] = [None] * len(rows)
+        decoded: Sequence[decoding.Decoded | None] = [None] * len(rows)
         if self._work.jpegs is not None and not self._work.ready:
             started = time.perf_counter()
             self._in_flight.begin(*rows)
@@ -692,7 +693,7 @@ class _Pipeline:
             made = pixels.clone()
         else:
             assert isinstance(self._work.preprocess, Preprocess)
-            made = images.normalise(pixels, self._work.preprocess)
+            made = preprocessing.normalise(pixels, self._work.preprocess)
         return to_memory_format(made, self._work.plan.memory_format)[piece]
 
     def _give_back(self) -> None:
@@ -883,9 +884,9 @@ def most_pending(threads: int) -> int:
     return max(64, 12 * threads)
 
 
-def rows_a_task(rows: int, threads: int, jpegs: images.DeviceJpegs | Jpegs | None) -> int:
+def rows_a_task(rows: int, threads: int, jpegs: device_jpegs.DeviceJpegs | Jpegs | None) -> int:
     """How many of the `rows` of a batch one task decodes."""
-    if isinstance(jpegs, images.DeviceJpegs):
+    if isinstance(jpegs, device_jpegs.DeviceJpegs):
         least, most = ROWS_A_DEVICE_TASK
         return min(most, max(least, rows // threads))
     return max(1, min(ROWS_A_TASK, rows // ((4 if jpegs is None else 2) * threads)))

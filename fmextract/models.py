@@ -16,29 +16,35 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.transforms import InterpolationMode
 
 from fmextract.capture.reach import is_unready
 from fmextract.common import trust
 from fmextract.common.imports import import_object, importing_for
 from fmextract.errors import ConfigError, MissingExtra, ModelError
-from fmextract.images import PREPROCESS_HELP, CustomPreprocess, Preprocessing, apply_size, parse_preprocess
-from fmextract.inputs.seeding import seeded
+from fmextract.inputs.preprocessing import (
+    PREPROCESS_HELP,
+    CustomPreprocess,
+    Preprocessing,
+    apply_size,
+    as_preprocessing,
+    from_preset,
+    measured,
+    parse_preprocess,
+)
 from fmextract.records import Preprocess
 from fmextract.storage import shards
 
-__all__ = ["LoadedModel", "describe_preprocess", "load_model", "weights_digest"]
+__all__ = ["LoadedModel", "load_model", "weights_digest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,20 +240,6 @@ def _digest_tensor(digest: Any, name: str, value: Tensor) -> None:
         _digest_tensor(digest, f"{name}\0{part}", tensor)
 
 
-def describe_preprocess(preprocess: Preprocessing | None) -> dict[str, Any]:
-    """The preprocessing as JSON-able values, for the file."""
-    if preprocess is None:
-        return {"kind": "none"}
-    if isinstance(preprocess, CustomPreprocess):
-        return {"kind": "custom", "callable": preprocess.origin, "size": _listed(preprocess.size)}
-    described = {key: _listed(value) for key, value in asdict(preprocess).items()}
-    return {"kind": "standard", **described, "size": _listed(preprocess.size)}
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 # ----------------------------------------------------------------------------------------------- preprocessing
 
 
@@ -258,7 +250,7 @@ def _settle(
     size: str | int | None,
 ) -> Preprocessing | None:
     """The preprocessing that `wanted` names, with inputs of `size`."""
-    found = _named(wanted, own) if isinstance(wanted, str) else _as_preprocessing(wanted)
+    found = _named(wanted, own) if isinstance(wanted, str) else as_preprocessing(wanted)
     if found is None:
         if wanted == "model" and isinstance(model, str):
             raise ConfigError(f"the model {model!r} brings no preprocessing. {PREPROCESS_HELP}")
@@ -266,7 +258,7 @@ def _settle(
     if isinstance(found, CustomPreprocess):
         if size is not None:
             raise ConfigError(f"--size cannot change what {found.origin} does; leave it out")
-        return _measured(found)
+        return measured(found)
     if size is not None:
         found = apply_size(found, size)
     if found.size is None:
@@ -290,57 +282,6 @@ def _named(text: str, own: Preprocessing | None) -> Preprocessing | None:
     if found is None:
         raise ConfigError(f"the model {text!r} brings no preprocessing. {PREPROCESS_HELP}")
     return found
-
-
-def _as_preprocessing(value: Any, origin: str = "") -> Preprocessing | None:
-    """Any form that Python code may give: ours, one of torchvision's presets, or a callable."""
-    if value is None or isinstance(value, (Preprocess, CustomPreprocess)):
-        return value
-    if type(value).__name__ in PRESETS and type(value).__module__.startswith("torchvision."):
-        return _from_preset(value, origin)
-    if not callable(value):
-        raise ConfigError(f"expected a callable from PIL image to float tensor, got {type(value).__name__}")
-    named = getattr(value, "__qualname__", type(value).__name__)
-    return CustomPreprocess(value, origin or f"{getattr(value, '__module__', type(value).__module__)}:{named}")
-
-
-PRESETS = ("ImageClassification", "SemanticSegmentation", "ObjectDetection", "VideoClassification", "OpticalFlow")
-
-
-def _from_preset(preset: Any, origin: str) -> Preprocess | None:
-    """One of torchvision's presets, which `weights.transforms()` makes, as a Preprocess. Optical flow takes two images.
-
-    The video preset resizes with antialias=False, whatever it is asked.
-    """
-    kind = type(preset).__name__
-    if kind == "OpticalFlow":
-        return None
-    resize, crop = getattr(preset, "resize_size", None), getattr(preset, "crop_size", None)
-    return Preprocess(
-        resize=None if resize is None else resize[0] if len(resize) == 1 else (resize[0], resize[1]),
-        crop=None if crop is None else (crop[0], crop[-1]),
-        mean=tuple(getattr(preset, "mean", (0.0, 0.0, 0.0))),
-        std=tuple(getattr(preset, "std", (1.0, 1.0, 1.0))),
-        interpolation=InterpolationMode(getattr(preset, "interpolation", "bilinear")).value,
-        antialias=kind != "VideoClassification",
-        origin=origin,
-    )
-
-
-def _measured(custom: CustomPreprocess) -> CustomPreprocess:
-    """With the size that it gives, which one grey picture tells."""
-    if custom.size is not None:
-        return custom
-    try:
-        with seeded(0, 0):
-            shape = custom.function(PIL.Image.new("RGB", (320, 256), (128, 128, 128))).shape
-        _channels, height, width = shape
-    except Exception as error:  # a user's function: it may raise anything
-        raise ConfigError(
-            f"--preprocess {custom.origin}: expected a function from a PIL image to a float tensor "
-            f"(channels, height, width); a grey 320 x 256 picture gave {type(error).__name__}: {error}"
-        ) from error
-    return replace(custom, size=(height, width))
 
 
 # ---------------------------------------------------------------------------------------------------- building
@@ -446,7 +387,7 @@ def _torchvision_preprocess(name: str, chosen: Any = None) -> Preprocess | None:
     if chosen is None and not list(sets):
         return None
     member = chosen or sets.DEFAULT
-    return _from_preset(member.transforms(), f"torchvision:{type(member).__name__}.{member.name}")
+    return from_preset(member.transforms(), f"torchvision:{type(member).__name__}.{member.name}")
 
 
 @contextlib.contextmanager
@@ -604,11 +545,11 @@ def _build_python(text: str, weights: Weights) -> Built:
             f"{text}: expected a torch module or (module, preprocessing), got {type(made).__name__}. "
             "Name a function without arguments, a class, or a module"
         )
-    return Built(module, _as_preprocessing(preprocess, text), str(weights))
+    return Built(module, as_preprocessing(preprocess, text), str(weights))
 
 
 def _python_preprocess(text: str) -> Preprocessing | None:
-    return _as_preprocessing(import_object(text, ConfigError, "--preprocess"), text)
+    return as_preprocessing(import_object(text, ConfigError, "--preprocess"), text)
 
 
 def _not_yet(prefix: str) -> Provider:
@@ -685,6 +626,7 @@ WEIGHT_FILES: dict[str, Callable[[Path], Any]] = {
     ".safetensors": _read_safetensors,
     **dict.fromkeys((".pth", ".pt", ".bin", ".ckpt", ".tar"), _read_torch),
 }
+
 
 # The published files of torchvision's DenseNets spell `denselayer1.norm.1.weight` what the model calls `norm1.weight`.
 _DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")

@@ -23,7 +23,6 @@ from fmextract import (
     estimate,
     fusion,
     geometry,
-    images,
     models,
     planning,
     precision,
@@ -42,6 +41,7 @@ from fmextract.common.system import cores
 from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
 from fmextract.errors import ConfigError, FmextractError, LayerError, SampleError, SourceError
+from fmextract.inputs import device_jpegs, preprocessing
 from fmextract.inputs.datasets import DatasetSource
 from fmextract.inputs.reading import Reader, reading
 from fmextract.inputs.sources import folder_of, notes_of, open_source
@@ -121,7 +121,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
     codecs.codec_named(config.codec).checked_level(config.level)
     where = devices.pick(config.device)
     if config.decode == "device":
-        images.device_decoder(where)  # before the model is built, which may take long
+        device_jpegs.device_decoder(where)  # before the model is built, which may take long
     if config.precision != "auto":
         precision.check(config.precision, where)
     opened = open_source(
@@ -160,7 +160,7 @@ def _prepared(
 ) -> Prepared:
     input_shape, ready = _input_shape(opened, reader, loaded)
     if config.decode == "device":
-        images.check_fits_on_device(loaded.preprocess)
+        device_jpegs.check_fits_on_device(loaded.preprocess)
     own = _own_type(config.precision, loaded.input_dtype)
     if where.type == "cpu":
         allocator.keep_freed_memory()
@@ -667,7 +667,7 @@ def _as_inputs(
     if ready:
         return batch
     assert isinstance(loaded.preprocess, Preprocess)
-    return images.normalise(batch, loaded.preprocess)
+    return preprocessing.normalise(batch, loaded.preprocess)
 
 
 def _photos(
@@ -838,7 +838,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     return {
         "model": loaded.name,
         "weights": loaded.weights_sha256,
-        "preprocess": models.describe_preprocess(loaded.preprocess),
+        "preprocess": preprocessing.describe_preprocess(loaded.preprocess),
         "input_shape": list(prepared.input_shape),
         "exif": config.exif,
         "decode": config.decode,
@@ -906,7 +906,7 @@ def _described_input(loaded: models.LoadedModel, model: Any, size: str | None) -
     preprocess = loaded.preprocess
     if preprocess is None and isinstance(model, torch.nn.Module):
         guessed = models.guessed_input(model)
-        preprocess = images.apply_size(guessed, size) if size is not None else guessed
+        preprocess = preprocessing.apply_size(guessed, size) if size is not None else guessed
     if not isinstance(preprocess, Preprocess) or preprocess.size is None:
         raise SourceError("the input size is not known: give --size N (or HxW)")
     return (len(preprocess.mean), *preprocess.size)

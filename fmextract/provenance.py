@@ -11,7 +11,8 @@ from typing import Any
 
 from fmextract import models
 from fmextract.common.facts import Facts, Told, changing, interpreter, settled
-from fmextract.images import CustomPreprocess
+from fmextract.inputs import preprocessing
+from fmextract.inputs.preprocessing import CustomPreprocess
 from fmextract.model.structure import structure
 from fmextract.reducers import Reduction
 
@@ -86,7 +87,7 @@ def describe_run(
         "weights_sha256": loaded.weights_sha256,
         "origin": dict(loaded.origin),
         "input_dtype": str(loaded.input_dtype).removeprefix("torch."),
-        "preprocess": models.describe_preprocess(None if ready else loaded.preprocess),
+        "preprocess": preprocessing.describe_preprocess(None if ready else loaded.preprocess),
         "created": now,
     }
 

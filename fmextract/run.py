@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import engine, estimate, following, images, precision, replay, resume, taps
+from fmextract import engine, estimate, following, precision, replay, resume, taps
 from fmextract.common import strict_json
 from fmextract.common.devices import is_out_of_memory
 from fmextract.common.progress import Quiet
 from fmextract.config import Config, check_out
 from fmextract.errors import TooManyFailures
+from fmextract.inputs import device_jpegs
 from fmextract.inputs.sources import notes_of
 from fmextract.output import Output, resumable
 from fmextract.planning import Plan
@@ -323,10 +324,10 @@ def working(
         )
 
 
-def jpegs(prepared: Prepared, workers: Workers | None) -> images.DeviceJpegs | Jpegs | None:
+def jpegs(prepared: Prepared, workers: Workers | None) -> device_jpegs.DeviceJpegs | Jpegs | None:
     """What decodes plain JPEGs elsewhere than in the threads of a run; None: nothing does."""
     if prepared.config.decode == "device":
-        return images.DeviceJpegs(prepared.device)
+        return device_jpegs.DeviceJpegs(prepared.device)
     return workers.jpegs(prepared.config.exif) if workers is not None else None
 
 

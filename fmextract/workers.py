@@ -36,8 +36,9 @@ import numpy as np
 import PIL.Image
 import torch
 
-from fmextract import chunks, images
+from fmextract import chunks
 from fmextract.errors import OutputLost
+from fmextract.inputs import decoding, preprocessing
 from fmextract.inputs.files import OnDisk, stamp_of
 from fmextract.planning import Plan
 from fmextract.records import LayerSpec, Preprocess, SampleTable
@@ -235,15 +236,15 @@ class Jpegs:
         self._do, self._exif = do, exif
 
     def decode(
-        self, data: Sequence[Any], preprocess: images.Preprocessing | None, into: torch.Tensor
-    ) -> list[images.Decoded | None]:
+        self, data: Sequence[Any], preprocess: preprocessing.Preprocessing | None, into: torch.Tensor
+    ) -> list[decoding.Decoded | None]:
         """Fill the rows of `into`, uint8 (at least len(data), 3, h, w) on the host, that are ordinary JPEGs, given as
         bytes or as files.
 
         Gives for each of `data` what was decoded, or None for whatever else there is, which the caller
         decodes: other formats, whose plug-ins this process may have, and what is wrong, so that one place says why.
         """
-        decoded: list[images.Decoded | None] = [None] * len(data)
+        decoded: list[decoding.Decoded | None] = [None] * len(data)
         plain = [i for i, item in enumerate(data) if isinstance(item, OnDisk) or _is_jpeg(item)]
         if plain and isinstance(preprocess, Preprocess):
             task = _Decode([data[i] for i in plain], preprocess, self._exif, tuple(into.shape[1:]))
@@ -350,10 +351,10 @@ class _Worker:
         found: tuple[str, str] = self._ask("finish", shard, *what)
         return found
 
-    def decode(self, task: _Decode, into: torch.Tensor, plain: Sequence[int]) -> list[images.Decoded | None]:
+    def decode(self, task: _Decode, into: torch.Tensor, plain: Sequence[int]) -> list[decoding.Decoded | None]:
         one = math.prod(task.shape)
         room = self._room_of(len(task.data) * one)
-        decoded: list[images.Decoded | None] = self._ask("decode", task, PIL.Image.MAX_IMAGE_PIXELS)
+        decoded: list[decoding.Decoded | None] = self._ask("decode", task, PIL.Image.MAX_IMAGE_PIXELS)
         made = np.frombuffer(room, np.uint8, len(task.data) * one).reshape(-1, *task.shape)
         if len(made) == len(into) and None not in decoded:
             np.copyto(into.numpy(), made)
@@ -525,17 +526,17 @@ def _encode(
     return answers, end
 
 
-def _decode(room: mmap.mmap, task: _Decode, most_pixels: int | None) -> list[images.Decoded | None]:
+def _decode(room: mmap.mmap, task: _Decode, most_pixels: int | None) -> list[decoding.Decoded | None]:
     PIL.Image.MAX_IMAGE_PIXELS = most_pixels
     made = np.frombuffer(room, np.uint8, len(task.data) * math.prod(task.shape)).reshape(-1, *task.shape)
-    decoded: list[images.Decoded | None] = []
+    decoded: list[decoding.Decoded | None] = []
     for item, pixels in zip(task.data, made, strict=True):
         one = None
         with suppress(Exception):  # the thread that asked decodes it once more, and says why
             data = item.read() if isinstance(item, OnDisk) else item
-            image = images.decode(data, task.preprocess, exif=task.exif)
+            image = decoding.decode(data, task.preprocess, exif=task.exif)
             if image.decoder == "simplejpeg" and tuple(image.pixels.shape) == task.shape:
                 np.copyto(pixels, image.pixels.numpy())
-                one = images.Decoded(image.height, image.width, stamp_of(data))
+                one = decoding.Decoded(image.height, image.width, stamp_of(data))
         decoded.append(one)
     return decoded

@@ -19,8 +19,9 @@ from odd_images import jpeg, odd_images, photo, with_orientation
 from PIL import ImageOps
 from torchvision.transforms import functional as v1
 
-from fmextract import engine, images
+from fmextract import engine
 from fmextract.errors import ConfigError, DeviceLost, MissingExtra, OutputError
+from fmextract.inputs import device_jpegs
 from fmextract.reading import activations
 from fmextract.records import FileStamp, Preprocess
 from fmextract.verification import verify
@@ -51,9 +52,9 @@ def stand_in(encoded: list[bytes]) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def jpegs(monkeypatch: pytest.MonkeyPatch) -> images.DeviceJpegs:
-    monkeypatch.setattr(images, "device_decoder", lambda device: stand_in)
-    return images.DeviceJpegs(CPU)
+def jpegs(monkeypatch: pytest.MonkeyPatch) -> device_jpegs.DeviceJpegs:
+    monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: stand_in)
+    return device_jpegs.DeviceJpegs(CPU)
 
 
 def reference(data: bytes, preprocess: Preprocess) -> torch.Tensor:
@@ -83,7 +84,7 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("preprocess", [USUAL, PADDED, SQUEEZED])
-def test_plain_jpegs_are_within_two_levels_of_pillow(jpegs: images.DeviceJpegs, preprocess: Preprocess) -> None:
+def test_plain_jpegs_are_within_two_levels_of_pillow(jpegs: device_jpegs.DeviceJpegs, preprocess: Preprocess) -> None:
     into = buffer(len(PLAIN), preprocess)
     sizes = jpegs.decode(list(PLAIN.values()), preprocess, into)
     for data, size, made in zip(PLAIN.values(), sizes, into, strict=True):
@@ -97,7 +98,7 @@ ODD |= {f"turned {turn}": with_orientation(photo(90, 60), turn) for turn in rang
 LEFT = ("cmyk.jpg", "half.jpg", "no_end_marker.jpg", "half_progressive.jpg", "twelve_bit.jpg", "large.jpg")
 
 
-def test_what_is_not_plain_is_left_untouched(jpegs: images.DeviceJpegs) -> None:
+def test_what_is_not_plain_is_left_untouched(jpegs: device_jpegs.DeviceJpegs) -> None:
     """Of all odd files the device takes JPEGs only, and none that is turned, cut short, huge or of other colours."""
     names = list(ODD)
     into = buffer(len(names), USUAL)
@@ -118,8 +119,8 @@ def test_one_that_the_device_refuses_leaves_the_others_to_it(monkeypatch: pytest
             raise RuntimeError("unsupported subsampling")
         return stand_in(encoded)
 
-    monkeypatch.setattr(images, "device_decoder", lambda device: refusing)
-    sizes = images.DeviceJpegs(CPU).decode(list(PLAIN.values()), USUAL, buffer(len(PLAIN), USUAL))
+    monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: refusing)
+    sizes = device_jpegs.DeviceJpegs(CPU).decode(list(PLAIN.values()), USUAL, buffer(len(PLAIN), USUAL))
     assert [name for name, size in zip(PLAIN, sizes, strict=True) if size is None] == ["444"]
     assert calls == [len(PLAIN)] + [1] * len(PLAIN)
 
@@ -128,9 +129,9 @@ def test_half_a_photo_is_not_given_to_a_device_that_would_take_it(monkeypatch: p
     def lenient(encoded: list[bytes]) -> list[torch.Tensor]:
         return [torch.zeros((3, 300, 451), dtype=torch.uint8) for _ in encoded]
 
-    monkeypatch.setattr(images, "device_decoder", lambda device: lenient)
+    monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: lenient)
     data = [jpeg(), ODD["half.jpg"], ODD["no_end_marker.jpg"], ODD["half_progressive.jpg"]]
-    decoded = images.DeviceJpegs(CPU).decode(data, USUAL, buffer(4, USUAL))
+    decoded = device_jpegs.DeviceJpegs(CPU).decode(data, USUAL, buffer(4, USUAL))
     assert decoded == [(300, 451, FileStamp()), None, None, None]
 
 
@@ -138,9 +139,9 @@ def test_a_device_without_memory_ends_the_run(monkeypatch: pytest.MonkeyPatch) -
     def full(encoded: list[bytes]) -> list[torch.Tensor]:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(images, "device_decoder", lambda device: full)
+    monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: full)
     with pytest.raises(DeviceLost, match="--decode cpu"):
-        images.DeviceJpegs(CPU).decode([jpeg()], USUAL, buffer(1, USUAL))
+        device_jpegs.DeviceJpegs(CPU).decode([jpeg()], USUAL, buffer(1, USUAL))
 
 
 # ---------------------------------------------------------------------------------------------------- whole runs
@@ -165,7 +166,7 @@ def test_a_mixed_run_gives_what_the_cpu_gives(
     seen: dict[str, dict[int, torch.Tensor]] = {"cpu": {}, "device": {}}
     taken: set[int] = set()
     plain = engine._Decoder._load_and_decode
-    monkeypatch.setattr(images, "device_decoder", lambda device: stand_in)
+    monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: stand_in)
     for where in seen:
 
         def noting(self: Any, rows: range, into: torch.Tensor, where: str = where) -> Any:
@@ -198,7 +199,7 @@ def test_a_source_that_cannot_load_a_row_says_why(tmp_path: Path, monkeypatch: p
                 raise OSError("the disk is on fire")
             return jpeg()
 
-    monkeypatch.setattr(images, "device_decoder", lambda device: stand_in)
+    monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: stand_in)
     result = runs.extract(Photos(), tmp_path / "out.h5", decode="device", **OPTIONS)
     assert [message for _, message in result.failures] == ["OSError: the disk is on fire"]
 
@@ -218,14 +219,14 @@ def test_files_that_a_dataset_names_are_decoded_there_too(tmp_path: Path, monkey
         return stand_in(data)
 
     (tmp_path / "photo.jpg").write_bytes(jpeg())
-    monkeypatch.setattr(images, "device_decoder", lambda device: counting)
+    monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: counting)
     result = runs.extract(Paths(), tmp_path / "out.h5", decode="device", **OPTIONS)
     assert len(there) == 7
     assert [message for _, message in result.failures] == ["No such file or directory"]
 
 
 def test_a_resume_with_the_other_decoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "device_decoder", lambda device: stand_in)
+    monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: stand_in)
     photos = runs.make_photos(tmp_path / "photos", 12, bad=dict.fromkeys(range(12), PLAIN["photo"]))
     runs.extract_until(8, photos, tmp_path / "out", decode="device")
     with pytest.raises(OutputError, match="decode"):
@@ -240,7 +241,7 @@ def test_a_verification_decodes_as_the_run_did(tmp_path: Path, monkeypatch: pyte
         asked.append(len(encoded))
         return stand_in(encoded)
 
-    monkeypatch.setattr(images, "device_decoder", lambda device: counting)
+    monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: counting)
     photos = runs.make_photos(tmp_path / "photos", 12, bad=dict.fromkeys(range(12), PLAIN["photo"]))
     runs.extract(photos, tmp_path / "out.h5", decode="device")
     before = len(asked)
@@ -261,11 +262,11 @@ def test_without_a_gpu_it_says_so_before_anything_starts(tmp_path: Path) -> None
 def test_without_the_library_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "torchcodec.decoders", None)
     with pytest.raises(MissingExtra, match=r"fmextract\[torchcodec\]"):
-        images.device_decoder(torch.device("cuda"))
+        device_jpegs.device_decoder(torch.device("cuda"))
 
 
 def test_a_bicubic_resize_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "device_decoder", lambda device: stand_in)
+    monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: stand_in)
     preprocess = "size=8,mean=0.5,std=0.5,interpolation=bicubic"
     with pytest.raises(ConfigError, match="interpolation=bilinear"):
         runs.extract([jpeg()], tmp_path / "out.h5", decode="device", preprocess=preprocess)
@@ -286,7 +287,7 @@ def test_an_unknown_value_is_refused() -> None:
 def test_on_cuda_plain_jpegs_are_near_pillow(preprocess: Preprocess) -> None:
     """On average within two levels; a pixel within 32, as chroma upsampling is the device's own."""
     into = buffer(len(PLAIN), preprocess)
-    sizes = images.DeviceJpegs(torch.device("cuda", 0)).decode(list(PLAIN.values()), preprocess, into)
+    sizes = device_jpegs.DeviceJpegs(torch.device("cuda", 0)).decode(list(PLAIN.values()), preprocess, into)
     assert None not in sizes
     for data, made in zip(PLAIN.values(), into, strict=True):
         wrong = off(made, reference(data, preprocess)).float()

@@ -19,9 +19,10 @@ import simulated_device
 import torch
 from simulated_device import installed
 
-from fmextract import engine, images
+from fmextract import engine
 from fmextract.device import DeviceTransfers, _DeviceDownload
 from fmextract.errors import DeviceLost
+from fmextract.inputs import decoding, preprocessing
 from fmextract.reading import activations
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}  # relative L2 against a plain pass of the same precision or fp32
@@ -56,13 +57,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 def hooked(photos: Path, device: torch.device) -> dict[str, np.ndarray[Any, Any]]:
     """What hooks clone on the device, in fp32: the usual recipe, written without the package but for decoding."""
     network = runs.Tiny().to(device)
-    preprocess = images.parse_preprocess(runs.OPTIONS["preprocess"])
+    preprocess = preprocessing.parse_preprocess(runs.OPTIONS["preprocess"])
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in runs.LAYERS}
     for name, into in kept.items():
         network.get_submodule(name).register_forward_hook(lambda _m, _a, out, into=into: into.append(out.clone()))
-    pixels = torch.stack([images.decode(photo.read_bytes(), preprocess).pixels for photo in sorted(photos.iterdir())])
+    pixels = torch.stack([decoding.decode(photo.read_bytes(), preprocess).pixels for photo in sorted(photos.iterdir())])
     with torch.no_grad():
-        network(images.normalise(pixels, preprocess).to(device))
+        network(preprocessing.normalise(pixels, preprocess).to(device))
     return {name: torch.cat(parts).cpu().numpy() for name, parts in kept.items()}
 
 

@@ -25,12 +25,13 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as v1
 from torchvision.transforms._presets import ImageClassification
 
-from fmextract import images
 from fmextract.errors import ConfigError, SampleError
-from fmextract.images import CustomPreprocess, apply_size, decode, normalise, parse_preprocess
+from fmextract.inputs import decoding
+from fmextract.inputs.decoding import decode
+from fmextract.inputs.preprocessing import CustomPreprocess, apply_size, normalise, parse_preprocess
 from fmextract.records import Preprocess, Status
 
-# pytest turns warnings into errors after fmextract.images has asked for Pillow's to be ignored, and so undoes that;
+# pytest turns warnings into errors after fmextract.inputs.decoding has asked for Pillow's to be ignored, and so undoes that;
 # test_nothing_leaks checks the real thing in a process of its own.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 
@@ -374,7 +375,7 @@ def test_any_size_agrees_with_torchvision(width, height, resize, crop, interpola
 
 def test_a_part_of_a_gigantic_resize(monkeypatch):
     """The crop, computed by itself, is that of the whole, but for the rounding of the place where it begins."""
-    monkeypatch.setattr(images, "_HUGE", 0)
+    monkeypatch.setattr(decoding, "HUGE", 0)
     for image, crop in ((photo(2, 400), (56, 56)), (photo(400, 3), (70, 57)), (photo(900, 40), (60, 60))):
         for interpolation in ("bilinear", "bicubic", "nearest"):
             preprocess = Preprocess(resize=64, crop=crop, interpolation=interpolation)
@@ -415,7 +416,7 @@ def test_nothing_leaks(tmp_path):
     spy.chmod(0o755)
     program = (
         "import resource, sys; from pathlib import Path\n"
-        "from fmextract.images import decode\n"
+        "from fmextract.inputs.decoding import decode\n"
         "from fmextract.records import Preprocess\n"
         "from fmextract.errors import SampleError\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -547,4 +548,4 @@ def test_pillow_is_quiet_but_not_for_others():
 )
 def test_a_tensor_without_pixels_is_one_failed_row(tensor: torch.Tensor, kind: str) -> None:
     with pytest.raises(SampleError, match=f"got a {kind} one"):
-        images.snapshot(tensor)
+        decoding.snapshot(tensor)

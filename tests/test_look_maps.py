@@ -103,7 +103,7 @@ def test_photos_are_found_where_they_moved_to(acts: fmextract.Activations, place
 
 def test_the_photo_is_what_the_network_saw(acts: fmextract.Activations) -> None:
     """The same pixels as the decoder's, but for one level of rounding."""
-    from fmextract.images import decode
+    from fmextract.inputs.decoding import decode
 
     photo = load_photo(acts, 2)
     fields = {k: v for k, v in acts.preprocess.items() if k not in ("kind", "size")}

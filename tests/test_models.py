@@ -22,8 +22,10 @@ from torchvision.transforms import functional as v1
 
 from fmextract import models
 from fmextract.errors import ConfigError, MissingExtra, ModelError
-from fmextract.images import CustomPreprocess, decode, normalise
-from fmextract.models import describe_preprocess, load_model, weights_digest
+from fmextract.inputs import preprocessing
+from fmextract.inputs.decoding import decode
+from fmextract.inputs.preprocessing import CustomPreprocess, describe_preprocess, normalise
+from fmextract.models import load_model, weights_digest
 from fmextract.records import Preprocess
 
 SIMPLE = Preprocess(resize=32, crop=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -134,13 +136,13 @@ def test_every_preset_of_torchvision_is_understood():
     for name in torchvision.models.list_models():
         for weights in torchvision.models.get_model_weights(name):
             preset = weights.transforms()
-            made = models._from_preset(preset, "here")
+            made = preprocessing.from_preset(preset, "here")
             kinds.setdefault(type(preset).__name__, []).append(made)
             if hasattr(preset, "crop_size"):
                 assert made.size == (preset.crop_size[0], preset.crop_size[-1])
                 assert (made.mean, made.std) == (tuple(preset.mean), tuple(preset.std))
                 assert made.interpolation == preset.interpolation.value
-    assert kinds.keys() == set(models.PRESETS)
+    assert kinds.keys() == set(preprocessing.PRESETS)
     assert all(made is None for made in kinds["OpticalFlow"])
     assert all(made.size is None for made in kinds["ObjectDetection"] + kinds["SemanticSegmentation"])
     assert not any(made.antialias for made in kinds["VideoClassification"])
@@ -148,7 +150,7 @@ def test_every_preset_of_torchvision_is_understood():
 
 def test_the_video_preset_on_a_frame():
     preset = torchvision.models.video.R3D_18_Weights.DEFAULT.transforms()
-    preprocess = models._from_preset(preset, "video")
+    preprocess = preprocessing.from_preset(preset, "video")
     frame = v1.pil_to_tensor(photo(451, 300))
     expected = preset(frame[None])[:, 0]
     made = normalise(decode(frame, preprocess).pixels[None], preprocess)[0]

@@ -299,7 +299,7 @@ def test_preprocessing_of_the_users_own_shows_the_whole_photo(stored: Stored, tm
 def test_thumbnails_are_what_the_network_saw(
     tmp_path: Path, photo: tuple[int, int], preprocess: dict[str, Any]
 ) -> None:
-    from fmextract import images
+    from fmextract.inputs import decoding
     from fmextract.records import Preprocess
     from fmextract.report.photos import Photos
 
@@ -310,7 +310,7 @@ def test_thumbnails_are_what_the_network_saw(
     info = replace(INFO, preprocess=preprocess)
     make_file(tmp_path / "acts.h5", {"fc": np.ones((1, 3), np.float32)}, keys=["a.png"], info=info)
     fields = {name: tuple(size) if isinstance(size, list) else size for name, size in preprocess.items()}
-    seen = images.decode((tmp_path / "photos" / "a.png").read_bytes(), Preprocess(**fields)).pixels
+    seen = decoding.decode((tmp_path / "photos" / "a.png").read_bytes(), Preprocess(**fields)).pixels
     with fmextract.open(tmp_path / "acts.h5") as acts:
         made = Photos(acts, tmp_path / "photos").thumbnail(0)
     assert made is not None

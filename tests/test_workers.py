@@ -27,9 +27,10 @@ import xxhash
 from PIL import Image
 from runs import Notes, extract, make_photos
 
-from fmextract import chunks, images, run, workers
+from fmextract import chunks, run, workers
 from fmextract.config import Config
 from fmextract.errors import ConfigError, OutputError, OutputLost, SampleError
+from fmextract.inputs import decoding, preprocessing
 from fmextract.inputs.files import OnDisk
 from fmextract.inputs.sources import on_disk, open_source
 from fmextract.planning import Plan
@@ -39,7 +40,7 @@ from fmextract.records import FileStamp
 from fmextract.storage import writer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="processes need memfd_create, of Linux")
-PREPROCESS = images.parse_preprocess("size=20,crop=16,mean=0.5,std=0.5")
+PREPROCESS = preprocessing.parse_preprocess("size=20,crop=16,mean=0.5,std=0.5")
 SHAPE = (3, 16, 16)
 
 
@@ -150,14 +151,14 @@ def test_jpegs_are_decoded_as_by_a_thread_and_all_else_is_left_alone(two: worker
             assert (pixels == 7).all()
         else:
             encoded = item.read() if isinstance(item, OnDisk) else item
-            assert torch.equal(pixels, images.decode(encoded, PREPROCESS).pixels)
+            assert torch.equal(pixels, decoding.decode(encoded, PREPROCESS).pixels)
     stamps = [one and one.file for one in decoded]
     assert stamps == [None if size is None else FileStamp() for size in sizes[:8]] + [
         FileStamp(len(jpeg(6)), xxhash.xxh3_128_hexdigest(jpeg(6))), None
     ]  # fmt: skip
     into = torch.zeros(2, *SHAPE, dtype=torch.uint8)
     assert two.jpegs(False).decode([jpeg(0), jpeg(1)], PREPROCESS, into) == [(30, 40, FileStamp())] * 2
-    assert torch.equal(into[1], images.decode(jpeg(1), PREPROCESS).pixels)
+    assert torch.equal(into[1], decoding.decode(jpeg(1), PREPROCESS).pixels)
 
 
 def test_photos_are_turned_where_that_is_asked(two: workers.Workers) -> None:
@@ -167,7 +168,7 @@ def test_photos_are_turned_where_that_is_asked(two: workers.Workers) -> None:
     for asked in (False, True):
         into = torch.zeros(1, *SHAPE, dtype=torch.uint8)
         sizes = two.jpegs(asked).decode([file.getvalue()], PREPROCESS, into)
-        image = images.decode(file.getvalue(), PREPROCESS, exif=asked)
+        image = decoding.decode(file.getvalue(), PREPROCESS, exif=asked)
         assert [one and one[:2] for one in sizes] == [(image.height, image.width)] == [(40, 30) if asked else (30, 40)]
         assert torch.equal(into[0], image.pixels)
 
@@ -177,7 +178,7 @@ def test_what_counts_as_a_bomb_is_what_counts_here(two: workers.Workers, monkeyp
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 1000)
     assert two.jpegs(False).decode([jpeg(0)], PREPROCESS, into) == [None]
     with pytest.raises(SampleError, match="more than the 1000 allowed"):
-        images.decode(jpeg(0), PREPROCESS)
+        decoding.decode(jpeg(0), PREPROCESS)
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", None)
     assert two.jpegs(False).decode([jpeg(0)], PREPROCESS, into) == [(30, 40, FileStamp())]
 

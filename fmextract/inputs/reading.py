@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 
-from fmextract import images
 from fmextract.errors import SampleError, SourceError
-from fmextract.images import CustomPreprocess, Preprocessing
-from fmextract.inputs import thread_safety
+from fmextract.inputs import decoding, thread_safety
 from fmextract.inputs.dataset_workers import DatasetWorkers
 from fmextract.inputs.datasets import DatasetSource
 from fmextract.inputs.files import FileSource, OnDisk, stamp_of
+from fmextract.inputs.preprocessing import CustomPreprocess, Preprocessing
 from fmextract.inputs.seeding import own_generators, seeded
 from fmextract.inputs.sources import unlimited
 from fmextract.records import FileStamp, Source, Status
@@ -40,7 +39,7 @@ LOADING, PREPROCESSING = 0, 1
 class Preprocessed:
     """What a user's function made of a row, or why it made nothing; and which content of a file it was given."""
 
-    image: images.Image | SampleError
+    image: decoding.Image | SampleError
     file: FileStamp
 
 
@@ -101,9 +100,9 @@ class OwnCode:
     def _loaded(self, row: int) -> Any:
         source = unlimited(self.source)
         if isinstance(source, (DatasetSource, FileSource)):
-            return images.snapshot(source.fetch(row) if isinstance(source, DatasetSource) else source.load(row))
+            return decoding.snapshot(source.fetch(row) if isinstance(source, DatasetSource) else source.load(row))
         try:
-            return images.snapshot(source.load(row))
+            return decoding.snapshot(source.load(row))
         except SampleError:
             raise
         except Exception as error:  # a Source of the user's, which may raise anything, and that is one row's failure
@@ -111,7 +110,7 @@ class OwnCode:
 
     def _preprocessed(self, data: Any) -> Preprocessed:
         try:
-            image = images.decode(data, self.preprocess, exif=self.exif)
+            image = decoding.decode(data, self.preprocess, exif=self.exif)
         except SampleError as error:
             return Preprocessed(error.with_traceback(None), stamp_of(data))
         # The function may fill the same tensor for the next row.
@@ -204,12 +203,12 @@ class Reader:
         """What the user's code makes of each of `rows`, in this order; `decode` takes it, in any thread."""
         yield from self._items(rows, self._own)
 
-    def image(self, row: int) -> images.Image:
+    def image(self, row: int) -> decoding.Image:
         """The input that a row gives. Raises SampleError."""
         (data,) = self._items([row], self._all)
         return self.decode(content(data))
 
-    def first(self, row: int) -> images.Image:
+    def first(self, row: int) -> decoding.Image:
         """As `image`; a row that does not come out alike a second time, from the same seeds, is worth a note."""
         image = self.image(row)
         if all(code is None for code in self._users.values()):
@@ -288,10 +287,10 @@ class Reader:
         """What a row holds, where the reader is not `serial`. Raises SampleError."""
         return self._source.load(row)
 
-    def decode(self, data: Any) -> images.Image:
+    def decode(self, data: Any) -> decoding.Image:
         """The input that the `content` of what `load` or `ahead` gave becomes. Raises SampleError."""
         if not isinstance(data, Preprocessed):
-            return images.decode(data, self._preprocess, exif=self._exif)
+            return decoding.decode(data, self._preprocess, exif=self._exif)
         if isinstance(data.image, SampleError):
             raise data.image
         return data.image

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from fmextract.images import CustomPreprocess, Preprocessing
 from fmextract.inputs.datasets import DatasetSource
 from fmextract.inputs.files import FileSource
+from fmextract.inputs.preprocessing import CustomPreprocess, Preprocessing
 from fmextract.inputs.sources import unlimited
 from fmextract.records import Source
 

@@ -17,7 +17,7 @@ from torch import nn
 from fmextract import models, prepare, taps
 from fmextract.common.text import shape
 from fmextract.errors import ConfigError, LayerError
-from fmextract.images import Preprocessing
+from fmextract.inputs.preprocessing import Preprocessing
 from fmextract.look import canvas
 from fmextract.look.canvas import Array, Style, short, styled
 from fmextract.look.live import activations_of

@@ -19,8 +19,8 @@ import xxhash
 from odd_images import jpeg
 from test_device_jpegs import stand_in
 
-from fmextract import images, run, workers
-from fmextract.inputs import files
+from fmextract import run, workers
+from fmextract.inputs import decoding, device_jpegs, files, preprocessing
 from fmextract.inputs.files import FileBytes
 from fmextract.output import pack
 from fmextract.reading import activations
@@ -121,7 +121,7 @@ def test_whoever_decodes_and_nothing_is_read_twice(
         return plain(path)
 
     monkeypatch.setattr(files, "read_file", noting)
-    monkeypatch.setattr(images, "device_decoder", lambda device: stand_in)
+    monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: stand_in)
     options = {"processes": {"worker_kind": "processes"}, "device": {"decode": "device"}, "threads": {}}[how]
     runs.extract(photos[0].parent, tmp_path / "a.h5", max_failures="100%", **options)
     assert stamps(tmp_path / "a.h5") == expected(photos)
@@ -140,9 +140,11 @@ def test_a_row_on_which_the_model_fails_still_says(photos: list[Path], tmp_path:
             return super().forward(x)
 
     model = Fussy()
-    model.bad = images.normalise(
-        images.decode(photos[1].read_bytes(), images.parse_preprocess(runs.OPTIONS["preprocess"])).pixels[None],
-        images.parse_preprocess(runs.OPTIONS["preprocess"]),
+    model.bad = preprocessing.normalise(
+        decoding.decode(photos[1].read_bytes(), preprocessing.parse_preprocess(runs.OPTIONS["preprocess"])).pixels[
+            None
+        ],
+        preprocessing.parse_preprocess(runs.OPTIONS["preprocess"]),
     )[0, :, 0, 0]
     runs.extract(photos[0].parent, tmp_path / "a.h5", model=model, max_failures="100%")
     with activations.open(tmp_path / "a.h5") as acts:

@@ -33,8 +33,9 @@ from users import Array, pixels
 from fmextract import run, workers
 from fmextract.config import Config
 from fmextract.errors import ConfigError, OutputError, SampleError, SourceLost
-from fmextract.images import CustomPreprocess, Image
 from fmextract.inputs import reading
+from fmextract.inputs.decoding import Image
+from fmextract.inputs.preprocessing import CustomPreprocess
 from fmextract.inputs.reading import Reader, content
 from fmextract.inputs.seeding import own_generators, seeded
 from fmextract.inputs.sources import open_source

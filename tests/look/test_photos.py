@@ -22,8 +22,9 @@ from files import INFO, make_file
 from odd_images import jpeg, photo, with_orientation
 
 import fmextract
-from fmextract import images, output
+from fmextract import output
 from fmextract.errors import ConfigError
+from fmextract.inputs import decoding
 from fmextract.look import maps
 from fmextract.look.photos import load_photo
 from fmextract.reading import activations
@@ -296,7 +297,7 @@ def test_pictures_show_the_pixels_that_the_run_saw(tmp_path: Path, make: Callabl
     data = make()
     (tmp_path / "photos" / "a.png").write_bytes(data)
     runs.extract(tmp_path / "photos", tmp_path / "a.h5", exif=exif)
-    seen, _ = images._picture(data, exif)
+    seen, _ = decoding._picture(data, exif)
     np.testing.assert_array_equal(pixels(tmp_path / "a.h5"), seen)
 
 
