@@ -19,10 +19,10 @@ from contextlib import ExitStack
 import torch
 import torchvision
 
-from fmextract import precision, taps
-from fmextract.capture import probe
+from fmextract import precision
+from fmextract.capture import hooks, probe, resolve, survey
+from fmextract.capture.compiled import GRAPHED_BATCH, CompiledCapture
 from fmextract.common import allocator
-from fmextract.compiled import GRAPHED_BATCH, CompiledCapture
 from fmextract.model import modes
 
 PASSES = 15
@@ -44,26 +44,26 @@ def compare(model: torch.nn.Module, shape: tuple[int, ...], batch_size: int, dev
         stack.enter_context(precision.lent(model, device, "fp32", precision.Mode(memory_format)))
         stack.enter_context(precision.numerics("fp32", device))
         inputs = precision.to_memory_format(torch.randn(batch_size, *shape, device=device), memory_format)
-        seen = taps.survey(model, model, inputs[:1].repeat(2, 1, 1, 1))
-        wanted = taps.resolve(taps.default_selectors(model, seen), seen)
+        seen = survey.survey(model, model, inputs[:1].repeat(2, 1, 1, 1))
+        wanted = resolve.resolve(resolve.default_selectors(model, seen), seen)
         probed, _ = probe.probe(model, model, wanted, shape, device)
         stop = seen.stop_before([p.tap for p in probed])
 
-        def one_pass(kind: type[taps.Capture]) -> float:
+        def one_pass(kind: type[hooks.Capture]) -> float:
             # Hooked for one pass at a time: both kinds have hooks on the same model, and each must see its own alone.
             capture = captures[kind]
             with capture._hooks.on(model):
                 return seconds_of(lambda: capture.forward(model, inputs), device)
 
-        captures = {kind: kind(probed, [None] * len(probed), stop) for kind in (taps.Capture, CompiledCapture)}
+        captures = {kind: kind(probed, [None] * len(probed), stop) for kind in (hooks.Capture, CompiledCapture)}
         compiling = one_pass(CompiledCapture)
-        times: dict[type[taps.Capture], list[float]] = {kind: [] for kind in captures}
+        times: dict[type[hooks.Capture], list[float]] = {kind: [] for kind in captures}
         for turn in range(PASSES + 3):
             for kind in captures:
                 taken = one_pass(kind)
                 if turn >= 3:  # the first warm up, and record the graph on CUDA
                     times[kind].append(taken)
-    eager, fast = (1000 * statistics.median(times[kind]) for kind in (taps.Capture, CompiledCapture))
+    eager, fast = (1000 * statistics.median(times[kind]) for kind in (hooks.Capture, CompiledCapture))
     graphed = "yes" if device.type == "cuda" and batch_size <= GRAPHED_BATCH else "no"
     return f"| {batch_size} | {eager:.1f} | {fast:.1f} | {eager / fast:.2f} | {graphed} | {compiling:.1f} |"
 

@@ -20,9 +20,9 @@ SELECTORS = ("type:Conv2d",)
 
 def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     """(layers in the order of execution, the errors of each precision)."""
-    from fmextract import models, precision, taps
+    from fmextract import models, precision
     from fmextract.benchmark import make_photos
-    from fmextract.capture import probe
+    from fmextract.capture import hooks, probe, resolve, survey
     from fmextract.inputs import decoding
     from fmextract.inputs.sources import open_source
     from fmextract.records import Preprocess
@@ -36,13 +36,13 @@ def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     cpu, shape = torch.device("cpu"), tuple(inputs.shape[1:])
     captured = {}
     with precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
-        seen = taps.survey(loaded.module, loaded.forward, inputs[:2])
-        probed, _ = probe.probe(loaded.module, loaded.forward, taps.resolve(SELECTORS, seen), shape, cpu)
+        seen = survey.survey(loaded.module, loaded.forward, inputs[:2])
+        probed, _ = probe.probe(loaded.module, loaded.forward, resolve.resolve(SELECTORS, seen), shape, cpu)
     for name in ("fp32", "bf16", "fp16"):
         with (
             precision.lent(loaded.module, cpu, name),
             precision.numerics(name, cpu),
-            taps.tapped(loaded.module, probed) as capture,
+            hooks.tapped(loaded.module, probed) as capture,
         ):
             captured[name] = [tensor.double() for tensor in capture.forward(loaded.forward, inputs)]
     exact = captured.pop("fp32")

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import chunks, engine, precision, run, taps
+from fmextract import chunks, engine, precision, run
+from fmextract.capture import hooks
 from fmextract.common import text
 from fmextract.common.progress import Quiet
 from fmextract.common.system import cores
@@ -302,18 +303,18 @@ def _forward(prepared: Prepared, made: Plan) -> tuple[torch.Tensor, list[torch.T
         with _bare(prepared, module) as capture:
             bare = _rate(lambda: _drop(capture.forward(prepared.forward, ready.clone())), len(pixels), where)
         functions, kind = reduce_functions(prepared), prepared.capture_kind
-        with taps.tapped(module, prepared.probed, functions, prepared.stop, kind) as capture:
+        with hooks.tapped(module, prepared.probed, functions, prepared.stop, kind) as capture:
             rate = _rate(lambda: _drop(capture.forward(prepared.forward, inputs())), len(pixels), where)
             tensors = [t.clone() for t in capture.forward(prepared.forward, inputs())]
     return pixels, tensors, Stage("forward", rate, bare, "the model alone")
 
 
 @contextmanager
-def _bare(prepared: Prepared, module: torch.nn.Module) -> Iterator[taps.Capture]:
+def _bare(prepared: Prepared, module: torch.nn.Module) -> Iterator[hooks.Capture]:
     """The bare model, ended where a run ends it: after the last wanted layer; a compiled one has to give that."""
     last = [replace(p, overwritten=False) for p in prepared.probed[-1:]]
     drop = [None if prepared.config.compile else lambda rows: rows.new_empty(0)]
-    with taps.tapped(module, last, drop, prepared.stop, prepared.capture_kind) as capture:
+    with hooks.tapped(module, last, drop, prepared.stop, prepared.capture_kind) as capture:
         yield capture
 
 
@@ -333,7 +334,7 @@ def _flop(prepared: Prepared, progress: Progress) -> int:
         with (
             precision.lent(prepared.loaded.module, prepared.device) as module,
             precision.numerics("fp32", prepared.device),
-            taps.tapped(module, last, [lambda rows: rows.new_empty(0)], prepared.stop) as capture,
+            hooks.tapped(module, last, [lambda rows: rows.new_empty(0)], prepared.stop) as capture,
             sdpa_kernel(SDPBackend.MATH),
             counter,
         ):

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 
 from fmextract import fusion, precision
+from fmextract.capture.compiled import CompiledCapture
 from fmextract.common.devices import TOO_SMALL, is_out_of_memory
 from fmextract.common.relative_error import relative_error
 from fmextract.common.system import host_memory
-from fmextract.compiled import CompiledCapture
 from fmextract.errors import ConfigError, DeviceLost, FmextractError, LayerError
 from fmextract.model import modes
 from fmextract.model.modes import Subject, Trial

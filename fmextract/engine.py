@@ -28,6 +28,8 @@ from torch import nn
 
 from fmextract import chunks
 from fmextract.capture import blame
+from fmextract.capture.hooks import Capture
+from fmextract.capture.taps import Forward
 from fmextract.channel import Channel, Closed
 from fmextract.common.allocator import give_back_freed_memory
 from fmextract.common.devices import TOO_SMALL, is_out_of_memory, lost
@@ -46,7 +48,6 @@ from fmextract.storage import durable, layout
 from fmextract.storage.layer_stats import settled
 from fmextract.storage.shards import ShardRecord, file_sha256, record_shard, shard_name
 from fmextract.storage.writer import ShardWriter
-from fmextract.taps import Capture, Forward
 from fmextract.watch import InFlight, Watch
 from fmextract.workers import Jpegs, Workers
 

@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fmextract.capture.taps import Probed
 from fmextract.errors import FormatError
 from fmextract.packed import has_weight
-from fmextract.taps import Probed
 
 
 class Pair(NamedTuple):

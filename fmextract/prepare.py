@@ -16,29 +16,15 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from fmextract import (
-    choose,
-    effective,
-    engine,
-    estimate,
-    fusion,
-    geometry,
-    models,
-    planning,
-    precision,
-    provenance,
-    reducers,
-    taps,
-    workers,
-)
-from fmextract.capture import blame, probe
+from fmextract import choose, engine, estimate, fusion, models, planning, precision, provenance, workers
+from fmextract.capture import blame, effective_fields, hooks, probe, receptive_fields, reducers, resolve, survey, taps
+from fmextract.capture.compiled import CompiledCapture
 from fmextract.capture.untouched import RANDOM, Key, State, untouched
 from fmextract.common import allocator, devices, kernels, strict_json, text
 from fmextract.common.devices import is_out_of_memory
 from fmextract.common.facts import Told
 from fmextract.common.folders import remembered
 from fmextract.common.system import cores
-from fmextract.compiled import CompiledCapture
 from fmextract.config import Config, is_single_file
 from fmextract.errors import ConfigError, FmextractError, LayerError, SampleError, SourceError
 from fmextract.inputs import device_jpegs, preprocessing
@@ -101,9 +87,9 @@ class Prepared:
         return self.loaded.forward(batch)
 
     @property
-    def capture_kind(self) -> type[taps.Capture]:
+    def capture_kind(self) -> type[hooks.Capture]:
         """How its passes are run: as the model is written, or compiled."""
-        return CompiledCapture if self.config.compile else taps.Capture
+        return CompiledCapture if self.config.compile else hooks.Capture
 
     @property
     def captured(self) -> tuple[engine.Captured, ...]:
@@ -227,7 +213,7 @@ def _probe(
     noise = _noise(input_shape, where)
     seen = _surveyed(loaded, noise)
     before = State(loaded.module)  # what a first pass alone sets up is there now
-    wanted, errors = taps.found(selectors or taps.default_selectors(loaded.module, seen), seen)
+    wanted, errors = resolve.found(selectors or resolve.default_selectors(loaded.module, seen), seen)
     probed: list[taps.Probed] = []
     refused: list[taps.Refused] = []
     notes: list[str] = []
@@ -235,7 +221,7 @@ def _probe(
         with _failing_on(input_shape, loaded.module):
             look = partial(probe.probe, loaded.module, loaded.forward, wanted, input_shape, where, tell=notes.append)
             probed, refused = _with_photos_or_without(look, photos, loaded.module, notes)
-    notes += [f"left out {path!r}: {why}" for path, why in taps.left_out(selectors, seen).items()]
+    notes += [f"left out {path!r}: {why}" for path, why in resolve.left_out(selectors, seen).items()]
     changed = before.changed()
     if probed and changed:
         with _failing_on(input_shape, loaded.module):
@@ -256,7 +242,7 @@ def _probe(
         except LayerError as error:
             errors.append(error)
     if errors:
-        raise taps.at_once(errors)
+        raise resolve.at_once(errors)
     largest = max(4 * math.prod(info.shape) // len(noise) for infos in seen.tensors.values() for info in infos)
     return tuple(probed), seen.stop_before([p.tap for p in probed]), largest, notes, changed
 
@@ -330,14 +316,16 @@ def _fields(
 ) -> tuple[Field | None, ...]:
     """Theoretical receptive fields of what each layer stores. Takes a pass to `stop`, of whatever shape the input."""
     if len(input_shape) != 3 and stop is not None:
-        with taps.tapped(loaded.module, probed, stop=stop) as capture:
+        with hooks.tapped(loaded.module, probed, stop=stop) as capture:
             capture.forward(loaded.forward, _noise(input_shape, where))
     if len(input_shape) != 3:
         return (None,) * len(probed)
     noise = _noise(input_shape, where)
 
     def traced(batch: torch.Tensor) -> tuple[Field | None, ...]:
-        return tuple(geometry.trace_fields(loaded.module, loaded.forward, probed, batch, _kept(reductions), stop))
+        return tuple(
+            receptive_fields.trace_fields(loaded.module, loaded.forward, probed, batch, _kept(reductions), stop)
+        )
 
     try:
         return traced(torch.zeros_like(noise))
@@ -348,32 +336,32 @@ def _fields(
         return traced(noise)
 
 
-def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[geometry.Reduced | None]:
+def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[receptive_fields.Reduced | None]:
     return [None if r is None or not r.stores else (r.apply, r.axes) for r in reductions]
 
 
-def survey_model(loaded: models.LoadedModel, shape: Sequence[int]) -> taps.Survey:
+def survey_model(loaded: models.LoadedModel, shape: Sequence[int]) -> survey.Survey:
     """What one pass over noise of `shape` does, on the CPU; the model is as before afterwards. Raises LayerError."""
     cpu = torch.device("cpu")
     with untouched(loaded.module), precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
         return _surveyed(loaded, _noise(tuple(shape), cpu))
 
 
-def _surveyed(loaded: models.LoadedModel, noise: torch.Tensor) -> taps.Survey:
+def _surveyed(loaded: models.LoadedModel, noise: torch.Tensor) -> survey.Survey:
     with _failing_on(noise.shape[1:], loaded.module):
         try:
-            seen = taps.survey(loaded.module, loaded.forward, noise)
+            seen = survey.survey(loaded.module, loaded.forward, noise)
         except (FmextractError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # a model may refuse inputs beyond the range of photos
             noise = (noise / 4).clamp(-1, 1)
             try:
-                seen = taps.survey(loaded.module, loaded.forward, noise)
+                seen = survey.survey(loaded.module, loaded.forward, noise)
             except Exception:
                 raise error from None
         if {path for path, _ in loaded.module.named_modules() if path} <= seen.types.keys():
             return seen
-        return taps.survey(loaded.module, loaded.forward, noise)  # the first pass has made modules
+        return survey.survey(loaded.module, loaded.forward, noise)  # the first pass has made modules
 
 
 @contextmanager
@@ -417,7 +405,7 @@ def captured_types(prepared: Prepared, made: Plan) -> dict[str, tuple[str, tuple
     with (
         lent(prepared, made) as module,
         precision.numerics(made.precision, prepared.device),
-        taps.tapped(module, copied_as_planned(prepared, made), reduce_functions(prepared), prepared.stop) as capture,
+        hooks.tapped(module, copied_as_planned(prepared, made), reduce_functions(prepared), prepared.stop) as capture,
     ):
         rows = capture.forward(prepared.forward, inputs)
         stored = [t if c.finish is None else c.finish(t) for t, c in zip(rows, prepared.captured, strict=True)]
@@ -743,7 +731,7 @@ def _effective_sizes(
     failures: list[str] = []
     with precision.lent(prepared.loaded.module, prepared.device), precision.numerics("fp32", prepared.device):
         inputs, _ = _sample_inputs(prepared, EFFECTIVE_IMAGES)
-        sizes = effective.effective_sizes(
+        sizes = effective_fields.effective_sizes(
             prepared.loaded.module,
             prepared.forward,
             prepared.probed,
@@ -895,7 +883,7 @@ def describe(
     cpu = torch.device("cpu")
     with precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
         seen = _surveyed(loaded, _noise(shape, cpu))
-        wanted = taps.resolve(selectors or ["**", "."], seen)
+        wanted = resolve.resolve(selectors or ["**", "."], seen)
         with _failing_on(shape, loaded.module):
             probed, refused = probe.probe(loaded.module, loaded.forward, wanted, shape, cpu)
     return _module_rows(seen, wanted, probed, refused, everything=not selectors)
@@ -913,7 +901,7 @@ def _described_input(loaded: models.LoadedModel, model: Any, size: str | None) -
 
 
 def _module_rows(
-    seen: taps.Survey,
+    seen: survey.Survey,
     wanted: Sequence[taps.Tap],
     probed: Sequence[taps.Probed],
     refused: Sequence[taps.Refused],

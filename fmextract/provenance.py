@@ -10,11 +10,11 @@ from importlib import metadata
 from typing import Any
 
 from fmextract import models
+from fmextract.capture.reducers import Reduction
 from fmextract.common.facts import Facts, Told, changing, interpreter, settled
 from fmextract.inputs import preprocessing
 from fmextract.inputs.preprocessing import CustomPreprocess
 from fmextract.model.structure import structure
-from fmextract.reducers import Reduction
 
 __all__ = ["code_facts", "code_of", "describe_run", "preprocess_facts", "versions", "versions_for"]
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fmextract import models, prepare, reducers, replay, resume, run
+from fmextract import models, prepare, replay, resume, run
+from fmextract.capture import reducers
 from fmextract.common import strict_json
 from fmextract.common.progress import Quiet
 from fmextract.common.trust import names_from_a_file

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import engine, estimate, following, precision, replay, resume, taps
+from fmextract import engine, estimate, following, precision, replay, resume
+from fmextract.capture import hooks
 from fmextract.common import strict_json
 from fmextract.common.devices import is_out_of_memory
 from fmextract.common.progress import Quiet
@@ -293,7 +294,7 @@ def working(
         _threads(made.forward_threads),
         _seeded(prepared.config.seed),
         lent(prepared, made) as module,
-        taps.tapped(
+        hooks.tapped(
             module,
             copied_as_planned(prepared, made),
             reduce_functions(prepared),
@@ -331,7 +332,7 @@ def jpegs(prepared: Prepared, workers: Workers | None) -> device_jpegs.DeviceJpe
     return workers.jpegs(prepared.config.exif) if workers is not None else None
 
 
-def _compile(prepared: Prepared, made: Plan, capture: taps.Capture) -> None:
+def _compile(prepared: Prepared, made: Plan, capture: hooks.Capture) -> None:
     """Before the first image is read: else a minute of compiling counts as a first batch that hangs.
 
     Raises ConfigError for what cannot be compiled. Where memory does not suffice, the engine takes smaller batches.

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from fmextract import taps
-from fmextract.capture import probe
+from fmextract.capture import hooks, probe, resolve, survey, taps
 
 SIDES = {"y": 2, "x": 3}
 FEWEST = 4  # cells of an axis on which a change at one side can be told from one at the other
@@ -18,8 +17,8 @@ LEAST = 0.06  # of an axis: what moves less is the same everywhere (attention of
 def probed(model: nn.Module, shape: tuple[int, ...]) -> dict[str, taps.Probed]:
     """Every tensor that a module of `model` gives, by the name of its tap."""
     with torch.no_grad():
-        seen = taps.survey(model, model, torch.randn(2, *shape))
-        found, _ = probe.probe(model, model, taps.resolve(["**", "."], seen), shape, torch.device("cpu"))
+        seen = survey.survey(model, model, torch.randn(2, *shape))
+        found, _ = probe.probe(model, model, resolve.resolve(["**", "."], seen), shape, torch.device("cpu"))
     return {one.tap.name: one for one in found}
 
 
@@ -69,7 +68,7 @@ def _changes(
             band = other.narrow(dim, start, width)
             band += torch.randn(band.shape, generator=generator)
             batch.append(other)
-    with taps.tapped(model, wanted) as capture, torch.no_grad():
+    with hooks.tapped(model, wanted) as capture, torch.no_grad():
         rows = capture.forward(model, torch.stack(batch))
     names = ["y start", "y end", "x start", "x end"]
     return {

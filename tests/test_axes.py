@@ -12,8 +12,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from fmextract import taps
-from fmextract.capture import atoms, probe
+from fmextract.capture import atoms, probe, resolve, survey
 
 Tensor = torch.Tensor
 CHANNEL_FIRST, CHANNEL_LAST = ("channel", "y", "x"), ("y", "x", "channel")
@@ -32,8 +31,8 @@ def axes_of(model: nn.Module, shape: tuple[int, ...] = (3, 8, 8)) -> dict[str, t
     """Name of the tap → its axes, for every module."""
     model.eval()
     with torch.no_grad():
-        seen = taps.survey(model, model, torch.randn(2, *shape))
-        found, _refused = probe.probe(model, model, taps.resolve(["**", "."], seen), shape, torch.device("cpu"))
+        seen = survey.survey(model, model, torch.randn(2, *shape))
+        found, _refused = probe.probe(model, model, resolve.resolve(["**", "."], seen), shape, torch.device("cpu"))
     return {probed.tap.name: probed.axes for probed in found}
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from fmextract import choose, precision, taps
-from fmextract.capture import probe
+from fmextract import choose, precision
+from fmextract.capture import probe, resolve, survey
 from fmextract.common import system
 from fmextract.errors import ConfigError, LayerError
 from fmextract.model import modes
@@ -28,8 +28,8 @@ def question(model: nn.Module, layers: Sequence[str] = ("*",), **changes: Any) -
     """`auto` for everything but the memory format, over every leaf of `model`, a thousand images to come."""
     batch = torch.randn(2, *SHAPE)
     with precision.lent(model, CPU), precision.numerics("fp32", CPU):
-        seen = taps.survey(model, model, batch)
-        probed, refused = probe.probe(model, model, taps.resolve(layers, seen), SHAPE, CPU)
+        seen = survey.survey(model, model, batch)
+        probed, refused = probe.probe(model, model, resolve.resolve(layers, seen), SHAPE, CPU)
     assert not refused
     given: dict[str, Any] = {
         "subject": modes.Subject(model, model, CPU, probed, [None] * len(probed), None),

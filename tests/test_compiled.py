@@ -21,10 +21,9 @@ from test_capture import sweep
 from torch import nn
 
 import fmextract as fm
-from fmextract import compiled, taps
-from fmextract.capture import probe
+from fmextract.capture import compiled, hooks, probe, resolve, survey, taps
+from fmextract.capture.compiled import CompiledCapture
 from fmextract.cli import main
-from fmextract.compiled import CompiledCapture
 from fmextract.errors import CaptureError, ConfigError, OutputError
 from fmextract.records import Status
 from fmextract.verification import verify
@@ -167,8 +166,8 @@ class Shared(nn.Module):
 
 
 def probed(model: nn.Module, layers: Sequence[str]) -> list[taps.Probed]:
-    seen = taps.survey(model, model, torch.randn(2, 4))
-    found, refused = probe.probe(model, model, taps.resolve(layers, seen), (4,), CPU)
+    seen = survey.survey(model, model, torch.randn(2, 4))
+    found, refused = probe.probe(model, model, resolve.resolve(layers, seen), (4,), CPU)
     assert not refused
     return found
 
@@ -176,7 +175,7 @@ def probed(model: nn.Module, layers: Sequence[str]) -> list[taps.Probed]:
 def test_one_graph_a_shape_runs_for_every_batch() -> None:
     model = Shared()
     wanted = probed(model, ["fc"])
-    with torch.no_grad(), taps.tapped(model, wanted, kind=CompiledCapture) as capture:
+    with torch.no_grad(), hooks.tapped(model, wanted, kind=CompiledCapture) as capture:
         first, second = torch.randn(3, 4), torch.randn(3, 4)
         held = capture.forward(model, first)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -195,7 +194,7 @@ def test_a_layer_that_fires_otherwise_than_in_the_probe_is_an_error() -> None:
     model = Shared()
     wanted = probed(model, ["fc"])
     model.calls = 1
-    with torch.no_grad(), taps.tapped(model, wanted, kind=CompiledCapture) as capture:
+    with torch.no_grad(), hooks.tapped(model, wanted, kind=CompiledCapture) as capture:
         with pytest.raises(CaptureError, match="called 1 times in a forward pass and 2 times in the probe"):
             capture.forward(model, torch.randn(3, 4))
         model.calls = 3  # what is compiled follows the model, or this is not seen
@@ -208,7 +207,7 @@ def test_two_runs_in_one_process_do_not_share_a_graph() -> None:
     for layers in (["fc:1"], ["fc:2"], ["fc:1=mean", "fc:2"]):
         wanted = probed(model, layers)
         reducers = [torch.neg if p.tap.reducer else None for p in wanted]
-        with torch.no_grad(), taps.tapped(model, wanted, reducers, kind=CompiledCapture) as capture:
+        with torch.no_grad(), hooks.tapped(model, wanted, reducers, kind=CompiledCapture) as capture:
             got = capture.forward(model, batch)
         once = model.fc(batch)
         all_of_it = {"fc:1": once, "fc:2": model.fc(once), "fc:1=mean": -once}
@@ -353,7 +352,7 @@ def test_a_model_that_counts_its_passes_is_refused() -> None:
     model = Shared()
     wanted = probed(model, ["fc"])
     model.register_forward_pre_hook(lambda module, args: setattr(module, "passes", getattr(module, "passes", 0) + 1))
-    with torch.no_grad(), taps.tapped(model, wanted, kind=CompiledCapture) as capture:
+    with torch.no_grad(), hooks.tapped(model, wanted, kind=CompiledCapture) as capture:
         batches = (torch.randn(3, 4) for _ in range(20))
         with pytest.raises(ConfigError, match=r"changes something of its own in every pass.* without --compile"):
             list(map(partial(capture.forward, model), batches))
@@ -378,12 +377,12 @@ def test_the_command_line_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:The CUDA Graph is empty:UserWarning")
 def test_replays_of_a_cuda_graph_leave_what_was_captured_alone() -> None:
     device, model = torch.device("cuda"), Small()
-    seen = taps.survey(model, model, torch.randn(2, 3, 8, 8))
-    wanted, _ = probe.probe(model, model, taps.resolve(["norm", "relu"], seen), (3, 8, 8), CPU)
+    seen = survey.survey(model, model, torch.randn(2, 3, 8, 8))
+    wanted, _ = probe.probe(model, model, resolve.resolve(["norm", "relu"], seen), (3, 8, 8), CPU)
     stop = seen.stop_before([p.tap for p in wanted])
     model.to(device)
     batches = [torch.randn(compiled.GRAPHED_BATCH, 3, 8, 8, device=device) for _ in range(6)]
-    with torch.no_grad(), taps.tapped(model, wanted, stop=stop, kind=CompiledCapture) as capture:
+    with torch.no_grad(), hooks.tapped(model, wanted, stop=stop, kind=CompiledCapture) as capture:
         held = [capture.forward(model, batch) for batch in batches]  # warmed up, recorded, replayed
     for batch, tensors in zip(batches, held, strict=True):
         expected = sweep.reference(model, batch)

@@ -14,8 +14,8 @@ from runs import extract, make_photos
 from torch import nn
 from torch.nn import functional
 
-from fmextract import choose, fusion, precision, taps
-from fmextract.capture import probe
+from fmextract import choose, fusion, precision
+from fmextract.capture import hooks, probe, resolve, survey
 from fmextract.errors import FormatError
 from fmextract.reading import activations
 from fmextract.verification import verify
@@ -61,13 +61,13 @@ def usual(net: Any, x: torch.Tensor) -> torch.Tensor:
 def pairs_of(model: nn.Module, layers: list[str], shape: tuple[int, ...] = SHAPE) -> tuple[fusion.Pair, ...]:
     batch = torch.randn((2, *shape), generator=torch.Generator().manual_seed(2))
     with precision.lent(model, CPU), precision.numerics("fp32", CPU):
-        seen = taps.survey(model, model, batch)
-        probed, refused = probe.probe(model, model, taps.resolve(layers, seen), shape, CPU)
+        seen = survey.survey(model, model, batch)
+        probed, refused = probe.probe(model, model, resolve.resolve(layers, seen), shape, CPU)
         assert not refused
         readers = fusion.readers(model, probed)
         if readers is not None:
             stop = seen.stop_before([p.tap for p in probed])
-            with readers, taps.tapped(model, probed, stop=stop) as capture:
+            with readers, hooks.tapped(model, probed, stop=stop) as capture:
                 capture.forward(model, batch)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules() if not hooked_by_us(m))
     return readers.pairs() if readers is not None else ()

@@ -19,12 +19,12 @@ from torch.nn import functional
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
-from fmextract import taps
-from fmextract.capture import probe
+from fmextract.capture import probe, resolve, survey, taps
 from fmextract.capture.atoms import image_axes
+from fmextract.capture.effective_fields import _square, effective_sizes
+from fmextract.capture.receptive_fields import FieldTracer, trace_fields
+from fmextract.capture.spans import Span
 from fmextract.common.boxes import cell_box, photo_box
-from fmextract.effective import _square, effective_sizes
-from fmextract.geometry import FieldTracer, Span, trace_fields
 from fmextract.records import Field, Preprocess
 
 MAP = ("batch", "channel", "y", "x")
@@ -467,7 +467,7 @@ def test_different_strides_meet_in_a_bound() -> None:
 
 def probed_taps(model: nn.Module, wanted: list[str], side: int) -> list[taps.Probed]:
     batch = torch.rand(2, 3, side, side)
-    found = taps.resolve(wanted, taps.survey(model, model, batch))
+    found = resolve.resolve(wanted, survey.survey(model, model, batch))
     probed, refused = probe.probe(model, model, found, (3, side, side), torch.device("cpu"))
     assert not refused
     return probed

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import SqueezeExcitation
 
-from fmextract import taps
-from fmextract.capture import probe
+from fmextract.capture import probe, resolve, survey
 from fmextract.capture.atoms import image_axes
-from fmextract.geometry import FieldTracer, trace_fields
+from fmextract.capture.receptive_fields import FieldTracer, trace_fields
 from fmextract.records import Field
 
 
@@ -189,7 +188,7 @@ def test_field_bounds_the_gradient_of_the_network_as_it_is(name: str, layer: str
 def all_fields(model: nn.Module, wanted: list[str], side: int) -> list[Field | None]:
     """As a run has them: by probing the taps."""
     batch = torch.rand(2, 3, side, side)
-    found = taps.resolve(wanted, taps.survey(model, model, batch))
+    found = resolve.resolve(wanted, survey.survey(model, model, batch))
     probed, refused = probe.probe(model, model, found, (3, side, side), torch.device("cpu"))
     assert not refused
     return trace_fields(model, model, probed, batch)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
+from fmextract.capture.reducers import reduction
 from fmextract.errors import LayerError
-from fmextract.reducers import reduction
 
 MAP, SWIN = ("channel", "y", "x"), ("y", "x", "channel")
 CLIP, TOKENS, FEATURE = ("channel", "time", "y", "x"), ("token", "feature"), ("feature",)

@@ -11,31 +11,30 @@ import torchvision
 from torch import nn
 
 import fmextract as fm
-from fmextract import taps
-from fmextract.capture import probe
+from fmextract.capture import probe, resolve, survey, taps
+from fmextract.capture.taps import RowLayout
 from fmextract.errors import CaptureError, LayerError
 from fmextract.selector import Selector
-from fmextract.taps import RowLayout
 
 Tensor = torch.Tensor
 
 
-def surveyed(model: nn.Module, size: int = 32) -> taps.Survey:
+def surveyed(model: nn.Module, size: int = 32) -> survey.Survey:
     with torch.no_grad():
-        return taps.survey(model.eval(), model, torch.randn(2, 3, size, size))
+        return survey.survey(model.eval(), model, torch.randn(2, 3, size, size))
 
 
-def names(seen: taps.Survey, *selectors: str) -> list[str]:
-    return [tap.name for tap in taps.resolve(selectors, seen)]
+def names(seen: survey.Survey, *selectors: str) -> list[str]:
+    return [tap.name for tap in resolve.resolve(selectors, seen)]
 
 
 @pytest.fixture(scope="module")
-def resnet50() -> taps.Survey:
+def resnet50() -> survey.Survey:
     return surveyed(torchvision.models.resnet50())
 
 
 @pytest.fixture(scope="module")
-def resnet18() -> taps.Survey:
+def resnet18() -> survey.Survey:
     return surveyed(torchvision.models.resnet18())
 
 
@@ -79,7 +78,7 @@ def test_calls_count_from_one() -> None:
         Selector.parse("relu:0")
 
 
-def test_globs(resnet18: taps.Survey) -> None:
+def test_globs(resnet18: survey.Survey) -> None:
     assert names(resnet18, "layer*") == ["layer1", "layer2", "layer3", "layer4"]
     assert names(resnet18, "layer?.*.conv1") == [f"layer{i}.{j}.conv1" for i in (1, 2, 3, 4) for j in (0, 1)]
     assert names(resnet18, "**.conv1") == ["conv1", *names(resnet18, "layer?.*.conv1")]
@@ -88,7 +87,7 @@ def test_globs(resnet18: taps.Survey) -> None:
     assert names(resnet18, "*") == ["conv1", "bn1", "relu", "maxpool", *names(resnet18, "layer*"), "avgpool", "fc"]
 
 
-def test_types_with_their_subclasses(resnet18: taps.Survey) -> None:
+def test_types_with_their_subclasses(resnet18: survey.Survey) -> None:
     convolutions = [name for name in names(resnet18, "**") if "conv" in name or name.endswith("downsample.0")]
     assert names(resnet18, "type:Conv2d") == convolutions
     assert names(resnet18, "type:_ConvNd") == names(resnet18, "type:Conv2d")
@@ -102,7 +101,7 @@ def test_types_with_their_subclasses(resnet18: taps.Survey) -> None:
     assert names(surveyed(nn.Sequential(MyConv(3, 3, 1), nn.Conv2d(3, 3, 1))), "type:MyConv") == ["0"]
 
 
-def test_kinds_by_number_in_the_order_of_execution(resnet50: taps.Survey) -> None:
+def test_kinds_by_number_in_the_order_of_execution(resnet50: survey.Survey) -> None:
     assert len(resnet50.numbered("conv")) == 53
     assert names(resnet50, "conv#0") == ["conv1"]
     # The branch beside the first block comes after its three convolutions: execution, not definition, counts.
@@ -121,7 +120,7 @@ def test_kinds_by_number_in_the_order_of_execution(resnet50: taps.Survey) -> Non
         names(surveyed(nn.Sequential(nn.Flatten())), "conv#0")
 
 
-def test_order_of_execution_without_repeats(resnet18: taps.Survey) -> None:
+def test_order_of_execution_without_repeats(resnet18: survey.Survey) -> None:
     found = names(resnet18, "fc", "layer1", "conv#0", "conv1", "**.conv1", "layer1=mean", "bn1@in", "bn1")
     assert found[:3] == ["conv1", "bn1@in", "bn1"]
     assert found.index("layer1.1.conv1") < found.index("layer1") < found.index("layer2.0.conv1")
@@ -130,7 +129,7 @@ def test_order_of_execution_without_repeats(resnet18: taps.Survey) -> None:
     assert "layer1=mean" in found
 
 
-def test_calls_of_reused_modules(resnet18: taps.Survey) -> None:
+def test_calls_of_reused_modules(resnet18: survey.Survey) -> None:
     assert names(resnet18, "layer1.0.relu") == ["layer1.0.relu:1", "layer1.0.relu:2"]
     assert names(resnet18, "layer1.0.relu:2@in=mean") == ["layer1.0.relu:2@in=mean"]
     assert len(names(resnet18, "type:ReLU:2")) == 8, "the first ReLU is called once: a pattern leaves it out"
@@ -154,7 +153,7 @@ def test_calls_of_reused_modules(resnet18: taps.Survey) -> None:
         ("bn2", "bn1"),
     ],
 )
-def test_what_matches_nothing_names_the_closest(resnet18: taps.Survey, selector: str, closest: str) -> None:
+def test_what_matches_nothing_names_the_closest(resnet18: survey.Survey, selector: str, closest: str) -> None:
     with pytest.raises(LayerError, match=rf"no layer matches '{selector.replace('*', '[*]')}'.*'{closest}'"):
         names(resnet18, selector)
 
@@ -170,13 +169,13 @@ def test_modules_that_are_never_called() -> None:
     assert names(vit, "type:MultiheadAttention") == ["encoder.layers.encoder_layer_0.self_attention"]
 
 
-def test_a_tap_named_outright_counts_as_such_beside_a_pattern(resnet18: taps.Survey) -> None:
+def test_a_tap_named_outright_counts_as_such_beside_a_pattern(resnet18: survey.Survey) -> None:
     for selectors in (["layer*", "layer1"], ["layer1", "layer*"], ["layer*", "layer?", "layer1"]):
-        explicit = [tap.name for tap in taps.resolve(selectors, resnet18) if tap.explicit]
+        explicit = [tap.name for tap in resolve.resolve(selectors, resnet18) if tap.explicit]
         assert explicit == ["layer1"]
 
 
-def test_the_model_itself(resnet18: taps.Survey) -> None:
+def test_the_model_itself(resnet18: survey.Survey) -> None:
     assert names(resnet18, ".") == names(resnet18, "(model)") == ["(model)"]
     assert "(model)" not in names(resnet18, "**")
 
@@ -212,7 +211,7 @@ def test_names_with_letters_of_the_grammar() -> None:
 
     seen = surveyed(Odd())
     for name in odd:
-        assert [tap.module for tap in taps.resolve([name], seen)] == [name]
+        assert [tap.module for tap in resolve.resolve([name], seen)] == [name]
     assert names(seen, "*") == odd
 
 
@@ -258,7 +257,7 @@ DEFAULTS: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
 def test_the_layers_of_a_run_that_names_none(name: str) -> None:
     build, expected = DEFAULTS[name]
     model = build()
-    assert taps.default_selectors(model, surveyed(model)) == expected
+    assert resolve.default_selectors(model, surveyed(model)) == expected
 
 
 def test_children_without_tensors_are_no_default() -> None:
@@ -276,7 +275,7 @@ def test_children_without_tensors_are_no_default() -> None:
             return x
 
     model = Mixed()
-    assert taps.default_selectors(model, surveyed(model)) == ["blocks.0", "blocks.1"]
+    assert resolve.default_selectors(model, surveyed(model)) == ["blocks.0", "blocks.1"]
 
 
 class Function(nn.Module):
@@ -303,7 +302,7 @@ def test_a_compiled_module_is_refused() -> None:
     model[1].compile()
     assert set(surveyed(model).missed) == {"1", "1.0"}
     with pytest.raises(LayerError, match=r"'1': it was compiled by its compile\(\), where hooks miss calls"):
-        taps.resolve(["1"], surveyed(model))
+        resolve.resolve(["1"], surveyed(model))
     model.compile()
     with pytest.raises(LayerError, match=r"the model: it was compiled by its compile\(\), where hooks miss calls"):
         surveyed(model)
@@ -316,9 +315,9 @@ def test_no_hook_is_left_when_a_survey_fails() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_where_a_pass_may_stop(resnet18: taps.Survey) -> None:
+def test_where_a_pass_may_stop(resnet18: survey.Survey) -> None:
     def stop(*selectors: str) -> taps.Event | None:
-        return resnet18.stop_before(taps.resolve(selectors, resnet18))
+        return resnet18.stop_before(resolve.resolve(selectors, resnet18))
 
     assert stop("conv1") == ("bn1", 1, "in")
     assert stop("layer1") == ("layer2", 1, "in")

@@ -13,7 +13,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fmextract.axes import tensors_in
+from fmextract.capture.axes import tensors_in
 
 
 class ShortcutTracer(TorchDispatchMode):

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fmextract import models, prepare, taps
+from fmextract import models, prepare
+from fmextract.capture import resolve, survey
 from fmextract.common.text import shape
 from fmextract.errors import ConfigError, LayerError
 from fmextract.inputs.preprocessing import Preprocessing
@@ -157,14 +158,14 @@ def _found(loaded: models.LoadedModel, layer: str, modules: dict[str, nn.Module]
         return layer, []  # whether or not the network runs, its kernels are there
     path = layer
     if layer not in modules:
-        named = list(dict.fromkeys(tap.module for tap in taps.resolve([layer], seen)))
+        named = list(dict.fromkeys(tap.module for tap in resolve.resolve([layer], seen)))
         if len(named) > 1:
             raise LayerError(f"{layer!r} matches {len(named)} modules: name one of {', '.join(named[:6])}")
         path = named[0]
     return path, seen.numbers.get(seen.aliases.get(path, path), "").split()
 
 
-def _survey(loaded: models.LoadedModel, layer: str) -> taps.Survey:
+def _survey(loaded: models.LoadedModel, layer: str) -> survey.Survey:
     preprocess = loaded.preprocess
     if preprocess is None or preprocess.size is None:
         raise ConfigError(f"{layer!r} is found by a forward pass, whose input size is not known: give --size N")

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fmextract import fusion, precision, taps
-from fmextract.capture import probe
+from fmextract import fusion, precision
+from fmextract.capture import hooks, probe, taps
 from fmextract.common.devices import is_out_of_memory
 from fmextract.common.relative_error import relative_error
 from fmextract.errors import CaptureError
@@ -76,7 +76,7 @@ def run(
     lending: Lending,
     inputs: torch.Tensor,
     overwritten: Collection[int],
-    kind: type[taps.Capture] = taps.Capture,
+    kind: type[hooks.Capture] = hooks.Capture,
     passes: int = 1,
 ) -> tuple[float, tuple[torch.Tensor, ...]]:
     """Run passes over `inputs`: (least seconds of one with its captures, what the last one captured, copied)."""
@@ -86,7 +86,7 @@ def run(
     with (
         lending as module,
         precision.numerics(name, subject.device),
-        taps.tapped(module, probed, subject.reducers, subject.stop, kind) as capture,
+        hooks.tapped(module, probed, subject.reducers, subject.stop, kind) as capture,
     ):
         for _ in range(passes):
             started = time.perf_counter()

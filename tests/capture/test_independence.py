@@ -13,8 +13,7 @@ from runs import Notes
 from torch import nn
 
 import fmextract as fm
-from fmextract import taps
-from fmextract.capture import independence, probe
+from fmextract.capture import hooks, independence, probe, resolve, survey
 
 Tensor = torch.Tensor
 
@@ -222,12 +221,12 @@ def test_only_what_tells_something_is_run_again_among_strangers(monkeypatch: pyt
 
     model, image_shape = Layers().eval(), (3, 4, 4)
     noise = torch.randn(2, *image_shape, generator=torch.Generator().manual_seed(0))
-    wanted = taps.resolve(["late", "dead"], taps.survey(model, model, noise))
+    wanted = resolve.resolve(["late", "dead"], survey.survey(model, model, noise))
     hooked: list[list[str]] = []
 
     def tapped(model: nn.Module, probed: Any, *rest: Any) -> Any:
         hooked.append([one.tap.name for one in probed])
-        return taps.tapped(model, probed, *rest)
+        return hooks.tapped(model, probed, *rest)
 
     monkeypatch.setattr(probe, "tapped", tapped)
     probed, refused = probe.probe(model, model, wanted, image_shape, torch.device("cpu"))

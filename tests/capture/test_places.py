@@ -12,7 +12,7 @@ from moving import misnamed, probed
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from fmextract import geometry
+from fmextract.capture import receptive_fields
 
 Tensor = torch.Tensor
 
@@ -206,5 +206,5 @@ def test_places_are_followed(name: str) -> None:
 def test_behind_padding_by_pixels_a_field_is_a_bound(layer: nn.Module, bound: bool) -> None:
     model = nn.Sequential(layer, nn.ReLU())
     found = list(probed(model, (3, 16, 16)).values())
-    fields = geometry.trace_fields(model, model, found, torch.zeros(2, 3, 16, 16))
+    fields = receptive_fields.trace_fields(model, model, found, torch.zeros(2, 3, 16, 16))
     assert [field is not None and field.bound for field in fields] == [bound] * len(fields)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fmextract.capture.reducer_help import REDUCER_HELP
-from fmextract.reducers import REDUCERS, reduction
+from fmextract.capture.reducers import REDUCERS, reduction
 
 AXES = {"token": ("token", "feature"), "channel": ("channel", "y", "x")}
 SIZES = {"channel": 6, "y": 4, "x": 5, "token": 10, "feature": 3, "k": 2, "A": 1, "B": 3, "P": 1}

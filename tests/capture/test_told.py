@@ -12,8 +12,9 @@ from runs import Notes, Tiny, extract
 from torch import nn
 
 from fmextract.capture import probe
+from fmextract.capture.resolve import found
+from fmextract.capture.survey import survey
 from fmextract.errors import CaptureError
-from fmextract.taps import found, survey
 
 Tensor = torch.Tensor
 PHOTOS = [np.random.default_rng(row).integers(0, 256, (8, 8, 3), np.uint8) for row in range(6)]

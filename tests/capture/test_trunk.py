@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 import fmextract as fm
-from fmextract import taps
+from fmextract.capture import resolve, survey
 from fmextract.errors import ConfigError, LayerError
 from fmextract.look.maps import describe_field
 from fmextract.reading.select import select_layers
@@ -20,8 +20,8 @@ from fmextract.reading.select import select_layers
 Tensor = torch.Tensor
 
 
-def surveyed(model: nn.Module, size: int = 32) -> taps.Survey:
-    return taps.survey(model.eval(), model, torch.randn(2, 3, size, size))
+def surveyed(model: nn.Module, size: int = 32) -> survey.Survey:
+    return survey.survey(model.eval(), model, torch.randn(2, 3, size, size))
 
 
 @pytest.mark.parametrize(
@@ -44,13 +44,13 @@ def test_shortcuts_of_residual_networks(name: str, convolutions: int, trunk: int
 
 def test_the_numbers_of_books() -> None:
     seen = surveyed(torchvision.models.resnet50(weights=None))
-    names = [tap.name for tap in taps.resolve([f"trunk#{i}" for i in (0, 20, 40, 44, 48)], seen)]
+    names = [tap.name for tap in resolve.resolve([f"trunk#{i}" for i in (0, 20, 40, 44, 48)], seen)]
     assert names == ["conv1", "layer2.3.conv2", "layer4.0.conv1", "layer4.1.conv2", "layer4.2.conv3"]
     assert seen.numbers["layer4.2.conv3"] == "conv#52 trunk#48"
     assert seen.numbers["layer1.0.downsample.0"] == "conv#4"
-    assert [tap.name for tap in taps.resolve(["trunk#-1"], seen)] == ["layer4.2.conv3"]
+    assert [tap.name for tap in resolve.resolve(["trunk#-1"], seen)] == ["layer4.2.conv3"]
     with pytest.raises(LayerError, match="this model has trunk#0 to trunk#48"):
-        taps.resolve(["trunk#49"], seen)
+        resolve.resolve(["trunk#49"], seen)
 
 
 class Joined(nn.Module):
@@ -82,7 +82,7 @@ def test_which_side_is_the_shortcut(order: int) -> None:
 
 def test_a_model_without_convolutions_has_no_trunk() -> None:
     with pytest.raises(LayerError, match="'trunk#0': this model has none at all"):
-        taps.resolve(["trunk#0"], surveyed(nn.Sequential(nn.ReLU(), nn.Flatten())))
+        resolve.resolve(["trunk#0"], surveyed(nn.Sequential(nn.ReLU(), nn.Flatten())))
 
 
 def test_a_file_tells_the_numbers(tmp_path: Path) -> None:

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
+from fmextract.capture.hooks import Capture
+from fmextract.capture.taps import Forward
 from fmextract.common.devices import is_out_of_memory
 from fmextract.errors import CaptureError, ConfigError
-from fmextract.taps import Capture, Forward
 
 GRAPHED_BATCH = 32  # images a batch up to which a CUDA graph is recorded: of larger ones the launches do not count
 

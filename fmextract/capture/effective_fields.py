@@ -20,10 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fmextract.capture.hooks import tapped
+from fmextract.capture.receptive_fields import Reduced
+from fmextract.capture.taps import Event, Forward, Probed, Reduce
 from fmextract.errors import CaptureError
-from fmextract.geometry import Reduced
 from fmextract.records import Field
-from fmextract.taps import Event, Forward, Probed, Reduce, tapped
 
 SHARE = 0.9  # of the squared gradient, inside the square
 
