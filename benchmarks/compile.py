@@ -19,11 +19,10 @@ from contextlib import ExitStack
 import torch
 import torchvision
 
-from fmextract import precision
 from fmextract.capture import hooks, probe, resolve, survey
 from fmextract.capture.compiled import GRAPHED_BATCH, CompiledCapture
 from fmextract.common import allocator
-from fmextract.model import modes
+from fmextract.model import modes, precision, run_mode
 
 PASSES = 15
 
@@ -41,7 +40,7 @@ def compare(model: torch.nn.Module, shape: tuple[int, ...], batch_size: int, dev
     """A row of the table."""
     memory_format = modes.formats("auto", model)[0]
     with ExitStack() as stack:
-        stack.enter_context(precision.lent(model, device, "fp32", precision.Mode(memory_format)))
+        stack.enter_context(run_mode.lent(model, device, "fp32", run_mode.Mode(memory_format)))
         stack.enter_context(precision.numerics("fp32", device))
         inputs = precision.to_memory_format(torch.randn(batch_size, *shape, device=device), memory_format)
         seen = survey.survey(model, model, inputs[:1].repeat(2, 1, 1, 1))

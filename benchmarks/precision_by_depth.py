@@ -20,14 +20,14 @@ SELECTORS = ("type:Conv2d",)
 
 def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     """(layers in the order of execution, the errors of each precision)."""
-    from fmextract import models, precision
     from fmextract.benchmark import make_photos
     from fmextract.capture import hooks, probe, resolve, survey
     from fmextract.inputs import decoding
     from fmextract.inputs.sources import open_source
+    from fmextract.model import loading, precision, run_mode
     from fmextract.records import Preprocess
 
-    loaded = models.load_model("fmextract.demo:model")
+    loaded = loading.load_model("fmextract.demo:model")
     assert isinstance(loaded.preprocess, Preprocess)
     with tempfile.TemporaryDirectory() as scratch:
         source = open_source(make_photos(Path(scratch), images))
@@ -35,12 +35,12 @@ def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     inputs = decoding.normalise(pixels, loaded.preprocess)
     cpu, shape = torch.device("cpu"), tuple(inputs.shape[1:])
     captured = {}
-    with precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
+    with run_mode.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
         seen = survey.survey(loaded.module, loaded.forward, inputs[:2])
         probed, _ = probe.probe(loaded.module, loaded.forward, resolve.resolve(SELECTORS, seen), shape, cpu)
     for name in ("fp32", "bf16", "fp16"):
         with (
-            precision.lent(loaded.module, cpu, name),
+            run_mode.lent(loaded.module, cpu, name),
             precision.numerics(name, cpu),
             hooks.tapped(loaded.module, probed) as capture,
         ):

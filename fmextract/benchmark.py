@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import chunks, engine, precision, run
+from fmextract import chunks, engine, run
 from fmextract.capture import hooks
 from fmextract.common import text
 from fmextract.common.progress import Quiet
@@ -40,6 +40,7 @@ from fmextract.errors import ConfigError, MissingExtra
 from fmextract.inputs import preprocessing
 from fmextract.inputs.reading import content
 from fmextract.inputs.sources import on_disk
+from fmextract.model import precision, run_mode
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, lent, plan_for, prepare, reduce_functions
 from fmextract.records import LayerSpec, Preprocess, Progress
@@ -332,7 +333,7 @@ def _flop(prepared: Prepared, progress: Progress) -> int:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with (
-            precision.lent(prepared.loaded.module, prepared.device) as module,
+            run_mode.lent(prepared.loaded.module, prepared.device) as module,
             precision.numerics("fp32", prepared.device),
             hooks.tapped(module, last, [lambda rows: rows.new_empty(0)], prepared.stop) as capture,
             sdpa_kernel(SDPBackend.MATH),

@@ -17,15 +17,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fmextract import fusion, precision
 from fmextract.capture.compiled import CompiledCapture
 from fmextract.common.devices import TOO_SMALL, is_out_of_memory
 from fmextract.common.relative_error import relative_error
 from fmextract.common.system import host_memory
 from fmextract.errors import ConfigError, DeviceLost, FmextractError, LayerError
-from fmextract.model import modes
+from fmextract.model import modes, norm_fusion, precision, run_mode
 from fmextract.model.modes import Subject, Trial
-from fmextract.precision import PLAIN, Mode
+from fmextract.model.run_mode import PLAIN, Mode
 
 SAMPLE_BYTES = 256 << 20  # of activations in fp32 that the sample may take
 
@@ -169,7 +168,7 @@ def choose(question: Question) -> Chosen:
 
 def _first_trials(
     question: Question,
-) -> tuple[_Sample, Trial, Trial, tuple[fusion.Pair, ...], list[str]]:
+) -> tuple[_Sample, Trial, Trial, tuple[norm_fusion.Pair, ...], list[str]]:
     """(the sample, what fp32 makes of it as the model is written, and as a run in fp32 would; the pairs that could run
     as one; what is odd about all that).
 
@@ -215,7 +214,9 @@ def _with_noise(images: torch.Tensor) -> _Sample:
     return _Sample(torch.cat([images, noise.to(images)]), len(images))
 
 
-def _in_fp32(question: Question, inputs: torch.Tensor, said: list[str]) -> tuple[Trial, Trial, tuple[fusion.Pair, ...]]:
+def _in_fp32(
+    question: Question, inputs: torch.Tensor, said: list[str]
+) -> tuple[Trial, Trial, tuple[norm_fusion.Pair, ...]]:
     subject = question.subject
     reference, pairs = _reference(question, inputs, said)
     formats = modes.formats(question.memory_format, subject.module)
@@ -231,10 +232,10 @@ def _in_fp32(question: Question, inputs: torch.Tensor, said: list[str]) -> tuple
     return reference, taken or reference, pairs
 
 
-def _reference(question: Question, inputs: torch.Tensor, said: list[str]) -> tuple[Trial, tuple[fusion.Pair, ...]]:
+def _reference(question: Question, inputs: torch.Tensor, said: list[str]) -> tuple[Trial, tuple[norm_fusion.Pair, ...]]:
     """(the model as it is written, the pairs that could run as one)."""
     subject = question.subject
-    readers = fusion.readers(subject.module, subject.probed) if _own_ways(question) else None
+    readers = norm_fusion.readers(subject.module, subject.probed) if _own_ways(question) else None
     if readers is None:
         return modes.as_written(subject, "fp32", inputs), ()
     try:
@@ -254,7 +255,7 @@ def _own_ways(question: Question) -> bool:
 
 
 def _has_pooling(subject: Subject) -> bool:
-    return any(map(precision.is_plain_pool, subject.module.modules()))
+    return any(map(run_mode.is_plain_pool, subject.module.modules()))
 
 
 def _in_lower_precision(
@@ -263,7 +264,7 @@ def _in_lower_precision(
     sample: _Sample,
     reference: Trial,
     full: Mode,
-    pairs: tuple[fusion.Pair, ...],
+    pairs: tuple[norm_fusion.Pair, ...],
 ) -> tuple[Trial, str]:
     """(The fastest way in which the model is in `name` what it is as written, what was left and why).
 

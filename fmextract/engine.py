@@ -39,9 +39,9 @@ from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError,
 from fmextract.inputs import decoding, device_jpegs, preprocessing
 from fmextract.inputs.reading import Reader, content, stamp
 from fmextract.inputs.sources import columns_of, on_disk
+from fmextract.model.precision import numerics, to_memory_format
 from fmextract.planning import Plan
 from fmextract.pool import Pool
-from fmextract.precision import numerics, to_memory_format
 from fmextract.records import FileInfo, FileStamp, LayerSpec, Preprocess, Progress, SampleTable, Source, Status
 from fmextract.stats import RunningStats
 from fmextract.storage import durable, layout

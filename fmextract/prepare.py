@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from fmextract import choose, engine, estimate, fusion, models, planning, precision, provenance, workers
+from fmextract import choose, engine, estimate, planning, provenance, workers
 from fmextract.capture import blame, effective_fields, hooks, probe, receptive_fields, reducers, resolve, survey, taps
 from fmextract.capture.compiled import CompiledCapture
 from fmextract.capture.untouched import RANDOM, Key, State, untouched
@@ -31,6 +31,7 @@ from fmextract.inputs import device_jpegs, preprocessing
 from fmextract.inputs.datasets import DatasetSource
 from fmextract.inputs.reading import Reader, reading
 from fmextract.inputs.sources import folder_of, notes_of, open_source
+from fmextract.model import loading, norm_fusion, precision, run_mode
 from fmextract.model.modes import Subject
 from fmextract.model.randomness import may_draw
 from fmextract.planning import Plan
@@ -69,7 +70,7 @@ class Prepared:
     config: Config
     source: Source
     reader: Reader
-    loaded: models.LoadedModel
+    loaded: loading.LoadedModel
     device: torch.device
     input_shape: tuple[int, ...]
     ready: bool
@@ -118,7 +119,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         label=config.label,
         hidden=config.hidden,
     )
-    loaded = models.load_model(model, config.weights, config.preprocess, config.size)
+    loaded = loading.load_model(model, config.weights, config.preprocess, config.size)
     before = provenance.code_of(loaded)
     with (
         untouched(loaded.module) as found,
@@ -137,7 +138,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
 def _prepared(
     opened: Source,
     reader: Reader,
-    loaded: models.LoadedModel,
+    loaded: loading.LoadedModel,
     before: Mapping[str, Told],
     found: State,
     where: torch.device,
@@ -150,7 +151,7 @@ def _prepared(
     own = _own_type(config.precision, loaded.input_dtype)
     if where.type == "cpu":
         allocator.keep_freed_memory()
-    with precision.lent(loaded.module, where), precision.numerics("fp32", where):
+    with run_mode.lent(loaded.module, where), precision.numerics("fp32", where):
         photos = partial(_photos, reader, len(opened), loaded, input_shape, ready, where)
         with found.guarded():
             probed, stop, largest, notes, usual = _probe(loaded, config.layers, input_shape, where, photos)
@@ -184,7 +185,7 @@ def _prepared(
     )
 
 
-def _input_shape(source: Source, reader: Reader, loaded: models.LoadedModel) -> tuple[tuple[int, ...], bool]:
+def _input_shape(source: Source, reader: Reader, loaded: loading.LoadedModel) -> tuple[tuple[int, ...], bool]:
     """(channel, y, x) of the model's input, and whether images are inputs as they come.
 
     Looks at the first image that can be read, since a Dataset may give finished tensors of any shape.
@@ -203,7 +204,7 @@ def _input_shape(source: Source, reader: Reader, loaded: models.LoadedModel) -> 
 
 
 def _probe(
-    loaded: models.LoadedModel,
+    loaded: loading.LoadedModel,
     selectors: Sequence[str],
     input_shape: tuple[int, ...],
     where: torch.device,
@@ -248,7 +249,7 @@ def _probe(
 
 
 def _steady(
-    loaded: models.LoadedModel,
+    loaded: loading.LoadedModel,
     probed: Sequence[taps.Probed],
     changed: Collection[Key],
     input_shape: tuple[int, ...],
@@ -266,7 +267,7 @@ def _steady(
 
 
 def _random(
-    reader: Reader, loaded: models.LoadedModel, reductions: Sequence[reducers.Reduction | None], usual: set[Key]
+    reader: Reader, loaded: loading.LoadedModel, reductions: Sequence[reducers.Reduction | None], usual: set[Key]
 ) -> str:
     """What is known of random numbers in a run, as its identity says it. `usual`: what a pass changes in the model."""
     if reader.random or any(place == RANDOM for place, _ in usual):
@@ -307,7 +308,7 @@ def _noise(input_shape: Sequence[int], where: torch.device) -> torch.Tensor:
 
 
 def _fields(
-    loaded: models.LoadedModel,
+    loaded: loading.LoadedModel,
     probed: Sequence[taps.Probed],
     reductions: Sequence[reducers.Reduction | None],
     stop: taps.Event | None,
@@ -340,14 +341,14 @@ def _kept(reductions: Sequence[reducers.Reduction | None]) -> list[receptive_fie
     return [None if r is None or not r.stores else (r.apply, r.axes) for r in reductions]
 
 
-def survey_model(loaded: models.LoadedModel, shape: Sequence[int]) -> survey.Survey:
+def survey_model(loaded: loading.LoadedModel, shape: Sequence[int]) -> survey.Survey:
     """What one pass over noise of `shape` does, on the CPU; the model is as before afterwards. Raises LayerError."""
     cpu = torch.device("cpu")
-    with untouched(loaded.module), precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
+    with untouched(loaded.module), run_mode.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
         return _surveyed(loaded, _noise(tuple(shape), cpu))
 
 
-def _surveyed(loaded: models.LoadedModel, noise: torch.Tensor) -> survey.Survey:
+def _surveyed(loaded: loading.LoadedModel, noise: torch.Tensor) -> survey.Survey:
     with _failing_on(noise.shape[1:], loaded.module):
         try:
             seen = survey.survey(loaded.module, loaded.forward, noise)
@@ -395,8 +396,8 @@ def _reduction(probed: taps.Probed) -> reducers.Reduction | None:
 def lent(prepared: Prepared, made: Plan) -> AbstractContextManager[torch.nn.Module]:
     """The model as the plan runs it, for as long as the block lasts. Raises FormatError for pairs it does not have."""
     module = prepared.loaded.module
-    mode = precision.Mode(made.memory_format, fusion.pairs_at(module, made.fused), made.pooling, made.prepacked)
-    return precision.lent(module, torch.device(made.device), made.precision, mode)
+    mode = run_mode.Mode(made.memory_format, norm_fusion.pairs_at(module, made.fused), made.pooling, made.prepacked)
+    return run_mode.lent(module, torch.device(made.device), made.precision, mode)
 
 
 def captured_types(prepared: Prepared, made: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -473,7 +474,7 @@ def plan_for(
         layers=layers,
         precision=chosen.precision,
         memory_format=chosen.mode.memory_format,
-        fused=fusion.paths_of(prepared.loaded.module, chosen.mode.fused),
+        fused=norm_fusion.paths_of(prepared.loaded.module, chosen.mode.fused),
         pooling=chosen.mode.pooling,
         prepacked=chosen.mode.prepacked,
         batch_size=chosen.batch_size,
@@ -598,7 +599,7 @@ def _kept_bytes(prepared: Prepared, chosen: choose.Chosen) -> int:
     """Host memory that a run holds all the time: weights laid out or cast anew, and what was captured of the sample."""
     state = prepared.loaded.module.state_dict().values()
     weights = sum(t.numel() * t.element_size() for t in state if isinstance(t, torch.Tensor) and not is_lazy(t))
-    as_it_is = chosen.mode in (precision.PLAIN, precision.Mode(pooling=True))
+    as_it_is = chosen.mode in (run_mode.PLAIN, run_mode.Mode(pooling=True))
     # Twice: the reference in fp32 lives beside what the chosen precision captured.
     sample = 2 * sum(4 * t.numel() for t in chosen.sample)
     return sample + (0 if as_it_is else weights)
@@ -649,7 +650,7 @@ def _some_images(reader: Reader, rows: int, shape: Sequence[int], n: int) -> tup
 
 
 def _as_inputs(
-    pixels: Sequence[torch.Tensor], loaded: models.LoadedModel, ready: bool, where: torch.device
+    pixels: Sequence[torch.Tensor], loaded: loading.LoadedModel, ready: bool, where: torch.device
 ) -> torch.Tensor:
     batch = torch.stack(list(pixels)).to(where)
     if ready:
@@ -661,7 +662,7 @@ def _as_inputs(
 def _photos(
     reader: Reader,
     rows: int,
-    loaded: models.LoadedModel,
+    loaded: loading.LoadedModel,
     shape: Sequence[int],
     ready: bool,
     where: torch.device,
@@ -729,7 +730,7 @@ def _effective_sizes(
             why = f"they would take {cost:.0f} s or more" if cost >= 1 else "the run is short"
             return none, [f"effective receptive fields are not measured, as {why}; --effective-fields always does it"]
     failures: list[str] = []
-    with precision.lent(prepared.loaded.module, prepared.device), precision.numerics("fp32", prepared.device):
+    with run_mode.lent(prepared.loaded.module, prepared.device), precision.numerics("fp32", prepared.device):
         inputs, _ = _sample_inputs(prepared, EFFECTIVE_IMAGES)
         sizes = effective_fields.effective_sizes(
             prepared.loaded.module,
@@ -878,10 +879,10 @@ def describe(
     """
     if weights is None:
         weights = "default" if isinstance(model, torch.nn.Module) else "random:0"
-    loaded = models.load_model(model, weights, preprocess, size)
+    loaded = loading.load_model(model, weights, preprocess, size)
     shape = _described_input(loaded, model, size)
     cpu = torch.device("cpu")
-    with precision.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
+    with run_mode.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
         seen = _surveyed(loaded, _noise(shape, cpu))
         wanted = resolve.resolve(selectors or ["**", "."], seen)
         with _failing_on(shape, loaded.module):
@@ -889,11 +890,11 @@ def describe(
     return _module_rows(seen, wanted, probed, refused, everything=not selectors)
 
 
-def _described_input(loaded: models.LoadedModel, model: Any, size: str | None) -> tuple[int, ...]:
+def _described_input(loaded: loading.LoadedModel, model: Any, size: str | None) -> tuple[int, ...]:
     """(channel, y, x) of an input of a model that is only looked at."""
     preprocess = loaded.preprocess
     if preprocess is None and isinstance(model, torch.nn.Module):
-        guessed = models.guessed_input(model)
+        guessed = loading.guessed_input(model)
         preprocess = preprocessing.apply_size(guessed, size) if size is not None else guessed
     if not isinstance(preprocess, Preprocess) or preprocess.size is None:
         raise SourceError("the input size is not known: give --size N (or HxW)")

@@ -9,11 +9,11 @@ from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
 
-from fmextract import models
 from fmextract.capture.reducers import Reduction
 from fmextract.common.facts import Facts, Told, changing, interpreter, settled
 from fmextract.inputs import preprocessing
 from fmextract.inputs.preprocessing import CustomPreprocess
+from fmextract.model import loading
 from fmextract.model.structure import structure
 
 __all__ = ["code_facts", "code_of", "describe_run", "preprocess_facts", "versions", "versions_for"]
@@ -32,7 +32,7 @@ _MADE_BY = (
 )
 
 
-def code_of(loaded: models.LoadedModel) -> dict[str, Told]:
+def code_of(loaded: loading.LoadedModel) -> dict[str, Told]:
     """Facts of the network, and of the preprocessing where it is a user's, beside their weights and names."""
     told = {"model": structure(loaded.module)}
     if isinstance(loaded.preprocess, CustomPreprocess):
@@ -73,7 +73,7 @@ def code_facts(
 
 
 def describe_run(
-    loaded: models.LoadedModel, source: str, images: int, *, ready: bool, command: str | None
+    loaded: loading.LoadedModel, source: str, images: int, *, ready: bool, command: str | None
 ) -> dict[str, Any]:
     """What a file says of its run. `ready`: images were the model's inputs as they came."""
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fmextract import models, prepare, replay, resume, run
+from fmextract import prepare, replay, resume, run
 from fmextract.capture import reducers
 from fmextract.common import strict_json
 from fmextract.common.progress import Quiet
@@ -24,6 +24,7 @@ from fmextract.common.trust import names_from_a_file
 from fmextract.config import Config
 from fmextract.errors import ConfigError
 from fmextract.inputs import sources
+from fmextract.model import loading
 from fmextract.reading import activations
 from fmextract.records import Progress
 from fmextract.selector import Selector
@@ -89,11 +90,11 @@ def _limited(acts: activations.Activations, said: Said) -> contextlib.AbstractCo
 def _code(acts: activations.Activations, said: Said) -> Iterator[tuple[str, str]]:
     """What the file names that would be imported, each with the option that gives it (`=`: a reducer; none does)."""
     options = acts.config.get("options", {})
-    if said.model is None and models.is_code(str(acts.attrs["model"])):
+    if said.model is None and loading.is_code(str(acts.attrs["model"])):
         yield "-m", str(acts.attrs["model"])
     if said.source is None and sources.is_code(str(acts.attrs["source"])):
         yield "--source", str(acts.attrs["source"])
-    if said.preprocess is None and models.is_code(str(options.get("preprocess"))):
+    if said.preprocess is None and loading.is_code(str(options.get("preprocess"))):
         yield "--preprocess", str(options.get("preprocess"))
     for selector in options.get("layers", []):
         reducer = Selector.parse(selector).reducer
@@ -117,7 +118,7 @@ def _options(acts: activations.Activations, said: Said) -> dict[str, Any]:
 def _was_an_object(acts: activations.Activations, options: Mapping[str, Any]) -> bool:
     """Whether the preprocessing was none that has a name."""
     how = options.get("preprocess")
-    own = acts.preprocess.get("kind") == "custom" and not models.is_code(str(how)) and how != "model"
+    own = acts.preprocess.get("kind") == "custom" and not loading.is_code(str(how)) and how != "model"
     return own or not isinstance(how, str) or how.startswith("Preprocess(")
 
 

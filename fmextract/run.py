@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import engine, estimate, following, precision, replay, resume
+from fmextract import engine, estimate, following, replay, resume
 from fmextract.capture import hooks
 from fmextract.common import strict_json
 from fmextract.common.devices import is_out_of_memory
@@ -29,6 +29,7 @@ from fmextract.config import Config, check_out
 from fmextract.errors import TooManyFailures
 from fmextract.inputs import device_jpegs
 from fmextract.inputs.sources import notes_of
+from fmextract.model import precision
 from fmextract.output import Output, resumable
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, copied_as_planned, describe, identity, lent, plan_for, prepare, reduce_functions

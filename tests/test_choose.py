@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from fmextract import choose, precision
+from fmextract import choose
 from fmextract.capture import probe, resolve, survey
 from fmextract.common import system
 from fmextract.errors import ConfigError, LayerError
-from fmextract.model import modes
+from fmextract.model import modes, precision, run_mode
 
 CPU = torch.device("cpu")
 SHAPE = (3, 8, 8)
@@ -27,7 +27,7 @@ SHAPE = (3, 8, 8)
 def question(model: nn.Module, layers: Sequence[str] = ("*",), **changes: Any) -> choose.Question:
     """`auto` for everything but the memory format, over every leaf of `model`, a thousand images to come."""
     batch = torch.randn(2, *SHAPE)
-    with precision.lent(model, CPU), precision.numerics("fp32", CPU):
+    with run_mode.lent(model, CPU), precision.numerics("fp32", CPU):
         seen = survey.survey(model, model, batch)
         probed, refused = probe.probe(model, model, resolve.resolve(layers, seen), SHAPE, CPU)
     assert not refused
@@ -233,8 +233,8 @@ def test_running_out_of_memory_ends_the_search(clock: Any) -> None:
 
 
 def trial_of(*shape: int) -> modes.Trial:
-    lending = precision.Lending(nn.Identity(), CPU, "fp32", precision.PLAIN)
-    return modes.Trial("fp32", precision.PLAIN, lending, frozenset(), (torch.zeros(*shape),), 1e-3)
+    lending = run_mode.Lending(nn.Identity(), CPU, "fp32", run_mode.PLAIN)
+    return modes.Trial("fp32", run_mode.PLAIN, lending, frozenset(), (torch.zeros(*shape),), 1e-3)
 
 
 def test_where_not_even_the_usual_batch_fits_this_is_said(clock: Any) -> None:
@@ -358,7 +358,7 @@ def test_other_ways_are_tried_on_fewer_images_where_memory_is_short() -> None:
     asked = question(model, precision="fp32", batch_size=1, memory_format="channels_last")
     model.passes.clear()
     chosen = choose.choose(asked)
-    assert chosen.mode == precision.Mode("channels_last")
+    assert chosen.mode == run_mode.Mode("channels_last")
     assert model.passes[:4] == [8, 8, 1, 1]
     assert [len(tensor) for tensor in chosen.sample] == [1]
     assert any("measured on one image: there is not enough memory for 8" in note for note in chosen.notes)

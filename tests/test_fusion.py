@@ -14,9 +14,10 @@ from runs import extract, make_photos
 from torch import nn
 from torch.nn import functional
 
-from fmextract import choose, fusion, precision
+from fmextract import choose
 from fmextract.capture import hooks, probe, resolve, survey
 from fmextract.errors import FormatError
+from fmextract.model import norm_fusion, precision, run_mode
 from fmextract.reading import activations
 from fmextract.verification import verify
 
@@ -58,13 +59,13 @@ def usual(net: Any, x: torch.Tensor) -> torch.Tensor:
     return net.norm(net.conv(x))  # type: ignore[no-any-return]
 
 
-def pairs_of(model: nn.Module, layers: list[str], shape: tuple[int, ...] = SHAPE) -> tuple[fusion.Pair, ...]:
+def pairs_of(model: nn.Module, layers: list[str], shape: tuple[int, ...] = SHAPE) -> tuple[norm_fusion.Pair, ...]:
     batch = torch.randn((2, *shape), generator=torch.Generator().manual_seed(2))
-    with precision.lent(model, CPU), precision.numerics("fp32", CPU):
+    with run_mode.lent(model, CPU), precision.numerics("fp32", CPU):
         seen = survey.survey(model, model, batch)
         probed, refused = probe.probe(model, model, resolve.resolve(layers, seen), shape, CPU)
         assert not refused
-        readers = fusion.readers(model, probed)
+        readers = norm_fusion.readers(model, probed)
         if readers is not None:
             stop = seen.stop_before([p.tap for p in probed])
             with readers, hooks.tapped(model, probed, stop=stop) as capture:
@@ -82,10 +83,10 @@ def look(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def run_in(
-    name: str, model: nn.Module, pairs: tuple[fusion.Pair, ...], batch: torch.Tensor, packing: bool = True
+    name: str, model: nn.Module, pairs: tuple[norm_fusion.Pair, ...], batch: torch.Tensor, packing: bool = True
 ) -> torch.Tensor:
-    mode = precision.Mode("channels_last", pairs, prepacked=packing)
-    with precision.lent(model, CPU, name, mode), precision.numerics(name, CPU):
+    mode = run_mode.Mode("channels_last", pairs, prepacked=packing)
+    with run_mode.lent(model, CPU, name, mode), precision.numerics(name, CPU):
         return model(precision.to_memory_format(batch, "channels_last")).float()  # type: ignore[no-any-return]
 
 
@@ -213,7 +214,7 @@ def test_what_comes_after_the_last_layer_is_not_asked_for() -> None:
 def test_the_weights_are_those_of_both() -> None:
     for bias in (True, False):
         model = lively(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=bias), nn.BatchNorm2d(8)))
-        pair = fusion.Pair(model[0], model[1])  # type: ignore[arg-type]
+        pair = norm_fusion.Pair(model[0], model[1])  # type: ignore[arg-type]
         with torch.no_grad():
             torch.testing.assert_close(functional.conv2d(BATCH, *pair.fused(), 2, 1), model(BATCH))
 
@@ -254,7 +255,7 @@ def with_gradients(net: Any, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_model_that_leaves_autocast_or_asks_for_gradients_gets_them(way: Any, packing: bool) -> None:
     model = lively(Net(way))
-    pairs = (fusion.Pair(model.conv, model.norm),)  # type: ignore[arg-type]
+    pairs = (norm_fusion.Pair(model.conv, model.norm),)  # type: ignore[arg-type]
     with torch.no_grad():
         exact = model(BATCH)
     most = 1e-5 if way is out_of_autocast else 0.02
@@ -292,7 +293,7 @@ def half_outside_of_autocast(net: Any, x: torch.Tensor) -> torch.Tensor:
 def test_a_model_that_uses_its_layers_in_other_ways_is_right(way: Any, fused: bool) -> None:
     """Without batch norm beside them layers are packed, with it fused too."""
     model = lively(Net(way, boxed=nn.Conv2d(8, 8, 3)))
-    pairs = (fusion.Pair(model.conv, model.norm),) if fused else ()  # type: ignore[arg-type]
+    pairs = (norm_fusion.Pair(model.conv, model.norm),) if fused else ()  # type: ignore[arg-type]
     if fused and way in (with_other_settings, half_outside_of_autocast):
         pairs = ()  # no norm is called
     with torch.no_grad():
@@ -314,7 +315,7 @@ def test_a_norm_that_has_changed_is_computed_anew(name: str, packing: bool) -> N
     model = lively(Net(with_other_statistics))
     with torch.no_grad():
         exact = model(BATCH)
-    pairs = (fusion.Pair(model.conv, model.norm),)  # type: ignore[arg-type]
+    pairs = (norm_fusion.Pair(model.conv, model.norm),)  # type: ignore[arg-type]
     assert distance(run_in(name, model, pairs, BATCH, packing), exact) < (0.02 if name == "bf16" else 1e-5)
 
 
@@ -426,9 +427,9 @@ def test_readers_that_no_mode_sees_are_found_by_what_comes_out(way: Any, tmp_pat
 def test_pairs_are_written_down_by_their_paths() -> None:
     model = residual()
     pairs = pairs_of(model, ["."], (3, 32, 32))
-    paths = fusion.paths_of(model, pairs)
+    paths = norm_fusion.paths_of(model, pairs)
     assert paths[0] == ("conv1", "bn1")
-    assert fusion.pairs_at(model, paths) == pairs
+    assert norm_fusion.pairs_at(model, paths) == pairs
     for wrong in ((("conv1", "relu"),), (("nowhere", "bn1"),), (("bn1", "conv1"),)):
         with pytest.raises(FormatError, match="does not have"):
-            fusion.pairs_at(model, wrong)
+            norm_fusion.pairs_at(model, wrong)

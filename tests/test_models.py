@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.transforms import functional as v1
 
-from fmextract import models
 from fmextract.errors import ConfigError, MissingExtra, ModelError
 from fmextract.inputs import preprocessing
 from fmextract.inputs.decoding import decode
 from fmextract.inputs.preprocessing import CustomPreprocess, describe_preprocess, normalise
-from fmextract.models import load_model, weights_digest
+from fmextract.model import providers
+from fmextract.model.loading import load_model
+from fmextract.model.weights import weights_digest
 from fmextract.records import Preprocess
 
 SIMPLE = Preprocess(resize=32, crop=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -124,7 +125,7 @@ def test_a_seed_is_a_whole_number(text):
 def test_inputs_agree_with_the_transforms_of_the_weights(name):
     """Within one level of 255, after normalisation."""
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    preprocess = models._torchvision_preprocess(name)
+    preprocess = providers._torchvision_preprocess(name)
     for image in (photo(451, 300), photo(200, 333)):
         made = normalise(decode(image, preprocess).pixels[None], preprocess)[0]
         difference = (made - weights.transforms()(image)).abs()
@@ -160,7 +161,7 @@ def test_the_video_preset_on_a_frame():
 @pytest.mark.parametrize("name", ["resnet18", "vit_base_patch14_dinov2", "tf_efficientnet_lite0", "mixer_b16_224"])
 def test_timm_inputs_agree_with_its_own_transform(name):
     config = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
-    preprocess = models._timm_preprocess_of(name)
+    preprocess = providers._timm_preprocess_of(name)
     assert isinstance(preprocess, Preprocess)
     expected = timm.data.create_transform(**config, is_training=False)(photo())
     made = normalise(decode(photo(), preprocess).pixels[None], preprocess)[0]
@@ -176,7 +177,7 @@ def test_odd_timm_configurations_do_what_timm_does(change):
         "input_size": (3, 64, 64), "interpolation": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3,
         "crop_pct": 0.9, "crop_mode": "center", **change,
     }  # fmt: skip
-    preprocess = models._timm_preprocess(config, "here")
+    preprocess = providers._timm_preprocess(config, "here")
     expected = timm.data.create_transform(**config, is_training=False)(photo())
     made = decode(photo(), preprocess)
     values = made.pixels if made.ready else normalise(made.pixels[None], preprocess)[0]

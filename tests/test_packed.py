@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from fmextract import packed, precision
+from fmextract.model import precision, prepacked, run_mode
 
 CPU = torch.device("cpu")
-PREPACKED = precision.Mode("channels_last", prepacked=True)
+PREPACKED = run_mode.Mode("channels_last", prepacked=True)
 
 needs_bf16 = pytest.mark.skipif(not precision.bf16_on_cpu(), reason="this processor has no bfloat16")
 
 
 @pytest.fixture(autouse=True)
 def asked_anew() -> Iterator[None]:
-    packed._works.cache_clear()
+    prepacked._works.cache_clear()
     yield
-    packed._works.cache_clear()
+    prepacked._works.cache_clear()
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -45,8 +45,8 @@ def by_autocast(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     ],
 )
 def test_a_packed_convolution_gives_the_same_bits(conv: nn.Conv2d) -> None:
-    assert packed.available()
-    forward = packed.forward(conv)
+    assert prepacked.available()
+    forward = prepacked.forward(conv)
     for batch in (4, 1, 7):  # packed for the first
         x = noise(batch, 16, 18, 20).contiguous(memory_format=torch.channels_last)
         expected = by_autocast(conv, x)
@@ -65,7 +65,7 @@ def test_a_packed_linear_layer_gives_the_same_but_for_the_last_bit(shape: tuple[
     x = noise(*shape)
     expected = by_autocast(module, x)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        made = packed.forward(module)(x)
+        made = prepacked.forward(module)(x)
     assert (made.dtype, made.shape) == (expected.dtype, expected.shape)
     torch.testing.assert_close(made, expected, rtol=2**-7, atol=2**-9)
 
@@ -74,7 +74,7 @@ def test_a_packed_linear_layer_gives_the_same_but_for_the_last_bit(shape: tuple[
 def test_one_image_without_a_batch_goes_the_usual_way() -> None:
     conv = nn.Conv2d(16, 8, 3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(packed.forward(conv)(noise(16, 9, 9)), conv(noise(16, 9, 9)))
+        assert torch.equal(prepacked.forward(conv)(noise(16, 9, 9)), conv(noise(16, 9, 9)))
 
 
 @pytest.mark.parametrize(
@@ -91,20 +91,20 @@ def test_one_image_without_a_batch_goes_the_usual_way() -> None:
     ],
 )
 def test_what_fits(module: nn.Module, fits: bool) -> None:
-    assert packed.fits(module) is fits
+    assert prepacked.fits(module) is fits
 
 
 def test_what_has_a_kernel() -> None:
     conv, same = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3, padding="same")
-    assert packed.has_kernel(conv, "channels_last")
-    assert not packed.has_kernel(conv, "contiguous")
-    assert not packed.has_kernel(same, "channels_last")
-    assert packed.has_kernel(nn.Linear(3, 4), "contiguous")
+    assert prepacked.has_kernel(conv, "channels_last")
+    assert not prepacked.has_kernel(conv, "contiguous")
+    assert not prepacked.has_kernel(same, "channels_last")
+    assert prepacked.has_kernel(nn.Linear(3, 4), "contiguous")
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 def test_a_weight_that_a_hook_computes_is_left_to_it() -> None:
-    assert not packed.fits(nn.utils.weight_norm(nn.Linear(3, 4)))
+    assert not prepacked.fits(nn.utils.weight_norm(nn.Linear(3, 4)))
 
 
 class Asked:
@@ -137,17 +137,17 @@ def test_operators_that_are_not_what_they_were_are_not_used(operators: Any, monk
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
     expected = by_autocast(model, noise(2, 3, 8, 8))
     monkeypatch.setattr(torch.ops, "mkldnn", operators)
-    assert not packed.available()
-    with precision.lent(model, CPU, "bf16", precision.Mode(prepacked=True)), precision.numerics("bf16", CPU):
+    assert not prepacked.available()
+    with run_mode.lent(model, CPU, "bf16", run_mode.Mode(prepacked=True)), precision.numerics("bf16", CPU):
         assert torch.equal(model(noise(2, 3, 8, 8)), expected)
 
 
 @needs_bf16
 def test_nothing_is_packed_where_oneDNN_is_switched_off() -> None:  # noqa: N802
-    assert packed.available()
+    assert prepacked.available()
     before = torch.backends.mkldnn.set_flags(_enabled=False)
     try:
-        assert not packed.available()
+        assert not prepacked.available()
     finally:
         torch.backends.mkldnn.set_flags(_enabled=before[0])
 
@@ -156,7 +156,7 @@ def test_nothing_is_packed_where_oneDNN_is_switched_off() -> None:  # noqa: N802
 def test_a_lent_model_packs_and_lets_go() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
     expected = by_autocast(model, noise(2, 3, 8, 8))
-    with precision.lent(model, CPU, "bf16", PREPACKED), precision.numerics("bf16", CPU):
+    with run_mode.lent(model, CPU, "bf16", PREPACKED), precision.numerics("bf16", CPU):
         assert {"forward"} <= vars(model[0]).keys() & vars(model[2]).keys()
         assert model[0].weight.dtype == torch.float32  # one copy of the weights in bfloat16 is enough
         torch.testing.assert_close(model(noise(2, 3, 8, 8)), expected, rtol=2**-7, atol=2**-9)

@@ -19,10 +19,11 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from fmextract import cli, models
+from fmextract import cli
 from fmextract.common.imports import import_object
 from fmextract.common.trust import names_from_a_file
 from fmextract.errors import ConfigError, ModelError
+from fmextract.model import loading
 from fmextract.storage.digest import _content_digest
 from fmextract.verification import verify
 
@@ -132,7 +133,7 @@ def test_whatever_imports_asks(place: Path) -> None:
         assert not ran(place)
         import_object("evil.py:make", ConfigError, "anything")
         with pytest.raises(ConfigError, match="names the code"):
-            models.load_model("importable_evil:make")
+            loading.load_model("importable_evil:make")
     assert import_object("importable_evil:make", ConfigError, "anything") is not None
 
 
@@ -248,7 +249,7 @@ def test_a_pickle_in_the_cache_is_not_unpickled(place: Path, monkeypatch: pytest
     cached.parent.mkdir(parents=True)
     torch.save({"payload": Evil(place / "ran")}, cached)
     with names_from_a_file(place / "acts.h5", []), pytest.raises(ModelError, match="squeezenet1_1"):
-        models.load_model("squeezenet1_1")
+        loading.load_model("squeezenet1_1")
     assert not ran(place)
     assert os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
@@ -262,10 +263,10 @@ def test_nothing_is_downloaded_for_timm_either(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(place / "hf"))
     for name in ("timm:resnet18", "timm:resnet18.a1_in1k"):
         with names_from_a_file(place / "acts.h5", []), pytest.raises(ConfigError, match="are not on this disk"):
-            models.load_model(name)
+            loading.load_model(name)
     with names_from_a_file(place / "acts.h5", []):
-        models.load_model("timm:resnet18", "random:0")
+        loading.load_model("timm:resnet18", "random:0")
         with pytest.raises(ConfigError, match="timm has no model"):
-            models.load_model("timm:hf-hub:somebody/anything")
+            loading.load_model("timm:hf-hub:somebody/anything")
     assert not network
     assert not constants.HF_HUB_OFFLINE

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fmextract import models, prepare
+from fmextract import prepare
 from fmextract.capture import resolve, survey
 from fmextract.common.text import shape
 from fmextract.errors import ConfigError, LayerError
@@ -24,6 +24,7 @@ from fmextract.look.canvas import Array, Style, short, styled
 from fmextract.look.live import activations_of
 from fmextract.look.photos import as_seen, load_photo
 from fmextract.look.places import read_maps
+from fmextract.model import loading
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +92,7 @@ def show_filters(
 
     Raises LayerError for a layer that is no two-dimensional convolution, ConfigError, ModelError, MissingExtra.
     """
-    loaded = models.load_model(model, weights, preprocess, size)
+    loaded = loading.load_model(model, weights, preprocess, size)
     path, kernels, words = _kernels(loaded, layer)
     numbers = _pick(kernels, count or (64 if image is None and kernels.shape[1] == COLOUR else 16), order, filters)
     coloured = kernels.shape[1] == COLOUR and inputs is None
@@ -128,7 +129,7 @@ def parse_slice(text: str | None) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
-def _kernels(loaded: models.LoadedModel, layer: str) -> tuple[str, Array, list[str]]:
+def _kernels(loaded: loading.LoadedModel, layer: str) -> tuple[str, Array, list[str]]:
     """The path of a convolution, its weights, float32 (filters, input channels, height, width), and its numbers."""
     modules = dict(loaded.module.named_modules())
     path, words = _found(loaded, layer, modules)
@@ -148,7 +149,7 @@ def _kernels(loaded: models.LoadedModel, layer: str) -> tuple[str, Array, list[s
     return path, kernels.transpose(1, 0, 2, 3) if transposed else kernels, words
 
 
-def _found(loaded: models.LoadedModel, layer: str, modules: dict[str, nn.Module]) -> tuple[str, list[str]]:
+def _found(loaded: loading.LoadedModel, layer: str, modules: dict[str, nn.Module]) -> tuple[str, list[str]]:
     """The module that a path or a selector means, and its numbers: by a pass that finds out the order of execution."""
     try:
         seen = _survey(loaded, layer)
@@ -165,7 +166,7 @@ def _found(loaded: models.LoadedModel, layer: str, modules: dict[str, nn.Module]
     return path, seen.numbers.get(seen.aliases.get(path, path), "").split()
 
 
-def _survey(loaded: models.LoadedModel, layer: str) -> survey.Survey:
+def _survey(loaded: loading.LoadedModel, layer: str) -> survey.Survey:
     preprocess = loaded.preprocess
     if preprocess is None or preprocess.size is None:
         raise ConfigError(f"{layer!r} is found by a forward pass, whose input size is not known: give --size N")
@@ -241,7 +242,7 @@ def _in_rows(tiles: Sequence[Array], numbers: Sequence[int], inputs: range) -> F
 
 
 def _beside(
-    loaded: models.LoadedModel,
+    loaded: loading.LoadedModel,
     path: str,
     image: str | os.PathLike[str],
     numbers: Sequence[int],

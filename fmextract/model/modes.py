@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fmextract import fusion, precision
 from fmextract.capture import hooks, probe, taps
 from fmextract.common.devices import is_out_of_memory
 from fmextract.common.relative_error import relative_error
 from fmextract.errors import CaptureError
-from fmextract.precision import PLAIN, Lending, Mode
+from fmextract.model import norm_fusion, precision
+from fmextract.model.run_mode import PLAIN, Lending, Mode
 
 ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Relative L2 distance of an image's layer in another memory format, by its type; measured in float32: 3e-6 at most."""
@@ -97,7 +97,7 @@ def run(
         return min(times), tuple(t.clone() for t in tensors)
 
 
-def as_written(subject: Subject, name: str, inputs: torch.Tensor, readers: fusion.Readers | None = None) -> Trial:
+def as_written(subject: Subject, name: str, inputs: torch.Tensor, readers: norm_fusion.Readers | None = None) -> Trial:
     """Try the model as it is written, watched by `readers`. Raises whatever the model raises."""
     return _settled(subject, name, PLAIN, inputs, lambda trial: "", readers)
 
@@ -111,7 +111,7 @@ def formats(asked: str, model: nn.Module) -> tuple[str, ...]:
     return ("channels_last", "contiguous") if convolutions > 1 else ("contiguous",)
 
 
-def candidates(name: str, formats: Sequence[str], pairs: tuple[fusion.Pair, ...], pooling: bool) -> list[Mode]:
+def candidates(name: str, formats: Sequence[str], pairs: tuple[norm_fusion.Pair, ...], pooling: bool) -> list[Mode]:
     """Modes to try in a precision, the fastest first; each memory format ends with itself alone."""
     half = name in precision.AUTOCAST
     found = []
@@ -154,7 +154,7 @@ def _settled(
     mode: Mode,
     inputs: torch.Tensor,
     judge: Judge,
-    readers: fusion.Readers | None = None,
+    readers: norm_fusion.Readers | None = None,
 ) -> Trial:
     """A trial that `judge` has nothing against. Raises _Differs, or whatever the model raises.
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fmextract as fm
 from fmextract.errors import LayerError
-from fmextract.models import weights_digest
+from fmextract.model.weights import weights_digest
 
 # What torch says of its own older ways: people use them all the same.
 pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.filterwarnings("ignore::UserWarning")]

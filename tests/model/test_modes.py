@@ -13,9 +13,8 @@ from runs import Notes, extract, make_photos
 from torch import nn
 from torch.nn import functional
 
-from fmextract import precision
 from fmextract.errors import ConfigError
-from fmextract.model import modes
+from fmextract.model import modes, precision
 from fmextract.reading import activations
 
 LAYERS = ["c", "d", "f"]

@@ -10,7 +10,7 @@ norm behind them. Which of them a model bears is found out by whoever asks for t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,59 +19,24 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fmextract import packed
-from fmextract.errors import ConfigError
-from fmextract.fusion import Pair
+from fmextract.model.norm_fusion import Pair
+from fmextract.model.precision import AUTOCAST
+from fmextract.model.prepacked import (
+    HALF,
+    available,
+    cast_once,
+    convolution,
+    fits,
+    forward,
+    has_kernel,
+    in_half,
+    watching,
+)
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
 _POOLED = 8  # channels from which max pooling gains from channels-last
-
-
-def bf16_on_cpu() -> bool:
-    """Whether this processor computes in bfloat16, rather than widening every value first."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def check(precision: str, device: torch.device) -> None:
-    """Raises ConfigError for a precision that the device cannot run, or only absurdly slowly."""
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("--precision fp16 on a CPU is some 15 times slower than fp32; use bf16 or fp32")
-    if precision == "tf32" and device.type != "cuda":
-        raise ConfigError("--precision tf32 needs an NVIDIA GPU; use fp32 or bf16")
-    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError("--precision bf16: this GPU has no bfloat16; use fp16 or fp32")
-
-
-@contextmanager
-def numerics(precision: str, device: torch.device) -> Iterator[None]:
-    """Forward passes inside the block run in `precision`: no gradients, autocast where it is needed, TF32 as asked."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(_tf32(precision == "tf32"))
-        if precision in AUTOCAST:
-            stack.enter_context(torch.autocast(device.type, dtype=AUTOCAST[precision], cache_enabled=False))
-        else:
-            stack.enter_context(torch.autocast(device.type, enabled=False))
-        yield
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = (torch.get_float32_matmul_precision(), conv.allow_tf32)
-    try:
-        torch.set_float32_matmul_precision("high" if allowed else "highest")
-        conv.allow_tf32 = allowed
-        assert matmul.allow_tf32 is allowed
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        conv.allow_tf32 = before[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +131,7 @@ class Lending:
     def _other_ways(self) -> dict[nn.Module, Callable[[], Forward]]:
         """What makes the forwards that some modules have while they are lent."""
         half, mode = self._half, self.mode
-        packing = half == packed.HALF and self._device.type == "cpu" and mode.prepacked and packed.available()
+        packing = half == HALF and self._device.type == "cpu" and mode.prepacked and available()
         ways: dict[nn.Module, Callable[[], Forward]] = {}
         for pair in mode.fused:
             ways[pair.conv] = partial(_as_one, pair, half, self._layout, packing and self._packs(pair.conv))
@@ -174,15 +139,13 @@ class Lending:
         for module in self._model.modules():
             if mode.pooling and is_plain_pool(module):
                 ways[module] = partial(_pooling, module.forward)
-            elif half and mode.prepacked and module not in ways and packed.fits(module):
-                made = (
-                    packed.forward if packing and self._packs(module) else partial(packed.cast_once, half, self._layout)
-                )
+            elif half and mode.prepacked and module not in ways and fits(module):
+                made = forward if packing and self._packs(module) else partial(cast_once, half, self._layout)
                 ways[module] = partial(made, module)
         return ways
 
     def _packs(self, module: nn.Module) -> bool:
-        return packed.has_kernel(module, self.mode.memory_format)
+        return has_kernel(module, self.mode.memory_format)
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:
@@ -204,14 +167,14 @@ def _as_one(pair: Pair, half: torch.dtype | None, layout: torch.memory_format, p
     conv = pair.conv
     weight, bias = pair.fused()
     if packing:
-        return packed.convolution(conv, weight, bias, exact, pair.norm)
+        return convolution(conv, weight, bias, exact, pair.norm)
     dtype = half or weight.dtype
     weight, bias = weight.to(dtype, memory_format=layout), bias.to(dtype)
     rest: tuple[Any, ...] = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    unchanged = packed.watching(conv, pair.norm)
+    unchanged = watching(conv, pair.norm)
 
     def forward(input: torch.Tensor) -> torch.Tensor:
-        fits = packed.in_half(input, half) if half else input.dtype == dtype
+        fits = in_half(input, half) if half else input.dtype == dtype
         return functional.conv2d(input.to(dtype), weight, bias, *rest) if fits and unchanged() else exact(input)
 
     return forward
@@ -239,10 +202,3 @@ def _pooling(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch
         return forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
 
     return pool
-
-
-def to_memory_format(batch: torch.Tensor, memory_format: str) -> torch.Tensor:
-    """`batch` (B, channel, y, x) laid out as asked; other ranks stay."""
-    if memory_format == "channels_last" and batch.dim() == 4:
-        return batch.contiguous(memory_format=torch.channels_last)
-    return batch.contiguous()

@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fmextract.capture.taps import Probed
 from fmextract.errors import FormatError
-from fmextract.packed import has_weight
+from fmextract.model.prepacked import has_weight
 
 
 class Pair(NamedTuple):
