@@ -29,9 +29,9 @@ from collections.abc import Callable
 
 import torch
 
-from fmextract import stats
 from fmextract.common import allocator, kernels
-from fmextract.stats import RunningStats
+from fmextract.pipeline import running_stats
+from fmextract.pipeline.running_stats import RunningStats
 
 RESNET50 = ((256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7))
 BATCH, BATCHES = 8, 12
@@ -62,14 +62,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--top", type=int, default=9)
-    parser.add_argument("--block", type=int, default=stats._CPU_BLOCK, help="values in a block")
+    parser.add_argument("--block", type=int, default=running_stats._CPU_BLOCK, help="values in a block")
     parser.add_argument("--without-kernels", action="store_true", help="as where there was no C compiler")
     options = parser.parse_args()
     if options.without_kernels:
         kernels._library = None
     torch.set_num_threads(options.threads)
     allocator.keep_freed_memory()  # as in a run
-    stats._CPU_BLOCK = options.block
+    running_stats._CPU_BLOCK = options.block
     print(f"threads {options.threads}, block {options.block}; CPU ms an image")
     print(f"{'type':9} {'layout':14} {'moments':>8} {f'+ top {options.top}':>8} {'copy':>6} {'sum':>6} {'GB/s':>6}")
     for dtype_name, dtype in DTYPES.items():

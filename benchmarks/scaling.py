@@ -219,8 +219,8 @@ def _child(what: str, arguments: Sequence[str]) -> None:
     from fmextract import cli
 
     with cli._importing():  # as the command itself would
-        from fmextract import engine
-    engine.run_shards = lambda *args: _ready()
+        from fmextract.pipeline import pipeline
+    pipeline.run_shards = lambda *args: _ready()
     photos, out = arguments
     raise SystemExit(cli.main(["extract", photos, *COMMAND, "-o", out, "--device", "cpu"]))
 

@@ -46,16 +46,18 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 
-from fmextract import benchmark, chunks, engine, run
-from fmextract.channel import Channel, Closed
+from fmextract import benchmark, run
 from fmextract.common.progress import Quiet
 from fmextract.config import WORKER_KINDS, Config
-from fmextract.device import Download
+from fmextract.pipeline import chunks, pipeline, threads
+from fmextract.pipeline.channel import Channel, Closed
+from fmextract.pipeline.transfers import Download
+from fmextract.pipeline.work import Tally
+from fmextract.pipeline.workers import hired
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, plan_for, prepare
 from fmextract.reading import activations
 from fmextract.storage import codecs
-from fmextract.workers import hired
 
 IMAGES = 128  # different ones
 TAPS = {
@@ -133,7 +135,7 @@ class Ring:
     def __init__(self, depth: int) -> None:
         self._slots: Channel[dict[int, torch.Tensor]] = Channel(depth, [{} for _ in range(depth)])
         self._reserved: dict[int, torch.Tensor] | None = None
-        self._engine = ThreadPoolExecutor(1, "copy-engine", engine.one_torch_thread)
+        self._engine = ThreadPoolExecutor(1, "copy-engine", threads.one_torch_thread)
         self.copying = 0.0
 
     def input_buffer(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -193,8 +195,8 @@ def _on_the_device() -> Iterator[list[Ring]]:
         return rings[-1]
 
     with (
-        mock.patch.object(engine, "transfers_for", transfers),
-        mock.patch.object(engine._Pipeline, "_describe", return_value=None),
+        mock.patch.object(pipeline, "transfers_for", transfers),
+        mock.patch.object(pipeline._Pipeline, "_describe", return_value=None),
     ):
         yield rings
 
@@ -287,12 +289,12 @@ class Case:
         ):
             if workers is not None:
                 workers.wait()
-            tally = engine.Tally()
+            tally = Tally()
             os.sync()
             started = time.perf_counter()
             with run.working(prepared, made, workers) as work:
                 model.begin(self._options.rate)
-                engine.run_shards(work, folder, made.shards, Quiet(), tally)
+                pipeline.run_shards(work, folder, made.shards, Quiet(), tally)
             took = time.perf_counter() - started
         self._check(folder)
         shutil.rmtree(folder)

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import chunks, engine, run
+from fmextract import run
 from fmextract.capture import hooks
 from fmextract.common import text
 from fmextract.common.progress import Quiet
@@ -41,12 +41,14 @@ from fmextract.inputs import preprocessing
 from fmextract.inputs.reading import content
 from fmextract.inputs.sources import on_disk
 from fmextract.model import precision, run_mode
+from fmextract.pipeline import chunks, decode, pipeline, threads
+from fmextract.pipeline.running_stats import RunningStats
+from fmextract.pipeline.work import Tally
+from fmextract.pipeline.workers import Jpegs, Workers, hired
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, lent, plan_for, prepare, reduce_functions
 from fmextract.records import LayerSpec, Preprocess, Progress
-from fmextract.stats import RunningStats
 from fmextract.storage import codecs, shards
-from fmextract.workers import Jpegs, Workers, hired
 
 STAGE_SECONDS = 1.0  # each stage is repeated for about this long, each time it is measured
 
@@ -241,7 +243,7 @@ def _wait(device: torch.device | None) -> None:
 @contextmanager
 def _threads(made: Plan) -> Iterator[Callable[[Sequence[Callable[[], Any]]], list[Any]]]:
     """A function that runs tasks on as many threads as a run has, and gives their results in order."""
-    pool = engine.thread_pool("fmextract-bench", made.threads)
+    pool = threads.thread_pool("fmextract-bench", made.threads)
     try:
         yield lambda tasks: [future.result() for future in [pool.submit(task) for task in tasks]]
     finally:
@@ -251,7 +253,7 @@ def _threads(made: Plan) -> Iterator[Callable[[Sequence[Callable[[], Any]]], lis
 def _decode(prepared: Prepared, made: Plan, workers: Workers | None) -> Stage:
     rows = range(min(len(prepared.source), max(64, 16 * made.threads)))
     jpegs, reader = run.jpegs(prepared, workers), prepared.reader
-    step = engine.rows_a_task(len(rows), made.threads, jpegs)
+    step = decode.rows_a_task(len(rows), made.threads, jpegs)
     tasks = [rows[at : at + step] for at in range(0, len(rows), step)]
     into = None if prepared.ready else torch.zeros((len(rows), *prepared.input_shape), dtype=torch.uint8)
 
@@ -426,7 +428,7 @@ def _encode(
     made: Plan, tensors: Sequence[torch.Tensor], workers: Workers | None
 ) -> tuple[list[tuple[int, codecs.Stored]], Stage]:
     """(the encoded chunks of a batch with their layers, the stage)."""
-    most = engine.CHUNKS_A_TASK if workers is None else engine.CHUNKS_A_PROCESS
+    most = pipeline.CHUNKS_A_TASK if workers is None else pipeline.CHUNKS_A_PROCESS
     encode = workers.encoder(made) if workers is not None else chunks.Encoder(made).all
     cut = [
         chunk
@@ -434,7 +436,7 @@ def _encode(
         for cutter in [chunks.Cutter(i, spec)]
         for chunk in (*cutter.add(tensor, [False] * len(tensor)), *cutter.flush())
     ]
-    tasks = [partial(encode, task) for task in engine.tasks(cut, made.threads, most)]
+    tasks = [partial(encode, task) for task in pipeline.tasks(cut, made.threads, most)]
     with _threads(made) as run_all:
         encoded = [one for some in run_all(tasks) for one in some]
         payloads = [(chunk.layer, one.payload) for chunk, one in zip(cut, encoded, strict=True)]
@@ -509,7 +511,7 @@ def _end_to_end(prepared: Prepared, made: Plan, workers: Workers | None, folder:
     folder.mkdir()
     with run.working(prepared, made, workers) as work:
         started = time.perf_counter()
-        engine.run_shards(work, folder, made.shards, Quiet(), engine.Tally())
+        pipeline.run_shards(work, folder, made.shards, Quiet(), Tally())
         seconds = time.perf_counter() - started
     return seconds, sum(file.stat().st_size for file in folder.glob("*.h5"))
 

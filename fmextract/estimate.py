@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fmextract.chunks import as_array
 from fmextract.common.text import byte_count
-from fmextract.engine import DEPTH, Captured, most_pending
 from fmextract.errors import NoSpace
+from fmextract.pipeline.chunks import as_array
+from fmextract.pipeline.pipeline import DEPTH, most_pending
+from fmextract.pipeline.running_stats import TOGETHER, WORKSPACE, RunningStats, bytes_held, covariance_bytes
+from fmextract.pipeline.work import Captured
 from fmextract.planning import CHUNK_BYTES, Estimate
 from fmextract.records import LayerSpec
-from fmextract.stats import TOGETHER, WORKSPACE, RunningStats, bytes_held, covariance_bytes
 from fmextract.storage import codecs
 
 # Bytes a second through digest, write, fsync and the checksum of the shard, on one core (docs/measurements).

@@ -15,6 +15,7 @@ from fmextract import resume
 from fmextract.common.folders import base_of, moved
 from fmextract.config import check_out, is_single_file
 from fmextract.errors import ConfigError, FormatError, OutputError, OutputLost
+from fmextract.pipeline.watch import left_behind
 from fmextract.planning import PLAN_FORMAT, Plan
 from fmextract.reading import activations, counts
 from fmextract.reading.totals import merged
@@ -36,7 +37,6 @@ from fmextract.storage.shards import (
     shard_name,
     write_sealed,
 )
-from fmextract.watch import left_behind
 
 CHECKS = 4  # shards whose checksums are computed at once
 

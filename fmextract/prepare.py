@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
 
-from fmextract import choose, engine, estimate, planning, provenance, workers
+from fmextract import choose, estimate, planning, provenance
 from fmextract.capture import blame, effective_fields, hooks, probe, receptive_fields, reducers, resolve, survey, taps
 from fmextract.capture.compiled import CompiledCapture
 from fmextract.capture.untouched import RANDOM, Key, State, untouched
@@ -34,6 +34,7 @@ from fmextract.inputs.sources import folder_of, notes_of, open_source
 from fmextract.model import loading, norm_fusion, precision, run_mode
 from fmextract.model.modes import Subject
 from fmextract.model.randomness import may_draw
+from fmextract.pipeline import work, workers
 from fmextract.planning import Plan
 from fmextract.records import Field, LayerSpec, ModuleRow, Preprocess, Progress, Source
 from fmextract.storage import codecs
@@ -93,11 +94,11 @@ class Prepared:
         return CompiledCapture if self.config.compile else hooks.Capture
 
     @property
-    def captured(self) -> tuple[engine.Captured, ...]:
+    def captured(self) -> tuple[work.Captured, ...]:
         """What each tap hands over once its reducer has run in the hook."""
         return tuple(map(_captured, self.probed, self.reductions))
 
-    def captured_of(self, i: int) -> engine.Captured:
+    def captured_of(self, i: int) -> work.Captured:
         """What one of the taps hands over; `captured` makes that of all of them, each time it is asked."""
         return _captured(self.probed[i], self.reductions[i])
 
@@ -605,13 +606,13 @@ def _kept_bytes(prepared: Prepared, chosen: choose.Chosen) -> int:
     return sample + (0 if as_it_is else weights)
 
 
-def _captured(probed: taps.Probed, reduction: reducers.Reduction | None) -> engine.Captured:
+def _captured(probed: taps.Probed, reduction: reducers.Reduction | None) -> work.Captured:
     if reduction is None:
-        return engine.Captured(probed.shape, probed.axes)
+        return work.Captured(probed.shape, probed.axes)
     if reduction.stores:
-        return engine.Captured(reduction.shape, reduction.axes)
+        return work.Captured(reduction.shape, reduction.axes)
     # `=top`: statistics and positions are of the whole map, of which each channel's maximum is stored.
-    return engine.Captured(probed.shape, probed.axes, reducers.reduction("max", probed.shape, probed.axes).apply)
+    return work.Captured(probed.shape, probed.axes, reducers.reduction("max", probed.shape, probed.axes).apply)
 
 
 def reduce_functions(prepared: Prepared) -> list[Callable[[torch.Tensor], torch.Tensor] | None]:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from fmextract import engine, provenance
+from fmextract import provenance
 from fmextract.common.progress import Quiet
 from fmextract.config import FailureBudget
 from fmextract.errors import FormatError, OutputError, SampleError
+from fmextract.pipeline import pipeline
+from fmextract.pipeline.work import Tally, Work
 from fmextract.planning import Plan
 from fmextract.reading import activations
 from fmextract.records import Label, Progress, Status
@@ -38,7 +40,7 @@ class Difference:
 
 
 def differences(
-    work: engine.Work,
+    work: Work,
     stored: activations.Activations,
     first: int,
     rows: Sequence[int],
@@ -66,13 +68,13 @@ def differences(
 
 
 @contextmanager
-def _run_again(work: engine.Work, batch: range, scratch: Path | None) -> Iterator[activations.Activations]:
+def _run_again(work: Work, batch: range, scratch: Path | None) -> Iterator[activations.Activations]:
     """A batch of rows through the whole pipeline, into a file that lives as long as the block."""
     patient = replace(work, budget=FailureBudget(count=len(batch), share=None))
     place = scratch or Path(tempfile.mkdtemp(prefix="fmextract-"))
     place.mkdir(exist_ok=True)
     try:
-        engine.run_shards(patient, place, [batch], Quiet(), engine.Tally())
+        pipeline.run_shards(patient, place, [batch], Quiet(), Tally())
         (shard,) = place.glob("*.h5")
         with activations.open(shard) as again:
             yield again
@@ -114,7 +116,7 @@ def relative_error(stored: np.ndarray, again: np.ndarray) -> float:
     return float(np.linalg.norm(b - a)) / scale if scale else float("inf")
 
 
-def check_resume(work: engine.Work, directory: Path, records: Sequence[shards.ShardRecord], progress: Progress) -> None:
+def check_resume(work: Work, directory: Path, records: Sequence[shards.ShardRecord], progress: Progress) -> None:
     """Run one stored batch again before a run goes on, so that changed code, library or machine is noticed.
 
     What rounding explains is told. Raises OutputError for more, since the rest would not go with what is there.
@@ -135,7 +137,7 @@ def check_resume(work: engine.Work, directory: Path, records: Sequence[shards.Sh
     )
 
 
-def check_finished(work: engine.Work, stored: activations.Activations, rows: int, progress: Progress) -> None:
+def check_finished(work: Work, stored: activations.Activations, rows: int, progress: Progress) -> None:
     """Run the batches of `rows` stored rows again, the first, the last and others evenly between, before an output is
     called complete. As `check_resume`."""
     good = np.flatnonzero(stored.status == Status.OK)
@@ -152,7 +154,7 @@ def check_finished(work: engine.Work, stored: activations.Activations, rows: int
 
 
 def _batches_again(
-    work: engine.Work, stored: activations.Activations, at: np.ndarray, scratch: Path | None = None
+    work: Work, stored: activations.Activations, at: np.ndarray, scratch: Path | None = None
 ) -> list[Difference]:
     """What differs in the batches of the plan that hold these rows of `stored`, as far as it has them."""
     first, size = stored._files[0].start, work.plan.batch_size
@@ -178,7 +180,7 @@ def _judge(found: Sequence[Difference], plan: Plan, place: Path, advice: str, pr
 # ------------------------------------------------------------------------------------------------ rows that failed
 
 
-def recovered(work: engine.Work, stored: activations.Activations) -> list[int]:
+def recovered(work: Work, stored: activations.Activations) -> list[int]:
     """Of the rows that failed, and that `stored` holds, those that would not fail now, as global numbers."""
     first = stored._files[0].start
     status = stored.status
@@ -193,7 +195,7 @@ def recovered(work: engine.Work, stored: activations.Activations) -> list[int]:
     return sorted(found)
 
 
-def _is_decoded(work: engine.Work, row: int) -> bool:
+def _is_decoded(work: Work, row: int) -> bool:
     """Whether a row is an input of the model now."""
     try:
         image = work.reader.image(row)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import engine, estimate, following, replay, resume
+from fmextract import estimate, following, replay, resume
 from fmextract.capture import hooks
 from fmextract.common import strict_json
 from fmextract.common.devices import is_out_of_memory
@@ -31,13 +31,15 @@ from fmextract.inputs import device_jpegs
 from fmextract.inputs.sources import notes_of
 from fmextract.model import precision
 from fmextract.output import Output, resumable
+from fmextract.pipeline import pipeline
+from fmextract.pipeline.work import FIRST, Tally, Work, check_budget
+from fmextract.pipeline.workers import Jpegs, Workers, hired
 from fmextract.planning import Plan
 from fmextract.prepare import Prepared, copied_as_planned, describe, identity, lent, plan_for, prepare, reduce_functions
 from fmextract.reading import activations, counts
 from fmextract.records import FileInfo, LayerResult, LayerSpec, Progress, Result
 from fmextract.resume import Asked
 from fmextract.storage import shards
-from fmextract.workers import Jpegs, Workers, hired
 
 RECHECKED, RECHECKED_IN_DOUBT = 2, 512
 """Stored rows that are run again, each with its batch, before an output is called complete."""
@@ -124,7 +126,7 @@ def _done(
     """What was done, and the output, opened: of many layers that takes long, since everything in it is checked."""
     started = time.perf_counter()
     target, given = Path(out).expanduser(), following.loaded(plan)
-    tally = engine.Tally()
+    tally = Tally()
     resumed = 0
     with (
         Output(target, progress, overwrite=config.overwrite, break_lock=config.break_lock) as output,
@@ -225,19 +227,19 @@ def _tell_crash(prepared: Prepared, output: Output, progress: Progress) -> None:
         )
 
 
-def _count_earlier(tally: engine.Tally, records: Sequence[shards.ShardRecord]) -> None:
+def _count_earlier(tally: Tally, records: Sequence[shards.ShardRecord]) -> None:
     tally.records = list(records)
     tally.failed = sum(record.failed for record in records)
     tally.seen = sum(len(record.rows) for record in records)
 
 
-def _check_failures(made: Plan, directory: Path, tally: engine.Tally, config: Config) -> None:
+def _check_failures(made: Plan, directory: Path, tally: Tally, config: Config) -> None:
     """Nothing is called done where every image failed, whatever the budget; nor where an earlier run had a larger one.
 
     Raises TooManyFailures.
     """
     if tally.failed < made.rows:
-        engine.check_budget(config.max_failures, tally)
+        check_budget(config.max_failures, tally)
         return
     key, message = tally.failures[0] if tally.failures else _first_failure(directory / shards.shard_name(0))
     raise TooManyFailures(f"every one of the {made.rows} images failed. The first: {key!r}: {message}")
@@ -248,7 +250,7 @@ def _first_failure(shard: Path) -> tuple[str, str]:
         return str(acts.keys[0]), str(acts.messages[0])
 
 
-def _extract(prepared: Prepared, made: Plan, output: Output, progress: Progress, tally: engine.Tally) -> int:
+def _extract(prepared: Prepared, made: Plan, output: Output, progress: Progress, tally: Tally) -> int:
     """The shards that are not there yet, or hold rows that failed and would not fail now; gives the rows of the others.
 
     Raises OutputError where what is there cannot be made again.
@@ -270,13 +272,13 @@ def _extract(prepared: Prepared, made: Plan, output: Output, progress: Progress,
         progress.start(made.rows, sum(done.values()))
         try:
             with resumable():
-                engine.run_shards(work, output.directory, todo, progress, tally)
+                pipeline.run_shards(work, output.directory, todo, progress, tally)
         finally:
             progress.finish()
     return sum(done.values())
 
 
-def _recovered(work: engine.Work, output: Output) -> list[int]:
+def _recovered(work: Work, output: Output) -> list[int]:
     """Rows of earlier shards that failed and would not fail now."""
     found: list[int] = []
     for record in (record for record in output.records if record.failed):
@@ -286,9 +288,7 @@ def _recovered(work: engine.Work, output: Output) -> list[int]:
 
 
 @contextmanager
-def working(
-    prepared: Prepared, made: Plan, workers: Workers | None = None, checksums: bool = True
-) -> Iterator[engine.Work]:
+def working(prepared: Prepared, made: Plan, workers: Workers | None = None, checksums: bool = True) -> Iterator[Work]:
     """The model on its device, in the plan's precision, hooked: everything that the engine needs."""
     where = torch.device(made.device)
     with (
@@ -306,7 +306,7 @@ def working(
     ):
         if prepared.config.compile:
             _compile(prepared, made, capture)
-        yield engine.Work(
+        yield Work(
             plan=made,
             info=_file_info(made),
             source=prepared.source,
@@ -389,9 +389,7 @@ def _file_info(made: Plan) -> FileInfo:
     )
 
 
-def _result(
-    acts: activations.Activations, target: Path, tally: engine.Tally, seconds: float, resumed: int | None
-) -> Result:
+def _result(acts: activations.Activations, target: Path, tally: Tally, seconds: float, resumed: int | None) -> Result:
     """What a finished output holds, and what this run did for it. `resumed` None: it was complete before."""
     rows = len(acts)
     with acts.held():
@@ -425,11 +423,11 @@ def _result(
     )
 
 
-def _nonfinite_notes(layers: Sequence[LayerResult], tally: engine.Tally) -> list[str]:
+def _nonfinite_notes(layers: Sequence[LayerResult], tally: Tally) -> list[str]:
     told = []
     for layer in layers:
         if layer.nonfinite:
-            keys = ", ".join(repr(key) for key in tally.nonfinite.get(layer.name, [])[: engine.FIRST])
+            keys = ", ".join(repr(key) for key in tally.nonfinite.get(layer.name, [])[:FIRST])
             where = f", first in {keys}" if keys else ""
             told.append(f"layer {layer.name!r} holds {layer.nonfinite:,} values that are not finite{where}")
     return told

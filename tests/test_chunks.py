@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fmextract import chunks
+from fmextract.pipeline import chunks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool])

@@ -18,10 +18,11 @@ import simulated_device
 import torch
 from simulated_device import Event, Simulator, Stream, installed
 
-from fmextract import device, errors
-from fmextract.channel import Closed
+from fmextract import errors
 from fmextract.common.devices import is_out_of_memory
-from fmextract.device import DeviceTransfers, HostTransfers, transfers_for
+from fmextract.pipeline import transfers
+from fmextract.pipeline.channel import Closed
+from fmextract.pipeline.transfers import DeviceTransfers, HostTransfers, transfers_for
 
 DELAYS = {
     "slow copies": {"copy": 0.004},
@@ -126,17 +127,17 @@ def _staging_refilled_early(patch: pytest.MonkeyPatch, simulator: Simulator) -> 
 
 
 def _slot_released_early(patch: pytest.MonkeyPatch, simulator: Simulator) -> None:
-    wait, given = device._DeviceDownload.wait, set()
+    wait, given = transfers._DeviceDownload.wait, set()
 
     def release_at_once(self: Any) -> list[torch.Tensor]:
         views = wait(self)
         if self not in given:
             given.add(self)
-            device._give_back(self._ring, self._slot)
+            transfers._give_back(self._ring, self._slot)
         return views
 
-    patch.setattr(device._DeviceDownload, "wait", release_at_once)
-    patch.setattr(device._DeviceDownload, "release", lambda self: None)
+    patch.setattr(transfers._DeviceDownload, "wait", release_at_once)
+    patch.setattr(transfers._DeviceDownload, "release", lambda self: None)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +217,8 @@ def test_a_fast_producer_is_held_back_until_a_slot_is_free_or_the_run_ends(
 @pytest.mark.parametrize("delays", [pytest.param(DELAYS["jitter"], id="simulated"), REAL])
 def test_buffers_are_pinned_and_used_again(delays: dict[str, float] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.Tensor] = []
-    pinned = device._pinned
-    monkeypatch.setattr(device, "_pinned", lambda *a: made.append(pinned(*a)) or made[-1])
+    pinned = transfers._pinned
+    monkeypatch.setattr(transfers, "_pinned", lambda *a: made.append(pinned(*a)) or made[-1])
     with machine(monkeypatch, delays) as (where, compute):
         moves = DeviceTransfers(where, 2)
         stream_batches(moves, compute, 5, 0.0)
@@ -263,8 +264,8 @@ def test_libraries_say_out_of_memory_in_words_of_their_own(error: Exception, is_
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 def test_nothing_but_the_ring_waits_for_the_device() -> None:
     """CUDA alone can tell: any call of the caller's thread that synchronises is an error here."""
-    from fmextract.engine import Nonfinite
-    from fmextract.stats import RunningStats
+    from fmextract.pipeline.running_stats import RunningStats
+    from fmextract.pipeline.work import Nonfinite
 
     where = torch.device("cuda", 0)
     moves = DeviceTransfers(where, 2)

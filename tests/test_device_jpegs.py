@@ -19,9 +19,9 @@ from odd_images import jpeg, odd_images, photo, with_orientation
 from PIL import ImageOps
 from torchvision.transforms import functional as v1
 
-from fmextract import engine
 from fmextract.errors import ConfigError, DeviceLost, MissingExtra, OutputError
 from fmextract.inputs import device_jpegs
+from fmextract.pipeline import decode
 from fmextract.reading import activations
 from fmextract.records import FileStamp, Preprocess
 from fmextract.verification import verify
@@ -165,7 +165,7 @@ def test_a_mixed_run_gives_what_the_cpu_gives(
     """Statuses, messages and sizes are equal; pixels of odd rows equal, of plain ones within two levels."""
     seen: dict[str, dict[int, torch.Tensor]] = {"cpu": {}, "device": {}}
     taken: set[int] = set()
-    plain = engine._Decoder._load_and_decode
+    plain = decode.Decoder._load_and_decode
     monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: stand_in)
     for where in seen:
 
@@ -177,7 +177,7 @@ def test_a_mixed_run_gives_what_the_cpu_gives(
                 taken.update(row for row, size in zip(rows, sizes, strict=True) if size is not None)
             return outcomes
 
-        monkeypatch.setattr(engine._Decoder, "_load_and_decode", noting)
+        monkeypatch.setattr(decode.Decoder, "_load_and_decode", noting)
         options = {**OPTIONS, "decode": where, "exif": exif, "batch_size": 64}  # several rows a task
         runs.extract(mixed, tmp_path / f"{where}.h5", **options)
     with activations.open(tmp_path / "cpu.h5") as a, activations.open(tmp_path / "device.h5") as b:

@@ -19,12 +19,12 @@ import torch
 from privilege import without_privilege
 from runs import LAYERS, Notes, Tiny, extract, make_photos, picture
 
-from fmextract import engine, watch
-from fmextract.channel import Channel, Closed
-from fmextract.chunks import Chunk
 from fmextract.config import FailureBudget
 from fmextract.errors import CaptureError, DeviceLost, FmextractError, NoSpace, SampleError, TooManyFailures
-from fmextract.pool import Pool
+from fmextract.pipeline import pipeline, watch
+from fmextract.pipeline.channel import Channel, Closed
+from fmextract.pipeline.chunks import Chunk
+from fmextract.pipeline.threads import Pool
 from fmextract.reading import activations
 from fmextract.records import Status
 
@@ -286,17 +286,17 @@ def _after(calls: int, function: Callable[..., Any], error: Exception) -> Callab
 
 
 STAGES = {
-    "decode": "fmextract.engine.images.decode",
-    "normalise": "fmextract.engine.images.normalise",
-    "statistics": "fmextract.stats.RunningStats.update",
-    "statistics' end": "fmextract.stats.RunningStats.result",
-    "cut": "fmextract.engine.chunks.Cutter.add",
-    "encode": "fmextract.engine.chunks.codecs.encode",
-    "create": "fmextract.engine.store.ShardWriter.__init__",
-    "write": "fmextract.engine.store.ShardWriter.write_chunk",
-    "finish": "fmextract.engine.store.ShardWriter.finish",
-    "publish": "fmextract.engine.index.publish",
-    "record": "fmextract.engine.index.record_shard",
+    "decode": "fmextract.pipeline.pipeline.images.decode",
+    "normalise": "fmextract.pipeline.pipeline.images.normalise",
+    "statistics": "fmextract.pipeline.running_stats.RunningStats.update",
+    "statistics' end": "fmextract.pipeline.running_stats.RunningStats.result",
+    "cut": "fmextract.pipeline.pipeline.chunks.Cutter.add",
+    "encode": "fmextract.pipeline.pipeline.chunks.codecs.encode",
+    "create": "fmextract.pipeline.pipeline.store.ShardWriter.__init__",
+    "write": "fmextract.pipeline.pipeline.store.ShardWriter.write_chunk",
+    "finish": "fmextract.pipeline.pipeline.store.ShardWriter.finish",
+    "publish": "fmextract.pipeline.pipeline.index.publish",
+    "record": "fmextract.pipeline.pipeline.index.record_shard",
 }
 
 
@@ -316,14 +316,14 @@ def test_a_stage_that_raises_ends_the_run(photos: Path, tmp_path: Path, stage: s
     for part in path:
         owner = getattr(owner, part)
     with pytest.MonkeyPatch.context() as patch:
-        work = engine.run_shards
+        work = pipeline.run_shards
 
         def broken_inside(*args: Any, **kwargs: Any) -> None:
             # Not before: the same functions serve the probe and the plan.
             patch.setattr(owner, name, _after(3 * late, getattr(owner, name), Broken(stage)))
             work(*args, **kwargs)
 
-        patch.setattr(engine, "run_shards", broken_inside)
+        patch.setattr(pipeline, "run_shards", broken_inside)
         with pytest.raises(Broken, match=stage):
             extract(photos, tmp_path / "out")
     left = [path.name for path in (tmp_path / "out").iterdir()]
@@ -437,7 +437,7 @@ def test_a_disk_that_stalls_at_the_end_is_named(tmp_path: Path, monkeypatch: pyt
     """All chunks are written by then, and the last shard is being made durable."""
     monkeypatch.setattr(watch, "PATIENCE", 0.2)
     told = threading.Event()
-    durable = engine.index.make_durable
+    durable = pipeline.index.make_durable
 
     def stalling(path: Path) -> None:
         assert "shard" not in path.name or told.wait(30)
@@ -450,7 +450,7 @@ def test_a_disk_that_stalls_at_the_end_is_named(tmp_path: Path, monkeypatch: pyt
                 told.set()
 
     notes = Telling()
-    monkeypatch.setattr(engine.index, "make_durable", stalling)
+    monkeypatch.setattr(pipeline.index, "make_durable", stalling)
     extract(make_photos(tmp_path / "photos", 4), tmp_path / "out", notes=notes)
     assert f"waiting for the disk of {tmp_path / 'out'}" in notes
 
@@ -458,7 +458,7 @@ def test_a_disk_that_stalls_at_the_end_is_named(tmp_path: Path, monkeypatch: pyt
 def test_a_decoder_that_hangs_for_ever_does_not_keep_a_run_from_ending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "HANGING", 0.2)
+    monkeypatch.setattr(pipeline, "HANGING", 0.2)
     data = Slow()
 
     def interrupt(done: int) -> None:
@@ -556,7 +556,7 @@ def test_chunks_share_tasks_where_threads_have_enough_of_them(
     number: int, threads: int, longest: int, tasks: int
 ) -> None:
     cut = [Chunk(0, (i,), []) for i in range(number)]
-    made = engine.tasks(cut, threads, 4)
+    made = pipeline.tasks(cut, threads, 4)
     assert [chunk for task in made for chunk in task] == cut
     assert max(map(len, made), default=0) == longest
     assert len(made) == tasks
@@ -566,14 +566,14 @@ def test_chunks_that_share_a_task_come_to_their_places(tmp_path: Path, monkeypat
     photos = make_photos(tmp_path / "photos", 12)
     extract(photos, tmp_path / "plain.h5", workers=1)
     lengths: list[int] = []
-    encode = engine._Pipeline._encode
+    encode = pipeline._Pipeline._encode
 
     def noting(self: Any, task: Any, done: Any) -> Any:
         lengths.append(len(task))
         return encode(self, task, done)
 
-    monkeypatch.setattr(engine._Pipeline, "_encode", noting)
-    monkeypatch.setattr(engine, "tasks", lambda cut, threads, most: [cut[:2], cut[2:]] if len(cut) > 2 else [cut])
+    monkeypatch.setattr(pipeline._Pipeline, "_encode", noting)
+    monkeypatch.setattr(pipeline, "tasks", lambda cut, threads, most: [cut[:2], cut[2:]] if len(cut) > 2 else [cut])
     extract(photos, tmp_path / "shared.h5", workers=1)
     assert max(lengths) > 1
     with activations.open(tmp_path / "plain.h5") as plain, activations.open(tmp_path / "shared.h5") as shared:

@@ -19,10 +19,10 @@ import simulated_device
 import torch
 from simulated_device import installed
 
-from fmextract import engine
-from fmextract.device import DeviceTransfers, _DeviceDownload
 from fmextract.errors import DeviceLost
 from fmextract.inputs import decoding, preprocessing
+from fmextract.pipeline import pipeline
+from fmextract.pipeline.transfers import DeviceTransfers, _DeviceDownload
 from fmextract.reading import activations
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-3}  # relative L2 against a plain pass of the same precision or fp32
@@ -50,7 +50,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     with installed(monkeypatch, {"copy": 0.002, "jitter": 0.002}):
         # The forward pass is the CPU's, which does not wait for an upload: here alone it is there at once.
         monkeypatch.setattr(DeviceTransfers, "upload", lambda self, buffer: buffer.clone())
-        monkeypatch.setattr(engine, "transfers_for", lambda _, depth: DeviceTransfers(simulated_device.DEVICE, depth))
+        monkeypatch.setattr(pipeline, "transfers_for", lambda _, depth: DeviceTransfers(simulated_device.DEVICE, depth))
         yield torch.device("cpu")
 
 
@@ -224,7 +224,7 @@ def test_an_error_of_the_device_ends_a_run_that_resumes(
     """Wherever it surfaces: where statistics are queued, copies are queued, or a copy is waited for."""
     photos = runs.make_photos(tmp_path / "photos", ROWS)
     owner, name = {
-        "statistics": (engine._Pipeline, "_describe"),
+        "statistics": (pipeline._Pipeline, "_describe"),
         "download": (DeviceTransfers, "download"),
         "wait": (_DeviceDownload, "wait"),
     }[place]

@@ -128,7 +128,7 @@ def test_depth_is_numpy_on_the_stored_maps(acts: fmextract.Activations, tmp_path
 def test_depth_counts_what_is_not_finite(tmp_path: Path) -> None:
     import torch
 
-    from fmextract.stats import RunningStats
+    from fmextract.pipeline.running_stats import RunningStats
 
     values = np.random.default_rng(0).normal(size=(3, 2, 4, 4)).astype(np.float32)
     values[0, 0, 0, 0], values[1, 1, 2, 2] = np.nan, np.inf

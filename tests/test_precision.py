@@ -13,10 +13,10 @@ from runs import extract, make_photos
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fmextract import engine
 from fmextract.common import allocator
 from fmextract.errors import ConfigError
 from fmextract.model import modes, norm_fusion, precision, run_mode
+from fmextract.pipeline import pipeline
 
 CPU = torch.device("cpu")
 POOLING = run_mode.Mode(pooling=True)
@@ -226,7 +226,7 @@ def test_a_run_gives_freed_memory_back_between_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: tuple[float, float], times: int
 ) -> None:
     calls: list[None] = []
-    monkeypatch.setattr(engine, "GIVING_BACK", patience)
-    monkeypatch.setattr(engine, "give_back_freed_memory", lambda: calls.append(None))
+    monkeypatch.setattr(pipeline, "GIVING_BACK", patience)
+    monkeypatch.setattr(pipeline, "give_back_freed_memory", lambda: calls.append(None))
     extract(make_photos(tmp_path / "photos", 10), tmp_path / "acts.h5", batch_size=2, shard_size=None)
     assert len(calls) == times

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fmextract import stats
 from fmextract.common import kernels
-from fmextract.stats import RunningStats
+from fmextract.pipeline import running_stats
+from fmextract.pipeline.running_stats import RunningStats
 from fmextract.storage import layer_stats
 from fmextract.storage.layer_stats import (
     COVARIANCE,
@@ -158,10 +158,10 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 @given(case=cases(), size=st.sampled_from([1, 7, 40, 1 << 17]), at_once=st.sampled_from([1, 3, 256]))
 def test_equal_to_numpy_whatever_the_batches(case: dict[str, Any], size: int, at_once: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stats, "_CPU_BLOCK", size)
-        patch.setattr(stats, "_DEVICE_BLOCK", size)
-        patch.setattr(stats, "_COVARIANCE_ROWS", at_once)
-        patch.setattr(stats, "_COLUMNS", at_once)
+        patch.setattr(running_stats, "_CPU_BLOCK", size)
+        patch.setattr(running_stats, "_DEVICE_BLOCK", size)
+        patch.setattr(running_stats, "_COVARIANCE_ROWS", at_once)
+        patch.setattr(running_stats, "_COLUMNS", at_once)
         if not case["kernels"]:
             patch.setattr(kernels, "_library", None)
         got = running(**case).result()
@@ -367,7 +367,7 @@ def test_what_lies_below_zero_may_come_late_or_in_a_later_block(
     rows[3, 5, 59] = -5.0  # far from zero, and not above the bound either
     rows[5, 2, 7] = -BELOW / 2
     rows = laid_out(rows, how)
-    with mock.patch.object(stats, "_CPU_BLOCK", 1 << 12):
+    with mock.patch.object(running_stats, "_CPU_BLOCK", 1 << 12):
         check(running(rows, ("channel", "y", "x"), cuts=[2, 4]).result(), brute(rows, ("channel", "y", "x"), 3))
 
 

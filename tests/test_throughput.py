@@ -10,7 +10,8 @@ import pytest
 import torch
 from runs import extract, extract_until, make_photos
 
-from fmextract import cli, engine
+from fmextract import cli
+from fmextract.pipeline import threads
 from fmextract.reading import activations
 from fmextract.report import write_report
 
@@ -73,7 +74,7 @@ def test_nonsense_is_as_nothing(photos: Path, tmp_path: Path, said: str) -> None
 def test_operations_on_a_pool_start_no_teams_of_threads() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    pool = engine.thread_pool("test", 2)
+    pool = threads.thread_pool("test", 2)
     try:
         numbers = [pool.submit(_in_an_operation).result() for _ in range(4)]
         assert numbers == [1] * 4

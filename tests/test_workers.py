@@ -27,12 +27,13 @@ import xxhash
 from PIL import Image
 from runs import Notes, extract, make_photos
 
-from fmextract import chunks, run, workers
+from fmextract import run
 from fmextract.config import Config
 from fmextract.errors import ConfigError, OutputError, OutputLost, SampleError
 from fmextract.inputs import decoding, preprocessing
 from fmextract.inputs.files import OnDisk
 from fmextract.inputs.sources import on_disk, open_source
+from fmextract.pipeline import chunks, workers
 from fmextract.planning import Plan
 from fmextract.prepare import plan_for, prepare
 from fmextract.reading import activations

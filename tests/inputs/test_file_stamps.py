@@ -19,10 +19,11 @@ import xxhash
 from odd_images import jpeg
 from test_device_jpegs import stand_in
 
-from fmextract import run, workers
+from fmextract import run
 from fmextract.inputs import decoding, device_jpegs, files, preprocessing
 from fmextract.inputs.files import FileBytes
 from fmextract.output import pack
+from fmextract.pipeline import workers
 from fmextract.reading import activations
 from fmextract.storage import digest
 from fmextract.verification import verify

@@ -30,7 +30,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from users import Array, pixels
 
-from fmextract import run, workers
+from fmextract import run
 from fmextract.config import Config
 from fmextract.errors import ConfigError, OutputError, SampleError, SourceLost
 from fmextract.inputs import reading
@@ -40,6 +40,7 @@ from fmextract.inputs.reading import Reader, content
 from fmextract.inputs.seeding import own_generators, seeded
 from fmextract.inputs.sources import open_source
 from fmextract.inputs.thread_safety import data_is_known, transform_is_known
+from fmextract.pipeline import workers
 from fmextract.reading import activations
 from fmextract.records import Preprocess
 from fmextract.verification import verify

@@ -13,7 +13,6 @@ whatever way this process ends.
 from __future__ import annotations
 
 import ctypes
-import gc
 import math
 import mmap
 import os
@@ -21,14 +20,11 @@ import pickle
 import queue
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -36,29 +32,41 @@ import numpy as np
 import PIL.Image
 import torch
 
-from fmextract import chunks
 from fmextract.errors import OutputLost
 from fmextract.inputs import decoding, preprocessing
-from fmextract.inputs.files import OnDisk, stamp_of
+from fmextract.inputs.files import OnDisk
+from fmextract.pipeline import chunks
+from fmextract.pipeline.worker_messages import Decode, Lying, Unknown, packed, receive, send
+from fmextract.pipeline.worker_process import finish_shard
 from fmextract.planning import Plan
-from fmextract.records import LayerSpec, Preprocess, SampleTable
-from fmextract.storage import durable, shards, writer
-from fmextract.storage.layout import Stats
+from fmextract.records import LayerSpec, Preprocess
+from fmextract.storage import writer
 
 ENOUGH = 5
 """Workers from which `auto` means processes."""
+
+
 WORTH = 20.0
 """Seconds of a run from which it does: they take some seconds to start, of a core that the run could have."""
+
 
 _SERVE = (
     "import sys; n = int(sys.argv[1]); fds = [int(fd) for fd in sys.argv[2 : 2 + n]]; sys.path[:] = sys.argv[2 + n :];"
     "from fmextract import workers; workers.serve(fds)"
 )
+
+
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+
+
 _PATIENCE = 60.0, 2.0  # seconds for them to start, and to end by themselves
+
+
 _ALIGNMENT = 64
+
+
 _SLACK = 4096  # bytes that a stream may need beyond the values in it; a longer one comes back in the answer
-_LENGTH = struct.Struct("=Q")
+
 
 T = TypeVar("T")
 
@@ -180,7 +188,7 @@ class Workers:
         worker = self._free.get()
         try:
             return task(worker) if worker.alive else None
-        except _Unknown as unknown:
+        except Unknown as unknown:
             if not self._misunderstood:
                 self._misunderstood = True
                 self._say(f"worker processes do not understand what they are asked ({unknown}); threads do that work")
@@ -210,25 +218,6 @@ def _refuse() -> None:
     )
 
 
-def finish_shard(
-    shard: writer.Unfinished,
-    samples: SampleTable,
-    stats: Stats,
-    layer_attrs: Mapping[str, Mapping[str, Any]],
-    root_attrs: Mapping[str, Any],
-    checksum: bool,
-) -> tuple[str, str]:
-    """Write what stands beside the chunks and make the file durable: (its content digest, its SHA-256 or "")."""
-    digest = shard.finish(samples, stats, layer_attrs, root_attrs)
-    if not checksum:
-        durable.make_durable(shard.path)
-        return digest, ""
-    with ThreadPoolExecutor(1) as beside:  # reading it does not wait for the disk
-        sha256 = beside.submit(shards.file_sha256, shard.path)
-        durable.make_durable(shard.path)
-        return digest, sha256.result()
-
-
 class Jpegs:
     """Decodes the JPEGs among some rows, as `images.DeviceJpegs` does, to the pixels that `images.decode` gives."""
 
@@ -247,34 +236,11 @@ class Jpegs:
         decoded: list[decoding.Decoded | None] = [None] * len(data)
         plain = [i for i, item in enumerate(data) if isinstance(item, OnDisk) or _is_jpeg(item)]
         if plain and isinstance(preprocess, Preprocess):
-            task = _Decode([data[i] for i in plain], preprocess, self._exif, tuple(into.shape[1:]))
+            task = Decode([data[i] for i in plain], preprocess, self._exif, tuple(into.shape[1:]))
             found = self._do(lambda worker: worker.decode(task, into[plain[0] : plain[-1] + 1], plain))
             for i, one in zip(plain, found or (), strict=False):
                 decoded[i] = one
         return decoded
-
-
-@dataclass(frozen=True, slots=True)
-class _Decode:
-    data: list[bytes | OnDisk]
-    preprocess: Preprocess
-    exif: bool
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Lying:
-    """A tensor in the shared memory: where it begins, in bytes, and how it lies there."""
-
-    offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-    def of(self, room: mmap.mmap) -> torch.Tensor:
-        count = 1 + sum((n - 1) * step for n, step in zip(self.shape, self.stride, strict=True))
-        flat = torch.frombuffer(room, dtype=self.dtype, count=count, offset=self.offset)
-        return flat.as_strided(self.shape, self.stride)
 
 
 class _Layout:
@@ -285,7 +251,7 @@ class _Layout:
         self.copies: list[tuple[int, int, int]] = []  # from which address, to which offset, how many bytes
         self._held: list[torch.Tensor] = []  # copies of our own, until they are there
 
-    def place(self, piece: torch.Tensor) -> _Lying:
+    def place(self, piece: torch.Tensor) -> Lying:
         if not (piece.is_contiguous() or (piece.ndim == 4 and piece.is_contiguous(memory_format=torch.channels_last))):
             piece = piece.contiguous()
             self._held.append(piece)
@@ -296,7 +262,7 @@ class _Layout:
         else:
             self.end = -(-self.end // _ALIGNMENT) * _ALIGNMENT
             self.copies.append((address, self.end, nbytes))
-        lying = _Lying(self.end, piece.dtype, tuple(piece.shape), piece.stride())
+        lying = Lying(self.end, piece.dtype, tuple(piece.shape), piece.stride())
         self.end += nbytes
         return lying
 
@@ -307,10 +273,6 @@ class _Ended(Exception):
     def __init__(self, had_begun: bool) -> None:
         super().__init__(had_begun)
         self.had_begun = had_begun
-
-
-class _Unknown(Exception):
-    """A process does not understand what it is asked: a class of the user's, which lives in this process alone."""
 
 
 class _Worker:
@@ -325,7 +287,7 @@ class _Worker:
 
     def greet(self) -> None:
         try:
-            _receive(self._channel)
+            receive(self._channel)
         except (EOFError, OSError):
             self.alive = False
 
@@ -351,7 +313,7 @@ class _Worker:
         found: tuple[str, str] = self._ask("finish", shard, *what)
         return found
 
-    def decode(self, task: _Decode, into: torch.Tensor, plain: Sequence[int]) -> list[decoding.Decoded | None]:
+    def decode(self, task: Decode, into: torch.Tensor, plain: Sequence[int]) -> list[decoding.Decoded | None]:
         one = math.prod(task.shape)
         room = self._room_of(len(task.data) * one)
         decoded: list[decoding.Decoded | None] = self._ask("decode", task, PIL.Image.MAX_IMAGE_PIXELS)
@@ -389,15 +351,15 @@ class _Worker:
     def _ask(self, job: str, *what: Any, fd: int | None = None) -> Any:
         begun = False
         try:
-            message = _packed((job, *what))
+            message = packed((job, *what))
         except Exception as error:  # a class that is defined in a function, and whatever else cannot be sent
-            raise _Unknown(f"{type(error).__name__}: {error}") from error
+            raise Unknown(f"{type(error).__name__}: {error}") from error
         try:
-            _send(self._channel, message)
+            send(self._channel, message)
             if fd is not None:
                 socket.send_fds(self._channel, [b"\0"], [fd], socket.MSG_NOSIGNAL)
             begun = True
-            raised, made = pickle.loads(_receive(self._channel))  # from a process of ours, which none else can reach
+            raised, made = pickle.loads(receive(self._channel))  # from a process of ours, which none else can reach
         except (EOFError, OSError) as gone:
             raise _Ended(begun) from gone
         if raised is not None:
@@ -412,131 +374,3 @@ def _is_jpeg(item: Any) -> bool:
 def _bytes_on_disk(layer: LayerSpec) -> int:
     """Of one chunk, before it is compressed."""
     return math.prod(layer.chunk) * np.dtype(layer.dtype).itemsize
-
-
-def _packed(message: Any) -> bytes:
-    data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-    return b"".join((_LENGTH.pack(len(data)), data))
-
-
-def _send(channel: socket.socket, message: bytes) -> None:
-    channel.sendall(message, socket.MSG_NOSIGNAL)  # a worker that ended is no reason for a signal to the caller
-
-
-def _receive(channel: socket.socket) -> bytes:
-    """A pickled message. Raises EOFError where the other side is gone."""
-    (length,) = _LENGTH.unpack(_exactly(channel, _LENGTH.size))
-    return _exactly(channel, length)
-
-
-def _exactly(channel: socket.socket, count: int) -> bytes:
-    parts = []
-    while count:
-        part = channel.recv(count, socket.MSG_WAITALL)
-        if not part:
-            raise EOFError
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
-
-
-# --------------------------------------------------------------------------------------------- in the other processes
-
-
-def serve(fds: Sequence[int]) -> None:
-    """The process that forks one worker for each of the sockets `fds`, and waits for their end."""
-    torch.set_num_threads(1)
-    gc.freeze()  # what is there already stays shared: collecting garbage would write to all of it
-    for fd in fds:
-        if os.fork() == 0:
-            try:
-                for other in fds:
-                    if other != fd:
-                        os.close(other)
-                with suppress(EOFError, OSError):
-                    _work(socket.socket(fileno=fd))
-            finally:
-                os._exit(0)
-    for fd in fds:
-        os.close(fd)
-    with suppress(ChildProcessError):
-        while True:
-            os.wait()
-
-
-def _work(channel: socket.socket) -> None:
-    """Tasks, one after the other, until the socket closes."""
-    room: mmap.mmap | None = None
-    encoder: chunks.Encoder | None = None
-    _send(channel, _packed("here"))
-    while True:
-        message = _receive(channel)
-        made: Any = None
-        try:
-            job, *what = pickle.loads(message)
-        except Exception as error:
-            _send(channel, _packed((_Unknown(f"{type(error).__name__}: {error}"), None)))
-            continue
-        try:
-            if job == "room":
-                _, fds, _, _ = socket.recv_fds(channel, 1, 1)
-                room = mmap.mmap(fds[0], *what)
-                os.close(fds[0])
-            elif job == "plan":
-                encoder = chunks.Encoder(*what)
-            elif job == "encode":
-                assert room is not None
-                assert encoder is not None
-                made = _encode(encoder, room, *what)
-            elif job == "finish":
-                made = finish_shard(*what)
-            else:
-                assert room is not None
-                made = _decode(room, *what)
-        except Exception as error:  # for the thread that asked
-            _send(channel, _packed((_portable(error), None)))
-        else:
-            _send(channel, _packed((None, made)))
-
-
-def _portable(error: Exception) -> Exception:
-    """The error itself, where it can be sent."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
-
-
-def _encode(
-    encoder: chunks.Encoder, room: mmap.mmap, described: Sequence[tuple[int, Sequence[int | _Lying]]], end: int
-) -> tuple[list[tuple[tuple[int, int] | bytes, bytes, int]], int]:
-    """(for each chunk where its payload lies, its digest, and how many values overflowed; where the last one ends)."""
-    answers: list[tuple[tuple[int, int] | bytes, bytes, int]] = []
-    for layer, pieces in described:
-        chunk = chunks.Chunk(layer, (), [p if isinstance(p, int) else p.of(room) for p in pieces])
-        encoded = encoder(chunk)
-        start, length = end, len(encoded.payload)
-        if start + length <= len(room):
-            room[start : start + length] = encoded.payload
-            end = start + length
-            answers.append(((start, end), encoded.digest, encoded.overflowed))
-        else:
-            answers.append((bytes(encoded.payload), encoded.digest, encoded.overflowed))
-    return answers, end
-
-
-def _decode(room: mmap.mmap, task: _Decode, most_pixels: int | None) -> list[decoding.Decoded | None]:
-    PIL.Image.MAX_IMAGE_PIXELS = most_pixels
-    made = np.frombuffer(room, np.uint8, len(task.data) * math.prod(task.shape)).reshape(-1, *task.shape)
-    decoded: list[decoding.Decoded | None] = []
-    for item, pixels in zip(task.data, made, strict=True):
-        one = None
-        with suppress(Exception):  # the thread that asked decodes it once more, and says why
-            data = item.read() if isinstance(item, OnDisk) else item
-            image = decoding.decode(data, task.preprocess, exif=task.exif)
-            if image.decoder == "simplejpeg" and tuple(image.pixels.shape) == task.shape:
-                np.copyto(pixels, image.pixels.numpy())
-                one = decoding.Decoded(image.height, image.width, stamp_of(data))
-        decoded.append(one)
-    return decoded

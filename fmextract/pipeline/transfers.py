@@ -30,8 +30,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from fmextract.channel import Channel, Closed
 from fmextract.errors import ConfigError
+from fmextract.pipeline.channel import Channel, Closed
 
 
 class Download(Protocol):

@@ -10,8 +10,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
+import torch
+
 P = ParamSpec("P")
+
+
 R = TypeVar("R")
+
+
 Task: TypeAlias = tuple["Future[Any]", Callable[[], Any]]
 
 
@@ -72,3 +78,20 @@ class Pool:
             except BaseException as error:  # it is the waiting thread's to raise
                 future.set_exception(error)
             del task, future, call  # nothing of a finished task stays while this thread waits for the next
+
+
+def thread_pool(name: str, threads: int) -> Pool:
+    """Threads whose torch operations do not start teams of threads of their own: the pool is the parallelism."""
+    before = torch.get_num_threads()
+    pool = Pool(name, threads, begin=one_torch_thread)
+    # Each thread has its own number, but what is set last is what new threads begin with: say what holds for them.
+    torch.set_num_threads(before)
+    return pool
+
+
+def one_torch_thread() -> None:
+    """The operations of the thread that calls this start no team of threads."""
+    # Asked first: a thread that torch has not seen yet takes, at its first operation, the number that was set last,
+    # in whatever thread.
+    torch.get_num_threads()
+    torch.set_num_threads(1)

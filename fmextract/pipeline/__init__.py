@@ -1,0 +1,1 @@
+"""The stages from a row to a published shard."""
