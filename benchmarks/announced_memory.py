@@ -23,11 +23,11 @@ def one(precision: str, memory_format: str, images: int) -> str:
     """In a process of its own: a row of the table, in MiB."""
     from benchmarks.contenders import Ours
     from benchmarks.peers import CASES as NETWORKS
-    from fmextract import run
     from fmextract.benchmark import make_photos
     from fmextract.common.progress import Quiet
     from fmextract.config import Config
     from fmextract.planning import Plan
+    from fmextract.run import extract
     from fmextract.storage import durable, shards
 
     case = NETWORKS["maps"]
@@ -37,7 +37,7 @@ def one(precision: str, memory_format: str, images: int) -> str:
         formats = {"precision": precision, "memory_format": memory_format}
         config = Config.of(layers=list(case.layers), preprocess=Ours.preprocess, **formats)
         before = _peak()
-        run.run(photos, model, out, config, Quiet())
+        extract.run(photos, model, out, config, Quiet())
         plan = Plan.from_json(durable.read_json(out / shards.PLAN))
     return f"| {precision}, {memory_format} | {plan.estimate.bytes_peak / 2**20:.0f} | {_peak() - before:.0f} |"
 

@@ -317,7 +317,7 @@ class Ours(Contender):
     """fmextract, with its statistics of every channel and its durable, verified output."""
 
     packages = ("fmextract",)
-    imports = ("fmextract.run",)
+    imports = ("fmextract.run.extract",)
     preprocess = (
         f"size={SIZE * 256 // 224},crop={SIZE},mean={'/'.join(map(str, MEAN))},std={'/'.join(map(str, STD))},"
         "interpolation=bilinear"
@@ -328,7 +328,7 @@ class Ours(Contender):
 
     def run(self, task: Task) -> dict[str, float]:
         from fmextract.config import Config
-        from fmextract.run import run
+        from fmextract.run.extract import run
 
         layers = [f"{layer}=mean" if task.means else layer for layer in task.layers]
         options: dict[str, Any] = {"batch_size": task.batch, "preprocess": self.preprocess} | self.options

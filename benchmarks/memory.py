@@ -30,7 +30,7 @@ def child(photos: Path, out: Path) -> None:
 
     from fmextract.common.progress import Quiet
     from fmextract.config import Config
-    from fmextract.run import run
+    from fmextract.run.extract import run
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())

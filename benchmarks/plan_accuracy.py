@@ -48,7 +48,7 @@ class Clock:
 def case(name: str, photos: Path, folder: Path) -> dict[str, Any]:
     """Plan and run one network; the foretold and the real figures, and their ratios."""
     from fmextract.config import Config
-    from fmextract.run import make_plan, run
+    from fmextract.run.extract import make_plan, run
     from fmextract.storage.shards import PLAN
 
     weights, layers, precision = CASES[name]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fmextract.planning import Plan
-    from fmextract.prepare import Prepared
+    from fmextract.run.prepare import Prepared
 
 FEW, MANY = 2000, 20_000
 LAYERS = ["layer1", "layer2", "layer3", "layer4"]
@@ -107,7 +107,8 @@ def _run(photos: Photos, network: nn.Module, layers: Sequence[str], size: int, b
     """A run that is prepared and planned, fp32, ready to be timed again and again."""
     from fmextract.common.progress import Quiet
     from fmextract.config import Config
-    from fmextract.prepare import plan_for, prepare
+    from fmextract.run.make_plan import plan_for
+    from fmextract.run.prepare import prepare
 
     config = Config.of(
         layers=list(layers), precision="fp32", memory_format="contiguous", batch_size=batch, device="cpu",

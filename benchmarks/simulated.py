@@ -46,7 +46,7 @@ import torch
 from torch import nn
 from torch.nn.functional import max_pool2d
 
-from fmextract import benchmark, run
+from fmextract import benchmark
 from fmextract.common.progress import Quiet
 from fmextract.config import WORKER_KINDS, Config
 from fmextract.pipeline import chunks, pipeline, threads
@@ -55,8 +55,10 @@ from fmextract.pipeline.transfers import Download
 from fmextract.pipeline.work import Tally
 from fmextract.pipeline.workers import hired
 from fmextract.planning import Plan
-from fmextract.prepare import Prepared, plan_for, prepare
 from fmextract.reading import activations
+from fmextract.run import extract
+from fmextract.run.make_plan import plan_for
+from fmextract.run.prepare import Prepared, prepare
 from fmextract.storage import codecs
 
 IMAGES = 128  # different ones
@@ -292,7 +294,7 @@ class Case:
             tally = Tally()
             os.sync()
             started = time.perf_counter()
-            with run.working(prepared, made, workers) as work:
+            with extract.working(prepared, made, workers) as work:
                 model.begin(self._options.rate)
                 pipeline.run_shards(work, folder, made.shards, Quiet(), tally)
             took = time.perf_counter() - started

@@ -38,11 +38,11 @@ if TYPE_CHECKING:
     from fmextract.comparison import compare, linear_cka
     from fmextract.exporting import export
     from fmextract.planning import Plan
-    from fmextract.prepare import describe
     from fmextract.reading.activations import Activations, open
     from fmextract.reading.layer import Layer
-    from fmextract.run import extract
-    from fmextract.run import make_plan as plan
+    from fmextract.run.describe import describe
+    from fmextract.run.extract import extract
+    from fmextract.run.extract import make_plan as plan
 
 __version__ = "0.1.0"
 
@@ -52,12 +52,12 @@ _LAZY = {
     "Layer": ("fmextract.reading.activations", "Layer"),
     "Plan": ("fmextract.planning", "Plan"),
     "compare": ("fmextract.comparison", "compare"),
-    "describe": ("fmextract.run", "describe"),
+    "describe": ("fmextract.run.extract", "describe"),
     "export": ("fmextract.exporting", "export"),
-    "extract": ("fmextract.run", "extract"),
+    "extract": ("fmextract.run.extract", "extract"),
     "linear_cka": ("fmextract.comparison", "linear_cka"),
     "open": ("fmextract.reading.activations", "open"),
-    "plan": ("fmextract.run", "make_plan"),
+    "plan": ("fmextract.run.extract", "make_plan"),
 }
 
 __all__ = [

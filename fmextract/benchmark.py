@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fmextract import run
 from fmextract.capture import hooks
 from fmextract.common import text
 from fmextract.common.progress import Quiet
@@ -46,8 +45,10 @@ from fmextract.pipeline.running_stats import RunningStats
 from fmextract.pipeline.work import Tally
 from fmextract.pipeline.workers import Jpegs, Workers, hired
 from fmextract.planning import Plan
-from fmextract.prepare import Prepared, lent, plan_for, prepare, reduce_functions
 from fmextract.records import LayerSpec, Preprocess, Progress
+from fmextract.run import extract
+from fmextract.run.make_plan import plan_for
+from fmextract.run.prepare import Prepared, lent, prepare, reduce_functions
 from fmextract.storage import codecs, shards
 
 STAGE_SECONDS = 1.0  # each stage is repeated for about this long, each time it is measured
@@ -252,7 +253,7 @@ def _threads(made: Plan) -> Iterator[Callable[[Sequence[Callable[[], Any]]], lis
 
 def _decode(prepared: Prepared, made: Plan, workers: Workers | None) -> Stage:
     rows = range(min(len(prepared.source), max(64, 16 * made.threads)))
-    jpegs, reader = run.jpegs(prepared, workers), prepared.reader
+    jpegs, reader = extract.jpegs(prepared, workers), prepared.reader
     step = decode.rows_a_task(len(rows), made.threads, jpegs)
     tasks = [rows[at : at + step] for at in range(0, len(rows), step)]
     into = None if prepared.ready else torch.zeros((len(rows), *prepared.input_shape), dtype=torch.uint8)
@@ -509,7 +510,7 @@ def _write(made: Plan, payloads: Sequence[tuple[int, codecs.Stored]], folder: Pa
 def _end_to_end(prepared: Prepared, made: Plan, workers: Workers | None, folder: Path) -> tuple[float, int]:
     """(seconds from the first image to the published file, its bytes): a run without its start."""
     folder.mkdir()
-    with run.working(prepared, made, workers) as work:
+    with extract.working(prepared, made, workers) as work:
         started = time.perf_counter()
         pipeline.run_shards(work, folder, made.shards, Quiet(), Tally())
         seconds = time.perf_counter() - started

@@ -361,7 +361,7 @@ def extract(
     config = _config(options)
     with _working(hint=lambda: _what_is_kept(out)):
         with _importing():
-            from fmextract.run import run
+            from fmextract.run.extract import run
 
         command = shlex.join(["fmextract", *_ARGUMENTS.get()])
         result = run(source, model, out, config, TerminalProgress(), plan=plan_file, command=command)
@@ -412,8 +412,8 @@ def _plan(
     config = _config(options)
     with _working():
         with _importing():
-            from fmextract.estimate import check_space
-            from fmextract.run import make_plan
+            from fmextract.run.estimate import check_space
+            from fmextract.run.extract import make_plan
 
         made = make_plan(source, model, out, config, TerminalProgress(), plan=given)
         if save is not None:
@@ -446,7 +446,7 @@ def layers(
     """
     with _working():
         with _importing():
-            from fmextract.prepare import describe
+            from fmextract.run.describe import describe
 
         rows = describe(model, preprocess=preprocess or "model", size=size, selectors=tuple(selectors or ()))
     _show([asdict(row) for row in rows], lambda: tables.modules(rows), as_json)
@@ -494,9 +494,9 @@ def pack(
     fmextract pack acts/ -o acts.h5
     """
     with _working():
-        from fmextract import output
+        from fmextract.run import packing
 
-        output.pack(directory, out, leave_out=output.row_ranges(leave_out or ()), overwrite=overwrite)
+        packing.pack(directory, out, leave_out=packing.row_ranges(leave_out or ()), overwrite=overwrite)
     return info(out, as_json=as_json)
 
 
@@ -1018,7 +1018,7 @@ def _working(hint: Callable[[], str] = str) -> Iterator[None]:
 
 
 def _what_is_kept(out: Path) -> str:
-    from fmextract.output import finished_shards
+    from fmextract.run.output import finished_shards
 
     kept = finished_shards(out)
     if not kept:

@@ -90,7 +90,7 @@ def demo(out: Path, progress: Progress) -> Demo:
     from fmextract.config import Config
     from fmextract.reading import activations
     from fmextract.report import write_report
-    from fmextract.run import run
+    from fmextract.run.extract import run
 
     photos = copy_photos(out / "photos")
     config = Config(layers=LAYERS, precision="fp32", effective_fields="always", overwrite=True)

@@ -28,7 +28,6 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fmextract import output
 from fmextract.common import strict_json
 from fmextract.common.progress import Quiet
 from fmextract.common.text import byte_count, count
@@ -39,6 +38,7 @@ from fmextract.reading.activations import Activations
 from fmextract.reading.layer import Layer
 from fmextract.reading.select import select_layers
 from fmextract.records import FileStamp, Label, LayerSpec, Progress, SampleTable
+from fmextract.run import packing
 from fmextract.storage import codecs, contents, digest, durable, layout, schema, shards
 from fmextract.storage.columns import form_of, stored_names
 from fmextract.storage.writer import ShardWriter, write_rdms
@@ -444,7 +444,7 @@ def _write_netcdf(job: _Job, path: Path) -> list[ExportedLayer]:
         [_netcdf_spec(layer).dtype for layer in job.layers],
     )
     extra = {**info.extra, **({"smaller_batches": smaller} if smaller else {}), _ABOUT: job.about(written)}
-    extra |= output.images_from(acts, path.parent)
+    extra |= packing.images_from(acts, path.parent)
     specs = [_netcdf_spec(layer) for layer in job.layers]
     rows = range(int(acts.samples[0]), int(acts.samples[-1]) + 1)
     columns = [acts.status, acts.messages, acts.heights, acts.widths]

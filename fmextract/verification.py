@@ -436,7 +436,7 @@ def _moments(values: Array, near_zero_below: float | None) -> dict[str, Array]:
 
 def _rerun(check: _Check, count: int, said: tuple[Any, ...], seed: int | None, progress: Progress | None) -> float:
     """Run `count` random images again; notes what does not agree, returns the largest error."""
-    from fmextract.rerun import Said, rerun
+    from fmextract.run.rerun import Said, rerun
 
     with activations.open(check.place) as acts:
         found = rerun(acts, count, Said(*said), seed, progress)

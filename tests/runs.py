@@ -18,11 +18,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from fmextract import run
 from fmextract.config import Config
 from fmextract.errors import FmextractError
 from fmextract.reading import activations
 from fmextract.records import Result
+from fmextract.run.extract import run
 from fmextract.storage import shards
 
 LAYERS = ("conv", "relu", "fc")
@@ -105,7 +105,7 @@ def extract(source: Any, out: Path, *, model: Any = None, notes: Any = None, **o
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return run.run(source, Tiny() if model is None else model, out, config, Notes() if notes is None else notes)
+        return run(source, Tiny() if model is None else model, out, config, Notes() if notes is None else notes)
     finally:
         torch.set_num_threads(threads)
 

@@ -17,7 +17,7 @@ from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import OutputError
 from fmextract.look.stages import draw_stages
-from fmextract.prepare import prepare
+from fmextract.run.prepare import prepare
 
 
 @pytest.fixture(scope="module")

@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import nn
 
-from fmextract import choose
 from fmextract.capture import probe, resolve, survey
 from fmextract.common import system
 from fmextract.errors import ConfigError, LayerError
 from fmextract.model import modes, precision, run_mode
+from fmextract.run import autotune
 
 CPU = torch.device("cpu")
 SHAPE = (3, 8, 8)
 
 
-def question(model: nn.Module, layers: Sequence[str] = ("*",), **changes: Any) -> choose.Question:
+def question(model: nn.Module, layers: Sequence[str] = ("*",), **changes: Any) -> autotune.Question:
     """`auto` for everything but the memory format, over every leaf of `model`, a thousand images to come."""
     batch = torch.randn(2, *SHAPE)
     with run_mode.lent(model, CPU), precision.numerics("fp32", CPU):
@@ -41,7 +41,7 @@ def question(model: nn.Module, layers: Sequence[str] = ("*",), **changes: Any) -
         "compile": False,
         "rows": 1000,
     }
-    return choose.Question(**{**given, **changes})
+    return autotune.Question(**{**given, **changes})
 
 
 def inputs(n: int) -> torch.Tensor:
@@ -64,14 +64,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Clock], list[tuple[str, 
     def pretend(seconds: Clock) -> list[tuple[str, int]]:
         timed_passes: list[tuple[str, int]] = []
 
-        def timed(asked: choose.Question, trial: modes.Trial, batch: torch.Tensor) -> float:
+        def timed(asked: autotune.Question, trial: modes.Trial, batch: torch.Tensor) -> float:
             timed_passes.append((trial.precision, len(batch)))
             return seconds(trial, len(batch))
 
-        monkeypatch.setattr(choose, "_timed", timed)
+        monkeypatch.setattr(autotune, "_timed", timed)
         return timed_passes
 
-    monkeypatch.setattr(choose, "_is_fast", lambda name, device: name == "bf16")
+    monkeypatch.setattr(autotune, "_is_fast", lambda name, device: name == "bf16")
     return pretend
 
 
@@ -83,17 +83,17 @@ def times(clock: Any) -> Callable[[dict[str, float]], list[tuple[str, int]]]:
 
 def test_the_faster_precision_is_taken_while_its_error_allows(times: Any) -> None:
     times({"fp32": 0.01, "bf16": 0.003})
-    chosen = choose.choose(question(network(), batch_size=4))
+    chosen = autotune.choose(question(network(), batch_size=4))
     assert chosen.precision == "bf16"
     assert "bf16 is 3.3 times as fast" in chosen.notes[0]
-    strict = choose.choose(question(network(), batch_size=4, max_error=1e-5))
+    strict = autotune.choose(question(network(), batch_size=4, max_error=1e-5))
     assert strict.precision == "fp32"
     assert "too much" in strict.notes[0]
 
 
 def test_a_precision_that_is_not_faster_is_not_taken(times: Any) -> None:
     times({"fp32": 0.01, "bf16": 0.0098})
-    chosen = choose.choose(question(network(), batch_size=4))
+    chosen = autotune.choose(question(network(), batch_size=4))
     assert chosen.precision == "fp32"
     assert "a tie" in chosen.notes[0]
 
@@ -102,12 +102,12 @@ def test_a_machine_that_is_busy_at_times_changes_nothing(clock: Any) -> None:
     """What takes turns is slowed down together; where it is not, the measurement is not to be believed."""
     load = iter([1, 1, 9, 9, 2, 2])  # of fp32 and bf16 in each round
     clock(lambda trial, images: next(load) * images * (0.3 if trial.precision == "bf16" else 1))
-    chosen = choose.choose(question(network(), batch_size=4))
+    chosen = autotune.choose(question(network(), batch_size=4))
     assert chosen.precision == "bf16"
     assert "bf16 is 3.3 times as fast" in chosen.notes[0]
     load = iter([1, 1, 1, 9, 1, 1])
     clock(lambda trial, images: next(load) * images * (0.3 if trial.precision == "bf16" else 1))
-    chosen = choose.choose(question(network(), batch_size=4))
+    chosen = autotune.choose(question(network(), batch_size=4))
     assert chosen.precision == "fp32"
     assert "bf16 is 0.4 to 3.3 times as fast" in chosen.notes[0]
     assert "too short a measurement to be sure" in chosen.notes[0]
@@ -115,14 +115,14 @@ def test_a_machine_that_is_busy_at_times_changes_nothing(clock: Any) -> None:
 
 @pytest.mark.parametrize(("gain", "taken"), [(1.3, "fp32"), (1.8, "bf16")])
 def test_a_short_measurement_has_to_show_more(gain: float, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "_is_fast", lambda name, device: name == "bf16")
+    monkeypatch.setattr(autotune, "_is_fast", lambda name, device: name == "bf16")
     real = modes.run
 
     def run(subject: modes.Subject, name: str, *rest: Any) -> Any:
         return len(rest[1]) * (1.0 if name == "fp32" else 1 / gain), real(subject, name, *rest)[1]
 
     monkeypatch.setattr(modes, "run", run)
-    chosen = choose.choose(question(network(), batch_size=4, rows=12))
+    chosen = autotune.choose(question(network(), batch_size=4, rows=12))
     assert chosen.precision == taken
     assert ("too short" in chosen.notes[0]) is (taken == "fp32")
 
@@ -131,8 +131,8 @@ def test_errors_are_those_of_autocast_against_fp32(times: Any) -> None:
     times({"fp32": 0.01, "bf16": 0.001})
     model = network()
     asked = question(model, batch_size=4)
-    chosen = choose.choose(asked)
-    batch = inputs(choose._sample_size(asked))
+    chosen = autotune.choose(asked)
+    batch = inputs(autotune._sample_size(asked))
     with torch.no_grad():
         exact = model[0](batch).double()
         with torch.autocast("cpu", torch.bfloat16):
@@ -145,9 +145,9 @@ def test_errors_are_those_of_autocast_against_fp32(times: Any) -> None:
 
 def test_fp16_is_never_tried_on_a_cpu() -> None:
     asked = question(network())
-    assert "fp16" not in choose._candidates(asked)
+    assert "fp16" not in autotune._candidates(asked)
     with pytest.raises(ConfigError, match="15 times slower"):
-        choose.choose(question(network(), precision="fp16"))
+        autotune.choose(question(network(), precision="fp16"))
 
 
 class Loud(nn.Module):
@@ -166,14 +166,14 @@ class Loud(nn.Module):
 
 def test_a_precision_that_overflows_is_not_taken(times: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     times({"fp32": 0.01, "fp16": 0.001})
-    monkeypatch.setattr(choose, "_is_fast", lambda name, device: name == "fp16")
-    chosen = choose.choose(question(Loud().eval(), batch_size=2))
+    monkeypatch.setattr(autotune, "_is_fast", lambda name, device: name == "fp16")
+    chosen = autotune.choose(question(Loud().eval(), batch_size=2))
     assert chosen.precision == "fp32"
     assert "overflows" in chosen.notes[0] or "too much" in chosen.notes[0]
 
 
 def test_a_given_precision_is_kept_and_its_error_told() -> None:
-    chosen = choose.choose(question(network(), precision="bf16", batch_size=4))
+    chosen = autotune.choose(question(network(), precision="bf16", batch_size=4))
     assert chosen.precision == "bf16"
     assert chosen.rel_errors[0] is not None
     assert 0 < chosen.rel_errors[0] < 0.05
@@ -183,7 +183,7 @@ def test_a_given_precision_is_kept_and_its_error_told() -> None:
 def test_batch_size_is_the_fastest_of_those_measured(clock: Any) -> None:
     per_image = {8: 0.010, 16: 0.006, 32: 0.009}
     clock(lambda trial, images: per_image.get(images, 0.01) * images)
-    chosen = choose.choose(question(network(), precision="fp32", rows=100_000))
+    chosen = autotune.choose(question(network(), precision="fp32", rows=100_000))
     assert chosen.batch_size == 16
     assert chosen.seconds_per_image == 0.006
     assert "batch size 16 (auto; 8: 100.0/s, 16: 166.7/s, 32: 111.1/s)" in chosen.notes
@@ -191,7 +191,7 @@ def test_batch_size_is_the_fastest_of_those_measured(clock: Any) -> None:
 
 def test_a_batch_size_that_is_hardly_faster_is_not_taken(clock: Any) -> None:
     clock(lambda trial, images: images * (0.0095 if images == 16 else 0.01))
-    assert choose.choose(question(network(), precision="fp32", rows=100_000)).batch_size == 8
+    assert autotune.choose(question(network(), precision="fp32", rows=100_000)).batch_size == 8
 
 
 def test_batch_sizes_take_turns_with_the_usual_one(clock: Any) -> None:
@@ -203,19 +203,19 @@ def test_batch_sizes_take_turns_with_the_usual_one(clock: Any) -> None:
         return load[0] * images * {8: 1.0, 16: 0.5}.get(images, 0.6)
 
     timed = clock(slower)
-    chosen = choose.choose(question(network(), precision="fp32", rows=10_000_000))
+    chosen = autotune.choose(question(network(), precision="fp32", rows=10_000_000))
     assert chosen.batch_size == 16
     assert [images for _, images in timed][-12:-6] == [8, 16] * 3
 
 
 @pytest.mark.parametrize(("name", "images"), [("fp32", 8), ("bf16", 16)])
 def test_a_short_run_takes_as_many_images_as_take_the_same_memory(name: str, images: int) -> None:
-    assert choose.choose(question(network(), precision=name, rows=20)).batch_size == images
+    assert autotune.choose(question(network(), precision=name, rows=20)).batch_size == images
 
 
 def test_measuring_stops_at_a_tenth_of_the_run(clock: Any) -> None:
     timed = clock(lambda trial, images: 1.0)
-    chosen = choose.choose(question(network(), precision="fp32", rows=20))
+    chosen = autotune.choose(question(network(), precision="fp32", rows=20))
     assert timed == [], "20 images pay for the sample alone"
     assert chosen.batch_size == 8
 
@@ -227,7 +227,7 @@ def test_running_out_of_memory_ends_the_search(clock: Any) -> None:
         return 0.01 * images / (1 + images)
 
     clock(seconds)
-    chosen = choose.choose(question(network(), precision="fp32", rows=100_000))
+    chosen = autotune.choose(question(network(), precision="fp32", rows=100_000))
     assert chosen.batch_size == 16
     assert any(note.startswith("batch size 16 (auto; 8: ") and "32: not enough memory" in note for note in chosen.notes)
 
@@ -245,13 +245,13 @@ def test_where_not_even_the_usual_batch_fits_this_is_said(clock: Any) -> None:
 
     clock(seconds)
     asked = question(network(), precision="fp32", rows=100_000)
-    size, _, note = choose._batch_size(asked, trial_of(8, 4), 1e-3, inputs(8), time.perf_counter())
+    size, _, note = autotune._batch_size(asked, trial_of(8, 4), 1e-3, inputs(8), time.perf_counter())
     assert (size, note) == (8, "batch size 8 (auto; 8: not enough memory)")
 
 
 def test_a_batch_fits_into_the_memory_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "IN_FLIGHT_BYTES", 3 * 5 * 4 * (16 * 36 * 2 + 16 * 16 * 2 + 10))
-    chosen = choose.choose(question(network(), precision="fp32", rows=10))
+    monkeypatch.setattr(autotune, "IN_FLIGHT_BYTES", 3 * 5 * 4 * (16 * 36 * 2 + 16 * 16 * 2 + 10))
+    chosen = autotune.choose(question(network(), precision="fp32", rows=10))
     assert chosen.batch_size == 4  # five images would fit; a batch begins as a power of two
 
 
@@ -260,16 +260,16 @@ class OnAccelerator:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, start: float, image: float) -> None:
         self.seconds, self.sizes = (start, image), []
-        monkeypatch.setattr(choose, "_timed", self.timed)
+        monkeypatch.setattr(autotune, "_timed", self.timed)
 
-    def timed(self, asked: choose.Question, trial: modes.Trial, batch: torch.Tensor) -> float:
+    def timed(self, asked: autotune.Question, trial: modes.Trial, batch: torch.Tensor) -> float:
         self.sizes.append(len(batch))
         return self.seconds[0] + self.seconds[1] * len(batch)
 
     def chosen(self, rows: int, of_an_image: int) -> int:
         asked = question(network(), precision="fp32", rows=rows)
         asked = replace(asked, subject=replace(asked.subject, device=torch.device("cuda", 0)))
-        return choose._batch_size(asked, trial_of(8, of_an_image), 1e-3, inputs(8), time.perf_counter())[0]
+        return autotune._batch_size(asked, trial_of(8, of_an_image), 1e-3, inputs(8), time.perf_counter())[0]
 
 
 def test_an_accelerator_takes_many_images_even_in_a_short_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,12 +311,12 @@ class OnlyFull(nn.Module):
 
 def test_a_precision_that_the_model_fails_in_is_passed_over_or_refused(times: Any) -> None:
     times({"fp32": 0.01, "bf16": 0.001})
-    chosen = choose.choose(question(OnlyFull().eval(), batch_size=2))
+    chosen = autotune.choose(question(OnlyFull().eval(), batch_size=2))
     assert chosen.precision == "fp32"
     assert "fails in it" in chosen.notes[0]
     assert "not implemented for torch.bfloat16" in chosen.notes[0]
     with pytest.raises(ConfigError, match=r"bf16: the model fails in it.*--precision fp32"):
-        choose.choose(question(OnlyFull().eval(), precision="bf16", batch_size=2))
+        autotune.choose(question(OnlyFull().eval(), precision="bf16", batch_size=2))
 
 
 class Small(nn.Module):
@@ -335,7 +335,7 @@ class Small(nn.Module):
 
 def test_a_model_that_always_fails_is_refused_in_its_own_words() -> None:
     with pytest.raises(LayerError, match="fails on a batch of 8 images: ValueError: three are enough"):
-        choose.choose(question(Small().eval(), precision="fp32"))
+        autotune.choose(question(Small().eval(), precision="fp32"))
 
 
 class Tight(nn.Module):
@@ -357,7 +357,7 @@ def test_other_ways_are_tried_on_fewer_images_where_memory_is_short() -> None:
     model = Tight().eval()
     asked = question(model, precision="fp32", batch_size=1, memory_format="channels_last")
     model.passes.clear()
-    chosen = choose.choose(asked)
+    chosen = autotune.choose(asked)
     assert chosen.mode == run_mode.Mode("channels_last")
     assert model.passes[:4] == [8, 8, 1, 1]
     assert [len(tensor) for tensor in chosen.sample] == [1]
@@ -385,7 +385,7 @@ class Dark(nn.Module):
 
 def test_a_failed_pass_gives_its_memory_back_before_the_next_one() -> None:
     model = Dark().eval()
-    chosen = choose.choose(question(model, precision="fp32", batch_size=8))
+    chosen = autotune.choose(question(model, precision="fp32", batch_size=8))
     assert any("measured on black images" in note and "too bright" in note for note in chosen.notes)
     assert model.kept
     assert not any(model.kept)

@@ -285,7 +285,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
         def run(*_: object, **options: object) -> None:
             raise error
 
-        monkeypatch.setattr(fmextract.run, "run", run)
+        monkeypatch.setattr(fmextract.run.extract, "run", run)
 
     return fail_with
 
@@ -498,7 +498,7 @@ def test_an_output_named_like_another_format_is_refused_first(
 def test_a_plan_that_the_disk_cannot_hold_exits_as_the_run_would(
     fm: Run, options: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fmextract.estimate.free_space", lambda out: 3000)
+    monkeypatch.setattr("fmextract.run.estimate.free_space", lambda out: 3000)
     said = fm("plan", *options, "-l", "conv1")
     assert said.code == 4
     assert "conv1" in said.out  # the plan is shown all the same

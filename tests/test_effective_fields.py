@@ -9,9 +9,9 @@ import pytest
 import torch
 from runs import Notes, Tiny, extract, make_photos
 
-from fmextract import prepare
 from fmextract.errors import ConfigError
 from fmextract.reading import activations
+from fmextract.run import make_plan
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_auto_measures_what_is_quickly_measured(photos: Path, tmp_path: Path) ->
 def test_auto_leaves_out_what_would_be_much_of_the_run(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare, "EFFECTIVE_SECONDS", 0.0)
+    monkeypatch.setattr(make_plan, "EFFECTIVE_SECONDS", 0.0)
     found, notes = measured(photos, tmp_path / "acts.h5")
     assert set(found.values()) == {None}
     assert "--effective-fields always" in notes

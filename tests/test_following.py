@@ -15,13 +15,14 @@ from runs import OPTIONS, Notes, Tiny, extract, extract_until, make_photos
 from torch import nn
 
 import fmextract as fm
-from fmextract import choose, cli
+from fmextract import cli
 from fmextract.config import Config
 from fmextract.errors import ConfigError, FormatError, OutputError
 from fmextract.planning import Plan
 from fmextract.reading import activations
 from fmextract.records import LayerSpec
-from fmextract.run import make_plan, run
+from fmextract.run import autotune
+from fmextract.run.extract import make_plan, run
 
 AUTO = {**OPTIONS, "precision": "auto", "batch_size": "auto", "shard_size": None}
 
@@ -57,10 +58,10 @@ def test_what_was_planned_is_done_whatever_would_be_measured_now(
     made = dataclasses.replace(made, precision=(other := "bf16"), prepacked=True, layers=rounded(made))
     made.save(tmp_path / "plan.json")
 
-    def never(question: choose.Question) -> choose.Chosen:
+    def never(question: autotune.Question) -> autotune.Chosen:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(choose, "choose", never)
+    monkeypatch.setattr(autotune, "choose", never)
     for i, plan in enumerate((made, tmp_path / "plan.json", str(tmp_path / "plan.json"))):
         follow(photos, tmp_path / f"acts{i}", plan)
         assert decided(tmp_path / f"acts{i}") == (other, 2, "contiguous", [])

@@ -14,11 +14,11 @@ from runs import extract, make_photos
 from torch import nn
 from torch.nn import functional
 
-from fmextract import choose
 from fmextract.capture import hooks, probe, resolve, survey
 from fmextract.errors import FormatError
 from fmextract.model import norm_fusion, precision, run_mode
 from fmextract.reading import activations
+from fmextract.run import autotune
 from fmextract.verification import verify
 
 CPU = torch.device("cpu")
@@ -357,7 +357,7 @@ def test_long_runs_in_fp32_fuse_where_bits_differ_anyway(tmp_path: Path, monkeyp
     options = {**OPTIONS, "precision": "fp32"}
     extract(photos, tmp_path / "contiguous.h5", model=model, memory_format="contiguous", **options)
     extract(photos, tmp_path / "short.h5", model=model, **options)
-    monkeypatch.setattr(choose, "FUSING_PAYS", 6)
+    monkeypatch.setattr(autotune, "FUSING_PAYS", 6)
     extract(photos, tmp_path / "long.h5", model=model, **options)
     extract(photos, tmp_path / "again.h5", model=model, memory_format="contiguous", **options)
     stored, said, fused = {}, {}, {}
@@ -383,7 +383,7 @@ def test_what_rounding_would_move_too_far_is_not_fused_in_fp32(tmp_path: Path, m
     nn.init.constant_(model[0].bias, 1e4)
     nn.init.constant_(model[1].running_mean, 1e4)
     nn.init.constant_(model[1].running_var, 1e-4)
-    monkeypatch.setattr(choose, "FUSING_PAYS", 6)
+    monkeypatch.setattr(autotune, "FUSING_PAYS", 6)
     options = {**OPTIONS, "layers": ["2"], "precision": "fp32", "memory_format": "channels_last"}
     extract(make_photos(tmp_path / "photos", 6), tmp_path / "out.h5", model=model, **options)
     with activations.open(tmp_path / "out.h5") as acts:

@@ -16,9 +16,10 @@ import runs
 import torch
 from runs import extract, extract_until, make_photos, picture
 
-from fmextract import cli, output
+from fmextract import cli
 from fmextract.errors import FmextractError, FormatError, ModelError, OutputError, SampleError
 from fmextract.reading import activations
+from fmextract.run import packing
 from fmextract.storage import digest
 from fmextract.verification import verify
 
@@ -54,7 +55,7 @@ class Named:
 def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("hostile")
     extract(Named(), place / "named")
-    output.pack(place / "named", place / "named.h5")
+    packing.pack(place / "named", place / "named.h5")
     return place / "named.h5"
 
 

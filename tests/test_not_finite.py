@@ -13,10 +13,11 @@ import torch
 from runs import Notes, extract, make_photos
 from torch import nn
 
-from fmextract import choose, cli
+from fmextract import cli
 from fmextract.common import strict_json
 from fmextract.common.relative_error import relative_error
 from fmextract.reading import activations
+from fmextract.run import autotune
 
 
 class Odd(nn.Module):
@@ -56,7 +57,7 @@ def strictly(said: str) -> Any:
 def test_layers_that_are_not_finite_are_stored(
     kind: str, fusing: int, memory_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choose, "FUSING_PAYS", fusing)
+    monkeypatch.setattr(autotune, "FUSING_PAYS", fusing)
     photos, notes, out = make_photos(tmp_path / "photos", 4), Notes(), tmp_path / "acts"
     options = {"precision": kind, "layers": NAMES, "memory_format": memory_format, "notes": notes}
     result = extract(photos, out, model=Odd(), **options)

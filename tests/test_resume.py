@@ -18,9 +18,10 @@ import torch
 from runs import Notes, Tiny, extract, extract_until, make_photos, same
 from torch import nn
 
-from fmextract import output, planning, verification
+from fmextract import planning, verification
 from fmextract.errors import FormatError, OutputError, RunStopped
 from fmextract.reading import activations
+from fmextract.run import output, packing
 from fmextract.storage import lock, shards
 from fmextract.storage.shards import load_index, load_records
 
@@ -87,12 +88,12 @@ def test_statistics_of_shards_merge_to_those_of_all_rows(whole: Path) -> None:
 
 
 def test_pack_copies_chunks_as_they_are(whole: Path, whole_file: Path, tmp_path: Path) -> None:
-    output.pack(whole, tmp_path / "packed.h5")
+    packing.pack(whole, tmp_path / "packed.h5")
     same(tmp_path / "packed.h5", whole_file)
     assert [path.name for path in tmp_path.iterdir()] == ["packed.h5"]
     with pytest.raises(OutputError, match="exists"):
-        output.pack(whole, tmp_path / "packed.h5")
-    output.pack(whole, tmp_path / "packed.h5", overwrite=True)
+        packing.pack(whole, tmp_path / "packed.h5")
+    packing.pack(whole, tmp_path / "packed.h5", overwrite=True)
 
 
 def test_an_incomplete_run_is_an_error_everywhere(photos: Path, whole: Path, tmp_path: Path) -> None:
@@ -100,13 +101,13 @@ def test_an_incomplete_run_is_an_error_everywhere(photos: Path, whole: Path, tmp
     extract_until(9, photos, out)
     there = [record.name for record in load_records(out)]
     assert there
-    for read in (activations.open, verification.verify, lambda path: output.pack(path, tmp_path / "packed.h5")):
+    for read in (activations.open, verification.verify, lambda path: packing.pack(path, tmp_path / "packed.h5")):
         with pytest.raises((FormatError, OutputError), match=r"finished|in progress"):
             read(out)
     missing = [range(4 * len(there), ROWS)]
     with pytest.raises(OutputError, match=f"missing are {missing[0].start}-17"):
-        output.pack(out, tmp_path / "packed.h5", leave_out=[range(ROWS - 2, ROWS)])
-    output.pack(out, tmp_path / "packed.h5", leave_out=missing)
+        packing.pack(out, tmp_path / "packed.h5", leave_out=[range(ROWS - 2, ROWS)])
+    packing.pack(out, tmp_path / "packed.h5", leave_out=missing)
     with activations.open(tmp_path / "packed.h5") as packed, activations.open(whole) as acts:
         left = missing[0].start
         assert packed.attrs["left_out"] == f"{left}-17"
@@ -124,7 +125,7 @@ def test_a_missing_shard_is_an_error_everywhere_and_is_made_again(photos: Path, 
     with pytest.raises(FormatError, match=r"shard-00002\.h5 is missing, with it the rows 8 to 11"):
         activations.open(out)
     with pytest.raises(FormatError, match=r"shard-00002\.h5"):
-        output.pack(out, tmp_path / "packed.h5")
+        packing.pack(out, tmp_path / "packed.h5")
     (problem,) = verification.verify(out).problems
     assert (Path(problem.file).name, problem.rows) == ("shard-00002.h5", "8-11")
     assert extract(photos, out).resumed_images == ROWS - 4
@@ -159,7 +160,7 @@ def test_a_resume_measures_nothing_again(photos: Path, tmp_path: Path, monkeypat
     def measured(*_: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("fmextract.prepare.plan_for", measured)
+    monkeypatch.setattr("fmextract.run.make_plan.plan_for", measured)
     extract(photos, out, precision="auto")
     assert (out / "plan.json").read_bytes() == plan
 
@@ -404,7 +405,7 @@ def test_smaller_batches_are_recorded_and_equal_within_rounding(photos: Path, tm
     with activations.open(tmp_path / "tight") as tight, activations.open(tmp_path / "roomy") as roomy:
         for name in tight.layers:
             np.testing.assert_allclose(tight[name][:], roomy[name][:], rtol=1e-5, atol=1e-6)
-    output.pack(tmp_path / "tight", tmp_path / "packed.h5")
+    packing.pack(tmp_path / "tight", tmp_path / "packed.h5")
     with activations.open(tmp_path / "packed.h5") as packed:
         assert json.loads(packed.attrs["smaller_batches"]) == {"8-11": 2, "12-15": 2, "16-17": 2}
     assert verification.verify(tmp_path / "packed.h5").ok

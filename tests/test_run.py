@@ -14,13 +14,14 @@ from runs import OPTIONS, Notes, Tiny, extract, make_photos
 from torch import nn
 
 import fmextract as fm
-from fmextract import estimate, planning
+from fmextract import planning
 from fmextract.common import kernels
 from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import ConfigError, DeviceLost, NoSpace
 from fmextract.records import LayerSpec, Status
-from fmextract.run import make_plan
+from fmextract.run import estimate, sharding
+from fmextract.run.extract import make_plan
 
 
 @pytest.fixture
@@ -260,7 +261,7 @@ def test_a_disk_that_cannot_hold_the_run_is_refused_at_once(
 
 
 def spec(shape: tuple[int, ...], axes: tuple[str, ...]) -> LayerSpec:
-    chunk = planning.chunk_shape(shape, axes, 4, 1_000_000)
+    chunk = sharding.chunk_shape(shape, axes, 4, 1_000_000)
     return LayerSpec("a", "a", "Conv2d", 1, 1, "out", "", "", shape, axes, "float32", "float32", chunk)
 
 
@@ -288,23 +289,23 @@ def test_terabytes_are_told_with_the_reducers_that_help() -> None:
     ],
 )
 def test_chunks_are_about_a_mebibyte(shape: tuple[int, ...], axes: tuple[str, ...], chunk: tuple[int, ...]) -> None:
-    assert planning.chunk_shape(shape, axes, 4, 1_000_000) == chunk
+    assert sharding.chunk_shape(shape, axes, 4, 1_000_000) == chunk
 
 
 def test_shards_end_where_every_chunk_and_batch_does() -> None:
     layers = [spec((1000,), ("feature",)), spec((512, 7, 7), ("channel", "y", "x"))]
     for wanted in (1, 700, 5000):
-        length = planning.shard_length(layers, 24, 100_000, wanted)
+        length = sharding.shard_length(layers, 24, 100_000, wanted)
         assert length % 256 == 0
         assert length % 24 == 0
         assert length >= min(wanted, 768)
-    assert planning.shard_length(layers, 24, 100, 10**6) >= 100
+    assert sharding.shard_length(layers, 24, 100, 10**6) >= 100
 
 
 def test_a_shard_is_two_gibibytes_or_five_minutes() -> None:
     def rows(seconds: float, size: int | None = None, one_file: bool = False) -> int:
         cost = planning.Estimate(bytes_stored=1000 << 20, seconds=seconds)
-        return planning.rows_of_shard(cost, 1000, size, one_file)
+        return sharding.rows_of_shard(cost, 1000, size, one_file)
 
     assert rows(1.0) == 2048  # 1 MiB an image
     assert rows(10_000.0) == 30  # 10 s an image

@@ -18,10 +18,11 @@ from PIL import Image
 from runs import OPTIONS, Notes, Tiny, extract, extract_until, make_photos, picture, same
 from torch import nn
 
-from fmextract import planning, resume, verification
+from fmextract import planning, verification
 from fmextract.errors import ConfigError, OutputError, TooManyFailures
 from fmextract.model.randomness import may_draw
 from fmextract.reading import activations
+from fmextract.run import same_run
 from fmextract.storage import shards
 
 ROWS = 6
@@ -268,10 +269,10 @@ def test_another_python_or_library_leaves_it_to_the_stored_rows() -> None:
     old = {"model": "m", "source": {"keys": "1", "count": 1}, "code": {"by": {"torch": "1"}, "model": {"a": "x"}}}
     new = {"model": "m", "source": {"keys": "1", "count": 1}, "code": {"by": {"torch": "2"}, "model": {"a": "y"}}}
     told: list[str] = []
-    asked = resume.Asked(new, None)  # type: ignore[arg-type]
-    assert resume.changed(old, asked, [], told.append) == []
+    asked = same_run.Asked(new, None)  # type: ignore[arg-type]
+    assert same_run.changed(old, asked, [], told.append) == []
     assert "torch 1 then, 2 now" in told[0]
-    assert resume.changed({**old, "code": {**new["code"], "model": {"a": "x"}}}, asked, [], told.append)  # type: ignore[dict-item]
+    assert same_run.changed({**old, "code": {**new["code"], "model": {"a": "x"}}}, asked, [], told.append)  # type: ignore[dict-item]
 
 
 def test_an_output_of_an_earlier_version_is_taken_up(photos: Path, tmp_path: Path) -> None:

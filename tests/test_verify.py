@@ -19,9 +19,10 @@ import pytest
 import runs
 from runs import Tiny, extract, make_photos
 
-from fmextract import cli, output, prepare, provenance
+from fmextract import cli
 from fmextract.errors import ConfigError, FormatError, OutputError
 from fmextract.reading import activations
+from fmextract.run import packing, prepare, provenance
 from fmextract.storage import shards
 from fmextract.storage.digest import _content_digest
 from fmextract.verification import verify
@@ -43,7 +44,7 @@ def whole(photos: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole_file(photos: Path, whole: Path) -> Path:
-    output.pack(whole, photos.parent / "whole.h5")
+    packing.pack(whole, photos.parent / "whole.h5")
     return photos.parent / "whole.h5"
 
 
@@ -167,7 +168,7 @@ def test_two_runs_differ_in_their_digest_by_what_the_format_says(
 def test_a_flipped_byte_of_one_file_is_found_if_anything_depends_on_it(small: Path, tmp_path: Path) -> None:
     dice = random.Random(1)
     out = tmp_path / "out.h5"
-    output.pack(small, out)
+    packing.pack(small, out)
     before = out.read_bytes()
     expected = all_that_is_seen(out)
     found = 0
@@ -349,5 +350,5 @@ def test_the_command_line(whole: Path, whole_file: Path, tmp_path: Path, capsys:
 
 
 def test_no_torch() -> None:
-    code = "import sys, fmextract.verification, fmextract.output; sys.exit('torch' in sys.modules)"
+    code = "import sys, fmextract.verification, fmextract.run.output; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

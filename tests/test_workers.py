@@ -27,7 +27,6 @@ import xxhash
 from PIL import Image
 from runs import Notes, extract, make_photos
 
-from fmextract import run
 from fmextract.config import Config
 from fmextract.errors import ConfigError, OutputError, OutputLost, SampleError
 from fmextract.inputs import decoding, preprocessing
@@ -35,9 +34,11 @@ from fmextract.inputs.files import OnDisk
 from fmextract.inputs.sources import on_disk, open_source
 from fmextract.pipeline import chunks, workers
 from fmextract.planning import Plan
-from fmextract.prepare import plan_for, prepare
 from fmextract.reading import activations
 from fmextract.records import FileStamp
+from fmextract.run import extract
+from fmextract.run.make_plan import plan_for
+from fmextract.run.prepare import prepare
 from fmextract.storage import writer
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="processes need memfd_create, of Linux")
@@ -231,7 +232,7 @@ def done_there(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     counted("encode")
     counted("decode")
-    monkeypatch.setattr(run, "hired", waited_for)
+    monkeypatch.setattr(extract, "hired", waited_for)
     return done
 
 

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from fmextract import prepare
 from fmextract.capture import resolve, survey
 from fmextract.common.text import shape
 from fmextract.errors import ConfigError, LayerError
@@ -25,6 +24,7 @@ from fmextract.look.live import activations_of
 from fmextract.look.photos import as_seen, load_photo
 from fmextract.look.places import read_maps
 from fmextract.model import loading
+from fmextract.run import prepare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

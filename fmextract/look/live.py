@@ -14,7 +14,7 @@ from fmextract.config import Config
 from fmextract.errors import SourceError
 from fmextract.look.maps import MapPicture, show_maps
 from fmextract.reading import activations
-from fmextract.run import run
+from fmextract.run.extract import run
 
 
 @contextmanager

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from files import make_file, make_shards
 
-from fmextract import exporting, output
+from fmextract import exporting
 from fmextract.common import processes
+from fmextract.run import packing
 from fmextract.storage import durable, shards
 
 KILLED = """
@@ -49,7 +50,7 @@ def test_what_a_killed_command_left_is_removed_by_the_next(to: str, name: str, t
     target = tmp_path / name
 
     def run() -> None:
-        output.pack(source, target) if to == "pack" else exporting.export(source, to=to, out=target)
+        packing.pack(source, target) if to == "pack" else exporting.export(source, to=to, out=target)
 
     ended = subprocess.run([sys.executable, "-c", KILLED, source, target, to], check=False, capture_output=True)
     assert ended.returncode < 0, ended.stderr

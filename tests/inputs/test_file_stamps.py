@@ -19,12 +19,12 @@ import xxhash
 from odd_images import jpeg
 from test_device_jpegs import stand_in
 
-from fmextract import run
 from fmextract.inputs import decoding, device_jpegs, files, preprocessing
 from fmextract.inputs.files import FileBytes
-from fmextract.output import pack
 from fmextract.pipeline import workers
 from fmextract.reading import activations
+from fmextract.run import extract
+from fmextract.run.packing import pack
 from fmextract.storage import digest
 from fmextract.verification import verify
 
@@ -105,7 +105,7 @@ def by_processes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return made
 
     monkeypatch.setattr(workers._Worker, "decode", counting)
-    monkeypatch.setattr(run, "hired", waited_for)
+    monkeypatch.setattr(extract, "hired", waited_for)
     return decoded
 
 

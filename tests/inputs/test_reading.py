@@ -30,7 +30,6 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from users import Array, pixels
 
-from fmextract import run
 from fmextract.config import Config
 from fmextract.errors import ConfigError, OutputError, SampleError, SourceLost
 from fmextract.inputs import reading
@@ -43,6 +42,7 @@ from fmextract.inputs.thread_safety import data_is_known, transform_is_known
 from fmextract.pipeline import workers
 from fmextract.reading import activations
 from fmextract.records import Preprocess
+from fmextract.run.extract import make_plan
 from fmextract.verification import verify
 
 # A Dataset that keeps its file open says nowhere when to close it.
@@ -497,7 +497,7 @@ class Here:
 def test_a_plan_counts_the_memory_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "DatasetWorkers", Here)
     peak = [
-        run.make_plan(users.Position(4), Tiny(), tmp_path / "out.h5", Config.of(**OPTIONS, dataset_workers=n))
+        make_plan(users.Position(4), Tiny(), tmp_path / "out.h5", Config.of(**OPTIONS, dataset_workers=n))
         for n in (0, 3)
     ]
     assert 1e9 < peak[1].estimate.bytes_peak - peak[0].estimate.bytes_peak < 2e9

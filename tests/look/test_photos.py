@@ -22,7 +22,6 @@ from files import INFO, make_file
 from odd_images import jpeg, photo, with_orientation
 
 import fmextract
-from fmextract import output
 from fmextract.errors import ConfigError
 from fmextract.inputs import decoding
 from fmextract.look import maps
@@ -31,6 +30,7 @@ from fmextract.reading import activations
 from fmextract.records import FileStamp
 from fmextract.report import write_report
 from fmextract.report.photos import Photos
+from fmextract.run import packing
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n0 0 8 8 rectfill\nshowpage\n"
 
@@ -95,7 +95,7 @@ def test_every_kind_of_output_knows_where_they_are(out: Path, tmp_path: Path, ma
         if made == "packed":
             (place / "deeper").mkdir()
             one = place / "deeper" / "one.h5"
-            output.pack(folder, one)
+            packing.pack(folder, one)
         else:
             one = folder
     (tmp_path / "here").rename(tmp_path / "there")

@@ -18,9 +18,9 @@ import xarray
 from files import make_file, make_shards
 
 import fmextract as fm
-from fmextract import output
 from fmextract.errors import ConfigError, FmextractError, FormatError
 from fmextract.reading import activations
+from fmextract.run import packing
 from fmextract.storage.columns import common_form, form_of, stored_names
 from fmextract.verification import verify
 
@@ -53,7 +53,7 @@ def written(tmp_path: Path, values: list[Any], how: str, **columns: Any) -> Path
     make_shards(tmp_path / "a", arrays, [2, 4], **options)
     if how == "shards":
         return tmp_path / "a"
-    output.pack(tmp_path / "a", tmp_path / "packed.h5")
+    packing.pack(tmp_path / "a", tmp_path / "packed.h5")
     return tmp_path / "packed.h5"
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import fmextract as fm
-from fmextract import prepare
 from fmextract.reading import files
+from fmextract.run import prepare
 from fmextract.storage import digest, objects, writer
 
 FEW, MANY = 10, 30
@@ -75,7 +75,9 @@ def test_the_digest_reads_nothing_of_a_layer_that_was_just_written(counted: Coun
 
 
 def test_what_a_layer_costs_does_not_grow_with_the_layers(counted: Counter[str]) -> None:
-    assert counted["fmextract.prepare._captured"] <= 12 * (MANY - FEW)  # of all layers for each it would be 2 * MANY
+    assert counted["fmextract.run.prepare._captured"] <= 12 * (
+        MANY - FEW
+    )  # of all layers for each it would be 2 * MANY
     assert counted["Counter.__eq__"] == 0  # the probe compares all counts of two passes once
 
 

@@ -18,12 +18,12 @@ from files import make_file, make_shards
 from torch import nn
 
 from benchmarks import fuzz_structure
-from fmextract import replay
 from fmextract.common.boxes import photo_box
 from fmextract.errors import DamagedError, FmextractError, FormatError
 from fmextract.planning import Plan
 from fmextract.reading import activations
 from fmextract.records import Field
+from fmextract.run import recheck
 from fmextract.storage import schema, shards
 from fmextract.storage.digest import content_digest
 
@@ -356,4 +356,4 @@ def test_a_run_that_is_not_told_is_not_run_again(tmp_path: Path, missing: str) -
 
     changed(tmp_path / "a.h5", edit)
     with activations.open(tmp_path / "a.h5") as acts, pytest.raises(FormatError, match=r"a\.h5.* cannot be run again"):
-        replay.plan_of(acts, "cpu")
+        recheck.plan_of(acts, "cpu")

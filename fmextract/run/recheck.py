@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from fmextract import provenance
 from fmextract.common.progress import Quiet
 from fmextract.config import FailureBudget
 from fmextract.errors import FormatError, OutputError, SampleError
@@ -20,6 +19,7 @@ from fmextract.pipeline.work import Tally, Work
 from fmextract.planning import Plan
 from fmextract.reading import activations
 from fmextract.records import Label, Progress, Status
+from fmextract.run import provenance
 from fmextract.storage import codecs, durable, shards
 
 TOLERANCE: Mapping[str, float] = {"float64": 1e-8, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}

@@ -1,4 +1,4 @@
-"""Where values come from: the code that decides them, the libraries that are installed, what a file says of its run."""
+"""What an output says of its run: identity, versions, source, model, time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from fmextract.inputs import preprocessing
 from fmextract.inputs.preprocessing import CustomPreprocess
 from fmextract.model import loading
 from fmextract.model.structure import structure
+from fmextract.planning import Plan
+from fmextract.records import FileInfo
 
 __all__ = ["code_facts", "code_of", "describe_run", "preprocess_facts", "versions", "versions_for"]
+
 
 _MADE_BY = (
     "fmextract",
@@ -130,3 +133,26 @@ def _version(name: str) -> str | None:
 def _distribution(package: str) -> str:
     """What a package is installed as: `PIL` by pillow."""
     return next(iter(metadata.packages_distributions().get(package, ())), package)
+
+
+def file_info(made: Plan) -> FileInfo:
+    info = made.info
+    config = {"options": made.config, "identity": made.identity, "batch_size": made.batch_size, "device": made.device}
+    config |= {"memory_format": made.memory_format, "weights": info["weights"], "origin": info["origin"]}
+    config |= {"input_dtype": info["input_dtype"]}
+    config |= {"run_id": made.run_id, "forward_threads": made.forward_threads}
+    config |= {"fused": [list(pair) for pair in made.fused], "pooling": made.pooling, "prepacked": made.prepacked}
+    config |= {"notes": list(made.notes)}
+    return FileInfo(
+        title=info["title"],
+        source=info["source"],
+        history=info["history"],
+        config=config,
+        model=info["model"],
+        weights_sha256=info["weights_sha256"],
+        preprocess=info["preprocess"],
+        precision=made.precision,
+        versions=made.versions,
+        created=info["created"],
+        extra={name: info[name] for name in ("images", "label_names") if name in info},
+    )

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fmextract import prepare, replay, resume, run
 from fmextract.capture import reducers
 from fmextract.common import strict_json
 from fmextract.common.progress import Quiet
@@ -27,6 +26,7 @@ from fmextract.inputs import sources
 from fmextract.model import loading
 from fmextract.reading import activations
 from fmextract.records import Progress
+from fmextract.run import extract, identity, prepare, recheck, same_run
 from fmextract.selector import Selector
 
 
@@ -46,7 +46,7 @@ class Said:
 
 def rerun(
     acts: activations.Activations, count: int, said: Said, seed: int | None, progress: Progress | None
-) -> list[replay.Difference]:
+) -> list[recheck.Difference]:
     """Run `count` random images again, which `seed` chooses; gives what differs. Raises ConfigError where it cannot."""
     first = acts._files[0].start
     there = np.flatnonzero(acts.keys != "")
@@ -57,12 +57,12 @@ def rerun(
             _source(acts, said), _model(acts, said), Config.of(**_options(acts, said)), progress or Quiet()
         ) as prepared,
     ):
-        now = strict_json.plain(prepare.identity(prepared))
+        now = strict_json.plain(identity.identity(prepared))
         then = {**acts.config["identity"], "device": now["device"]}
-        if changed := resume.changed(then, resume.Asked(now, prepared.source), [], lambda text: None):
-            raise ConfigError(f"cannot run images of {acts.path} again: {resume.listed(changed)}")
-        with run.working(prepared, replay.plan_of(acts, str(prepared.device))) as work:
-            return replay.differences(work, acts, first, [first + int(row) for row in chosen])
+        if changed := same_run.changed(then, same_run.Asked(now, prepared.source), [], lambda text: None):
+            raise ConfigError(f"cannot run images of {acts.path} again: {same_run.listed(changed)}")
+        with extract.working(prepared, recheck.plan_of(acts, str(prepared.device))) as work:
+            return recheck.differences(work, acts, first, [first + int(row) for row in chosen])
 
 
 def _limited(acts: activations.Activations, said: Said) -> contextlib.AbstractContextManager[None]:

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fmextract import estimate, planning, prepare, provenance, resume
+from fmextract import planning
 from fmextract.common import strict_json
 from fmextract.errors import ConfigError, OutputError
 from fmextract.planning import Plan
-from fmextract.prepare import Prepared
 from fmextract.reading import activations
+from fmextract.run import estimate, make_plan, prepare, provenance, same_run
+from fmextract.run.prepare import Prepared
 
 SHOWN = 5  # differences that a message tells
 _OF_FILE = ("batch_size", "memory_format", "forward_threads", "pooling", "prepacked")
@@ -27,7 +28,7 @@ def loaded(plan: Plan | str | os.PathLike[str] | None) -> Plan | None:
 
 def check(plan: Plan, prepared: Prepared, asked: Mapping[str, Any]) -> None:
     """Raises ConfigError where the plan was made for another run than that with the identity `asked`."""
-    then, now = resume.comparable(plan.identity, strict_json.plain(asked))
+    then, now = same_run.comparable(plan.identity, strict_json.plain(asked))
     then |= {"device": plan.device, "rows": plan.rows, "keys": plan.identity["source"].get("keys")}
     now |= {"device": str(prepared.device), "rows": len(prepared.source), "keys": asked["source"].get("keys")}
     changed = list(planning.differences(then, now))
@@ -90,8 +91,8 @@ def _known(plan: Plan, prepared: Prepared, asked: Mapping[str, Any]) -> dict[str
     if [layer.name for layer in plan.layers] != names:
         return {**_said(plan), **known}
     for i, layer in enumerate(plan.layers):
-        must = prepare.known_of_layer(prepared, i)
-        must["dtype"] = prepare.type_on_disk(layer.compute_dtype, asked["store"])
+        must = make_plan.known_of_layer(prepared, i)
+        must["dtype"] = make_plan.type_on_disk(layer.compute_dtype, asked["store"])
         if not layer.number:  # the first plans have none
             del must["number"]
         if must["field"] is not None:

@@ -17,8 +17,9 @@ from fmextract.pipeline.chunks import as_array
 from fmextract.pipeline.pipeline import DEPTH, most_pending
 from fmextract.pipeline.running_stats import TOGETHER, WORKSPACE, RunningStats, bytes_held, covariance_bytes
 from fmextract.pipeline.work import Captured
-from fmextract.planning import CHUNK_BYTES, Estimate
+from fmextract.planning import Estimate
 from fmextract.records import LayerSpec
+from fmextract.run.sharding import CHUNK_BYTES
 from fmextract.storage import codecs
 
 # Bytes a second through digest, write, fsync and the checksum of the shard, on one core (docs/measurements).

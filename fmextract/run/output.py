@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-from fmextract import resume
-from fmextract.common.folders import base_of, moved
 from fmextract.config import check_out, is_single_file
-from fmextract.errors import ConfigError, FormatError, OutputError, OutputLost
+from fmextract.errors import FormatError, OutputError, OutputLost
 from fmextract.pipeline.watch import left_behind
 from fmextract.planning import PLAN_FORMAT, Plan
-from fmextract.reading import activations, counts
-from fmextract.reading.totals import merged
+from fmextract.reading import activations
 from fmextract.records import Progress
-from fmextract.resume import Asked
-from fmextract.storage import contents, digest, durable, merging
+from fmextract.run import same_run
+from fmextract.run.packing import _pack, check_ours
+from fmextract.run.same_run import Asked
+from fmextract.storage import digest, durable
 from fmextract.storage.durable import writing
 from fmextract.storage.lock import NAME as LOCK
 from fmextract.storage.lock import Lock
@@ -33,7 +31,6 @@ from fmextract.storage.shards import (
     fold_index,
     load_index,
     load_records,
-    remove_dead,
     shard_name,
     write_sealed,
 )
@@ -86,7 +83,7 @@ class Output:
         if self._continues(asked):
             earlier = self._earlier()
             return None if earlier is None else self._with_ignored(earlier, asked)
-        resume.check_ignored(asked)
+        same_run.check_ignored(asked)
         return self._anew(make_plan)
 
     def make_again(self, rows: Sequence[int], asked: Asked, make_plan: Callable[[], Plan]) -> Plan:
@@ -111,7 +108,7 @@ class Output:
 
     def _with_ignored(self, earlier: Plan, asked: Asked) -> Plan:
         """The plan, whose history says what differs and was ignored."""
-        ignored = resume.listed(resume.ignored(earlier.identity, asked))
+        ignored = same_run.listed(same_run.ignored(earlier.identity, asked))
         history = str(earlier.info["history"])
         if not ignored or ignored in history:
             return earlier
@@ -140,11 +137,11 @@ class Output:
         records = self._records_of(earlier, damaged.append)
         stored = [self.directory / record.name for record in records]
         complete = not self._single and self._is_finished()
-        changed = resume.changed(earlier.identity, asked, stored, self._progress.note, finished=complete)
+        changed = same_run.changed(earlier.identity, asked, stored, self._progress.note, finished=complete)
         holds_rows = damaged or any(record.failed < len(record.rows) for record in records)
         if changed and not self._overwrite and holds_rows:
             raise OutputError(
-                f"{self._target} was begun otherwise ({resume.listed(changed)})."
+                f"{self._target} was begun otherwise ({same_run.listed(changed)})."
                 " The same arguments resume it, --overwrite starts anew, --ignore FIELD passes over one of these."
             )
         if not changed and self._takes_up(earlier, records):
@@ -202,7 +199,7 @@ class Output:
             if target.is_dir():
                 raise OutputError(f"{target} is a directory; -o name.h5 must be a file")
             if target.exists():
-                _check_ours(target)
+                check_ours(target)
             _check_directory(self.directory)
         elif target.exists() and not target.is_dir():
             raise OutputError(f"{target} is a file; name a directory, or a file ending in .h5")
@@ -215,10 +212,12 @@ class Output:
     def _compare_finished(self, asked: Asked) -> None:
         with activations.open(self._target) as acts:
             config = acts.config
-        changed = resume.changed(config.get("identity", {}), asked, [self._target], self._progress.note, finished=True)
+        changed = same_run.changed(
+            config.get("identity", {}), asked, [self._target], self._progress.note, finished=True
+        )
         if changed:
             raise OutputError(
-                f"{self._target} is finished, and was made otherwise ({resume.listed(changed)})."
+                f"{self._target} is finished, and was made otherwise ({same_run.listed(changed)})."
                 " --overwrite replaces it, -o names another, --ignore FIELD passes over one of these."
             )
         if (self.directory / PLAN).exists():  # the run was ended between publishing and tidying up
@@ -325,15 +324,6 @@ def finished_shards(target: Path) -> int:
     return sum(1 for _ in directory.glob("shard-*.json"))
 
 
-def _check_ours(target: Path) -> None:
-    """Only a file that says it is ours, and can be read, may be compared with or replaced."""
-    try:
-        with activations.open(target):
-            pass
-    except FormatError as error:
-        raise OutputError(f"{target} exists and is no output of fmextract, or a broken one: {error}") from error
-
-
 def _is_unchanged(shard: Path, record: ShardRecord) -> bool:
     if record.sha256:
         return file_sha256(shard) == record.sha256
@@ -361,115 +351,3 @@ def resumable() -> Iterator[None]:
         yield
     except OutputError as error:
         raise OutputLost(f"{error}. What is done is kept; the same command resumes once that is mended.") from error
-
-
-# ------------------------------------------------------------------------------------------------------------- packing
-
-
-def pack(directory: Path, out: Path, *, leave_out: Sequence[range] = (), overwrite: bool = False) -> None:
-    """Make one file of a directory of shards, copying chunks as they are.
-
-    A run that is not finished, or has lost shards, is refused unless `leave_out` names exactly the rows that are
-    missing: they are in the file as failed rows. Raises FormatError, DamagedError, OutputError, NoSpace.
-    """
-    if not directory.is_dir():
-        raise OutputError(f"{directory} is not a directory of shards")
-    if not is_single_file(out):
-        raise OutputError(f"{out}: expected the name of a file, as name.h5")
-    if out.exists():
-        _check_ours(out)
-        if not overwrite:
-            raise OutputError(f"{out} exists; --overwrite replaces it, -o names another")
-    parts = _parts(directory, leave_out)
-    with writing(out):
-        remove_dead(out, directories=False)
-        _pack(parts, out, out.parent)
-
-
-def row_ranges(texts: Iterable[str]) -> list[range]:
-    """`8-15` → the rows 8 to 15. Raises ConfigError."""
-    made = []
-    for text in texts:
-        first, dash, last = text.partition("-")
-        if not dash or not first.isdecimal() or not last.isdecimal() or int(last) < int(first):
-            raise ConfigError(f"--leave-out {text!r}: expected the first and the last row, as 4096-8191")
-        made.append(range(int(first), int(last) + 1))
-    return made
-
-
-def _parts(directory: Path, leave_out: Sequence[range]) -> list[Path | range]:
-    """The shards of a directory, and the rows that are left out, in the order of their rows."""
-    if not leave_out:
-        return [directory / record.name for record in load_index(directory)]
-    plan = Plan.load(directory / PLAN)
-    there = {record.name for record in load_records(directory)}
-    parts: list[Path | range] = []
-    for i, rows in enumerate(plan.shards):
-        name = shard_name(i)
-        parts.append(directory / name if name in there else rows)
-    missing = _joined(part for part in parts if isinstance(part, range))
-    if _joined(leave_out) != missing or len(missing) == 0 or not there:
-        raise OutputError(f"{directory}: told to leave out {_said(_joined(leave_out))}; missing are {_said(missing)}")
-    return parts
-
-
-def _joined(ranges: Iterable[range]) -> list[range]:
-    """The same rows as few ranges, in order."""
-    made: list[range] = []
-    for part in sorted(ranges, key=lambda rows: rows.start):
-        if made and part.start <= made[-1].stop:
-            made[-1] = range(made[-1].start, max(made[-1].stop, part.stop))
-        elif len(part):
-            made.append(part)
-    return made
-
-
-def _said(ranges: Sequence[range]) -> str:
-    return ", ".join(f"{rows.start}-{rows.stop - 1}" for rows in ranges) or "no rows"
-
-
-def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
-    """One file of all parts, published under its name at once. `scratch` is a directory beside or below it."""
-    shards = [part for part in parts if isinstance(part, Path)]
-    temporary = durable.temporary_name(scratch / target.name)
-    stats, attrs, smaller = merged(shards)
-    with contents.open_shard(shards[0]) as first:
-        info = contents.read_info(first)
-    left_out = _joined(part for part in parts if isinstance(part, range))
-    extra = {
-        **{name: value for name, value in info.extra.items() if name not in ("smaller_batches", "throughput")},
-        **_images(shards[0], target),
-        "throughput": _throughput(shards),
-        **({"smaller_batches": smaller} if smaller else {}),
-        **({"left_out": _said(left_out)} if left_out else {}),
-    }
-    info = replace(info, extra=extra, history=_history(shards))
-    try:
-        merging.pack(parts, temporary, info=info, stats=stats, layer_attrs=attrs)
-        durable.publish(temporary, target)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _images(shard: Path, target: Path) -> dict[str, Any]:
-    with activations.open(shard) as acts:
-        return images_from(acts, target.parent)
-
-
-def images_from(acts: activations.Activations, to: Path) -> dict[str, Any]:
-    """The attribute `images` of a file in the folder `to` that is made of `acts`; nothing where that has none."""
-    return {"images": moved(acts.images, base_of(acts.path), to)} if acts.images else {}
-
-
-def _history(shards: Sequence[Path]) -> str:
-    """That of the last shard, which also says how the run was taken up."""
-    with contents.open_shard(shards[-1]) as last:
-        return contents.read_info(last).history
-
-
-def _throughput(shards: Sequence[Path]) -> Mapping[str, Any] | None:
-    """That of all shards together."""
-    with contextlib.ExitStack() as stack:
-        opened = (stack.enter_context(activations.open(path)) for path in shards)
-        return counts.total_throughput(acts._files[0].contents.said.get("throughput") for acts in opened)

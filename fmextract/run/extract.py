@@ -17,10 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from fmextract import estimate, following, replay, resume
 from fmextract.capture import hooks
 from fmextract.common import strict_json
 from fmextract.common.devices import is_out_of_memory
@@ -30,21 +28,27 @@ from fmextract.errors import TooManyFailures
 from fmextract.inputs import device_jpegs
 from fmextract.inputs.sources import notes_of
 from fmextract.model import precision
-from fmextract.output import Output, resumable
 from fmextract.pipeline import pipeline
-from fmextract.pipeline.work import FIRST, Tally, Work, check_budget
+from fmextract.pipeline.work import Tally, Work, check_budget
 from fmextract.pipeline.workers import Jpegs, Workers, hired
 from fmextract.planning import Plan
-from fmextract.prepare import Prepared, copied_as_planned, describe, identity, lent, plan_for, prepare, reduce_functions
-from fmextract.reading import activations, counts
-from fmextract.records import FileInfo, LayerResult, LayerSpec, Progress, Result
-from fmextract.resume import Asked
+from fmextract.reading import activations
+from fmextract.records import Progress, Result
+from fmextract.run import estimate, given_plan, recheck, same_run
+from fmextract.run.identity import identity
+from fmextract.run.make_plan import plan_for
+from fmextract.run.output import Output, resumable
+from fmextract.run.prepare import Prepared, copied_as_planned, lent, prepare, reduce_functions
+from fmextract.run.provenance import file_info
+from fmextract.run.same_run import Asked
+from fmextract.run.summary import _result, nonfinite_notes
 from fmextract.storage import shards
 
 RECHECKED, RECHECKED_IN_DOUBT = 2, 512
 """Stored rows that are run again, each with its batch, before an output is called complete."""
 
-__all__ = ["describe", "extract", "make_plan", "run"]
+
+__all__ = ["extract", "make_plan", "run"]
 
 
 Saved = Plan | str | os.PathLike[str]
@@ -55,7 +59,7 @@ def make_plan(
     source: Any, model: Any, out: Any, config: Config, progress: Progress | None = None, *, plan: Saved | None = None
 ) -> Plan:
     """What `run` with the same arguments would do. Writes nothing; `Plan.save` does, for `extract(…, plan=…)`."""
-    given = following.loaded(plan)
+    given = given_plan.loaded(plan)
     progress = progress or Quiet()
     check_out(Path(out).expanduser())
     with prepare(source, model, config, progress) as prepared:
@@ -63,7 +67,7 @@ def make_plan(
         return (
             plan_for(prepared, target, progress)
             if given is None
-            else following.followed(given, prepared, target, identity(prepared))
+            else given_plan.followed(given, prepared, target, identity(prepared))
         )
 
 
@@ -125,7 +129,7 @@ def _done(
 ) -> tuple[Result, activations.Activations]:
     """What was done, and the output, opened: of many layers that takes long, since everything in it is checked."""
     started = time.perf_counter()
-    target, given = Path(out).expanduser(), following.loaded(plan)
+    target, given = Path(out).expanduser(), given_plan.loaded(plan)
     tally = Tally()
     resumed = 0
     with (
@@ -134,7 +138,7 @@ def _done(
     ):
         asked = Asked(strict_json.plain(identity(prepared)), prepared.source, config.ignore, config.recheck)
         if given is not None:
-            following.check(given, prepared, asked.identity)
+            given_plan.check(given, prepared, asked.identity)
         new_plan = partial(_affordable, prepared, target, progress, given, asked.identity, command)
         made = output.begin(asked, new_plan)
         _check_followed(given, made, target)
@@ -143,8 +147,8 @@ def _done(
             made = output.make_again(again, asked, new_plan) if again else None
         if made is not None:
             if output.taken_up:
-                resume.check_seed(made.identity, asked, target)
-                following.check_taken_up(made, prepared, resume.ignoring(made.identity, asked), target)
+                same_run.check_seed(made.identity, asked, target)
+                given_plan.check_taken_up(made, prepared, same_run.ignoring(made.identity, asked), target)
             _tell_crash(prepared, output, progress)
             resumed = _extract(prepared, made, output, progress, tally)
             _check_failures(made, output.directory, tally, config)
@@ -156,7 +160,7 @@ def _done(
         acts.close()
         raise
     late = [note for note in notes_of(prepared.source) if note not in prepared.notes]
-    for note in (*late, *_nonfinite_notes(result.layers, tally)):
+    for note in (*late, *nonfinite_notes(result.layers, tally)):
         progress.note(note)
     return replace(result, notes=(*result.notes, *late)), acts
 
@@ -170,14 +174,14 @@ def _look_again(prepared: Prepared, asked: Asked, target: Path, progress: Progre
         if not config.recheck and not failed:
             progress.note(f"{target} is complete already")
             return []
-        with working(prepared, replay.plan_of(acts, str(prepared.device))) as work:
+        with working(prepared, recheck.plan_of(acts, str(prepared.device))) as work:
             if config.recheck:
                 earlier = acts.config["identity"]
-                in_doubt = resume.files_in_doubt(earlier, asked, [target]) or resume.seed_in_doubt(earlier, asked)
-                replay.check_finished(work, acts, RECHECKED_IN_DOUBT if in_doubt else RECHECKED, progress)
-            again = replay.recovered(work, acts) if failed else []
+                in_doubt = same_run.files_in_doubt(earlier, asked, [target]) or same_run.seed_in_doubt(earlier, asked)
+                recheck.check_finished(work, acts, RECHECKED_IN_DOUBT if in_doubt else RECHECKED, progress)
+            again = recheck.recovered(work, acts) if failed else []
             if again:
-                resume.check_seed(acts.config["identity"], asked, target)
+                same_run.check_seed(acts.config["identity"], asked, target)
     _tell_recovered(again, prepared, progress)
     if not again:
         progress.note(f"{target} is complete already")
@@ -203,7 +207,7 @@ def _affordable(
     if given is None:
         made = plan_for(prepared, target, progress, asked, command)
     else:
-        made = following.followed(given, prepared, target, asked, command)
+        made = given_plan.followed(given, prepared, target, asked, command)
     estimate.check_space(made.estimate.bytes_needed, made.estimate.bytes_free, target)
     return made
 
@@ -213,9 +217,9 @@ def _check_followed(given: Plan | None, made: Plan | None, target: Path) -> None
     if given is None:
         return
     if made is None:
-        following.check_finished(given, target)
+        given_plan.check_finished(given, target)
     else:
-        following.check_begun(given, made, target)
+        given_plan.check_begun(given, made, target)
 
 
 def _tell_crash(prepared: Prepared, output: Output, progress: Progress) -> None:
@@ -260,7 +264,7 @@ def _extract(prepared: Prepared, made: Plan, output: Output, progress: Progress,
         working(prepared, made, workers, checksums=not output.is_one_shard(made)) as work,
     ):
         if output.records and prepared.config.recheck:
-            replay.check_resume(work, output.directory, output.records, progress)
+            recheck.check_resume(work, output.directory, output.records, progress)
         if not prepared.config.keep_failures:
             _tell_recovered(again := _recovered(work, output), prepared, progress)
             output.drop(again)
@@ -283,7 +287,7 @@ def _recovered(work: Work, output: Output) -> list[int]:
     found: list[int] = []
     for record in (record for record in output.records if record.failed):
         with activations.open(output.directory / record.name) as stored:
-            found += replay.recovered(work, stored)
+            found += recheck.recovered(work, stored)
     return found
 
 
@@ -308,7 +312,7 @@ def working(prepared: Prepared, made: Plan, workers: Workers | None = None, chec
             _compile(prepared, made, capture)
         yield Work(
             plan=made,
-            info=_file_info(made),
+            info=file_info(made),
             source=prepared.source,
             reader=prepared.reader,
             preprocess=prepared.loaded.preprocess,
@@ -364,92 +368,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _file_info(made: Plan) -> FileInfo:
-    info = made.info
-    config = {"options": made.config, "identity": made.identity, "batch_size": made.batch_size, "device": made.device}
-    config |= {"memory_format": made.memory_format, "weights": info["weights"], "origin": info["origin"]}
-    config |= {"input_dtype": info["input_dtype"]}
-    config |= {"run_id": made.run_id, "forward_threads": made.forward_threads}
-    config |= {"fused": [list(pair) for pair in made.fused], "pooling": made.pooling, "prepacked": made.prepacked}
-    config |= {"notes": list(made.notes)}
-    return FileInfo(
-        title=info["title"],
-        source=info["source"],
-        history=info["history"],
-        config=config,
-        model=info["model"],
-        weights_sha256=info["weights_sha256"],
-        preprocess=info["preprocess"],
-        precision=made.precision,
-        versions=made.versions,
-        created=info["created"],
-        extra={name: info[name] for name in ("images", "label_names") if name in info},
-    )
-
-
-def _result(acts: activations.Activations, target: Path, tally: Tally, seconds: float, resumed: int | None) -> Result:
-    """What a finished output holds, and what this run did for it. `resumed` None: it was complete before."""
-    rows = len(acts)
-    with acts.held():
-        layers = tuple(_layer_result(acts[name].spec, totals) for name, totals in acts.totals().items())
-    config, chosen = acts.config, str(acts.attrs.get("precision"))
-    failed, failures = int(np.count_nonzero(acts.status)), _failures(acts)
-    bytes_raw = sum(acts[name].nbytes for name in acts.layers)
-    speed = (acts.throughput or {}).get("images_per_second", 0.0)
-    resumed = rows if resumed is None else resumed
-    load = {stage: busy / tally.threads.get(stage, 1) for stage, busy in tally.busy.items()}
-    return Result(
-        output=str(target),
-        images=rows,
-        failed=failed,
-        seconds=round(seconds, 3),
-        images_per_second=speed,
-        bytes_raw=bytes_raw,
-        bytes_stored=_bytes(target),
-        device=config["device"],
-        precision=chosen,
-        batch_size=tally.smallest_batch or config["batch_size"],
-        limiting_stage=max(load, key=lambda stage: load[stage]) if load else "none",
-        stages={
-            stage: {"busy_seconds": round(busy, 3), "threads": tally.threads.get(stage, 1)}
-            for stage, busy in tally.busy.items()
-        },
-        layers=layers,
-        resumed_images=resumed,
-        failures=tuple(failures),
-        notes=(*config.get("notes", ()), *_nonfinite_notes(layers, tally)),
-    )
-
-
-def _nonfinite_notes(layers: Sequence[LayerResult], tally: Tally) -> list[str]:
-    told = []
-    for layer in layers:
-        if layer.nonfinite:
-            keys = ", ".join(repr(key) for key in tally.nonfinite.get(layer.name, [])[:FIRST])
-            where = f", first in {keys}" if keys else ""
-            told.append(f"layer {layer.name!r} holds {layer.nonfinite:,} values that are not finite{where}")
-    return told
-
-
-def _bytes(target: Path) -> int:
-    files = target.iterdir() if target.is_dir() else [target]
-    return sum(file.stat().st_size for file in files)
-
-
-def _failures(acts: activations.Activations) -> list[tuple[str, str]]:
-    rows = np.flatnonzero(acts.status)[:20]
-    return [(str(acts.keys[row]), str(acts.messages[row])) for row in rows]
-
-
-def _layer_result(spec: LayerSpec, totals: counts.Totals) -> LayerResult:
-    return LayerResult(
-        name=spec.name,
-        shape=spec.shape,
-        dtype=spec.dtype,
-        bytes_stored=totals.nbytes,
-        sparsity=totals.zeros / totals.values if totals.values else None,
-        nonfinite=totals.nonfinite,
-        rel_error=spec.rel_error,
-    )

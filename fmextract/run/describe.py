@@ -1,0 +1,94 @@
+"""A model's layers as a forward pass uses them: what `fmextract layers` shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fmextract.capture import probe, resolve, survey, taps
+from fmextract.errors import SourceError
+from fmextract.inputs import preprocessing
+from fmextract.model import loading, precision, run_mode
+from fmextract.records import ModuleRow, Preprocess
+from fmextract.run.prepare import _noise, _reduction, failing_on, surveyed
+
+# --------------------------------------------------------------------------------------------- describe
+
+
+def describe(
+    model: Any,
+    *,
+    weights: str | None = None,
+    preprocess: Any = "model",
+    size: str | None = None,
+    selectors: Sequence[str] = (),
+) -> list[ModuleRow]:
+    """Every module of a model as a forward pass uses it: what `fmextract layers` shows. Downloads nothing by default.
+
+    `model`: a name, built with random weights unless `weights` names others, or a module as it is, whose input is
+    guessed (timm's configuration, else 224 x 224) where neither `preprocess` nor `size` says it.
+    Rows in the order of execution (that in which calls end), modules that are never called last. A selector with a
+    reducer gives the shape that would be stored. Raises ModelError, LayerError, SourceError, ConfigError.
+    """
+    if weights is None:
+        weights = "default" if isinstance(model, torch.nn.Module) else "random:0"
+    loaded = loading.load_model(model, weights, preprocess, size)
+    shape = _described_input(loaded, model, size)
+    cpu = torch.device("cpu")
+    with run_mode.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
+        seen = surveyed(loaded, _noise(shape, cpu))
+        wanted = resolve.resolve(selectors or ["**", "."], seen)
+        with failing_on(shape, loaded.module):
+            probed, refused = probe.probe(loaded.module, loaded.forward, wanted, shape, cpu)
+    return _module_rows(seen, wanted, probed, refused, everything=not selectors)
+
+
+def _described_input(loaded: loading.LoadedModel, model: Any, size: str | None) -> tuple[int, ...]:
+    """(channel, y, x) of an input of a model that is only looked at."""
+    preprocess = loaded.preprocess
+    if preprocess is None and isinstance(model, torch.nn.Module):
+        guessed = loading.guessed_input(model)
+        preprocess = preprocessing.apply_size(guessed, size) if size is not None else guessed
+    if not isinstance(preprocess, Preprocess) or preprocess.size is None:
+        raise SourceError("the input size is not known: give --size N (or HxW)")
+    return (len(preprocess.mean), *preprocess.size)
+
+
+def _module_rows(
+    seen: survey.Survey,
+    wanted: Sequence[taps.Tap],
+    probed: Sequence[taps.Probed],
+    refused: Sequence[taps.Refused],
+    everything: bool,
+) -> list[ModuleRow]:
+    known = {p.tap.name: p for p in probed}
+    why = {r.tap.name: r.why for r in refused}
+    rows: list[ModuleRow] = []
+    for tap in wanted:
+        found = known.get(tap.name)
+        stored = found and (_reduction(found) or found)
+        rows.append(
+            ModuleRow(
+                index=len(rows),
+                path=tap.name,
+                type=tap.module_type,
+                number=tap.numbers,
+                calls=tap.calls,
+                shape=stored.shape if stored else None,
+                axes=stored.axes if stored else (),
+                dtype=str(found.dtype).removeprefix("torch.") if found else "",
+                bytes=math.prod(stored.shape) * found.dtype.itemsize if found and stored else 0,
+                overwritten=found.overwritten if found else False,
+                refused=why.get(tap.name, ""),
+            )
+        )
+    if everything:
+        silent = [path for path in seen.types if path not in seen.counts]
+        rows += [
+            ModuleRow(-1, path, seen.types[path], "", 0, None, (), "", 0, False, seen.missed.get(path, "never called"))
+            for path in silent
+        ]
+    return rows
