@@ -36,7 +36,7 @@ from fmextract.records import Field, FileInfo, LayerSpec, Preprocess, Result, So
 
 if TYPE_CHECKING:
     from fmextract.comparison import compare, linear_cka
-    from fmextract.exporting import export
+    from fmextract.exporting.export import export
     from fmextract.planning import Plan
     from fmextract.reading.activations import Activations, open
     from fmextract.reading.layer import Layer
@@ -53,7 +53,7 @@ _LAZY = {
     "Plan": ("fmextract.planning", "Plan"),
     "compare": ("fmextract.comparison", "compare"),
     "describe": ("fmextract.run.extract", "describe"),
-    "export": ("fmextract.exporting", "export"),
+    "export": ("fmextract.exporting.export", "export"),
     "extract": ("fmextract.run.extract", "extract"),
     "linear_cka": ("fmextract.comparison", "linear_cka"),
     "open": ("fmextract.reading.activations", "open"),

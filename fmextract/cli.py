@@ -733,7 +733,7 @@ def export(
     fmextract export acts.h5 --to npy -l 'layer*' -o arrays/
     """
     with _working():
-        from fmextract.exporting import export as write
+        from fmextract.exporting.export import export as write
 
         progress = TerminalProgress(unit="row")
         made = write(acts, to=to, out=out, layers=layers, metric=metric, overwrite=overwrite, progress=progress)

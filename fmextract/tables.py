@@ -14,7 +14,7 @@ from fmextract.records import ModuleRow, Result
 if TYPE_CHECKING:
     from fmextract.benchmark import Report as Measured
     from fmextract.comparison import Comparison
-    from fmextract.exporting import Exported
+    from fmextract.exporting.export import Exported
     from fmextract.look.depth import LayerDepth
     from fmextract.look.top import Example
     from fmextract.look.where import Where

@@ -28,10 +28,10 @@ from safetensors import safe_open
 from scipy.spatial.distance import pdist
 
 import fmextract as fm
-from fmextract import dissimilarity, exporting
 from fmextract.cli import main
 from fmextract.common.progress import Quiet
 from fmextract.errors import ConfigError, DamagedError, MissingExtra, OutputError
+from fmextract.exporting import dissimilarity, export, job, rdm, safetensors
 from fmextract.reading.layer import Layer
 from fmextract.storage import writer
 from fmextract.verification import verify
@@ -95,7 +95,7 @@ def same(have: Any, want: np.ndarray) -> None:
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As everything fits into one block, and as nothing but single images or chunks does."""
     if request.param == "small blocks":
-        monkeypatch.setattr(exporting, "BLOCK_BYTES", 1000)
+        monkeypatch.setattr(job, "BLOCK_BYTES", 1000)
         monkeypatch.setattr(dissimilarity, "LEFT_BYTES", 5000)
         monkeypatch.setattr(dissimilarity, "RIGHT_BYTES", 3000)
 
@@ -177,7 +177,7 @@ def test_parquet_is_written_row_group_by_row_group(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = sum(array.nbytes for array in maps().values()) // ROWS
-    monkeypatch.setattr(exporting, "BLOCK_BYTES", 8 * row)
+    monkeypatch.setattr(job, "BLOCK_BYTES", 8 * row)
     fm.export(source, to="parquet", out=tmp_path / "a.parquet")
     held = pyarrow.parquet.ParquetFile(tmp_path / "a.parquet").metadata
     assert [held.row_group(group).num_rows for group in range(held.num_row_groups)] == [8, 8, 5]
@@ -377,7 +377,7 @@ def test_no_more_than_a_block_is_asked_for(tmp_path: Path, monkeypatch: pytest.M
     arrays = {"wide": np.ones((64, 8, 4, 4), np.float32), "narrow": np.ones((64, 3), np.float32)}
     make_file(tmp_path / "a.h5", arrays)
     block = 4096
-    monkeypatch.setattr(exporting, "BLOCK_BYTES", block)
+    monkeypatch.setattr(job, "BLOCK_BYTES", block)
     monkeypatch.setattr(dissimilarity, "LEFT_BYTES", block)
     monkeypatch.setattr(dissimilarity, "RIGHT_BYTES", block)
     asked: dict[str, list[int]] = {"wide": [], "narrow": []}
@@ -399,7 +399,7 @@ def test_no_more_than_a_block_is_asked_for(tmp_path: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("to", ["npy", "safetensors", "netcdf", "rdm"])  # pyarrow's memory is not Python's
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str) -> None:
-    monkeypatch.setattr(exporting, "BLOCK_BYTES", 1 << 18)
+    monkeypatch.setattr(job, "BLOCK_BYTES", 1 << 18)
     monkeypatch.setattr(dissimilarity, "LEFT_BYTES", 1 << 18)
     monkeypatch.setattr(dissimilarity, "RIGHT_BYTES", 1 << 18)
     peaks = []
@@ -510,7 +510,7 @@ def test_an_old_directory_comes_back_if_the_new_one_cannot_take_its_place(
     def refused(temporary: Path, final: Path) -> None:
         raise OutputError("read-only")
 
-    monkeypatch.setattr(exporting.index, "publish", refused)
+    monkeypatch.setattr(export.index, "publish", refused)
     with pytest.raises(OutputError, match="read-only"):
         fm.export(source, to="npy", out=tmp_path / "arrays", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["arrays"]
@@ -545,7 +545,7 @@ def test_parquet_without_its_library(
 
 
 def test_too_many_images_for_an_rdm(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "MOST_RDM_BYTES", 8 * 171 * 2)  # of 19 images, in two layers
+    monkeypatch.setattr(rdm, "MOST_RDM_BYTES", 8 * 171 * 2)  # of 19 images, in two layers
     fm.export(source, to="rdm", out=tmp_path / "two.h5", layers=["conv", "split"])
     with pytest.raises(ConfigError, match=r"19 images make 171 pairs a layer, 9.4 KiB for 7 layers.*Name fewer layers"):
         fm.export(source, to="rdm", out=tmp_path / "seven.h5")
@@ -559,7 +559,7 @@ def test_an_rdm_needs_two_images(tmp_path: Path) -> None:
 
 
 def test_too_many_keys_for_safetensors(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporting, "MOST_HEADER_BYTES", 1000)
+    monkeypatch.setattr(safetensors, "MOST_HEADER_BYTES", 1000)
     with pytest.raises(ConfigError, match=r"the keys of 21 images take .* export to npy or parquet"):
         fm.export(source, to="safetensors", out=tmp_path / "a.safetensors")
 
@@ -567,8 +567,8 @@ def test_too_many_keys_for_safetensors(source: Path, tmp_path: Path, monkeypatch
 def test_the_header_that_safetensors_reads(tmp_path: Path) -> None:
     """MOST_HEADER_BYTES is the library's own limit."""
     for size, error in (
-        (exporting.MOST_HEADER_BYTES, None),
-        (exporting.MOST_HEADER_BYTES + 8, "(?i)header ?too ?large"),
+        (safetensors.MOST_HEADER_BYTES, None),
+        (safetensors.MOST_HEADER_BYTES + 8, "(?i)header ?too ?large"),
     ):
         path = tmp_path / f"{size}.safetensors"
         path.write_bytes(size.to_bytes(8, "little") + b"{}".ljust(size))
@@ -642,5 +642,5 @@ def test_the_progress_is_told_of_every_row_of_every_layer(tmp_path: Path, to: st
     arrays = {"a": np.random.default_rng(0).random((7, 2, 3, 3), np.float32), "b": np.eye(7, 5, dtype=np.float32)}
     make_file(tmp_path / "acts.h5", arrays)
     told = Told()
-    exporting.export(tmp_path / "acts.h5", to=to, out=tmp_path / NAMES[to], progress=told)
+    export.export(tmp_path / "acts.h5", to=to, out=tmp_path / NAMES[to], progress=told)
     assert (told.total, told.done, told.finished) == (14, 14, True)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from files import make_file, make_shards
 
-from fmextract import exporting
 from fmextract.common import processes
+from fmextract.exporting import export
 from fmextract.run import packing
 from fmextract.storage import durable, shards
 
@@ -50,7 +50,7 @@ def test_what_a_killed_command_left_is_removed_by_the_next(to: str, name: str, t
     target = tmp_path / name
 
     def run() -> None:
-        packing.pack(source, target) if to == "pack" else exporting.export(source, to=to, out=target)
+        packing.pack(source, target) if to == "pack" else export.export(source, to=to, out=target)
 
     ended = subprocess.run([sys.executable, "-c", KILLED, source, target, to], check=False, capture_output=True)
     assert ended.returncode < 0, ended.stderr
@@ -76,5 +76,5 @@ def test_an_earlier_export_that_was_set_aside_is_no_rubbish_until_the_next_is_th
     (aside / "earlier.npy").write_bytes(b"all there is")
     shards.remove_dead(tmp_path / "out", directories=(tmp_path / "out").exists())
     assert aside.exists()
-    exporting.export(tmp_path / "acts.h5", to="npy", out=tmp_path / "out")
+    export.export(tmp_path / "acts.h5", to="npy", out=tmp_path / "out")
     assert not aside.exists()

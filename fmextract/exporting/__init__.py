@@ -1,0 +1,1 @@
+"""Stored layers in the formats of other tools."""
