@@ -25,9 +25,9 @@ import fmextract
 from fmextract.common import sample_photos
 from fmextract.common.boxes import Box, photo_box
 from fmextract.common.progress import Quiet
-from fmextract.look import where
-from fmextract.look.photos import input_size
 from fmextract.reading.activations import Activations
+from fmextract.visual import where
+from fmextract.visual.photos import input_size
 
 OBJECTS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "coins.png")
 BACKGROUNDS = ("grass.png", "brick.png", "moon.png")

@@ -572,7 +572,7 @@ def report(
     fmextract report acts.h5 -o report.html
     """
     with _working():
-        from fmextract.report import write_report
+        from fmextract.visual.report.report import write_report
 
         made = write_report(out, page, images=images, max_size=parse_size(max_size))
     _show(made.as_json(), lambda: str(made), as_json)
@@ -590,8 +590,8 @@ Cmap = Annotated[
 
 
 def _style(theme: str, dpi: int, cmap: str | None = None, out: Path | None = None) -> Any:
-    """How a picture is drawn, as `fmextract.look` takes it; where long work comes first, `out` is checked too."""
-    from fmextract.look import canvas
+    """How a picture is drawn, as `fmextract.visual` takes it; where long work comes first, `out` is checked too."""
+    from fmextract.visual import canvas
 
     if out is not None:
         canvas.check_name(out)
@@ -626,7 +626,7 @@ def bench(
         style = _style(theme, dpi, out=plot)
         found = measure(source, model, config, TerminalProgress(), repeats=repeats)
         if plot is not None:
-            from fmextract.look.stages import draw_stages
+            from fmextract.visual.stages import draw_stages
 
             draw_stages(found, plot, style=style)
     _show(found.as_json(), lambda: tables.benchmark(found), as_json)
@@ -686,7 +686,7 @@ def compare(
         with activations.open(a) as first, activations.open(b) as second:
             found = comparison.compare(first, second, layers or (), worst=worst)
         if out is not None:
-            from fmextract.look.differences import draw_comparison
+            from fmextract.visual.differences import draw_comparison
 
             draw_comparison(found, out, style=style)
     _show(found.as_json(), lambda: tables.comparison(found), as_json)
@@ -800,7 +800,7 @@ def show_filters(
     fmextract show filters -m resnet50 -l conv1 -o filters.png
     """
     with _working():
-        from fmextract.look import filters as drawing
+        from fmextract.visual import filters as drawing
 
         made = drawing.show_filters(
             model,
@@ -876,8 +876,8 @@ def show_maps(
     drawing: dict[str, Any] = {"count": count, "order": order, "channels": channels or (), "scale": scale}
     drawing |= {"overlay": overlay, "format": kind, "layers": layers or ()}
     with _working():
-        from fmextract.look import live, maps
         from fmextract.reading import activations
+        from fmextract.visual import live, maps
 
         drawing["style"] = _style(theme, dpi, cmap)
 
@@ -915,8 +915,8 @@ def show_depth(
     fmextract show depth acts.h5 -o depth.png
     """
     with _working():
-        from fmextract.look import depth
         from fmextract.reading import activations
+        from fmextract.visual import depth
 
         with activations.open(acts) as stored:
             if out is None:
@@ -947,8 +947,8 @@ def show_top(
     fmextract show top acts.h5 -l layer4 --channel 17 -o top.png
     """
     with _working():
-        from fmextract.look import top
         from fmextract.reading import activations
+        from fmextract.visual import top
 
         with activations.open(acts) as stored:
             found = top.show_top(stored, layer, channels, out, k=k, images=images, style=_style(theme, dpi))
@@ -977,8 +977,8 @@ def show_where(
     fmextract show where acts.h5 --image cats/tom.jpg -l layer4 -o where.png
     """
     with _working():
-        from fmextract.look import where
         from fmextract.reading import activations
+        from fmextract.visual import where
 
         with activations.open(acts) as stored:
             found = where.show_where(stored, image, layer, out, k=k, images=images, style=_style(theme, dpi, cmap))

@@ -89,8 +89,8 @@ def demo(out: Path, progress: Progress) -> Demo:
     """
     from fmextract.config import Config
     from fmextract.reading import activations
-    from fmextract.report import write_report
     from fmextract.run.extract import run
+    from fmextract.visual.report.report import write_report
 
     photos = copy_photos(out / "photos")
     config = Config(layers=LAYERS, precision="fp32", effective_fields="always", overwrite=True)
@@ -106,7 +106,7 @@ def demo(out: Path, progress: Progress) -> Demo:
 def _picture(acts: Any, photo: Path, out: Path) -> Path:
     import PIL.Image
 
-    from fmextract.look.maps import draw_maps
+    from fmextract.visual.maps import draw_maps
 
     maps = [name for name in acts.layers if "y" in acts[name].axes]
     layers = [maps[round(i * (len(maps) - 1) / 6)] for i in range(7)]  # the first, the last, and five between

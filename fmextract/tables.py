@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from fmextract.benchmark import Report as Measured
     from fmextract.comparison import Comparison
     from fmextract.exporting.export import Exported
-    from fmextract.look.depth import LayerDepth
-    from fmextract.look.top import Example
-    from fmextract.look.where import Where
     from fmextract.planning import Plan
     from fmextract.verification import Report
+    from fmextract.visual.depth import LayerDepth
+    from fmextract.visual.top import Example
+    from fmextract.visual.where import Where
 
 SHOWN = 50  # problems
 

@@ -66,7 +66,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute here"
-            # `from fmextract.look import canvas` is about the module, not about what the package itself offers.
+            # `from fmextract.visual import canvas` is about the module, not about what the package itself offers.
             inner = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [n if n.removeprefix("fmextract.") in MODULES else str(node.module) for n in inner]
         else:
@@ -134,7 +134,7 @@ WITHOUT_TORCH = {
     "help of extract": "from fmextract.cli import main; assert main(['extract', '--help']) == 0",
     "info": "from fmextract.cli import main; assert main(['info', FILE]) == 0",
     "read": "import fmextract; a = fmextract.open(FILE); a.keys, a['layer'][1, 2], a.info(), list(a.batches())",
-    "look": "import fmextract.look",
+    "look": "import fmextract.visual",
     "export": "import fmextract; [fmextract.export(FILE, to=to, out=FILE + end) for to, end in EXPORTS]",
 }
 

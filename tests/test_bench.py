@@ -16,8 +16,8 @@ from fmextract import benchmark, cli, tables
 from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import OutputError
-from fmextract.look.stages import draw_stages
 from fmextract.run.prepare import prepare
+from fmextract.visual.stages import draw_stages
 
 
 @pytest.fixture(scope="module")

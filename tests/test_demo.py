@@ -15,8 +15,8 @@ from fmextract import demo
 from fmextract.cli import main
 from fmextract.common import sample_photos
 from fmextract.errors import ConfigError
-from fmextract.look.maps import draw_maps
-from fmextract.look.photos import as_seen
+from fmextract.visual.maps import draw_maps
+from fmextract.visual.photos import as_seen
 
 
 @pytest.fixture(scope="module")

@@ -19,13 +19,13 @@ from torch import nn
 
 import fmextract
 from fmextract.cli import main
-from fmextract.look import depth
 from fmextract.pipeline.running_stats import RunningStats
 from fmextract.planning import Plan
 from fmextract.records import LayerSpec
 from fmextract.storage.digest import content_digest
 from fmextract.storage.layer_stats import COVARIANCE, NEAR_ZERO, TOP
 from fmextract.storage.shards import PLAN
+from fmextract.visual import depth
 
 ATTRS = ("effective_dimension", "effective_dimension_rows")
 EXACT = 1e-9

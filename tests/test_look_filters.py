@@ -13,7 +13,7 @@ from torch import nn
 
 from fmextract.cli import main
 from fmextract.errors import ConfigError, LayerError
-from fmextract.look.filters import _coloured, parse_slice, show_filters
+from fmextract.visual.filters import _coloured, parse_slice, show_filters
 
 
 def test_colour_kernels_are_the_weights(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from looking import Tokens, small_run, write_photos
 import fmextract
 from fmextract.cli import main
 from fmextract.errors import ConfigError
-from fmextract.look import depth
-from fmextract.look.maps import show_maps
-from fmextract.look.top import show_top, strongest
-from fmextract.look.where import localize, show_where
+from fmextract.visual import depth
+from fmextract.visual.maps import show_maps
+from fmextract.visual.top import show_top, strongest
+from fmextract.visual.where import localize, show_where
 
 
 @pytest.fixture(scope="module")

@@ -24,10 +24,10 @@ from fmextract.common import boxes
 from fmextract.common.text import printable
 from fmextract.errors import ConfigError
 from fmextract.records import Field
-from fmextract.report import _level, _spread, write_report
-from fmextract.report.numbers import shown
-from fmextract.report.views import sprite_columns
 from fmextract.storage import durable, shards
+from fmextract.visual.report.numbers import shown
+from fmextract.visual.report.report import _level, _spread, write_report
+from fmextract.visual.report.views import sprite_columns
 
 HERE = Path(__file__).parent / "browser"
 EVIL = "</script><img src=x onerror=alert(1)>"
@@ -301,7 +301,7 @@ def test_thumbnails_are_what_the_network_saw(
 ) -> None:
     from fmextract.inputs import decoding
     from fmextract.records import Preprocess
-    from fmextract.report.photos import Photos
+    from fmextract.visual.report.photos import Photos
 
     y, x = np.mgrid[: photo[0], : photo[1]]
     pixels = np.stack([255 * y / photo[0], 255 * x / photo[1], 128 + 60 * np.sin(x / 20 + y / 15)], 2)

@@ -13,7 +13,7 @@ from runs import extract, extract_until, make_photos
 from fmextract import cli
 from fmextract.pipeline import threads
 from fmextract.reading import activations
-from fmextract.report import write_report
+from fmextract.visual.report.report import write_report
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from torch import nn
 import fmextract as fm
 from fmextract.capture import resolve, survey
 from fmextract.errors import ConfigError, LayerError
-from fmextract.look.maps import describe_field
 from fmextract.reading.select import select_layers
+from fmextract.visual.maps import describe_field
 
 Tensor = torch.Tensor
 

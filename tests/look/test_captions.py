@@ -17,10 +17,10 @@ import fmextract
 from fmextract import benchmark, cli, comparison
 from fmextract.common.folders import common_folder, local_name, without_folders
 from fmextract.errors import ConfigError, OutputError
-from fmextract.look import canvas, maps, stages, top, where
-from fmextract.look.depth import show_depth
-from fmextract.look.filters import show_filters
-from fmextract.report import write_report
+from fmextract.visual import canvas, maps, stages, top, where
+from fmextract.visual.depth import show_depth
+from fmextract.visual.filters import show_filters
+from fmextract.visual.report.report import write_report
 
 
 class Block(nn.Module):

@@ -20,9 +20,9 @@ from torch import nn
 import fmextract
 from fmextract import cli, comparison
 from fmextract.errors import ConfigError, OutputError
-from fmextract.look import canvas, depth, differences, maps, where
-from fmextract.look.top import show_top
-from fmextract.report import write_report
+from fmextract.visual import canvas, depth, differences, maps, where
+from fmextract.visual.report.report import write_report
+from fmextract.visual.top import show_top
 
 
 class Odd(nn.Module):

@@ -24,13 +24,13 @@ from odd_images import jpeg, photo, with_orientation
 import fmextract
 from fmextract.errors import ConfigError
 from fmextract.inputs import decoding
-from fmextract.look import maps
-from fmextract.look.photos import load_photo
 from fmextract.reading import activations
 from fmextract.records import FileStamp
-from fmextract.report import write_report
-from fmextract.report.photos import Photos
 from fmextract.run import packing
+from fmextract.visual import maps
+from fmextract.visual.photos import load_photo
+from fmextract.visual.report.photos import Photos
+from fmextract.visual.report.report import write_report
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n0 0 8 8 rectfill\nshowpage\n"
 
@@ -144,7 +144,7 @@ def test_photos_whose_key_is_not_their_path(out: Path, tmp_path: Path, monkeypat
     assert write_report(tmp_path / "manifest.h5").photos == 2
     (photos / "0001.png").write_bytes(b"0" * (photos / "0001.png").stat().st_size)
     assert "no photo 'cat 0'" in refused(tmp_path / "manifest.h5", 0)
-    monkeypatch.setattr("fmextract.look.photos.MOST_LISTED", 1)
+    monkeypatch.setattr("fmextract.visual.photos.MOST_LISTED", 1)
     assert "no photo 'cat 1'" in refused(tmp_path / "manifest.h5", 1, photos)
 
 

@@ -17,7 +17,7 @@ import fmextract
 from fmextract import cli
 from fmextract.comparison import Comparison, LayerComparison
 from fmextract.errors import ConfigError
-from fmextract.look import canvas, depth, differences, maps, top, where
+from fmextract.visual import canvas, depth, differences, maps, top, where
 
 GROUND = {"dark": (0x16, 0x16, 0x1D), "light": (255, 255, 255)}
 

@@ -8,22 +8,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fmextract.look.canvas import Style
-from fmextract.look.depth import LayerDepth, measure_depth, show_depth
-from fmextract.look.differences import draw_comparison
-from fmextract.look.maps import MapPicture, draw_maps, show_maps
-from fmextract.look.top import Example, show_top, strongest, top_picture
-from fmextract.look.where import Where, localize, show_where, where_picture
+from fmextract.visual.canvas import Style
+from fmextract.visual.depth import LayerDepth, measure_depth, show_depth
+from fmextract.visual.differences import draw_comparison
+from fmextract.visual.maps import MapPicture, draw_maps, show_maps
+from fmextract.visual.top import Example, show_top, strongest, top_picture
+from fmextract.visual.where import Where, localize, show_where, where_picture
 
 if TYPE_CHECKING:
-    from fmextract.look.filters import Filters, show_filters
-    from fmextract.look.live import activations_of, show_maps_of
+    from fmextract.visual.filters import Filters, show_filters
+    from fmextract.visual.live import activations_of, show_maps_of
 
 _LAZY = {
-    "Filters": "fmextract.look.filters",
-    "activations_of": "fmextract.look.live",
-    "show_filters": "fmextract.look.filters",
-    "show_maps_of": "fmextract.look.live",
+    "Filters": "fmextract.visual.filters",
+    "activations_of": "fmextract.visual.live",
+    "show_filters": "fmextract.visual.filters",
+    "show_maps_of": "fmextract.visual.live",
 }
 
 __all__ = [
@@ -52,5 +52,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module 'fmextract.look' has no attribute {name!r}")
+        raise AttributeError(f"module 'fmextract.visual' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

@@ -27,12 +27,12 @@ from fmextract.common import strict_json
 from fmextract.common.folders import local_name
 from fmextract.common.text import byte_count, count, printable
 from fmextract.errors import ConfigError
-from fmextract.look.photos import input_size
 from fmextract.reading import activations
 from fmextract.reading.layer import Layer
-from fmextract.report import numbers
-from fmextract.report.photos import Photos
-from fmextract.report.views import drawn, view_of
+from fmextract.visual.photos import input_size
+from fmextract.visual.report import numbers
+from fmextract.visual.report.photos import Photos
+from fmextract.visual.report.views import drawn, view_of
 
 __all__ = ["Made", "write_report"]
 

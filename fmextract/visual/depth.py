@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from fmextract.common.folders import local_name
 from fmextract.errors import ConfigError
-from fmextract.look import canvas
-from fmextract.look.canvas import Style, styled
 from fmextract.reading.select import select_layers
 from fmextract.storage.layer_stats import NEAR_ZERO
+from fmextract.visual import canvas
+from fmextract.visual.canvas import Style, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,13 +18,13 @@ from fmextract.capture import resolve, survey
 from fmextract.common.text import shape
 from fmextract.errors import ConfigError, LayerError
 from fmextract.inputs.preprocessing import Preprocessing
-from fmextract.look import canvas
-from fmextract.look.canvas import Array, Style, short, styled
-from fmextract.look.live import activations_of
-from fmextract.look.photos import as_seen, load_photo
-from fmextract.look.places import read_maps
 from fmextract.model import loading
 from fmextract.run import prepare
+from fmextract.visual import canvas
+from fmextract.visual.canvas import Array, Style, short, styled
+from fmextract.visual.live import activations_of
+from fmextract.visual.photos import as_seen, load_photo
+from fmextract.visual.places import read_maps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

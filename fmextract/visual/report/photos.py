@@ -10,8 +10,8 @@ from typing import Any
 import PIL.Image
 
 from fmextract.errors import ConfigError
-from fmextract.look.photos import Listing, as_seen, load_photo
 from fmextract.reading.activations import Activations
+from fmextract.visual.photos import Listing, as_seen, load_photo
 
 SIDE = 224
 """Pixels of a thumbnail's longer side."""

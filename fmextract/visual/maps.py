@@ -15,11 +15,11 @@ import PIL.Image
 from fmextract.common.folders import local_name
 from fmextract.common.text import count, shape
 from fmextract.errors import ConfigError
-from fmextract.look import canvas
-from fmextract.look.canvas import Array, Style, safe, short, styled
-from fmextract.look.photos import as_seen, check_traceable, load_photo
-from fmextract.look.places import Grid, Maps, pick_channels, read_maps
 from fmextract.reading.select import select_layers
+from fmextract.visual import canvas
+from fmextract.visual.canvas import Array, Style, safe, short, styled
+from fmextract.visual.photos import as_seen, check_traceable, load_photo
+from fmextract.visual.places import Grid, Maps, pick_channels, read_maps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure

@@ -10,8 +10,8 @@ import numpy as np
 
 from fmextract.common.text import count
 from fmextract.comparison import Comparison
-from fmextract.look import canvas
-from fmextract.look.canvas import Array, Style, cut, styled
+from fmextract.visual import canvas
+from fmextract.visual.canvas import Array, Style, cut, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

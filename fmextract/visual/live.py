@@ -12,9 +12,9 @@ from typing import Any
 from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import SourceError
-from fmextract.look.maps import MapPicture, show_maps
 from fmextract.reading import activations
 from fmextract.run.extract import run
+from fmextract.visual.maps import MapPicture, show_maps
 
 
 @contextmanager

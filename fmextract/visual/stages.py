@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fmextract.common.folders import local_name
-from fmextract.look import canvas
-from fmextract.look.canvas import Style, cut, styled
+from fmextract.visual import canvas
+from fmextract.visual.canvas import Style, cut, styled
 
 if TYPE_CHECKING:
     from fmextract.benchmark import Report

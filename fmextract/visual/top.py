@@ -16,11 +16,11 @@ from fmextract.common.boxes import Box, photo_box
 from fmextract.common.folders import local_name
 from fmextract.common.text import count
 from fmextract.errors import ConfigError
-from fmextract.look import canvas
-from fmextract.look.canvas import Style, short, styled
-from fmextract.look.photos import Listing, as_seen, input_size, load_photo
-from fmextract.look.places import Grid, Region, grid_of
 from fmextract.reading.select import has_maps
+from fmextract.visual import canvas
+from fmextract.visual.canvas import Style, short, styled
+from fmextract.visual.photos import Listing, as_seen, input_size, load_photo
+from fmextract.visual.places import Grid, Region, grid_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,11 +13,11 @@ import numpy as np
 from fmextract.common.boxes import Box, photo_box
 from fmextract.common.folders import local_name
 from fmextract.errors import ConfigError
-from fmextract.look import canvas
-from fmextract.look.canvas import Array, Style, cut, styled
-from fmextract.look.photos import as_seen, check_traceable, load_photo
-from fmextract.look.places import Region, read_maps
-from fmextract.look.top import KINDS, cropped, draw_region, outline
+from fmextract.visual import canvas
+from fmextract.visual.canvas import Array, Style, cut, styled
+from fmextract.visual.photos import as_seen, check_traceable, load_photo
+from fmextract.visual.places import Region, read_maps
+from fmextract.visual.top import KINDS, cropped, draw_region, outline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from fmextract.common.boxes import Box, cell_box
 from fmextract.errors import ConfigError
-from fmextract.look.photos import input_size
 from fmextract.reading.select import has_maps
 from fmextract.records import Field
+from fmextract.visual.photos import input_size
 
 if TYPE_CHECKING:
     from fmextract.reading.activations import Activations
