@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.contenders import Script, Task
-from fmextract import benchmark, tables
+from fmextract import benchmark
+from fmextract.cli import tables
 from fmextract.common.progress import Quiet
 from fmextract.common.system import cores
 from fmextract.config import Config

@@ -87,10 +87,10 @@ def make_subjects(folder: Path) -> None:
 
 
 def extract(folder: Path, out: Path, *options: str) -> int:
-    from fmextract import cli
+    from fmextract.cli import app
 
     # One of eight is broken: status 3 says so.
-    code = cli.main(["extract", str(folder / "photos"), "-m", f"{folder}/model.py:small", "-o", str(out),
+    code = app.main(["extract", str(folder / "photos"), "-m", f"{folder}/model.py:small", "-o", str(out),
                      "--max-failures", "3", *RUN, *options, "--debug"])  # fmt: skip
     return 0 if code == 3 else code
 
@@ -247,12 +247,12 @@ def commands(target: Path, base: Path, out: Path) -> dict[str, list[str]]:
 
 def wrong(name: str, arguments: list[str], target: Path) -> str | None:
     """What a command did that it must not, None where it did well."""
-    from fmextract import cli
+    from fmextract.cli import app
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        code = cli.main([*arguments, "--debug"])
+        code = app.main([*arguments, "--debug"])
     said = err.getvalue()
     if code not in (0, 2, 3, 4, 5):
         return f"{name}: exit status {code}: {_end(said)}"

@@ -217,13 +217,13 @@ def _child(what: str, arguments: Sequence[str]) -> None:
     if what == "build":
         _network("resnet50")
         _ready()
-    from fmextract import cli
+    from fmextract.cli import app
 
-    with cli._importing():  # as the command itself would
+    with app.importing():  # as the command itself would
         from fmextract.pipeline import pipeline
     pipeline.run_shards = lambda *args: _ready()
     photos, out = arguments
-    raise SystemExit(cli.main(["extract", photos, *COMMAND, "-o", out, "--device", "cpu"]))
+    raise SystemExit(app.main(["extract", photos, *COMMAND, "-o", out, "--device", "cpu"]))
 
 
 def _ready() -> None:

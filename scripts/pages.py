@@ -15,7 +15,7 @@ import refusals
 import typer
 
 from fmextract.capture.reducer_help import REDUCER_HELP
-from fmextract.cli import app
+from fmextract.cli.app import app
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 

@@ -167,7 +167,7 @@ def same(one: Path, other: Path) -> None:
 
 def command(arguments: list[str], said: str, slow: float = 0.0) -> int:
     """The command line, its stderr in the file `said`, with `slow` seconds after every batch."""
-    from fmextract import cli
+    from fmextract.cli import app
     from fmextract.common import progress
 
     advance = progress.TerminalProgress.advance
@@ -178,7 +178,7 @@ def command(arguments: list[str], said: str, slow: float = 0.0) -> int:
 
     progress.TerminalProgress.advance = slowly  # type: ignore[method-assign]
     with Path(said).open("w") as sys.stderr, Path("/dev/null").open("w") as sys.stdout:
-        return cli.main(arguments)
+        return app.main(arguments)
 
 
 def extract_killed(source: Path, out: Path, number: int) -> int:

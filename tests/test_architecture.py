@@ -130,9 +130,9 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 WITHOUT_TORCH = {
     "import": "import fmextract; fmextract.Config; dir(fmextract)",
-    "help": "from fmextract.cli import main; assert main(['--help']) == 0",
-    "help of extract": "from fmextract.cli import main; assert main(['extract', '--help']) == 0",
-    "info": "from fmextract.cli import main; assert main(['info', FILE]) == 0",
+    "help": "from fmextract.cli.commands import main; assert main(['--help']) == 0",
+    "help of extract": "from fmextract.cli.commands import main; assert main(['extract', '--help']) == 0",
+    "info": "from fmextract.cli.commands import main; assert main(['info', FILE]) == 0",
     "read": "import fmextract; a = fmextract.open(FILE); a.keys, a['layer'][1, 2], a.info(), list(a.batches())",
     "look": "import fmextract.visual",
     "export": "import fmextract; [fmextract.export(FILE, to=to, out=FILE + end) for to, end in EXPORTS]",
@@ -158,7 +158,7 @@ def test_needs_no_torch(what: str, stored: Path) -> None:
 
 def test_help_answers_at_once() -> None:
     """Measured 0.11 s; the limit is what a person does not notice, with room for a busy machine."""
-    code = "import time; t = time.process_time(); from fmextract.cli import main; main(['--help'])"
+    code = "import time; t = time.process_time(); from fmextract.cli.commands import main; main(['--help'])"
     code += "; import sys; print(time.process_time() - t, file=sys.stderr)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert float(ended.stderr) < 0.5

@@ -12,7 +12,8 @@ import torchvision
 from runs import OPTIONS, Tiny, make_photos
 from torch import nn
 
-from fmextract import benchmark, cli, tables
+from fmextract import benchmark
+from fmextract.cli import app, tables
 from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import OutputError
@@ -59,7 +60,7 @@ def test_the_picture(measured: benchmark.Report, tmp_path: Path) -> None:
 
 
 def test_repeats_are_at_least_one(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "-m", "resnet18", "--repeats", "0"]) == 2
+    assert app.main(["bench", "-m", "resnet18", "--repeats", "0"]) == 2
     assert "--repeats 0" in capsys.readouterr().err
 
 

@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from fmextract import errors
-from fmextract.cli import app
+from fmextract.cli.app import app
 from fmextract.config import Config
 
 ROOT = Path(__file__).parent.parent

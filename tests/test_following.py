@@ -15,7 +15,7 @@ from runs import OPTIONS, Notes, Tiny, extract, extract_until, make_photos
 from torch import nn
 
 import fmextract as fm
-from fmextract import cli
+from fmextract.cli import app
 from fmextract.config import Config
 from fmextract.errors import ConfigError, FormatError, OutputError
 from fmextract.planning import Plan
@@ -180,14 +180,14 @@ def test_from_the_command_line_and_from_python(tmp_path: Path, capsys: pytest.Ca
     arguments = [str(photos), "-m", f"{tmp_path / 'net.py'}:make", "-l", "0", "--device", "cpu"]
     arguments += ["--preprocess", "size=8,crop=8,mean=0.5,std=0.5"]
     torch.manual_seed(0)
-    assert cli.main(["plan", *arguments, "--save", str(plan)]) == 0
+    assert app.main(["plan", *arguments, "--save", str(plan)]) == 0
     made = Plan.load(plan)
     dataclasses.replace(made, batch_size=2, shard_rows=4).save(plan)
     torch.manual_seed(0)
-    assert cli.main(["extract", *arguments, "-o", str(tmp_path / "acts"), "--plan", str(plan), "--dry-run"]) == 0
+    assert app.main(["extract", *arguments, "-o", str(tmp_path / "acts"), "--plan", str(plan), "--dry-run"]) == 0
     assert "batch size 2" in capsys.readouterr().out
     torch.manual_seed(0)
-    assert cli.main(["extract", *arguments, "-o", str(tmp_path / "acts"), "--plan", str(plan)]) == 0
+    assert app.main(["extract", *arguments, "-o", str(tmp_path / "acts"), "--plan", str(plan)]) == 0
     assert decided(tmp_path / "acts")[1] == 2
     model = Tiny()
     options = {"layers": ["conv"], "preprocess": AUTO["preprocess"]}

@@ -16,7 +16,7 @@ import runs
 import torch
 from runs import extract, extract_until, make_photos, picture
 
-from fmextract import cli
+from fmextract.cli import app
 from fmextract.errors import FmextractError, FormatError, ModelError, OutputError, SampleError
 from fmextract.reading import activations
 from fmextract.run import packing
@@ -74,7 +74,7 @@ def test_keys_come_back_as_they_can_be_written(named: Path) -> None:
 
 def test_nothing_of_them_reaches_the_terminal(named: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["info", str(named)], ["info", str(named), "--json"], ["verify", str(named)]):
-        assert cli.main(arguments) == 0
+        assert app.main(arguments) == 0
         said = "".join(capsys.readouterr())
         assert "\x1b" not in said
         assert "\x07" not in said

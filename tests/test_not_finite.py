@@ -13,7 +13,7 @@ import torch
 from runs import Notes, extract, make_photos
 from torch import nn
 
-from fmextract import cli
+from fmextract.cli import app
 from fmextract.common import strict_json
 from fmextract.common.relative_error import relative_error
 from fmextract.reading import activations
@@ -86,14 +86,14 @@ def test_every_json_of_the_command_line_is_one(tmp_path: Path, capsys: pytest.Ca
     for name in NAMES:
         run += ["-l", name]
     for command in (["plan", *run, "--precision", "bf16"], ["extract", *run, "--precision", "bf16"]):
-        assert cli.main(command) == 0
+        assert app.main(command) == 0
         strictly(capsys.readouterr().out)
-    assert cli.main(["extract", *run, "--precision", "fp32", "-o", str(tmp_path / "b.h5")]) == 0
+    assert app.main(["extract", *run, "--precision", "fp32", "-o", str(tmp_path / "b.h5")]) == 0
     capsys.readouterr()
     for command in (["info", str(out)], ["verify", str(out)], ["compare", str(out), str(tmp_path / "b.h5")]):
-        cli.main([*command, "--json"])
+        app.main([*command, "--json"])
         strictly(capsys.readouterr().out)
-    assert cli.main(["export", str(out), "--to", "npy", "-o", str(tmp_path / "exported")]) == 0
+    assert app.main(["export", str(out), "--to", "npy", "-o", str(tmp_path / "exported")]) == 0
     for path in tmp_path.rglob("*.json"):
         strictly(path.read_text())
 

@@ -19,7 +19,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 
-from fmextract import cli
+from fmextract.cli import app
 from fmextract.common.imports import import_object
 from fmextract.common.trust import names_from_a_file
 from fmextract.errors import ConfigError, ModelError
@@ -94,7 +94,7 @@ def test_code_that_a_file_names_is_not_run(place: Path, what: str) -> None:
         verify(place / "acts.h5", rerun=2)
     assert said in str(error.value)
     assert "--trust" in str(error.value)
-    assert cli.main(["verify", "acts.h5", "--rerun", "2"]) == 2
+    assert app.main(["verify", "acts.h5", "--rerun", "2"]) == 2
     assert not ran(place)
     assert verify(place / "acts.h5", rerun=2, trust=True).ok
     assert ran(place)
@@ -114,8 +114,8 @@ def test_what_is_given_again_is_run_and_nothing_else(place: Path) -> None:
             verify(out, rerun=2, **given)
         assert not ran(place)
     everything = ["-m", "evil.py:make", "--source", "evil.py:photos", "--preprocess", "evil.py:prepare"]
-    assert cli.main(["verify", "acts.h5", "--rerun", "2", *everything]) == 0
-    assert cli.main(["verify", "acts.h5", "--rerun", "2", "--trust"]) == 0
+    assert app.main(["verify", "acts.h5", "--rerun", "2", *everything]) == 0
+    assert app.main(["verify", "acts.h5", "--rerun", "2", "--trust"]) == 0
 
 
 def test_all_of_it_is_said_at_once(place: Path) -> None:

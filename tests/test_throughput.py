@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import extract, extract_until, make_photos
 
-from fmextract import cli
+from fmextract.cli import app
 from fmextract.pipeline import threads
 from fmextract.reading import activations
 from fmextract.visual.report.report import write_report
@@ -49,9 +49,9 @@ def test_it_is_shown_and_is_no_content(photos: Path, tmp_path: Path, capsys: pyt
     with h5py.File(out, "r+") as file:
         assert json.loads(file.attrs["throughput"])["images"] == 10
         file.attrs["throughput"] = json.dumps({"images": 10, "seconds": 4.0, "busy_seconds": {"forward": 3.0}})
-    assert cli.main(["verify", str(out)]) == 0
+    assert app.main(["verify", str(out)]) == 0
     capsys.readouterr()
-    assert cli.main(["info", str(out)]) == 0
+    assert app.main(["info", str(out)]) == 0
     assert "2.5 images/s, 10 images in 4.0 s" in capsys.readouterr().out.replace("2.50", "2.5")
     page = tmp_path / "report.html"
     write_report(out, page, images=photos)

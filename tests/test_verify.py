@@ -19,7 +19,7 @@ import pytest
 import runs
 from runs import Tiny, extract, make_photos
 
-from fmextract import cli
+from fmextract.cli import app
 from fmextract.errors import ConfigError, FormatError, OutputError
 from fmextract.reading import activations
 from fmextract.run import packing, prepare, provenance
@@ -328,25 +328,25 @@ def test_a_model_given_as_an_object_has_to_be_given_again(photos: Path, tmp_path
 
 
 def test_the_command_line(whole: Path, whole_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["verify", str(whole_file)]) == 0
+    assert app.main(["verify", str(whole_file)]) == 0
     assert "whole" in capsys.readouterr().out
-    assert cli.main(["verify", str(whole), "--rerun", "2", "-m", MODEL, "--json"]) == 0
+    assert app.main(["verify", str(whole), "--rerun", "2", "-m", MODEL, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert (said["ok"], said["rerun"], said["problems"]) == (True, 2, [])
     out = copied(whole, tmp_path / "out")
     offset, size = chunk_at(out / "shard-00001.h5", "conv")
     flip(out / "shard-00001.h5", offset + size // 2)
-    assert cli.main(["verify", str(out)]) == 5
+    assert app.main(["verify", str(out)]) == 5
     assert "shard-00001.h5, layer conv, rows 4-4" in capsys.readouterr().out
     (out / "shard-00001.h5").unlink()
-    assert cli.main(["verify", str(out), "--json"]) == 5
+    assert app.main(["verify", str(out), "--json"]) == 5
     assert json.loads(capsys.readouterr().out)["problems"][0]["rows"] == "4-7"
-    assert cli.main(["pack", str(out), "-o", str(tmp_path / "packed.h5")]) == 2
+    assert app.main(["pack", str(out), "-o", str(tmp_path / "packed.h5")]) == 2
     (out / "index.json").unlink()
-    assert cli.main(["verify", str(out)]) == 2
+    assert app.main(["verify", str(out)]) == 2
     capsys.readouterr()
-    assert cli.main(["pack", str(out), "-o", str(tmp_path / "packed.h5"), "--leave-out", "4-7"]) == 0
-    assert cli.main(["verify", str(tmp_path / "packed.h5")]) == 0
+    assert app.main(["pack", str(out), "-o", str(tmp_path / "packed.h5"), "--leave-out", "4-7"]) == 0
+    assert app.main(["verify", str(tmp_path / "packed.h5")]) == 0
 
 
 def test_no_torch() -> None:

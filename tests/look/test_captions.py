@@ -14,7 +14,8 @@ from looking import PREPROCESS, write_photos
 from torch import nn
 
 import fmextract
-from fmextract import benchmark, cli, comparison
+from fmextract import benchmark, comparison
+from fmextract.cli import app
 from fmextract.common.folders import common_folder, local_name, without_folders
 from fmextract.errors import ConfigError, OutputError
 from fmextract.visual import canvas, maps, stages, top, where
@@ -186,7 +187,7 @@ def test_names_without_folders() -> None:
 )
 def test_a_folder_of_pictures_in_any_format(place: Path, tmp_path: Path, kind: str | None, magic: bytes) -> None:
     command = ["show", "maps", str(place / "acts.h5"), "--image", "1.png", "-l", "stem", "-l", "after", "-o"]
-    assert cli.main([*command, str(tmp_path / "maps"), *(["--format", kind] if kind else [])]) == 0
+    assert app.main([*command, str(tmp_path / "maps"), *(["--format", kind] if kind else [])]) == 0
     made = sorted((tmp_path / "maps").iterdir())
     assert [one.name for one in made] == [f"00_stem.{kind or 'png'}", f"01_after.{kind or 'png'}"]
     assert all(one.read_bytes().startswith(magic) for one in made)
@@ -217,11 +218,11 @@ def test_a_benchmark_is_drawn_in_a_style_that_is_checked_before_it_is_measured(
     monkeypatch.setattr(benchmark, "bench", lambda *args, **how: (measured.append(args), Found())[1])
     monkeypatch.setattr(stages, "draw_stages", lambda found, out, *, style: drawn.append((out, style)))
     command = ["bench", "-m", "resnet18", "--json", "--plot"]
-    assert cli.main([*command, str(tmp_path / "a.gif")]) == OutputError.exit_code
-    assert cli.main([*command, str(tmp_path / "a.pdf"), "--theme", "sepia"]) == ConfigError.exit_code
+    assert app.main([*command, str(tmp_path / "a.gif")]) == OutputError.exit_code
+    assert app.main([*command, str(tmp_path / "a.pdf"), "--theme", "sepia"]) == ConfigError.exit_code
     assert "--theme 'sepia'" in capsys.readouterr().err
     assert measured == []
-    assert cli.main([*command, str(tmp_path / "a.pdf"), "--theme", "light", "--dpi", "70"]) == 0
+    assert app.main([*command, str(tmp_path / "a.pdf"), "--theme", "light", "--dpi", "70"]) == 0
     assert drawn == [(tmp_path / "a.pdf", canvas.Style("light", 70))]
 
 
@@ -231,4 +232,4 @@ def test_a_comparison_is_refused_before_it_is_made(
 
     monkeypatch.setattr(comparison, "compare", lambda *args, **how: pytest.fail("compared for nothing"))
     acts = str(place / "acts.h5")
-    assert cli.main(["compare", acts, acts, "-o", str(tmp_path / "a.gif")]) == OutputError.exit_code
+    assert app.main(["compare", acts, acts, "-o", str(tmp_path / "a.gif")]) == OutputError.exit_code

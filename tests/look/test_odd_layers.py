@@ -18,7 +18,8 @@ from PIL import Image
 from torch import nn
 
 import fmextract
-from fmextract import cli, comparison
+from fmextract import comparison
+from fmextract.cli import app
 from fmextract.errors import ConfigError, OutputError
 from fmextract.visual import canvas, depth, differences, maps, where
 from fmextract.visual.report.report import write_report
@@ -202,7 +203,7 @@ def test_mistakes_are_said_as_such(
     place: Path, capfd: pytest.CaptureFixture[str], arguments: list[str], said: str
 ) -> None:
     filled = [one.format(acts=place / "acts.h5", photos=place / "photos") for one in arguments]
-    assert cli.main(filled) == 2
+    assert app.main(filled) == 2
     told = capfd.readouterr().err
     assert said in told
     assert "bug" not in told

@@ -14,7 +14,7 @@ from looking import LAYERS, small_run, write_photos
 from PIL import Image
 
 import fmextract
-from fmextract import cli
+from fmextract.cli import app
 from fmextract.comparison import Comparison, LayerComparison
 from fmextract.errors import ConfigError
 from fmextract.visual import canvas, depth, differences, maps, top, where
@@ -64,18 +64,18 @@ def test_every_picture_for_a_screen_and_for_paper(place: Path, tmp_path: Path, w
     command = commands(place)[what]
     sizes = {}
     for theme in GROUND:
-        assert cli.main([*command, "-o", str(tmp_path / f"{theme}.png"), "--theme", theme, "--dpi", "60"]) == 0
+        assert app.main([*command, "-o", str(tmp_path / f"{theme}.png"), "--theme", theme, "--dpi", "60"]) == 0
         with Image.open(tmp_path / f"{theme}.png") as picture:
             sizes[theme] = picture.size
             assert picture.convert("RGB").getpixel((1, 1)) == GROUND[theme]
-    assert cli.main([*command, "-o", str(tmp_path / "fine.png"), "--dpi", "120"]) == 0
+    assert app.main([*command, "-o", str(tmp_path / "fine.png"), "--dpi", "120"]) == 0
     with Image.open(tmp_path / "fine.png") as picture:
         assert np.allclose(picture.size, 2 * np.array(sizes["dark"]), atol=2)
-    assert cli.main([*command, "-o", str(tmp_path / "a.pdf"), "--theme", "light"]) == 0
+    assert app.main([*command, "-o", str(tmp_path / "a.pdf"), "--theme", "light"]) == 0
     pdf = (tmp_path / "a.pdf").read_bytes()
     assert pdf.startswith(b"%PDF-")
     assert b"/FontFile2" in pdf  # letters of a font
-    assert cli.main([*command, "-o", str(tmp_path / "a.svg"), "--theme", "light"]) == 0
+    assert app.main([*command, "-o", str(tmp_path / "a.svg"), "--theme", "light"]) == 0
     drawn = ElementTree.parse(tmp_path / "a.svg").getroot()  # ours
     assert drawn.tag.endswith("}svg")
     assert str(place) not in (tmp_path / "a.svg").read_text(encoding="utf-8")
@@ -108,7 +108,7 @@ def test_what_there_is_not_is_named(place: Path, tmp_path: Path, options: dict[s
     with pytest.raises(ConfigError, match=said):
         canvas.Style(**options)
     named = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    assert cli.main([*commands(place)["maps"], "-o", str(tmp_path / "x.png"), *named]) == 2
+    assert app.main([*commands(place)["maps"], "-o", str(tmp_path / "x.png"), *named]) == 2
     assert not (tmp_path / "x.png").exists()
 
 
