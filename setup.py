@@ -10,8 +10,8 @@ stable = not sysconfig.get_config_var("Py_GIL_DISABLED")
 setup(
     ext_modules=[
         Extension(
-            "fmextract._kernels",
-            ["fmextract/_kernels.c"],
+            "fmextract.common._kernels",
+            ["fmextract/common/_kernels.c"],
             depends=["setup.py"],
             # Sums stay in the order that is written: no fused multiply-add, which not every processor has.
             extra_compile_args=["-O3", "-ffp-contract=off", "-fno-fast-math"],

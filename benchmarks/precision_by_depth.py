@@ -22,7 +22,7 @@ def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     """(layers in the order of execution, the errors of each precision)."""
     from fmextract.benchmark import make_photos
     from fmextract.capture import hooks, probe, resolve, survey
-    from fmextract.inputs import decoding
+    from fmextract.inputs import decoding, preprocessing
     from fmextract.inputs.sources import open_source
     from fmextract.model import loading, precision, run_mode
     from fmextract.records import Preprocess
@@ -32,7 +32,7 @@ def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     with tempfile.TemporaryDirectory() as scratch:
         source = open_source(make_photos(Path(scratch), images))
         pixels = torch.stack([decoding.decode(source.load(row), loaded.preprocess).pixels for row in range(images)])
-    inputs = decoding.normalise(pixels, loaded.preprocess)
+    inputs = preprocessing.normalise(pixels, loaded.preprocess)
     cpu, shape = torch.device("cpu"), tuple(inputs.shape[1:])
     captured = {}
     with run_mode.lent(loaded.module, cpu), precision.numerics("fp32", cpu):

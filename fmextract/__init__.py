@@ -49,10 +49,10 @@ __version__ = "0.1.0"
 # What costs an import of HDF5 or torch is imported when it is first used.
 _LAZY = {
     "Activations": ("fmextract.reading.activations", "Activations"),
-    "Layer": ("fmextract.reading.activations", "Layer"),
+    "Layer": ("fmextract.reading.layer", "Layer"),
     "Plan": ("fmextract.planning", "Plan"),
     "compare": ("fmextract.comparison", "compare"),
-    "describe": ("fmextract.run.extract", "describe"),
+    "describe": ("fmextract.run.describe", "describe"),
     "export": ("fmextract.exporting.export", "export"),
     "extract": ("fmextract.run.extract", "extract"),
     "linear_cka": ("fmextract.comparison", "linear_cka"),

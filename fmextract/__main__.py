@@ -2,7 +2,7 @@
 
 import sys
 
-from fmextract.cli.app import main
+from fmextract.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,7 @@ from PIL import Image
 import fmextract
 from fmextract import errors
 from fmextract.capture.reducer_help import REDUCER_HELP
-from fmextract.cli.app import main
+from fmextract.cli import main
 from fmextract.common import text
 from fmextract.common.progress import TerminalProgress
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import fmextract as fm
 from fmextract import comparison
-from fmextract.cli.app import main
+from fmextract.cli import main
 from fmextract.errors import ConfigError
 
 

@@ -23,7 +23,7 @@ from torch import nn
 import fmextract as fm
 from fmextract.capture import compiled, hooks, probe, resolve, survey, taps
 from fmextract.capture.compiled import CompiledCapture
-from fmextract.cli.app import main
+from fmextract.cli import main
 from fmextract.errors import CaptureError, ConfigError, OutputError
 from fmextract.records import Status
 from fmextract.verification import verify

@@ -12,7 +12,7 @@ from PIL import Image
 
 import fmextract
 from fmextract import demo
-from fmextract.cli.app import main
+from fmextract.cli import main
 from fmextract.common import sample_photos
 from fmextract.errors import ConfigError
 from fmextract.visual.maps import draw_maps

@@ -18,7 +18,7 @@ from runs import extract, make_photos
 from torch import nn
 
 import fmextract
-from fmextract.cli.app import main
+from fmextract.cli import main
 from fmextract.pipeline.running_stats import RunningStats
 from fmextract.planning import Plan
 from fmextract.records import LayerSpec

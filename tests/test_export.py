@@ -28,7 +28,7 @@ from safetensors import safe_open
 from scipy.spatial.distance import pdist
 
 import fmextract as fm
-from fmextract.cli.app import main
+from fmextract.cli import main
 from fmextract.common.progress import Quiet
 from fmextract.errors import ConfigError, DamagedError, MissingExtra, OutputError
 from fmextract.exporting import dissimilarity, export, job, rdm, safetensors

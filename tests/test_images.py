@@ -31,7 +31,7 @@ from fmextract.inputs.decoding import decode
 from fmextract.inputs.preprocessing import CustomPreprocess, apply_size, normalise, parse_preprocess
 from fmextract.records import Preprocess, Status
 
-# pytest turns warnings into errors after fmextract.inputs.decoding has asked for Pillow's to be ignored, and so undoes that;
+# pytest turns warnings into errors after `decoding` has asked for Pillow's to be ignored, and so undoes that;
 # test_nothing_leaks checks the real thing in a process of its own.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 

@@ -11,7 +11,7 @@ import torch
 from looking import PREPROCESS, Tiny, write_photos
 from torch import nn
 
-from fmextract.cli.app import main
+from fmextract.cli import main
 from fmextract.errors import ConfigError, LayerError
 from fmextract.visual.filters import _coloured, parse_slice, show_filters
 

@@ -12,7 +12,7 @@ from looking import SIZE, Tokens, small_run, write_photos
 from PIL import Image
 
 import fmextract
-from fmextract.cli.app import main
+from fmextract.cli import main
 from fmextract.errors import ConfigError, MissingExtra, OutputError, SourceError
 from fmextract.reading.select import select_layers
 from fmextract.records import Field

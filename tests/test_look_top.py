@@ -12,7 +12,7 @@ from files import make_file
 from looking import Tokens, small_run, write_photos
 
 import fmextract
-from fmextract.cli.app import main
+from fmextract.cli import main
 from fmextract.errors import ConfigError
 from fmextract.visual import depth
 from fmextract.visual.maps import show_maps

@@ -19,7 +19,7 @@ import pytest
 from files import AXES, INFO, make_file, stamps_of
 
 import fmextract
-from fmextract.cli.app import main
+from fmextract.cli import main
 from fmextract.common import boxes
 from fmextract.common.text import printable
 from fmextract.errors import ConfigError

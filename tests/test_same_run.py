@@ -419,7 +419,7 @@ def test_finished_inputs_are_not_said_to_be_preprocessed(photos: Path, tmp_path:
 
 def test_the_library_of_a_model_and_the_command_are_said(photos: Path, tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
-    from fmextract.cli.app import main
+    from fmextract.cli import main
 
     out = tmp_path / "out.h5"
     line = ["extract", str(photos), "-m", "timm:test_vit.r160_in1k", "-w", "random:0", "-l", "blocks.0", "-o", str(out)]

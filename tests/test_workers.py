@@ -36,7 +36,6 @@ from fmextract.pipeline import chunks, workers
 from fmextract.planning import Plan
 from fmextract.reading import activations
 from fmextract.records import FileStamp
-from fmextract.run import extract
 from fmextract.run.make_plan import plan_for
 from fmextract.run.prepare import prepare
 from fmextract.storage import writer

@@ -10,11 +10,14 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fmextract.capture.receptive_fields import FieldTracer
+
 
 from fmextract.capture.atoms import TOKEN, Axes, length
 from fmextract.capture.axes import Operation
-from fmextract.capture.receptive_fields import FieldTracer
 from fmextract.capture.spans import (
     ROLES,
     LostError,

@@ -20,7 +20,7 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
 def _load() -> ctypes.CDLL | None:
-    found = importlib.util.find_spec("fmextract._kernels")
+    found = importlib.util.find_spec("fmextract.common._kernels")
     if found is None or found.origin is None:
         return None
     try:

@@ -52,7 +52,7 @@ WORTH = 20.0
 
 _SERVE = (
     "import sys; n = int(sys.argv[1]); fds = [int(fd) for fd in sys.argv[2 : 2 + n]]; sys.path[:] = sys.argv[2 + n :];"
-    "from fmextract import workers; workers.serve(fds)"
+    "from fmextract.pipeline import worker_process; worker_process.serve(fds)"
 )
 
 

@@ -9,7 +9,11 @@ import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fmextract.reading.activations import Activations
+
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +21,6 @@ import numpy.typing as npt
 from fmextract.common.boxes import cell_box
 from fmextract.common.text import byte_count
 from fmextract.errors import ConfigError, DamagedError, FormatError
-from fmextract.reading.activations import Activations
 from fmextract.reading.chunks import SEEK_BYTES
 from fmextract.reading.files import File, Stored, damage
 from fmextract.reading.indexing import (

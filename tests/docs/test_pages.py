@@ -27,7 +27,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save
 
-from fmextract.cli.app import main
+from fmextract.cli import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs/start.md", *sorted((ROOT / "docs/how-to").glob("*.md"))]
