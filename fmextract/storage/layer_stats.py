@@ -182,7 +182,7 @@ def _unfolded(of_squares: float, squared: float, of_diagonal: float, channels: i
     the mean tr C² (1 + p) + (tr C)² p - 2 D p,  tr C² 2p + (tr C)² - 2 D p,  and  tr C² 2p + (tr C)² p + D (1 - 3 p).
     Of a covariance of rank 1 the ratio is exactly 1, whatever the folding. The ratio's standard deviation over
     foldings is below 0.5 % for white and for very few dimensions, and some 2 to 4 % between: no more than that of a
-    Gaussian projection, which takes a matrix (tests/test_stats.py).
+    Gaussian projection, which takes a matrix (tests/pipeline/test_running_stats.py).
     """
     few, more = divmod(channels, MOST_COMPONENTS)
     p = (more * (few + 1) * few + (MOST_COMPONENTS - more) * few * (few - 1)) / (channels * (channels - 1))

@@ -29,7 +29,7 @@ Tensor = torch.Tensor
 
 def _load_sweep() -> ModuleType:
     """benchmarks/sweep.py, whose reference shares no code with the package."""
-    spec = importlib.util.spec_from_file_location("sweep", Path(__file__).parents[1] / "benchmarks" / "sweep.py")
+    spec = importlib.util.spec_from_file_location("sweep", Path(__file__).parents[2] / "benchmarks" / "sweep.py")
     assert spec is not None and spec.loader is not None  # noqa: PT018
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -20,7 +20,7 @@ from fmextract import errors
 from fmextract.cli.app import app
 from fmextract.config import Config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMANDS: dict[str, Any] = {}
 for _name, _command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
     _inner = getattr(_command, "commands", None)

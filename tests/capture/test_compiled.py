@@ -331,7 +331,7 @@ def test_a_machine_without_a_compiler_is_told_so(tmp_path: Path) -> None:
     command += ["-o", str(tmp_path / "x.h5"), "-l", "conv", "--compile", "--batch-size", "4", "--precision", "fp32"]
     command += ["--preprocess", OPTIONS["preprocess"], "--device", "cpu"]
     place = {"PATH": str(tmp_path), "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    place |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    place |= {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     done = subprocess.run(command, env={**os.environ, **place}, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

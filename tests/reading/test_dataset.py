@@ -198,7 +198,7 @@ def test_a_dataset_outlives_what_it_came_from(tmp_path: Path) -> None:
 
 def test_the_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The code of docs/how-to/other-tools.md on feeding a DataLoader."""
-    page = (Path(__file__).parent.parent / "docs/how-to/other-tools.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/how-to/other-tools.md").read_text(encoding="utf-8")
     (code,) = re.findall("```python\n(.*?)```", page.partition("## Feed a DataLoader")[2], re.DOTALL)
     make_file(tmp_path / "acts.h5", {"layer1": ARRAYS["maps"], "layer4": ARRAYS["fc"]})
     monkeypatch.chdir(tmp_path)

@@ -181,7 +181,7 @@ def test_xarray(files: Mapping[str, Path], case: str, engine: str) -> None:
 
 # -------------------------------------------------------------------------------------------------------------- h5wasm
 
-HERE = Path(__file__).parent / "h5wasm"
+HERE = Path(__file__).parents[1] / "h5wasm"
 
 
 @pytest.fixture(scope="module")

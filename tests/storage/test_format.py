@@ -14,7 +14,7 @@ from shardfiles import layer, table, values
 from fmextract.records import Field
 from fmextract.storage import codecs, digest, schema
 
-DOC = (Path(__file__).parents[1] / "docs/reference/format.md").read_text(encoding="utf-8")
+DOC = (Path(__file__).parents[2] / "docs/reference/format.md").read_text(encoding="utf-8")
 CONV = layer(
     "conv/0",
     (3, 4, 5),

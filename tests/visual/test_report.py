@@ -29,7 +29,7 @@ from fmextract.visual.report.numbers import shown
 from fmextract.visual.report.report import _level, _spread, write_report
 from fmextract.visual.report.views import sprite_columns
 
-HERE = Path(__file__).parent / "browser"
+HERE = Path(__file__).parents[1] / "browser"
 EVIL = "</script><img src=x onerror=alert(1)>"
 CONV = f"conv{EVIL}\"'&\n"
 MESSAGE = f"broken {EVIL} \"quoted\" 'too' \u202e\n<!--"

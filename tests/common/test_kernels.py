@@ -14,7 +14,7 @@ import torch
 from fmextract.common import kernels
 from fmextract.storage import codecs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NEAR = float(np.float32(0.3))
 SIZES = [
     *itertools.product((1, 2), (1, 3, 63, 64, 65, 130), (1, 2, 15, 16, 17, 49)),

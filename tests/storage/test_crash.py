@@ -35,7 +35,7 @@ ROWS = 10
 KILLS = 44
 SERVER = f"""
 import json, os, sys, traceback
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import torch
 torch.set_num_threads(1)
 import runs
@@ -260,7 +260,9 @@ def test_data_are_on_the_disk_before_their_name(photos: Path, tmp_path: Path) ->
 def _calls_by_strace(photos: Path, out: Path, trace: Path) -> tuple[list[tuple[str, str]], str] | None:
     if not shutil.which("strace"):
         return None
-    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import runs; from pathlib import Path; "
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); import runs; from pathlib import Path; "
+    )
     script += f"runs.extract(Path({str(photos)!r}), Path({str(out)!r}))"
     command = ["strace", "-f", "-y", "-e", "trace=write,pwrite64,fsync,rename,renameat,renameat2", "-o", str(trace)]
     done = subprocess.run([*command, sys.executable, "-c", script], capture_output=True, text=True, check=False)
@@ -307,7 +309,7 @@ def test_interrupted_in_order(
     out, said = tmp_path / "out", tmp_path / "said"
     options = ["-l", "conv", "-l", "relu", "-l", "fc", "--preprocess", "size=8,crop=8,mean=0.5,std=0.5"]
     options += ["--precision", "fp32", "--batch-size", "4", "--workers", "2", "--shard-size", "1", "--device", "cpu"]
-    model = f"{Path(__file__).with_name('runs.py')}:Tiny"
+    model = f"{Path(__file__).parents[1] / 'runs.py'}:Tiny"
     command = ["extract", str(photos), "-m", model, *options, "-o", str(out), "--json"]
     child = server.start(f"runs.command({command!r}, {str(said)!r}, slow=0.3)")
     while not (out / "shard-00000.json").exists() and _lives(child):

@@ -292,7 +292,7 @@ def test_the_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     make_file(tmp_path / "acts.h5", arrays, status=status)
     make_shards(tmp_path / "acts", arrays, [20], status=status)
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parent.parent / "docs/how-to/other-tools.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/how-to/other-tools.md").read_text(encoding="utf-8")
     shell, code = (
         re.findall(f"```{kind}\n(.*?)```", page.partition("## Export")[2], re.DOTALL)[0] for kind in ("sh", "python")
     )
@@ -582,7 +582,7 @@ def test_the_header_that_safetensors_reads(tmp_path: Path) -> None:
 
 FULL_DISK = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from pathlib import Path
 import fmextract as fm
 to, source, out = sys.argv[1:]

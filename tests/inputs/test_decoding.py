@@ -427,7 +427,7 @@ def test_nothing_leaks(tmp_path):
         "    except SampleError: pass\n"
         "print(ok, (peak() - before) // (1024 if sys.platform == 'linux' else 1 << 20))\n"
     )
-    here = Path(__file__).parents[1]
+    here = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(here), "PATH": f"{spy.parent}:{os.environ['PATH']}"}
     command = [sys.executable, "-W", "error", "-c", program]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

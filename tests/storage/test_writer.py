@@ -289,7 +289,7 @@ def test_an_unwritable_place_is_an_output_error(tmp_path: Path) -> None:
 
 FULL_DISK = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import numpy as np, os
 from pathlib import Path
 import shardfiles
