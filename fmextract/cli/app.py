@@ -4,8 +4,6 @@ stdout holds the result and nothing else; notes, progress and errors go to stder
 that need it, so that `--help` and `info` answer at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import gc

@@ -1,7 +1,5 @@
 """The options of the commands: names, values and help, once for all commands that share them."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields

@@ -1,7 +1,5 @@
 """`fmextract show`: pictures of filters, maps, depth, strongest images and where they look."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 
