@@ -88,5 +88,5 @@ def test_it_runs_without_a_compiler(installed: Path, tmp_path: Path) -> None:
     run(installed / "fmextract", "report", "a.h5", "-o", "report.html", cwd=tmp_path)
     assert "<html" in (tmp_path / "report.html").read_text(encoding="utf-8")[:200]
     assert "Usage" in run(installed / "fmextract", "--help", cwd=tmp_path)
-    without = "from fmextract import kernels; print(kernels.are_there())"
+    without = "from fmextract.common import kernels; print(kernels.are_there())"
     assert run(installed / "python", "-c", without, cwd=tmp_path).strip() == "False"

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torchvision
 from runs import LAYERS, OPTIONS, Notes, Tiny, extract, extract_until, make_photos
-from test_capture import sweep
+from test_hooks import sweep
 from torch import nn
 
 import fmextract as fm

@@ -19,10 +19,12 @@ from fmextract.storage import durable, shards
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fmextract import exporting, index, output
-index.publish = lambda temporary, final: os.kill(os.getpid(), signal.SIGKILL)
+from fmextract.exporting import export
+from fmextract.run import packing
+from fmextract.storage import durable
+durable.publish = lambda temporary, final: os.kill(os.getpid(), signal.SIGKILL)
 source, target, to = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-output.pack(source, target) if to == "pack" else exporting.export(source, to=to, out=target)
+packing.pack(source, target) if to == "pack" else export.export(source, to=to, out=target)
 """
 
 

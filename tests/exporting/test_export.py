@@ -33,7 +33,7 @@ from fmextract.common.progress import Quiet
 from fmextract.errors import ConfigError, DamagedError, MissingExtra, OutputError
 from fmextract.exporting import dissimilarity, export, job, rdm, safetensors
 from fmextract.reading.layer import Layer
-from fmextract.storage import writer
+from fmextract.storage import durable, writer
 from fmextract.verification import verify
 
 ROWS, CUTS = 21, (8, 16)
@@ -510,7 +510,7 @@ def test_an_old_directory_comes_back_if_the_new_one_cannot_take_its_place(
     def refused(temporary: Path, final: Path) -> None:
         raise OutputError("read-only")
 
-    monkeypatch.setattr(export.index, "publish", refused)
+    monkeypatch.setattr(durable, "publish", refused)
     with pytest.raises(OutputError, match="read-only"):
         fm.export(source, to="npy", out=tmp_path / "arrays", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["arrays"]

@@ -196,7 +196,7 @@ def test_memory_format_follows_the_network() -> None:
 
 KEPT = """
 from pathlib import Path
-from fmextract.precision import give_back_freed_memory, keep_freed_memory
+from fmextract.common.allocator import give_back_freed_memory, keep_freed_memory
 
 def held():
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))

@@ -27,6 +27,7 @@ from fmextract.pipeline.chunks import Chunk
 from fmextract.pipeline.threads import Pool
 from fmextract.reading import activations
 from fmextract.records import Status
+from fmextract.storage import durable
 
 
 def threads() -> set[str]:
@@ -286,17 +287,17 @@ def _after(calls: int, function: Callable[..., Any], error: Exception) -> Callab
 
 
 STAGES = {
-    "decode": "fmextract.pipeline.pipeline.images.decode",
-    "normalise": "fmextract.pipeline.pipeline.images.normalise",
-    "statistics": "fmextract.pipeline.running_stats.RunningStats.update",
-    "statistics' end": "fmextract.pipeline.running_stats.RunningStats.result",
-    "cut": "fmextract.pipeline.pipeline.chunks.Cutter.add",
-    "encode": "fmextract.pipeline.pipeline.chunks.codecs.encode",
-    "create": "fmextract.pipeline.pipeline.store.ShardWriter.__init__",
-    "write": "fmextract.pipeline.pipeline.store.ShardWriter.write_chunk",
-    "finish": "fmextract.pipeline.pipeline.store.ShardWriter.finish",
-    "publish": "fmextract.pipeline.pipeline.index.publish",
-    "record": "fmextract.pipeline.pipeline.index.record_shard",
+    "decode": "fmextract.inputs.decoding:decode",
+    "normalise": "fmextract.inputs.preprocessing:normalise",
+    "statistics": "fmextract.pipeline.running_stats:RunningStats.update",
+    "statistics' end": "fmextract.pipeline.running_stats:RunningStats.result",
+    "cut": "fmextract.pipeline.chunks:Cutter.add",
+    "encode": "fmextract.storage.codecs:encode",
+    "create": "fmextract.storage.writer:ShardWriter.__init__",
+    "write": "fmextract.storage.writer:ShardWriter.write_chunk",
+    "finish": "fmextract.storage.writer:ShardWriter.finish",
+    "publish": "fmextract.storage.durable:publish",
+    "record": "fmextract.pipeline.write:record_shard",
 }
 
 
@@ -310,8 +311,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stage_that_raises_ends_the_run(photos: Path, tmp_path: Path, stage: str, late: bool) -> None:
     import importlib
 
-    module, _, rest = STAGES[stage].partition(".engine.")
-    owner: Any = importlib.import_module(f"{module}.engine")
+    module, _, rest = STAGES[stage].partition(":")
+    owner: Any = importlib.import_module(module)
     *path, name = rest.split(".")
     for part in path:
         owner = getattr(owner, part)
@@ -437,11 +438,11 @@ def test_a_disk_that_stalls_at_the_end_is_named(tmp_path: Path, monkeypatch: pyt
     """All chunks are written by then, and the last shard is being made durable."""
     monkeypatch.setattr(watch, "PATIENCE", 0.2)
     told = threading.Event()
-    durable = pipeline.index.make_durable
+    make = durable.make_durable
 
     def stalling(path: Path) -> None:
         assert "shard" not in path.name or told.wait(30)
-        durable(path)
+        make(path)
 
     class Telling(Notes):
         def note(self, text: str) -> None:
@@ -450,7 +451,7 @@ def test_a_disk_that_stalls_at_the_end_is_named(tmp_path: Path, monkeypatch: pyt
                 told.set()
 
     notes = Telling()
-    monkeypatch.setattr(pipeline.index, "make_durable", stalling)
+    monkeypatch.setattr(durable, "make_durable", stalling)
     extract(make_photos(tmp_path / "photos", 4), tmp_path / "out", notes=notes)
     assert f"waiting for the disk of {tmp_path / 'out'}" in notes
 

@@ -331,7 +331,7 @@ def test_where_processes_do_not_start_threads_do_the_work(tmp_path: Path, monkey
 
 
 def test_they_end_with_the_process_that_is_killed() -> None:
-    code = "from fmextract import workers; w = workers.Workers(2, print); w.wait(); print('up', flush=True); input()"
+    code = "from fmextract.pipeline.workers import Workers; w = Workers(2, print); w.wait(); print('up', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
         assert started.stdout is not None
         assert started.stdout.readline() == b"up\n"
@@ -462,7 +462,7 @@ def test_none_of_them_is_left_behind(tmp_path: Path) -> None:
     code = """if True:
         import ctypes, os
         assert ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) == 0  # whatever is orphaned comes to us
-        from fmextract import workers
+        from fmextract.pipeline import workers
         with workers.hired(2, "processes", 0, print) as two:
             assert two.wait()
         try:

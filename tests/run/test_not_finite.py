@@ -78,7 +78,7 @@ def test_layers_that_are_not_finite_are_stored(
 
 def test_every_json_of_the_command_line_is_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "odd.py").write_text(
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\nfrom test_not_finite import Odd as make\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_not_finite import Odd as make\n"
     )
     photos, out = make_photos(tmp_path / "photos", 4), tmp_path / "acts.h5"
     shape = ["--preprocess", "size=8,crop=8,mean=0.5,std=0.5", "--device", "cpu"]

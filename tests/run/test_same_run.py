@@ -178,7 +178,7 @@ def test_the_same_run_in_another_process_is_the_same(photos: Path, tmp_path: Pat
     script.write_text(
         f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(Path(__file__).parent)!r}]
 import torch
 from runs import Notes, extract
 from test_same_run import Folder, Scaled, as_input

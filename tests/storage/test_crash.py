@@ -40,7 +40,9 @@ import torch
 torch.set_num_threads(1)
 import runs
 from pathlib import Path
-from fmextract import cli, engine, output, prepare, replay, verify
+from fmextract import cli, verification
+from fmextract.pipeline import pipeline
+from fmextract.run import output, packing, prepare, recheck
 
 for line in sys.stdin:
     job = json.loads(line)

@@ -60,7 +60,7 @@ def test_publish_syncs_the_bytes_before_the_name_and_the_name_after(
     (tmp_path / "t").write_text("x")
     names = {(tmp_path / "t").stat().st_ino: "bytes", tmp_path.stat().st_ino: "directory"}
     done: list[str] = []
-    monkeypatch.setattr(shards.os, "fsync", lambda fd: done.append(names[os.fstat(fd).st_ino]))
+    monkeypatch.setattr(durable.os, "fsync", lambda fd: done.append(names[os.fstat(fd).st_ino]))
     replace_path = Path.replace
     monkeypatch.setattr(Path, "replace", lambda self, to: (done.append("rename"), replace_path(self, to))[1])
     durable.publish(tmp_path / "t", tmp_path / "f")
@@ -75,7 +75,7 @@ def test_write_json_keeps_the_old_file_when_it_fails(tmp_path: Path, monkeypatch
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.os, "fsync", full)
+    monkeypatch.setattr(durable.os, "fsync", full)
     with pytest.raises(durable.disk_error(path, OSError(28, "")).__class__, match="full"):
         durable.write_json(path, {"a": []})
     with pytest.raises(TypeError, match="JSON"):

@@ -293,7 +293,6 @@ sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import numpy as np, os
 from pathlib import Path
 import shardfiles
-from fmextract import store
 from fmextract.errors import NoSpace, OutputError
 path = Path(sys.argv[1]) / "a.h5"
 spec = shardfiles.layer("a", (30000,), "feature")

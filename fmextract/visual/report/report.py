@@ -136,7 +136,7 @@ def _page(title: str, data: Mapping[str, Any]) -> bytes:
 
 
 def _template(name: str) -> str:
-    return (resources.files(__name__) / name).read_text(encoding="utf-8")
+    return (resources.files(__package__) / name).read_text(encoding="utf-8")
 
 
 def _hash(text: str) -> str:
