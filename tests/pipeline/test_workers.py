@@ -331,7 +331,8 @@ def test_where_processes_do_not_start_threads_do_the_work(tmp_path: Path, monkey
 
 
 def test_they_end_with_the_process_that_is_killed() -> None:
-    code = "from fmextract.pipeline.workers import Workers as W; w = W(2, print); w.wait(); print('up', flush=True); input()"
+    code = "from fmextract.pipeline.workers import Workers; w = Workers(2, print); w.wait(); print('up', flush=True)"
+    code += "; input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as started:
         assert started.stdout is not None
         assert started.stdout.readline() == b"up\n"
