@@ -157,6 +157,7 @@ class _Check:
         records: list[ShardRecord] = []
         with self._looking_at(self.place / INDEX):
             records = shards.read_index(self.place)
+            shards.read_sealed(self.place / INDEX)
         with self._looking_at(self.place / PLAN):
             planned = Plan.load(self.place / PLAN)
             if records and planned.shards != [record.rows for record in records]:

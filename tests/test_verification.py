@@ -140,11 +140,32 @@ def test_every_flipped_bit_of_a_plan_is_found(small: Path, tmp_path: Path) -> No
     assert verify(out).ok
 
 
-def test_an_output_whose_index_knows_no_digest_of_the_plan_still_verifies(small: Path, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_the_name_of_a_field_is_found(small: Path, tmp_path: Path) -> None:
+    """Also where the field is one that files of before do not have, as the digest itself."""
     out = copied(small, tmp_path / "out")
-    index = json.loads((out / "index.json").read_text())
-    del index["plan_sha256"]
-    (out / "index.json").write_text(json.dumps(index))
+    for name, fields in {
+        "shard-00001.json": ("digest", "sha256", "extra", "chunks"),
+        "index.json": ("digest", "plan_sha256", "rows", "shards", "extra"),
+        "plan.json": ("digest", "estimate", "pooling"),
+    }.items():
+        before = (out / name).read_bytes()
+        for field in fields:
+            at = before.index(f'"{field}"'.encode()) + 1
+            for letter in range(0, len(field), 2):
+                flip(out / name, at + letter, letter)
+                problems = verify(out).problems
+                assert name in {Path(problem.file).name for problem in problems}, f"letter {letter} of {field}, {name}"
+                (out / name).write_bytes(before)
+    assert verify(out).ok
+
+
+def test_directories_of_before_there_were_digests_still_verify(small: Path, tmp_path: Path) -> None:
+    out = copied(small, tmp_path / "out")
+    for file in out.glob("*.json"):
+        said = json.loads(file.read_text())
+        del said["digest"]
+        said.pop("plan_sha256", None)
+        file.write_text(json.dumps(said))
     assert verify(out).ok
 
 
@@ -227,6 +248,7 @@ def test_a_changed_value_with_a_mended_checksum_is_found_by_the_statistics(
     shard.with_suffix(".json").write_text(json.dumps(record))
     listed = json.loads((tmp_path / "out" / "index.json").read_text())
     listed["shards"][0] = record
+    del listed["digest"]
     (tmp_path / "out" / "index.json").write_text(json.dumps(listed))
     found = {(problem.layer, problem.what.split(":")[0]) for problem in verify(tmp_path / "out").problems}
     assert ("conv", "the values are not those that max was taken of") in found

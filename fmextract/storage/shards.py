@@ -33,7 +33,7 @@ INDEX_FORMAT = "fmextract-index"
 
 
 DIGEST = "digest"
-"""In plan.json and in the record of a shard: SHA-256 of all their other fields."""
+"""In plan.json, index.json and the record of a shard: SHA-256 of all their other fields."""
 
 
 _NAME = re.compile(r"shard-(\d{5,})\.h5")
@@ -67,9 +67,20 @@ def write_sealed(path: Path, obj: Mapping[str, Any]) -> None:
 def read_sealed(path: Path) -> Any:
     """What `write_sealed` wrote, and without a comparison what earlier versions did. Raises as `read_json`."""
     said = read_json(path)
-    if isinstance(said, dict) and DIGEST in said and said.pop(DIGEST) != _seal(said):
+    if not isinstance(said, dict):
+        return said
+    if DIGEST not in said:
+        if renamed := _renamed_digest(said):
+            raise FormatError(f"{path} is damaged: its field {renamed!r} was written as {DIGEST!r}")
+    elif said.pop(DIGEST) != _seal(said):
         raise FormatError(f"{path} is damaged: it does not say what was written there, as its digest shows")
     return said
+
+
+def _renamed_digest(said: Mapping[str, Any]) -> str | None:
+    """The field that is the digest of all others: what the digest looks like after a flipped bit in its name."""
+    digests = [name for name, value in said.items() if isinstance(value, str) and _SHA256.fullmatch(value)]
+    return next((name for name in digests if said[name] == _seal({k: v for k, v in said.items() if k != name})), None)
 
 
 def _seal(said: Mapping[str, Any]) -> str:
@@ -220,7 +231,7 @@ def fold_index(directory: Path, plan: Mapping[str, Any]) -> list[ShardRecord]:
         raise OutputError(_unfinished(directory, missing))
     rows = sum(len(record.rows) for record in records)
     _check_rows(directory, records, rows)
-    write_json(
+    write_sealed(
         directory / INDEX,
         {
             "format": INDEX_FORMAT,
