@@ -22,7 +22,7 @@ from runs import Tiny, extract, make_photos
 from fmextract.cli import app
 from fmextract.errors import ConfigError, FormatError, OutputError
 from fmextract.reading import activations
-from fmextract.run import packing, prepare, provenance
+from fmextract.run import make_plan, packing, provenance
 from fmextract.storage import shards
 from fmextract.storage.digest import _content_digest
 from fmextract.verification import verify
@@ -152,7 +152,7 @@ def test_a_flipped_bit_in_the_name_of_a_field_is_found(small: Path, tmp_path: Pa
         for field in fields:
             at = before.index(f'"{field}"'.encode()) + 1
             for letter in range(0, len(field), 2):
-                flip(out / name, at + letter, letter)
+                flip(out / name, at + letter, letter % 8)
                 problems = verify(out).problems
                 assert name in {Path(problem.file).name for problem in problems}, f"letter {letter} of {field}, {name}"
                 (out / name).write_bytes(before)
@@ -182,7 +182,7 @@ def test_two_runs_differ_in_their_digest_by_what_the_format_says(
     assert set(one).isdisjoint(other)
     now = datetime(2026, 1, 1, tzinfo=timezone.utc)
     monkeypatch.setattr(provenance, "datetime", SimpleNamespace(now=lambda zone: now))
-    monkeypatch.setattr(prepare, "uuid", SimpleNamespace(uuid4=lambda: SimpleNamespace(hex="0" * 32)))
+    monkeypatch.setattr(make_plan, "uuid", SimpleNamespace(uuid4=lambda: SimpleNamespace(hex="0" * 32)))
     assert digests("third") == digests("fourth")
 
 
