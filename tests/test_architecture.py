@@ -86,7 +86,7 @@ def imported(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_go_one_way(name: str) -> None:
-    assert room(name) in ROOMS, f"give {room(name)} its place in ROOMS, and in docs/architecture.md"
+    assert room(name) in ROOMS, f"give {room(name)} its place in ROOMS, and on docs/explanation/architecture.md"
     before = ROOMS[: ROOMS.index(room(name)) + 1]
     upward = {other for other in imported(MODULES[name]) if room(other) not in before}
     assert not upward, f"{name} imports {upward}, whose rooms stand after it"
