@@ -38,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
     "maps-threads": {"layers": MAPS, "precision": "bf16", "worker_kind": "threads"},
     "pooled": {"layers": POOLED, "precision": "bf16"},
     "pooled-threads": {"layers": POOLED, "precision": "bf16", "worker_kind": "threads"},
-    "pooled-device": {"layers": POOLED, "precision": "bf16", "decode": "device"},
+    "pooled-device": {"layers": POOLED, "precision": "bf16", "jpeg_decoder": "device"},
 }
 
 

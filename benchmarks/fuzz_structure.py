@@ -56,8 +56,8 @@ def small():
     torch.manual_seed(0)
     return Small()
 """
-RUN = ("--preprocess", "size=12,crop=8,mean=0.5,std=0.5", "--precision", "fp32", "--batch-size", "2", "--workers", "1",
-       "--device", "cpu", "-l", "conv", "-l", "relu", "-l", "fc")  # fmt: skip
+RUN = ("--preprocess", "size=12,crop=8,mean=0.5,std=0.5", "--precision", "fp32", "--batch-size", "2",
+       "--num-workers", "1", "--device", "cpu", "-l", "conv", "-l", "relu", "-l", "fc")  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 HANG_SECONDS, LONG_SECONDS, MEMORY_BYTES, ADDRESS_BYTES = 120, 20, 1 << 30, 24 << 30
 

@@ -40,7 +40,7 @@ def child(photos: Path, out: Path) -> None:
         precision="fp32",
         batch_size=32,
         shard_size="16MiB",
-        workers=2,
+        num_workers=2,
         device="cpu",
     )
     most: dict[str, int] = {}

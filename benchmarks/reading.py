@@ -72,7 +72,7 @@ def make_pooled(folder: Path, rows: int, codec: str) -> Path:
 
 
 def _extract(source: Any, model: Any, layers: tuple[str, ...], out: Path, codec: str, **options: Any) -> None:
-    fm.extract(source, model, out, layers=layers, codec=codec, precision="fp32", top=0, progress=Quiet(), **options)
+    fm.extract(source, model, out, layers=layers, codec=codec, precision="fp32", top_k=0, progress=Quiet(), **options)
 
 
 class _Patches(Dataset[np.ndarray]):

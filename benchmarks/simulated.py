@@ -276,7 +276,7 @@ class Case:
         config = Config.of(
             layers=[f"layers.{i}" for i in range(len(self._maps))], preprocess="none",
             precision="fp32", memory_format="contiguous", batch_size=self._batch, codec=self.codec,
-            shard_size=SHARD, device="cpu", workers=self._options.workers,
+            shard_size=SHARD, device="cpu", num_workers=self._options.workers,
         )  # fmt: skip
         with prepare(Images(images), model, config, Quiet()) as prepared:
             yield model, prepared, plan_for(prepared, self._options.out / "run", Quiet())

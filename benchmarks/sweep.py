@@ -219,7 +219,7 @@ def check(model: nn.Module, shape: Sequence[int], memory_format: str = "contiguo
         "batch_size": BATCH,
         "memory_format": memory_format,
         "codec": "none",
-        "top": 1,
+        "top_k": 1,
     }
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -24,10 +24,12 @@ import numpy as np
 from PIL import Image
 
 import fmextract as fm
+from fmextract.config import RENAMED
 
 MAY_DIFFER = ("source", "created", "history", "content_digest", "throughput")
 """Root attributes that hold a place, a moment, a run's id, or a digest over those."""
 CONFIG_MAY_DIFFER = ("run_id", "identity", "notes")
+"""Parts of `fmextract_config`. The names of its options may differ, too, as far as `RENAMED` says."""
 
 SMALL = "size=64,crop=64,mean=0.5,std=0.25"
 FIXED: dict[str, Any] = {
@@ -36,7 +38,7 @@ FIXED: dict[str, Any] = {
     "batch_size": 4,
     "device": "cpu",
     "memory_format": "contiguous",
-    "workers": 2,
+    "num_workers": 2,
     "effective_fields": "always",
     "preprocess": SMALL,
 }
@@ -49,13 +51,13 @@ RUNS: dict[str, dict[str, Any]] = {
     "every-convolution": {"layers": ["type:Conv2d"]},
     "in-place": {"layers": ["bn1", "relu", "layer1.0.bn1", "layer1.0.relu"]},
     "reducers": {"layers": ["layer1=mean", "layer2=max", "layer3=pool:2", "layer4=flatten", "layer4=channels:3-7"]},
-    "statistics-only": {"layers": ["layer1=top", "layer4=top"], "top": 3},
+    "statistics-only": {"layers": ["layer1=top", "layer4=top"], "top_k": 3},
     "inputs-and-calls": {"layers": ["fc@in", "layer1.0.relu:2", "avgpool"]},
     "mobilenet": {"model": "mobilenet_v3_small", "layers": ["features.*"]},
     "vit": {"model": "benchmarks.twenty_runs:small_vit", "layers": ["encoder.layers.*", "encoder.ln=cls"]},
     "swin": {"model": "swin_t", "layers": ["features.1", "features.7"]},
     "densenet": {"model": "densenet121", "layers": ["features.denseblock1", "features.norm5"]},
-    "float16": {"layers": ["layer3", "layer4"], "store": "float16", "clip": True},
+    "float16": {"layers": ["layer3", "layer4"], "dtype": "float16", "clip": True},
     "rounded": {"layers": ["layer2", "layer3"], "keep_bits": 7, "level": 1},
     "no-codec": {"layers": ["layer3", "layer4"], "codec": "none"},
     "shards": {"layers": ["layer2", "layer4=mean"], "shard_size": "256KiB", "directory": True},
@@ -156,7 +158,7 @@ def described(node: Any, key: str) -> Mapping[str, Any]:
         return {"": value.tolist() if isinstance(value, (np.ndarray, np.generic)) else value}
     told = json.loads(value)
     parts = {name: part for name, part in told.items() if name != "options"}
-    parts |= {f"options.{name}": part for name, part in told["options"].items()}
+    parts |= {f"options.{RENAMED.get(name, name)}": part for name, part in told["options"].items()}
     return {name: part for name, part in parts.items() if name not in CONFIG_MAY_DIFFER}
 
 

@@ -115,7 +115,7 @@ def bench(source: Any, model: Any, config: Config, progress: Progress, *, repeat
         folder = Path(scratch)
         source = source if source is not None else make_photos(folder / "photos", config.limit or 128)
         with (
-            hired(config.workers or cores(), config.worker_kind, math.inf, progress.note) as workers,
+            hired(config.num_workers or cores(), config.worker_kind, math.inf, progress.note) as workers,
             _once_there(workers),
             prepare(source, model, config, progress) as prepared,
         ):
@@ -197,7 +197,7 @@ _WOULD_HELP = {
     "decode": "smaller images on disk, or more cores",
     "upload": "a faster bus",
     "forward": "a lower precision (--precision bf16), a smaller model or earlier layers, a faster device",
-    "statistics": "fewer layers; --top 0",
+    "statistics": "fewer layers; --top-k 0",
     "download": "reducers, which run on the device ('layer4=mean')",
     "encode": "reducers ('layer4=mean', '=pool:4'), --keep-bits, --codec lz4, or more cores",
     "write": "a faster disk, or a stronger codec",
@@ -385,7 +385,7 @@ def _normalised(prepared: Prepared, pixels: torch.Tensor) -> torch.Tensor:
 def _statistics(prepared: Prepared, made: Plan, tensors: Sequence[torch.Tensor]) -> Stage:
     at = 0
     running = [
-        RunningStats(c.shape, c.axes, made.top, prepared.device, layer.near_zero_below)
+        RunningStats(c.shape, c.axes, made.top_k, prepared.device, layer.near_zero_below)
         for c, layer in zip(prepared.captured, made.layers, strict=True)
         if {"channel", "feature"} & set(c.axes)
     ]

@@ -12,13 +12,23 @@ from typing import Any
 from fmextract.errors import ConfigError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
-STORES = ("float32", "float16")
-DECODERS = ("cpu", "device")
+DTYPES = ("float32", "float16")
+JPEG_DECODERS = ("cpu", "device")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 EFFECTIVE_FIELDS = ("auto", "always", "never")
 WORKER_KINDS = ("auto", "threads", "processes")
+RENAMED = {"decode": "jpeg_decoder", "store": "dtype", "top": "top_k", "workers": "num_workers"}
+"""Options that had another name before: still accepted under it, and read so in files of then."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def by_present_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same options, those with a former name under the one of today. Raises ConfigError for one under both."""
+    for former, name in RENAMED.items():
+        if former in options and name in options:
+            raise ConfigError(f"{former} is the former name of {name}: give it once, as {name}")
+    return {RENAMED.get(name, name): value for name, value in options.items()}
 
 
 def parse_size(text: str | int) -> int:
@@ -78,7 +88,7 @@ class FailureBudget:
 class Config:
     """One run as it was asked for; every field is the option of the command line of the same name.
 
-    `batch_size`, `workers` and `level` are None for "auto". Sizes are bytes, shares fractions of 1.
+    `batch_size`, `num_workers` and `level` are None for "auto". Sizes are bytes, shares fractions of 1.
     Raises ConfigError for values, and combinations of values, that cannot be carried out.
     """
 
@@ -87,12 +97,12 @@ class Config:
     preprocess: Any = "model"
     size: str | None = None
     exif: bool = False
-    decode: str = "cpu"
+    jpeg_decoder: str = "cpu"
     precision: str = "auto"
     max_error: float = 0.02
     batch_size: int | None = None
     device: str = "auto"
-    store: str = "float32"
+    dtype: str = "float32"
     clip: bool = False
     keep_bits: int | None = None
     codec: str = "gzip"
@@ -100,12 +110,12 @@ class Config:
     memory_format: str = "auto"
     compile: bool = False
     shard_size: int | None = None
-    workers: int | None = None
+    num_workers: int | None = None
     worker_kind: str = "auto"
     dataset_workers: int = 0
     limit: int | None = None
     seed: int = 0
-    top: int = 9
+    top_k: int = 9
     effective_fields: str = "auto"
     max_failures: FailureBudget = dataclasses.field(default_factory=FailureBudget)
     key: Any = None
@@ -120,33 +130,34 @@ class Config:
 
     def __post_init__(self) -> None:
         _one_of("--precision", self.precision, PRECISIONS)
-        _one_of("--decode", self.decode, DECODERS)
-        _one_of("--store", self.store, STORES)
+        _one_of("--jpeg-decoder", self.jpeg_decoder, JPEG_DECODERS)
+        _one_of("--dtype", self.dtype, DTYPES)
         _one_of("--memory-format", self.memory_format, MEMORY_FORMATS)
         _one_of("--effective-fields", self.effective_fields, EFFECTIVE_FIELDS)
         _one_of("--worker-kind", self.worker_kind, WORKER_KINDS)
         for option, value, least in (
             ("--batch-size", self.batch_size, 1),
-            ("--workers", self.workers, 1),
+            ("--num-workers", self.num_workers, 1),
             ("--dataset-workers", self.dataset_workers, 0),
             ("--limit", self.limit, 1),
-            ("--top", self.top, 0),
+            ("--top-k", self.top_k, 0),
             ("--shard-size", self.shard_size, 1),
         ):
             if value is not None and value < least:
                 raise ConfigError(f"{option} {value}: expected {least} or more")
-        most = 23 if self.store == "float32" else 10
+        most = 23 if self.dtype == "float32" else 10
         if self.keep_bits is not None and not 1 <= self.keep_bits <= most:
-            raise ConfigError(f"--keep-bits {self.keep_bits}: {self.store} has 1 to {most} mantissa bits to keep")
-        if self.clip and self.store != "float16":
-            raise ConfigError("--clip only means something with --store float16: float32 holds every value as it is")
+            raise ConfigError(f"--keep-bits {self.keep_bits}: {self.dtype} has 1 to {most} mantissa bits to keep")
+        if self.clip and self.dtype != "float16":
+            raise ConfigError("--clip only means something with --dtype float16: float32 holds every value as it is")
 
     @classmethod
     def of(cls, **options: Any) -> Config:
         """From options as users give them (`shard_size="512MiB"`, `max_failures="5%"`, `batch_size="auto"`).
 
-        Raises ConfigError naming an unknown option.
+        Former names are taken too. Raises ConfigError naming an unknown option.
         """
+        options = by_present_names(options)
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = set(options) - known
         if unknown:
@@ -189,15 +200,20 @@ def _auto_int(option: str) -> Any:
     return parse
 
 
+def _fields(value: Any) -> tuple[str, ...]:
+    """Names of fields of a run, by their names of today."""
+    return tuple(RENAMED.get(name, name) for name in _texts(value))
+
+
 def _texts(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 _PARSERS: Mapping[str, Any] = {
     "layers": _texts,
-    "ignore": _texts,
+    "ignore": _fields,
     "batch_size": _auto_int("--batch-size"),
-    "workers": _auto_int("--workers"),
+    "num_workers": _auto_int("--num-workers"),
     "level": _auto_int("--level"),
     "dataset_workers": lambda value: _auto_int("--dataset-workers")(value) or 0,
     "shard_size": lambda value: None if value in (None, "auto") else parse_size(value),

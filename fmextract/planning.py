@@ -63,10 +63,10 @@ class Plan:
     forward_threads: int
     codec: str
     level: int
-    store: str
+    dtype: str
     keep_bits: int | None
     clip: bool
-    top: int
+    top_k: int
     shard_rows: int
     identity: Mapping[str, Any]
     config: Mapping[str, Any]

@@ -218,7 +218,8 @@ class _Check:
     def _same_run(self, path: Path, acts: activations.Activations, sound: bool) -> None:
         """Against the first file that is `sound`: one that changed is no measure for the others."""
         self.layers = self.layers or acts.layers
-        said = {name: acts.attrs.get(name) for name in ("fmextract_config", "model", "weights_sha256", "precision")}
+        said = {name: acts.attrs.get(name) for name in ("model", "weights_sha256", "precision")}
+        said["config"] = acts.config
         if self._first is None and sound:
             self._first = path, {**said, "layers": acts.layers}
         if self._first is not None and {**said, "layers": acts.layers} != self._first[1]:
@@ -313,7 +314,7 @@ class _Recount:
         self._nonfinite = 0
         options = layer._acts.config.get("options", {})
         # An export to netCDF widens what the run had narrowed.
-        kind = options.get("store") if layer.spec.dtype == "float32" else layer.spec.dtype
+        kind = options.get("dtype") if layer.spec.dtype == "float32" else layer.spec.dtype
         narrowed = kind == "float16" and layer.spec.compute_dtype != "float16"
         bits = options.get("keep_bits") or (10 if narrowed else None)
         # Statistics are of the values before they were rounded.

@@ -85,6 +85,7 @@ def _section(name: str, command: Any, known: Mapping[str, str]) -> str:
     *prose, example = [part.strip() for part in rest.split("\n\n")]
     arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
     options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    options = [option for option in options if not option.hidden]
     words = " ".join(["fmextract", name, *(argument.metavar for argument in arguments), "[OPTIONS]"])
     rows = [(f"`{argument.metavar}`", _text(argument)) for argument in arguments]
     rows += [(_names(option), _text(option)) for option in options if option.name != "help"]

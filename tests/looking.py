@@ -66,5 +66,11 @@ def write_photos(folder: Path, count: int = 6) -> Path:
 
 
 def small_run(photos: Path, out: Path, model: nn.Module | None = None, **options: Any) -> fmextract.Activations:
-    fixed: dict[str, Any] = {"precision": "fp32", "batch_size": 2, "device": "cpu", "preprocess": PREPROCESS, "top": 4}
+    fixed: dict[str, Any] = {
+        "precision": "fp32",
+        "batch_size": 2,
+        "device": "cpu",
+        "preprocess": PREPROCESS,
+        "top_k": 4,
+    }
     return fmextract.extract(str(photos), model or Tiny(), out, **({"layers": LAYERS} | fixed | options))

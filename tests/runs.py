@@ -31,7 +31,7 @@ OPTIONS: Mapping[str, Any] = {
     "preprocess": "size=8,crop=8,mean=0.5,std=0.5",
     "precision": "fp32",
     "batch_size": 4,
-    "workers": 2,
+    "num_workers": 2,
     "shard_size": 1,  # less than a row: shards as short as they can be, one batch
     "device": "cpu",
 }

@@ -24,7 +24,7 @@ from fmextract.visual.stages import draw_stages
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> benchmark.Report:
     photos = make_photos(tmp_path_factory.mktemp("bench") / "photos", 8)
-    return benchmark.bench(photos, Tiny(), Config.of(**OPTIONS | {"workers": 2}), Quiet(), repeats=1)
+    return benchmark.bench(photos, Tiny(), Config.of(**OPTIONS | {"num_workers": 2}), Quiet(), repeats=1)
 
 
 def test_the_limit_is_that_of_the_stages(measured: benchmark.Report) -> None:

@@ -77,12 +77,12 @@ def chunk_at(file: Path, layer: str, place: tuple[int, ...] = (0, 0, 0, 0)) -> t
     [
         {},
         {"keep_bits": 5},
-        {"store": "float16"},
+        {"dtype": "float16"},
         {"precision": "bf16"},
         {"codec": "none"},
-        {"top": 0},
+        {"top_k": 0},
         {"layers": ["conv=mean", "relu=top", "fc", "conv=pool:2"]},
-        {"store": "float16", "clip": True, "keep_bits": 3},
+        {"dtype": "float16", "clip": True, "keep_bits": 3},
         {"batch_size": 3},
     ],
 )
@@ -324,7 +324,7 @@ def test_images_run_again_agree(photos: Path, whole: Path, whole_file: Path, nam
 
 def test_images_that_were_stored_in_another_place_are_found(photos: Path, tmp_path: Path) -> None:
     """The values of two rows are swapped, in every layer: only the model can tell."""
-    extract(photos, tmp_path / "out.h5", model=MODEL, codec="none", top=0)
+    extract(photos, tmp_path / "out.h5", model=MODEL, codec="none", top_k=0)
     with h5py.File(tmp_path / "out.h5", "r+", locking=False) as file:
         for layer in file["layers"].values():
             layer["activation"][[2, 3]] = layer["activation"][[2, 3]][::-1]

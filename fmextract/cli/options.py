@@ -8,13 +8,22 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from fmextract.config import DECODERS, EFFECTIVE_FIELDS, MEMORY_FORMATS, PRECISIONS, STORES, WORKER_KINDS, Config
+from fmextract.config import (
+    DTYPES,
+    EFFECTIVE_FIELDS,
+    JPEG_DECODERS,
+    MEMORY_FORMATS,
+    PRECISIONS,
+    RENAMED,
+    WORKER_KINDS,
+    Config,
+)
 
 # ----------------------------------------------------------------------------------------------------- options
 
 
-def _option(*names: str, help: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, show_default=False)
+def _option(*names: str, help: str, metavar: str | None = None, hidden: bool = False) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, hidden=hidden, show_default=False)
 
 
 Json = Annotated[bool, _option("--json", help="Print the result as JSON.")]
@@ -75,9 +84,9 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
         "default, the name of a set of weights, random:SEED, or a file (.safetensors, .pth). [default: default]",
     ),
     "exif": (bool, None, "Turn photos as their EXIF orientation says."),
-    "decode": (
+    "jpeg_decoder": (
         str,
-        "|".join(DECODERS),
+        "|".join(JPEG_DECODERS),
         "Where JPEGs become pixels; device: plain ones on CUDA (torchcodec, a few levels off). [default: cpu]",
     ),
     "precision": (
@@ -92,8 +101,8 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
     ),
     "batch_size": (str, "N|auto", "Images a batch; auto measures. [default: auto]"),
     "device": (str, "DEVICE", "auto, cpu, cuda, cuda:0, mps. [default: auto]"),
-    "store": (str, "|".join(STORES), "Type of the values on disk; not every reader opens float16. [default: float32]"),
-    "clip": (bool, None, "With --store float16: clip what would overflow, instead of stopping."),
+    "dtype": (str, "|".join(DTYPES), "Type of the values on disk; not every reader opens float16. [default: float32]"),
+    "clip": (bool, None, "With --dtype float16: clip what would overflow, instead of stopping."),
     "keep_bits": (int, "BITS", "Mantissa bits kept; the rest is rounded away. [default: all there are]"),
     "codec": (
         str,
@@ -112,7 +121,7 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
         "Run the model through torch.compile: a wait at the start, then passes that are as fast or faster.",
     ),
     "shard_size": (str, "SIZE", "Values, before compression, that one shard holds about, as 512MiB. [default: auto]"),
-    "workers": (str, "N|auto", "How many decode and compress at once. [default: auto, from the CPUs]"),
+    "num_workers": (str, "N|auto", "How many decode and compress at once. [default: auto, from the CPUs]"),
     "worker_kind": (
         str,
         "|".join(WORKER_KINDS),
@@ -125,7 +134,7 @@ _OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
     ),
     "limit": (int, "N", "Only the first N images. [default: all]"),
     "seed": (int, "N", "What is random begins from this number: in a forward pass, and in each row. [default: 0]"),
-    "top": (int, "K", "Strongest images kept for each channel. [default: 9]"),
+    "top_k": (int, "K", "Strongest images kept for each channel. [default: 9]"),
     "effective_fields": (
         str,
         "|".join(EFFECTIVE_FIELDS),
@@ -164,19 +173,30 @@ _SHORT = {"weights": ("-w",)}
 
 
 def _run_options() -> Iterator[inspect.Parameter]:
-    """Every field of `Config` as a parameter that typer reads."""
+    """Every field of `Config` as a parameter that typer reads, and, hidden, those with former names."""
     shared: dict[str, Any] = {"layers": Layers, "preprocess": Preprocessing, "size": Size}
     for field in fields(Config):
         name = field.name
         kind, default = shared.get(name), None
         if kind is None:
             plain, metavar, help = _OPTIONS[name]
-            word = name.replace("_", "-")
+            word = _word(name)
             named = f"--{word}/--no-{word}" if field.default is True else f"--{word}"
             option = _option(named, *_SHORT.get(name, ()), metavar=metavar, help=help)
             kind = Annotated[bool, option] if plain is bool else Annotated[plain | None, option]
             default = field.default if plain is bool else None
         yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
+    for former, name in RENAMED.items():
+        plain, metavar, _ = _OPTIONS[name]
+        option = _option(f"--{former}", metavar=metavar, help=f"The former name of --{_word(name)}.", hidden=True)
+        yield inspect.Parameter(
+            former, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[plain | None, option], default=None
+        )
+
+
+def _word(name: str) -> str:
+    """A field of `Config` as the command line writes it."""
+    return name.replace("_", "-")
 
 
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -77,8 +77,8 @@ def plan(made: Plan) -> str:
         f"{made.precision} on {made.device}, batch size {made.batch_size}, {made.memory_format}"
         + (", batch norm inside the convolutions" if made.fused else "")
         + (", compiled" if made.config.get("compile") else "")
-        + (", JPEGs decoded on the device" if made.config.get("decode") == "device" else ""),
-        f"{text.count(made.threads, 'thread')}, {made.store} with {made.codec}, level {made.level}",
+        + (", JPEGs decoded on the device" if made.config.get("jpeg_decoder") == "device" else ""),
+        f"{text.count(made.threads, 'thread')}, {made.dtype} with {made.codec}, level {made.level}",
         f"{text.byte_count(cost.bytes_raw)} of values, about {text.byte_count(cost.bytes_stored)} on disk"
         + (f", about {text.duration(cost.seconds)}" if cost.seconds else "")
         + (f", {text.byte_count(cost.bytes_peak)} of memory" if cost.bytes_peak else ""),

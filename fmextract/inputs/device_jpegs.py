@@ -1,4 +1,4 @@
-"""JPEGs that the device decodes, resizes and crops (`--decode device`): the plain ones, in one call a task.
+"""JPEGs that the device decodes, resizes and crops (`--jpeg-decoder device`): the plain ones, in one call a task.
 
 Everything else goes the way of the CPU, so that what a row becomes depends on its bytes alone.
 """
@@ -41,13 +41,17 @@ _LARGE = 1 << 25
 def device_decoder(device: torch.device) -> DeviceDecode:
     """torchcodec's decoder of JPEGs on `device`. Raises ConfigError where there is none, MissingExtra without it."""
     if device.type != "cuda":
-        raise ConfigError(f"--decode device: JPEGs are decoded on CUDA only, and this run is on {device}; --decode cpu")
+        raise ConfigError(
+            f"--jpeg-decoder device: JPEGs are decoded on CUDA only, and this run is on {device}; --jpeg-decoder cpu"
+        )
     try:
         from torchcodec.decoders import decode_jpeg
     except ImportError as error:
-        raise MissingExtra("torchcodec", "torchcodec", "--decode device") from error
+        raise MissingExtra("torchcodec", "torchcodec", "--jpeg-decoder device") from error
     except (OSError, RuntimeError) as error:  # its native part does not go with this torch or system
-        raise ConfigError(f"--decode device: torchcodec does not load ({one_line(error)}); --decode cpu") from error
+        raise ConfigError(
+            f"--jpeg-decoder device: torchcodec does not load ({one_line(error)}); --jpeg-decoder cpu"
+        ) from error
     return functools.partial(decode_jpeg, mode="RGB", device=device)
 
 
@@ -59,8 +63,8 @@ def check_fits_on_device(preprocess: Preprocessing | None) -> None:
         return
     # Bicubic by torch is up to 28 levels off at hard edges (see _resize).
     raise ConfigError(
-        "--decode device: images are resized on the device too, which is right for interpolation=bilinear only;"
-        " use --decode cpu, or --preprocess interpolation=bilinear"
+        "--jpeg-decoder device: images are resized on the device too, which is right for interpolation=bilinear only;"
+        " use --jpeg-decoder cpu, or --preprocess interpolation=bilinear"
     )
 
 
@@ -100,7 +104,8 @@ class DeviceJpegs:
                 raise
             raise DeviceLost(
                 f"the device has no memory left to decode JPEGs in ({one_line(error)}). The same command resumes,"
-                " with fewer --workers perhaps; with --overwrite, --decode cpu or a smaller --batch-size needs less."
+                " with fewer --num-workers perhaps; with --overwrite, --jpeg-decoder cpu or a smaller --batch-size"
+                " needs less."
             ) from error
         for i, pixels in zip(fitted, there, strict=True):
             into[i].copy_(pixels)

@@ -173,7 +173,7 @@ class _Pipeline:
 
     def _statistics(self, captured: Captured, spec: LayerSpec) -> RunningStats | Nonfinite:
         if {"channel", "feature"} & set(captured.axes):
-            top, device = self._work.plan.top, self._work.device
+            top, device = self._work.plan.top_k, self._work.device
             return RunningStats(captured.shape, captured.axes, top, device, spec.near_zero_below)
         return Nonfinite()
 

@@ -136,7 +136,7 @@ class Writer:
         name = self._work.plan.layers[layer].name
         if not self._work.plan.clip:
             raise ConfigError(
-                f"layer {name!r} has values beyond ±{chunks.FLOAT16_MAX:.0f}, which float16 cannot hold. Use --store"
+                f"layer {name!r} has values beyond ±{chunks.FLOAT16_MAX:.0f}, which float16 cannot hold. Use --dtype"
                 " float32, or --clip to store the largest float16 instead (how many were clipped stands in the file)."
             )
         self._overflowed[name] = self._overflowed.get(name, 0) + count

@@ -256,13 +256,15 @@ class Layer:
             return layer_stats.effective_dimension(_merged_stats(self, covariance=True))
 
     def top(self, channel: int, k: int = 9) -> list[Top]:
-        """The `k` images with the highest values in a channel, strongest first: as many as were kept (--top).
+        """The `k` images with the highest values in a channel, strongest first: as many as were kept (--top-k).
 
         Raises IndexError for a channel that the layer does not have, ConfigError where nothing was kept.
         """
         stats = self.stats
         if "top_value" not in stats.names:
-            raise ConfigError(f"{self._acts.path}: no strongest images were kept for {self.name} (extract with --top)")
+            raise ConfigError(
+                f"{self._acts.path}: no strongest images were kept for {self.name} (extract with --top-k)"
+            )
         channels = len(stats.top_value)
         if not -channels <= channel < channels:
             raise IndexError(f"channel {channel} is out of bounds for {self.name} with {channels} channels")

@@ -332,7 +332,7 @@ def working(prepared: Prepared, made: Plan, workers: Workers | None = None, chec
 
 def jpegs(prepared: Prepared, workers: Workers | None) -> device_jpegs.DeviceJpegs | Jpegs | None:
     """What decodes plain JPEGs elsewhere than in the threads of a run; None: nothing does."""
-    if prepared.config.decode == "device":
+    if prepared.config.jpeg_decoder == "device":
         return device_jpegs.DeviceJpegs(prepared.device)
     return workers.jpegs(prepared.config.exif) if workers is not None else None
 

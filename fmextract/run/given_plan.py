@@ -58,7 +58,7 @@ def check_fits(plan: Plan, prepared: Prepared, asked: Mapping[str, Any]) -> None
         )
 
 
-_ASKED = ("store", "clip", "keep_bits", "codec", "top")
+_ASKED = ("dtype", "clip", "keep_bits", "codec", "top_k")
 _ABOUT = {"model": "model", "weights_sha256": "weights", "preprocess": "preprocess"}
 """What the file will say of the run, and what that is called in its identity."""
 
@@ -92,7 +92,7 @@ def _known(plan: Plan, prepared: Prepared, asked: Mapping[str, Any]) -> dict[str
         return {**_said(plan), **known}
     for i, layer in enumerate(plan.layers):
         must = make_plan.known_of_layer(prepared, i)
-        must["dtype"] = make_plan.type_on_disk(layer.compute_dtype, asked["store"])
+        must["dtype"] = make_plan.type_on_disk(layer.compute_dtype, asked["dtype"])
         if not layer.number:  # the first plans have none
             del must["number"]
         if must["field"] is not None:

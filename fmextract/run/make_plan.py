@@ -72,7 +72,7 @@ def plan_for(
     sizes, left_out = _effective_sizes(prepared, chosen, progress)
     layers = tuple(_layer_spec(prepared, i, chosen, rows, sizes) for i in range(len(prepared.probed)))
     level = codecs.codec_named(config.codec).checked_level(config.level)
-    threads = config.workers or cores()
+    threads = config.num_workers or cores()
     reading_seconds, decoding_seconds = _decoding(prepared, threads)
     cost = _estimate(prepared, chosen, layers, level, threads, decoding_seconds)
     needed = sharding.rows_of_shard(cost, rows, config.shard_size, is_single_file(out))
@@ -102,10 +102,10 @@ def plan_for(
         forward_threads=torch.get_num_threads(),
         codec=config.codec,
         level=level,
-        store=config.store,
+        dtype=config.dtype,
         keep_bits=config.keep_bits,
         clip=config.clip,
-        top=config.top,
+        top_k=config.top_k,
         shard_rows=shard_rows,
         identity=said,
         config=config.as_json(),
@@ -159,7 +159,7 @@ def _estimate(
         for tensor, captured in zip(chosen.sample, prepared.captured, strict=True)
     ]
     stored, encode = estimate.encode_sample(layers, stored_values, config.codec, level, config.keep_bits)
-    statistics = estimate.describe_sample(layers, prepared.captured, chosen.sample, config.top)
+    statistics = estimate.describe_sample(layers, prepared.captured, chosen.sample, config.top_k)
     costs = estimate.Costs(decode, chosen.seconds_per_image, statistics, encode, stored)
     return estimate.estimate(
         layers,
@@ -275,7 +275,7 @@ def _layer_spec(
     dtype = sample.dtype
     if dtype not in _ON_DISK:
         raise LayerError(f"layer {probed.tap.name!r}: values of type {dtype} cannot be stored")
-    on_disk = _stored_type(dtype, config.store)
+    on_disk = _stored_type(dtype, config.dtype)
     shape = tuple(sample.shape[1:])
     known = known_of_layer(prepared, i)
     return LayerSpec(
@@ -309,15 +309,15 @@ def known_of_layer(prepared: Prepared, i: int) -> dict[str, Any]:
     }
 
 
-def _stored_type(dtype: torch.dtype, store: str) -> str:
+def _stored_type(dtype: torch.dtype, wanted: str) -> str:
     on_disk = _ON_DISK[dtype]
-    return "float16" if store == "float16" and on_disk == "float32" else on_disk
+    return "float16" if wanted == "float16" and on_disk == "float32" else on_disk
 
 
-def type_on_disk(compute_dtype: str, store: str) -> str | None:
+def type_on_disk(compute_dtype: str, wanted: str) -> str | None:
     """How what was computed in a type (torch's name) is stored; None where that is no type of a layer."""
     dtype = getattr(torch, compute_dtype, None)
-    return _stored_type(dtype, store) if dtype in _ON_DISK else None
+    return _stored_type(dtype, wanted) if dtype in _ON_DISK else None
 
 
 def _near_zero_below(sample: torch.Tensor) -> float | None:

@@ -91,7 +91,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
     """Open, build, survey, probe. Raises SourceError, ModelError, LayerError or ConfigError, each with what to do."""
     codecs.codec_named(config.codec).checked_level(config.level)
     where = devices.pick(config.device)
-    if config.decode == "device":
+    if config.jpeg_decoder == "device":
         device_jpegs.device_decoder(where)  # before the model is built, which may take long
     if config.precision != "auto":
         precision.check(config.precision, where)
@@ -130,7 +130,7 @@ def _prepared(
     progress: Progress,
 ) -> Prepared:
     input_shape, ready = _input_shape(opened, reader, loaded)
-    if config.decode == "device":
+    if config.jpeg_decoder == "device":
         device_jpegs.check_fits_on_device(loaded.preprocess)
     own = _own_type(config.precision, loaded.input_dtype)
     if where.type == "cpu":

@@ -92,8 +92,9 @@ def _layout(file: h5py.File) -> tuple[list[LayerSpec], str, int]:
 def _check_same_run(first: h5py.File, file: h5py.File, layout: tuple[list[LayerSpec], str, int]) -> None:
     if _layout(file) != layout:
         raise FormatError(f"{file.filename} has other layers, chunks or filters than {first.filename}")
-    for name in ("fmextract_config", "model", "weights_sha256", "preprocess", "precision"):
-        if file.attrs.get(name) != first.attrs.get(name):
+    then, now = read_info(first), read_info(file)  # as they are read: an option may have had another name
+    for name in ("config", "model", "weights_sha256", "preprocess", "precision"):
+        if getattr(then, name) != getattr(now, name):
             raise FormatError(f"{file.filename} was made with another {name} than {first.filename}")
 
 

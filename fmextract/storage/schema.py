@@ -28,6 +28,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from fmextract.config import RENAMED
 from fmextract.errors import DamagedError, FormatError
 from fmextract.storage.layer_stats import COVARIANCE, NEAR_ZERO, TOP
 
@@ -191,6 +192,16 @@ def fields(required: Sequence[str] = (), /, **kinds: Kind) -> Kind:
     return check
 
 
+def renamed(kind: Kind) -> Kind:
+    """A JSON object in which options may have the names that earlier versions gave them: gives those of today."""
+
+    def check(value: Any) -> Any:
+        is_object = isinstance(value, dict)
+        return kind({RENAMED.get(name, name): one for name, one in value.items()} if is_object else value)
+
+    return check
+
+
 def _within(name: str, kind: Kind, value: Any) -> Any:
     try:
         return kind(value)
@@ -252,20 +263,22 @@ def _pairs(value: Any) -> list[list[str]]:
 
 
 _PIXELS = number(-1e9, 1e9)
-_OPTIONS = fields(
-    layers=many(text),
-    preprocess=optional(text),
-    exif=flag,
-    store=text,
-    keep_bits=optional(whole(0, 64)),
-    clip=flag,
-    codec=text,
-    level=optional(whole(0, 100)),
-    top=whole(0, 10**6),
-    overwrite=flag,
-    ignore=many(text),
+_OPTIONS = renamed(
+    fields(
+        layers=many(text),
+        preprocess=optional(text),
+        exif=flag,
+        dtype=text,
+        keep_bits=optional(whole(0, 64)),
+        clip=flag,
+        codec=text,
+        level=optional(whole(0, 100)),
+        top_k=whole(0, 10**6),
+        overwrite=flag,
+        ignore=many(text),
+    )
 )
-_IDENTITY = fields(input_shape=optional(many(whole(1, LARGEST))), source=table_of(anything))
+_IDENTITY = renamed(fields(input_shape=optional(many(whole(1, LARGEST))), source=table_of(anything)))
 CONFIG = fields(
     options=_OPTIONS,
     identity=_IDENTITY,
@@ -430,45 +443,47 @@ _SPEC = fields(
     near_zero_below=optional(number(0)),
     number=text,
 )
-PLAN = fields(
-    run_id=text,
-    rows=whole(1),
-    layers=many(_SPEC),
-    precision=text,
-    memory_format=text,
-    batch_size=whole(1, 10**9),
-    device=text,
-    threads=whole(1, 4096),
-    forward_threads=whole(1, 4096),
-    codec=text,
-    level=whole(0, 100),
-    store=text,
-    keep_bits=optional(whole(0, 64)),
-    clip=flag,
-    top=whole(0, 10**6),
-    shard_rows=whole(1),
-    shards=many(many(whole(), 2)),
-    identity=_IDENTITY,
-    config=_OPTIONS,
-    info=fields(
-        title=text,
-        source=text,
-        history=text,
-        model=text,
-        weights=optional(text),
-        weights_sha256=text,
-        origin=table_of(anything),
-        input_dtype=text,
-        preprocess=PREPROCESS,
-        created=text,
-        images=IMAGES,
-    ),
-    versions=table_of(text),
-    fused=_pairs,
-    pooling=flag,
-    prepacked=flag,
-    estimate=table_of(optional(either(number(), table_of(number())))),
-    notes=many(text),
+PLAN = renamed(
+    fields(
+        run_id=text,
+        rows=whole(1),
+        layers=many(_SPEC),
+        precision=text,
+        memory_format=text,
+        batch_size=whole(1, 10**9),
+        device=text,
+        threads=whole(1, 4096),
+        forward_threads=whole(1, 4096),
+        codec=text,
+        level=whole(0, 100),
+        dtype=text,
+        keep_bits=optional(whole(0, 64)),
+        clip=flag,
+        top_k=whole(0, 10**6),
+        shard_rows=whole(1),
+        shards=many(many(whole(), 2)),
+        identity=_IDENTITY,
+        config=_OPTIONS,
+        info=fields(
+            title=text,
+            source=text,
+            history=text,
+            model=text,
+            weights=optional(text),
+            weights_sha256=text,
+            origin=table_of(anything),
+            input_dtype=text,
+            preprocess=PREPROCESS,
+            created=text,
+            images=IMAGES,
+        ),
+        versions=table_of(text),
+        fused=_pairs,
+        pooling=flag,
+        prepacked=flag,
+        estimate=table_of(optional(either(number(), table_of(number())))),
+        notes=many(text),
+    )
 )
 RECORD = fields(
     ("name", "start", "stop", "bytes", "sha256", "statuses", "content_digest", "batch_size", "extra"),

@@ -69,7 +69,7 @@ class Example:
 
 
 def strongest(acts: Activations, layer: str, channel: int, k: int = 9) -> list[Example]:
-    """The `k` images with the highest values in a channel, strongest first: as many as the run kept (--top).
+    """The `k` images with the highest values in a channel, strongest first: as many as the run kept (--top-k).
 
     Over all shards, from what the run recorded. Raises ConfigError for an unknown layer or channel.
     """

@@ -77,7 +77,7 @@ def transformer() -> nn.Module:
 
 
 def stored(model: nn.Module, out: Path, layers: Sequence[str], inputs: Sequence[Any], **options: Any) -> fm.Activations:
-    chosen = {"precision": "fp32", "batch_size": 4, "device": "cpu", "workers": 2, "memory_format": "contiguous"}
+    chosen = {"precision": "fp32", "batch_size": 4, "device": "cpu", "num_workers": 2, "memory_format": "contiguous"}
     chosen |= {"layers": layers, "progress": Notes(), "compile": True, **options}
     return fm.extract(inputs, model, out / "x.h5", **chosen)
 

@@ -48,7 +48,7 @@ def images(count: int = 5, shape: Sequence[int] = (3, 8, 8)) -> list[Tensor]:
 def extract(
     model: nn.Module, out: Path, layers: Sequence[str], inputs: Sequence[Any] | None = None, **options: Any
 ) -> fm.Activations:
-    chosen = {"precision": "fp32", "batch_size": 2, "memory_format": "contiguous", "workers": 2, "device": "cpu"}
+    chosen = {"precision": "fp32", "batch_size": 2, "memory_format": "contiguous", "num_workers": 2, "device": "cpu"}
     source = images() if inputs is None else inputs
     return fm.extract(source, model.eval(), out / "x.h5", layers=layers, progress=Notes(), **{**chosen, **options})
 
@@ -728,7 +728,7 @@ def test_the_callers_module_is_as_it_was_whatever_happens(ending: str, options: 
     if ending == "source":
         inputs = Interrupted(inputs)
     layers = ["nothing"] if ending == "selector" else ["conv", "bn", "relu", "two"]
-    chosen = {"batch_size": 2, "workers": 2, "device": "cpu", "progress": Notes(), **options}
+    chosen = {"batch_size": 2, "num_workers": 2, "device": "cpu", "progress": Notes(), **options}
     before = _state(model)
     failed: list[int] | None = None
     with (

@@ -48,7 +48,7 @@ def pictures(count: int, bright: Sequence[int]) -> list[Tensor]:
 
 
 def extract(function: Callable[[Tensor], Any], out: Path, inputs: Sequence[Tensor], **options: Any) -> np.ndarray:
-    chosen = {"precision": "fp32", "batch_size": 4, "workers": 1, "device": "cpu", "memory_format": "contiguous"}
+    chosen = {"precision": "fp32", "batch_size": 4, "num_workers": 1, "device": "cpu", "memory_format": "contiguous"}
     with fm.extract(
         inputs, Does(function).eval(), out / "x.h5", layers=["inner"], progress=Notes(), **{**chosen, **options}
     ) as acts:

@@ -37,7 +37,7 @@ def images(count: int) -> list[Tensor]:
 
 
 def extract(model: nn.Module, out: Path, inputs: Sequence[Tensor], layers: Sequence[str], **options: Any) -> Any:
-    chosen = {"precision": "fp32", "workers": 1, "device": "cpu", "memory_format": "contiguous", **options}
+    chosen = {"precision": "fp32", "num_workers": 1, "device": "cpu", "memory_format": "contiguous", **options}
     return fm.extract(inputs, model.eval(), out / "x.h5", layers=layers, progress=Notes(), **chosen)
 
 

@@ -47,7 +47,7 @@ def images(count: int = 10) -> list[np.ndarray]:
 
 
 def extract(function: Callable[[Any, Tensor], Tensor], out: Path, notes: Notes, **options: Any) -> fm.Activations:
-    chosen = {"layers": ["*"], "precision": "fp32", "batch_size": 4, "device": "cpu", "workers": 1, **options}
+    chosen = {"layers": ["*"], "precision": "fp32", "batch_size": 4, "device": "cpu", "num_workers": 1, **options}
     return fm.extract(
         images(),
         Odd(function).eval(),

@@ -112,7 +112,7 @@ def images(count: int) -> list[Tensor]:
 
 
 def extract(model: nn.Module, out: Path, inputs: list[Tensor], notes: Any = None, **options: Any) -> None:
-    chosen = {"batch_size": 2, "workers": 1, "device": "cpu", "precision": "fp32", **options}
+    chosen = {"batch_size": 2, "num_workers": 1, "device": "cpu", "precision": "fp32", **options}
     fm.extract(inputs, model, out / "x.h5", layers=["conv"], progress=notes or Notes(), **chosen).close()
 
 
@@ -237,7 +237,7 @@ def test_what_a_forward_does_is_undone_on_every_way_out(name: str, ending: str, 
     layers = ["conv", "nothing"] if ending == "a layer is refused" else ["conv", "tail"]
     with contextlib.suppress(KeyboardInterrupt, fm.LayerError):
         fm.extract(
-            inputs, model, tmp_path / "x.h5", layers=layers, progress=notes, device="cpu", batch_size=2, workers=1
+            inputs, model, tmp_path / "x.h5", layers=layers, progress=notes, device="cpu", batch_size=2, num_workers=1
         ).close()
     assert state(model) == before
 

@@ -42,7 +42,7 @@ def images(count: int, size: int = 32) -> list[Tensor]:
 
 
 def extract(model: nn.Module, out: Path, inputs: Sequence[Tensor]) -> Path:
-    options = {"precision": "fp32", "batch_size": 2, "workers": 1, "device": "cpu", "memory_format": "contiguous"}
+    options = {"precision": "fp32", "batch_size": 2, "num_workers": 1, "device": "cpu", "memory_format": "contiguous"}
     fm.extract(inputs, model.eval(), out, layers=["c", "end"], progress=Notes(), **options).close()
     return out
 

@@ -232,7 +232,7 @@ def test_output_that_is_something_else(fm: Run, options: list[object], tmp_path:
     [
         (["--clip"], ["--clip", "float16"]),
         (["--keep-bits", "30"], ["--keep-bits", "23"]),
-        (["--keep-bits", "11", "--store", "float16"], ["--keep-bits", "10"]),
+        (["--keep-bits", "11", "--dtype", "float16"], ["--keep-bits", "10"]),
         (["--precision", "fp8"], ["--precision", "bf16"]),
         (["--codec", "rar"], ["rar", "gzip"]),
         (["--batch-size", "many"], ["--batch-size", "auto"]),

@@ -207,7 +207,7 @@ def test_netcdf(source: Path, tmp_path: Path) -> None:
 def test_netcdf_is_an_output_of_its_own(tmp_path: Path) -> None:
     """Whole to `verify`, which counts the statistics again; open to what opens outputs, another export included."""
     photos = runs.make_photos(tmp_path / "photos", 10, {6: b"broken"})
-    runs.extract(photos, tmp_path / "acts", store="float16")
+    runs.extract(photos, tmp_path / "acts", dtype="float16")
     fm.export(tmp_path / "acts", to="netcdf", out=tmp_path / "a.nc", layers=["conv", "fc"])
     report = verify(tmp_path / "a.nc")
     assert (report.problems, report.layers, report.rows) == ((), 2, 10)

@@ -140,7 +140,7 @@ def test_a_device_without_memory_ends_the_run(monkeypatch: pytest.MonkeyPatch) -
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: full)
-    with pytest.raises(DeviceLost, match="--decode cpu"):
+    with pytest.raises(DeviceLost, match="--jpeg-decoder cpu"):
         device_jpegs.DeviceJpegs(CPU).decode([jpeg()], USUAL, buffer(1, USUAL))
 
 
@@ -178,7 +178,7 @@ def test_a_mixed_run_gives_what_the_cpu_gives(
             return outcomes
 
         monkeypatch.setattr(decode.Decoder, "_load_and_decode", noting)
-        options = {**OPTIONS, "decode": where, "exif": exif, "batch_size": 64}  # several rows a task
+        options = {**OPTIONS, "jpeg_decoder": where, "exif": exif, "batch_size": 64}  # several rows a task
         runs.extract(mixed, tmp_path / f"{where}.h5", **options)
     with activations.open(tmp_path / "cpu.h5") as a, activations.open(tmp_path / "device.h5") as b:
         assert set(a.status) == {0, 2}
@@ -200,7 +200,7 @@ def test_a_source_that_cannot_load_a_row_says_why(tmp_path: Path, monkeypatch: p
             return jpeg()
 
     monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: stand_in)
-    result = runs.extract(Photos(), tmp_path / "out.h5", decode="device", **OPTIONS)
+    result = runs.extract(Photos(), tmp_path / "out.h5", jpeg_decoder="device", **OPTIONS)
     assert [message for _, message in result.failures] == ["OSError: the disk is on fire"]
 
 
@@ -220,7 +220,7 @@ def test_files_that_a_dataset_names_are_decoded_there_too(tmp_path: Path, monkey
 
     (tmp_path / "photo.jpg").write_bytes(jpeg())
     monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: counting)
-    result = runs.extract(Paths(), tmp_path / "out.h5", decode="device", **OPTIONS)
+    result = runs.extract(Paths(), tmp_path / "out.h5", jpeg_decoder="device", **OPTIONS)
     assert len(there) == 7
     assert [message for _, message in result.failures] == ["No such file or directory"]
 
@@ -228,10 +228,10 @@ def test_files_that_a_dataset_names_are_decoded_there_too(tmp_path: Path, monkey
 def test_a_resume_with_the_other_decoder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: stand_in)
     photos = runs.make_photos(tmp_path / "photos", 12, bad=dict.fromkeys(range(12), PLAIN["photo"]))
-    runs.extract_until(8, photos, tmp_path / "out", decode="device")
-    with pytest.raises(OutputError, match="decode"):
-        runs.extract(photos, tmp_path / "out", decode="cpu")
-    assert runs.extract(photos, tmp_path / "out", decode="device").resumed_images >= 4
+    runs.extract_until(8, photos, tmp_path / "out", jpeg_decoder="device")
+    with pytest.raises(OutputError, match="jpeg_decoder"):
+        runs.extract(photos, tmp_path / "out", jpeg_decoder="cpu")
+    assert runs.extract(photos, tmp_path / "out", jpeg_decoder="device").resumed_images >= 4
 
 
 def test_a_verification_decodes_as_the_run_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_a_verification_decodes_as_the_run_did(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: counting)
     photos = runs.make_photos(tmp_path / "photos", 12, bad=dict.fromkeys(range(12), PLAIN["photo"]))
-    runs.extract(photos, tmp_path / "out.h5", decode="device")
+    runs.extract(photos, tmp_path / "out.h5", jpeg_decoder="device")
     before = len(asked)
     report = verify(tmp_path / "out.h5", rerun=12, source=photos, model=runs.Tiny())
     assert (report.rerun, report.largest_error) == (12, 0.0)
@@ -254,8 +254,8 @@ def test_a_verification_decodes_as_the_run_did(tmp_path: Path, monkeypatch: pyte
 
 
 def test_without_a_gpu_it_says_so_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--decode device: .*CUDA only.*cpu"):
-        runs.extract([jpeg()], tmp_path / "out.h5", decode="device", model="no such model")
+    with pytest.raises(ConfigError, match=r"--jpeg-decoder device: .*CUDA only.*cpu"):
+        runs.extract([jpeg()], tmp_path / "out.h5", jpeg_decoder="device", model="no such model")
     assert not (tmp_path / "out.h5").exists()
 
 
@@ -269,12 +269,12 @@ def test_a_bicubic_resize_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: stand_in)
     preprocess = "size=8,mean=0.5,std=0.5,interpolation=bicubic"
     with pytest.raises(ConfigError, match="interpolation=bilinear"):
-        runs.extract([jpeg()], tmp_path / "out.h5", decode="device", preprocess=preprocess)
+        runs.extract([jpeg()], tmp_path / "out.h5", jpeg_decoder="device", preprocess=preprocess)
 
 
 def test_an_unknown_value_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--decode 'gpu': expected one of cpu, device"):
-        runs.Config.of(decode="gpu")
+    with pytest.raises(ConfigError, match="--jpeg-decoder 'gpu': expected one of cpu, device"):
+        runs.Config.of(jpeg_decoder="gpu")
 
 
 # --------------------------------------------------------------------------------------------------- on a real GPU

@@ -123,7 +123,7 @@ def test_whoever_decodes_and_nothing_is_read_twice(
 
     monkeypatch.setattr(files, "read_file", noting)
     monkeypatch.setattr(device_jpegs, "device_decoder", lambda device: stand_in)
-    options = {"processes": {"worker_kind": "processes"}, "device": {"decode": "device"}, "threads": {}}[how]
+    options = {"processes": {"worker_kind": "processes"}, "device": {"jpeg_decoder": "device"}, "threads": {}}[how]
     runs.extract(photos[0].parent, tmp_path / "a.h5", max_failures="100%", **options)
     assert stamps(tmp_path / "a.h5") == expected(photos)
     there = [os.fsencode(photo.name) for photo in photos]

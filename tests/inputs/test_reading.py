@@ -119,7 +119,7 @@ def test_every_row_is_its_own_image(kind: str, tmp_path: Path) -> None:
 
 def test_a_run_stores_the_images_of_a_dataset_with_an_open_file(tmp_path: Path) -> None:
     path = users.OpenFile.write(tmp_path / "raw", 48)
-    extract(users.OpenFile(path, 48), tmp_path / "out.h5", workers=4, shard_size="auto")
+    extract(users.OpenFile(path, 48), tmp_path / "out.h5", num_workers=4, shard_size="auto")
     extract([pixels(row) for row in range(48)], tmp_path / "expected.h5", shard_size="auto")
     with activations.open(tmp_path / "out.h5") as acts, activations.open(tmp_path / "expected.h5") as expected:
         np.testing.assert_array_equal(acts["conv"][:], expected["conv"][:])
@@ -185,7 +185,7 @@ def test_files_and_memory_are_read_by_threads(tmp_path: Path, monkeypatch: pytes
 
 def test_a_dataset_that_says_so_is_read_by_threads(tmp_path: Path) -> None:
     data = users.Threaded(24)
-    extract(data, tmp_path / "out.h5", workers=4)
+    extract(data, tmp_path / "out.h5", num_workers=4)
     assert len(data.threads) > 1
 
 
@@ -316,13 +316,13 @@ def test_a_random_preprocessing_is_the_same_in_any_run_and_told(tmp_path: Path) 
     """A training pipeline by mistake: of files, whose rows threads read otherwise."""
     photos = make_photos(tmp_path / "photos", 20)
     notes = Notes()
-    options = {"preprocess": users.training, "notes": notes, "workers": 4}
+    options = {"preprocess": users.training, "notes": notes, "num_workers": 4}
     extract(photos, tmp_path / "whole.h5", **options)
     assert "the preprocessing is random" in notes
     stopping = Notes(lambda done: _end() if done >= 8 else None)
     with pytest.raises(Ended):
         extract(photos, tmp_path / "resumed.h5", **{**options, "notes": stopping})
-    extract(photos, tmp_path / "resumed.h5", **{**options, "workers": 1})
+    extract(photos, tmp_path / "resumed.h5", **{**options, "num_workers": 1})
     extract(photos, tmp_path / "other.h5", **options, seed=1)
     with pytest.raises(OutputError, match="seed: 0 there, 1 now"):
         extract(photos, tmp_path / "whole.h5", **options, seed=1)

@@ -565,7 +565,7 @@ def test_chunks_share_tasks_where_threads_have_enough_of_them(
 
 def test_chunks_that_share_a_task_come_to_their_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photos = make_photos(tmp_path / "photos", 12)
-    extract(photos, tmp_path / "plain.h5", workers=1)
+    extract(photos, tmp_path / "plain.h5", num_workers=1)
     lengths: list[int] = []
     encode = pipeline._Pipeline._encode
 
@@ -575,7 +575,7 @@ def test_chunks_that_share_a_task_come_to_their_places(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(pipeline._Pipeline, "_encode", noting)
     monkeypatch.setattr(pipeline, "tasks", lambda cut, threads, most: [cut[:2], cut[2:]] if len(cut) > 2 else [cut])
-    extract(photos, tmp_path / "shared.h5", workers=1)
+    extract(photos, tmp_path / "shared.h5", num_workers=1)
     assert max(lengths) > 1
     with activations.open(tmp_path / "plain.h5") as plain, activations.open(tmp_path / "shared.h5") as shared:
         for name in LAYERS:

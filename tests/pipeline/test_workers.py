@@ -100,16 +100,16 @@ def channels_last(rows: torch.Tensor) -> torch.Tensor:
 )
 @pytest.mark.parametrize(
     "options",
-    [{}, {"precision": "bf16"}, {"codec": "none"}, {"keep_bits": 5}, {"store": "float16", "clip": True}],
+    [{}, {"precision": "bf16"}, {"codec": "none"}, {"keep_bits": 5}, {"dtype": "float16", "clip": True}],
     ids=str,
 )
 def test_chunks_are_encoded_as_by_a_thread(
     two: workers.Workers, tmp_path: Path, options: dict[str, Any], laid_out: Any
 ) -> None:
     made = plan(tmp_path, **options)
-    some = cut(made, laid_out, scale=1e5 if "store" in options else 1.0)
+    some = cut(made, laid_out, scale=1e5 if "dtype" in options else 1.0)
     expected = chunks.Encoder(made).all(some)
-    assert any(e.overflowed for e in expected) == ("store" in options)
+    assert any(e.overflowed for e in expected) == ("dtype" in options)
     encode = two.encoder(made)
     same(encode(some), expected)
     same([one for chunk in some for one in encode([chunk])], expected)
@@ -479,7 +479,7 @@ def test_a_plan_counts_their_memory(tmp_path: Path) -> None:
     made = {}
     for kind in ("threads", "processes"):
         (tmp_path / kind).mkdir()
-        made[kind] = plan(tmp_path / kind, workers=3, worker_kind=kind).estimate.bytes_peak
+        made[kind] = plan(tmp_path / kind, num_workers=3, worker_kind=kind).estimate.bytes_peak
     assert 400e6 < made["processes"] - made["threads"] < 1e9
 
 

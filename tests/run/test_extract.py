@@ -120,7 +120,7 @@ class Loud(nn.Module):
 
 
 def test_float16_refuses_what_overflows_unless_told_to_clip(photos: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"layers": ["act"], "store": "float16", "model": Loud(1e5)}
+    options: dict[str, Any] = {"layers": ["act"], "dtype": "float16", "model": Loud(1e5)}
     with pytest.raises(ConfigError, match=r"'act' has values beyond ±65504.*--clip"):
         extract(photos, tmp_path / "refused.h5", **options)
     assert not (tmp_path / "refused.h5").exists()
@@ -190,8 +190,8 @@ def test_several_views_of_a_layer_in_one_run(photos: Path, tmp_path: Path) -> No
 
 
 def test_top_keeps_maxima_and_the_statistics_of_whole_maps(photos: Path, tmp_path: Path) -> None:
-    extract(photos, tmp_path / "full.h5", layers=["conv"], top=3)
-    extract(photos, tmp_path / "top.h5", layers=["conv=top"], top=3)
+    extract(photos, tmp_path / "full.h5", layers=["conv"], top_k=3)
+    extract(photos, tmp_path / "top.h5", layers=["conv=top"], top_k=3)
     with fm.open(tmp_path / "full.h5") as full, fm.open(tmp_path / "top.h5") as top:
         maps = full["conv"][:]
         layer = top["conv=top"]
@@ -221,7 +221,7 @@ def test_a_plan_foretells_the_bytes(photos: Path, tmp_path: Path) -> None:
 def test_without_compiled_loops_a_run_stores_the_same_and_says_so(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    options: dict[str, Any] = {"precision": precision, "memory_format": "channels_last", "top": 3}
+    options: dict[str, Any] = {"precision": precision, "memory_format": "channels_last", "top_k": 3}
     (tmp_path / "with").mkdir()
     (tmp_path / "without").mkdir()
     said = extract(photos, tmp_path / "with" / "out.h5", **options).notes
@@ -318,7 +318,7 @@ def test_a_shard_is_two_gibibytes_or_five_minutes() -> None:
 def test_python_and_command_line_share_words(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"unknown option 'batchsize'; expected one of .*batch_size"):
         fm.extract(photos, Tiny(), tmp_path / "out.h5", batchsize=4)
-    with pytest.raises(ConfigError, match=r"--clip only means something with --store float16"):
+    with pytest.raises(ConfigError, match=r"--clip only means something with --dtype float16"):
         fm.extract(photos, Tiny(), tmp_path / "out.h5", clip=True)
     with pytest.raises(ConfigError, match="--keep-bits 24"):
         fm.extract(photos, Tiny(), tmp_path / "out.h5", keep_bits=24)

@@ -91,7 +91,7 @@ def test_values_are_those_of_the_planned_precision(tmp_path: Path) -> None:
         ({"precision": "bf16"}, "precision: 'auto' in the plan, 'bf16' here"),
         ({"limit": 5}, "rows: 8 in the plan, 5 here"),
         ({"model": Tiny(seed=3)}, "weights: '"),
-        ({"store": "float16"}, "store: 'float32' in the plan, 'float16' here"),
+        ({"dtype": "float16"}, "dtype: 'float32' in the plan, 'float16' here"),
     ],
 )
 def test_a_plan_of_another_run_is_refused(changes: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_run_that_goes_on_or_is_there_is_that_of_the_plan(tmp_path: Path) -> N
         ({"batch_size": 3}, "shards of 8 rows do not hold whole batches of 3"),
         ({"fused": (("conv", "relu"),)}, "does not have"),
         ({"keep_bits": 2}, "keep_bits: 2 in the plan, not set here"),
-        ({"store": "float16"}, "store: 'float16' in the plan, 'float32' here"),
+        ({"dtype": "float16"}, "dtype: 'float16' in the plan, 'float32' here"),
     ],
 )
 def test_a_plan_that_was_changed_by_hand_and_does_not_fit(changes: dict[str, Any], told: str, tmp_path: Path) -> None:

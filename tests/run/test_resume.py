@@ -205,7 +205,7 @@ def test_what_changed_is_refused_by_name(photos: Path, tmp_path: Path, name: str
         ({"preprocess": "size=8,crop=8,mean=0,std=1"}, r"preprocess.mean: \[0.5, 0.5, 0.5\] there"),
         ({"precision": "bf16"}, "precision: 'fp32' there, 'bf16' now"),
         ({"keep_bits": 7}, "keep_bits: not set there, 7 now"),
-        ({"store": "float16"}, "store: 'float32' there, 'float16' now"),
+        ({"dtype": "float16"}, "dtype: 'float32' there, 'float16' now"),
         ({"codec": "none"}, "codec: 'gzip' there, 'none' now"),
         ({"limit": ROWS - 1}, f"source.count: {ROWS} there, {ROWS - 1} now"),
     ]

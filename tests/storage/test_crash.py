@@ -310,7 +310,18 @@ def test_interrupted_in_order(
 ) -> None:
     out, said = tmp_path / "out", tmp_path / "said"
     options = ["-l", "conv", "-l", "relu", "-l", "fc", "--preprocess", "size=8,crop=8,mean=0.5,std=0.5"]
-    options += ["--precision", "fp32", "--batch-size", "4", "--workers", "2", "--shard-size", "1", "--device", "cpu"]
+    options += [
+        "--precision",
+        "fp32",
+        "--batch-size",
+        "4",
+        "--num-workers",
+        "2",
+        "--shard-size",
+        "1",
+        "--device",
+        "cpu",
+    ]
     model = f"{Path(__file__).parents[1] / 'runs.py'}:Tiny"
     command = ["extract", str(photos), "-m", model, *options, "-o", str(out), "--json"]
     child = server.start(f"runs.command({command!r}, {str(said)!r}, slow=0.3)")

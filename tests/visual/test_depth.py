@@ -51,7 +51,7 @@ class Kinds(nn.Module):
         return self.wide(self.fc(tokens.mean(1)).repeat(1, 2)[:, :6])
 
 
-OPTIONS: Mapping[str, Any] = {"layers": ["conv", "relu", "norm", "fc", "wide"], "model": Kinds(), "top": 3}
+OPTIONS: Mapping[str, Any] = {"layers": ["conv", "relu", "norm", "fc", "wide"], "model": Kinds(), "top_k": 3}
 
 
 def vectors(layer: Any) -> np.ndarray:

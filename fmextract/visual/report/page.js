@@ -632,7 +632,7 @@ function drawChannels() {
       h("div", { class: "group" }, h("button", { type: "button", "data-id": "before", onclick: step(-1), "aria-label": "channel before" }, "←"), h("button", { type: "button", "data-id": "after", onclick: step(1), "aria-label": "next channel" }, "→"))),
     h("div", { class: "noprint" }, h("div", { class: "picker" }, canvas, h("span", { "aria-hidden": "true", css: { left: `${(100 * (at + 0.5)) / channels.numbers.length}%` } })), h("p", { class: "note" }, channels.shown ? `${channels.numbers.length.toLocaleString("en")} channels that vary most, by their standard deviation; click to choose.` : "Every channel by its standard deviation; click to choose.")),
     channels.k ? h("div", { class: "tops", id: "tops" }, Array.from({ length: channels.k }, (_, i) => topCard(layer, channels, at * channels.k + i, n)))
-      : h("p", { class: "note" }, "The run kept no strongest images (extract with --top)."),
+      : h("p", { class: "note" }, "The run kept no strongest images (extract with --top-k)."),
     channels.k ? h("p", { class: "note" }, legend(layer)) : null,
   ];
 }
