@@ -7,6 +7,7 @@ version is installed is for the reader to compare. What cannot be told is named.
 
 from __future__ import annotations
 
+import csv
 import datetime
 import decimal
 import dis
@@ -48,6 +49,8 @@ _SILENT = ("logging", "warnings", "threading", "_thread", "contextvars", "typing
 """Packages whose objects decide no value."""
 _STANDARD = ("argparse", "collections", "types")
 """Packages of Python's own whose objects are what their attributes say."""
+LARGE = ("torch", "torchvision", "torchaudio", "functorch", "triton", "timm", "numpy", "scipy", "pandas", "PIL")
+"""Libraries wherever they lie: to read all code of torch takes minutes."""
 
 
 def interpreter() -> str:
@@ -257,7 +260,10 @@ class Facts:
 
     def _imported(self, name: str) -> None:
         """A module that is imported while code runs: the code in its file."""
-        if is_library(name) or (name.rpartition(".")[0] and name.rpartition(".")[0] not in sys.modules):
+        if is_library(name):
+            self._package(name)
+            return
+        if name.rpartition(".")[0] and name.rpartition(".")[0] not in sys.modules:
             return
         try:
             spec = importlib.util.find_spec(name)
@@ -565,21 +571,63 @@ def _local(named: Any) -> str:
 
 @functools.lru_cache(4096)
 def is_library(module: str) -> bool:
-    """Whether a module belongs to Python or to an installed package, whose version says what it is."""
+    """Whether a module belongs to Python or to an installed package, whose version says what it is.
+
+    A package is installed where its folder is one of Python's for packages, or where a distribution lies beside it
+    that lists it (as `pip install --target` leaves it). One that a user develops in place is the user's own code,
+    unless it is one of LARGE.
+    """
     top = module.partition(".")[0]
     if top == "__main__" or not top:
         return False
-    if top == "fmextract" or top in sys.stdlib_module_names or top in sys.builtin_module_names:
+    if top in LARGE or top == "fmextract" or top in sys.stdlib_module_names or top in sys.builtin_module_names:
         return True
-    place = getattr(sys.modules.get(top), "__file__", None)
-    if place is None:
-        spec = getattr(sys.modules.get(top), "__spec__", None)
-        places = getattr(spec, "submodule_search_locations", None) or [""]
-        place = next(iter(places), "")
-    parts = pathlib.PurePath(str(place)).parts
-    return bool({"site-packages", "dist-packages"} & set(parts)) or str(place).startswith(
-        sysconfig.get_paths()["stdlib"] + "/"
-    )
+    path = _path_of(top)
+    return path is not None and any(map(_is_installed, {path, path.resolve()}))
+
+
+@functools.cache
+def source_digest(package: str) -> str | None:
+    """Return a digest of the source of a library that is developed in place, whose version tells too little.
+
+    None of one that is installed, and of one without source.
+    """
+    path = _path_of(package)
+    if package not in LARGE or path is None or any(map(_is_installed, {path, path.resolve()})):
+        return None
+    hashed = xxhash.xxh3_128()
+    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+        if file.is_file():  # no broken link
+            hashed.update(_plain((str(file.relative_to(path)), file.read_bytes())))
+    return hashed.hexdigest()[:16]
+
+
+def _path_of(top: str) -> pathlib.Path | None:
+    """Return the folder of a package, or the file of a module that is none; imported or not, the answer is the same."""
+    module = sys.modules.get(top)
+    if module is not None:
+        folders, file = getattr(module, "__path__", None), getattr(module, "__file__", None)
+    else:
+        spec = importlib.util.find_spec(top)
+        folders, file = (spec.submodule_search_locations, spec.origin) if spec is not None else (None, None)
+    place = next(iter(folders or ()), file)
+    return pathlib.Path(place) if isinstance(place, str) else None
+
+
+def _is_installed(path: pathlib.Path) -> bool:
+    if {"site-packages", "dist-packages"} & set(path.parts) or path.is_relative_to(sysconfig.get_paths()["stdlib"]):
+        return True
+    return path.name.partition(".")[0] in _installed_in(path.parent)
+
+
+@functools.lru_cache(256)
+def _installed_in(folder: pathlib.Path) -> frozenset[str]:
+    """The packages and modules that the distributions in a folder list as theirs."""
+    found: set[str] = set()
+    for record in folder.glob("*.dist-info/RECORD"):
+        rows = csv.reader(record.read_text(encoding="utf-8", errors="replace").splitlines())
+        found |= {row[0].partition("/")[0].partition(".")[0] for row in rows if row}
+    return frozenset(found)
 
 
 # ------------------------------------------------------------------------------------------------------------ data

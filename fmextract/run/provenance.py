@@ -10,7 +10,7 @@ from importlib import metadata
 from typing import Any
 
 from fmextract.capture.reducers import Reduction
-from fmextract.common.facts import Facts, Told, changing, interpreter, settled
+from fmextract.common.facts import Facts, Told, changing, interpreter, settled, source_digest
 from fmextract.inputs import preprocessing
 from fmextract.inputs.preprocessing import CustomPreprocess
 from fmextract.model import loading
@@ -115,11 +115,17 @@ _DISTRIBUTIONS = {"PIL": "pillow"}
 
 
 def _versions_of(packages: Iterable[str]) -> dict[str, str]:
-    """Of installed libraries by the name that they are imported by; "unknown" where nothing says it."""
-    return {
-        name: _version(name) or _version(_DISTRIBUTIONS.get(name) or _distribution(name)) or "unknown"
-        for name in sorted(packages)
-    }
+    """Of installed libraries by the name that they are imported by; "unknown" where nothing says it.
+
+    That of a library that is developed in place has a digest of its source besides.
+    """
+    return {name: _version_of(name) for name in sorted(packages)}
+
+
+def _version_of(package: str) -> str:
+    version = _version(package) or _version(_DISTRIBUTIONS.get(package) or _distribution(package)) or "unknown"
+    digest = source_digest(package)
+    return f"{version} (source {digest})" if digest else version
 
 
 def _version(name: str) -> str | None:
