@@ -34,7 +34,7 @@ def give_back_freed_memory() -> None:
 
 
 def _of_libc(name: str) -> Callable[..., int] | None:
-    """A function of the C library; None where it has no such function, as musl and other systems than Linux."""
+    """Return a function of the C library; None where it has no such function, as musl and other systems than Linux."""
     if not sys.platform.startswith("linux"):
         return None
     try:

@@ -64,7 +64,7 @@ def importable_beside(path: Path) -> Iterator[None]:
 
 
 def plain_name(module: str) -> str:
-    """What a person calls a module: of one that was loaded here the name of its file, the same in every process."""
+    """Return what a person calls a module: its file's name for one loaded here, the same in every process."""
     loader = getattr(sys.modules.get(module), "__loader__", None)
     return Path(loader.path).stem if isinstance(loader, _Loader) else module
 
@@ -117,7 +117,7 @@ class _Folder:
         return module
 
     def _load_folder(self, name: str, folder: Path) -> ModuleType:
-        """A package without an __init__.py."""
+        """Return a package without an __init__.py."""
         spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
         spec.submodule_search_locations = [str(folder)]
         module = importlib.util.module_from_spec(spec)
@@ -134,7 +134,7 @@ class _Folder:
         fromlist: Sequence[str] = (),
         level: int = 0,
     ) -> ModuleType:
-        """The `import` of the modules of this folder."""
+        """Return the `import` of the modules of this folder."""
         top, dot, below = name.partition(".")
         if level > 0:
             _load_package((globals or {}).get("__package__") or "", self.path)
@@ -145,7 +145,7 @@ class _Folder:
         return builtins.__import__(f"{self.neighbour(top, file)}{dot}{below}", globals, locals, fromlist, 0)
 
     def beside(self, top: str) -> Path | None:
-        """The file, or folder, of a module in this folder that its files mean by this name."""
+        """Return the file, or folder, of a module in this folder that its files mean by this name."""
         if top in sys.stdlib_module_names or top == "fmextract" or _is_installed(sys.modules.get(top)):
             return None
         files = (self.path / top / "__init__.py", self.path / f"{top}.py")
@@ -154,7 +154,7 @@ class _Folder:
         return folder if found is None and folder.is_dir() and _is_nothing_else(top, folder) else found
 
     def neighbour(self, top: str, file: Path) -> str:
-        """The name of a module of this folder, which is imported if it was not yet, or was changed since."""
+        """Return the name of a module of this folder, which is imported if it was not yet, or was changed since."""
         name = f"{top}_{self.mark}"
         if name not in sys.modules or self._loaded.get(name) != _stamp(file):
             for below in [other for other in sys.modules if other.startswith(f"{name}.")]:
@@ -278,7 +278,9 @@ def _is_installed(module: ModuleType | None) -> bool:
 
 
 def _is_nothing_else(top: str, place: Path) -> bool:
-    """Whether a name means this file, or folder without an __init__.py: any other module that has it goes before."""
+    """Return whether a name means this file, or folder without an __init__.py: any other module that has it goes
+    before.
+    """
     if top in sys.modules:
         found = getattr(sys.modules[top], "__file__", None)
     else:
@@ -288,7 +290,7 @@ def _is_nothing_else(top: str, place: Path) -> bool:
 
 
 def _package_of(file: Path) -> str:
-    """The package that a file lies in, for its relative imports, with a dot at the end; nothing outside of one."""
+    """Return the package that a file lies in, for its relative imports, with a dot at the end; "" outside of one."""
     above = list(itertools.takewhile(lambda folder: (folder / "__init__.py").is_file(), file.parents))
     if not above or file.name == "__init__.py":
         return ""

@@ -15,7 +15,8 @@ Span = tuple[int, int, int]
 
 
 def cell_box(field: Field, cell: tuple[int, int], input_size: tuple[int, int] | None = None) -> Box:
-    """What `cell` (y, x) sees of the network's input, clipped to its `input_size` (height, width) where that is known.
+    """Return what `cell` (y, x) sees of the network's input, clipped to its `input_size` (height, width) where that is
+    known.
 
     A cell in the padding around the image may see nothing of it: its box is then empty, on the image's edge.
     """
@@ -34,7 +35,7 @@ def cell_box(field: Field, cell: tuple[int, int], input_size: tuple[int, int] | 
 
 
 def photo_box(box: Box, preprocess: Mapping[str, Any], size: tuple[int, int]) -> Box | None:
-    """The part of a photo of `size` (height, width) that `box`, in the network's input, came from.
+    """Return the part of a photo of `size` (height, width) that `box`, in the network's input, came from.
 
     `preprocess` is the recorded preprocessing (the file's attribute of this name, or the fields of a Preprocess): the
     resize and the centre crop are undone, and what the crop added around a small photo is cut off. None where the
@@ -60,7 +61,7 @@ def _size(value: Any) -> int | tuple[int, int] | None:
 
 
 def resized_size(height: int, width: int, resize: int | tuple[int, int] | None) -> tuple[int, int]:
-    """(height, width) after torchvision's resize: `resize` is the shorter side, the longer is cut to an integer."""
+    """Return (height, width) after torchvision's resize: `resize` is the shorter side, the longer is rounded down."""
     if resize is None:
         return height, width
     if isinstance(resize, tuple):

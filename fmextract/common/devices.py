@@ -8,7 +8,7 @@ from fmextract.errors import ConfigError, DeviceLost
 
 
 def pick(text: str) -> torch.device:
-    """The device that `--device` names; `auto` is the accelerator of this machine, else the CPU.
+    """Return the device that `--device` names; `auto` is the accelerator of this machine, else the CPU.
 
     Raises ConfigError when it is not there.
     """
@@ -37,7 +37,7 @@ TOO_SMALL = "the device has not enough memory for one image: {}. Ask for fewer l
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a forward pass ended for want of memory.
+    """Return whether a forward pass ended for want of memory.
 
     A CPU, MPS and the libraries of CUDA say so with a plain RuntimeError.
     """
@@ -50,7 +50,8 @@ _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "_S
 
 
 def lost(error: BaseException) -> DeviceLost | None:
-    """What an error of an accelerator, or of its memory, means where no image is to blame; None for any other error.
+    """Return what an error of an accelerator, or of its memory, means where no image is to blame; None for any other
+    error.
 
     Such errors surface late, in whatever asks the device for something next.
     """

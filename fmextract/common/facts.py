@@ -54,7 +54,7 @@ LARGE = ("torch", "torchvision", "torchaudio", "functorch", "triton", "timm", "n
 
 
 def interpreter() -> str:
-    """Which instructions code is made of: code is comparable where this is the same."""
+    """Return which instructions code is made of: code is comparable where this is the same."""
     return f"{sys.implementation.cache_tag}-{importlib.util.MAGIC_NUMBER.hex()}"
 
 
@@ -70,12 +70,12 @@ class Told:
 
 
 def changing(facts: Mapping[str, Any]) -> list[str]:
-    """Those that say nothing, as a run itself changes them."""
+    """Return the facts that say nothing, as a run itself changes them."""
     return [f"{name} ({CHANGES})" for name, fact in facts.items() if fact == CHANGES]
 
 
 def settled(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts `now`, with CHANGES in the place of those that were others `before`."""
+    """Return the facts `now`, with CHANGES in the place of those that were others `before`."""
     names = [*now, *(name for name in before if name not in now)]
     return {name: now[name] if name in now and before.get(name) == now[name] else CHANGES for name in names}
 
@@ -166,7 +166,7 @@ class Facts:
         self._tell(label, shown[0] if same else self.digest(label, values))
 
     def told(self) -> Told:
-        """All facts, as JSON."""
+        """Return all facts, as JSON."""
         self.drain()
         made = {name: found[0] if len(found) == 1 else _hex(*map(_plain, found)) for name, found in self._told.items()}
         made = {name: _hex(_plain(fact)) if isinstance(fact, tuple) else fact for name, fact in made.items()}
@@ -197,7 +197,7 @@ class Facts:
         return number
 
     def _keep(self, thing: Any) -> int:
-        """The number of a function or class: as many of its name as were met before it."""
+        """Return the number of a function or class: as many of its name as were met before it."""
         if id(thing) not in self._numbers:
             self._numbers[id(thing)] = self._named[thing.__name__]
             self._named[thing.__name__] += 1
@@ -290,7 +290,7 @@ class Facts:
         return self.digest(name, value)
 
     def digest(self, name: str, value: Any) -> str:
-        """A digest of the content of `value`; parts that cannot be told are named after `name`."""
+        """Return a digest of the content of `value`; parts that cannot be told are named after `name`."""
         before, self._subject = self._subject, name
         hashed = xxhash.xxh3_128()
         self._put(hashed, value, 0)
@@ -525,7 +525,7 @@ def _defaults(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _defined(cls: type, name: str) -> Iterator[tuple[type, Any]]:
-    """Every class in the order of inheritance that defines `name`, as the first may call the others."""
+    """Yield every class in the order of inheritance that defines `name`, as the first may call the others."""
     for owner in cls.__mro__:
         if name in vars(owner) and owner is not object:
             yield owner, vars(owner)[name]
@@ -533,7 +533,7 @@ def _defined(cls: type, name: str) -> Iterator[tuple[type, Any]]:
 
 @functools.lru_cache(4096)
 def _own_names(cls: type) -> frozenset[str]:
-    """What the classes of an inheritance that are no library's define, and what those of libraries do."""
+    """Return what the classes of an inheritance that are no library's define, and what those of libraries do."""
     found: set[str] = set()
     for owner in cls.__mro__:
         if owner.__module__ not in ("builtins", "typing", "abc", "torch.nn.modules.module"):
@@ -546,7 +546,7 @@ def _own_names(cls: type) -> frozenset[str]:
 
 
 def _functions_in(found: Any) -> list[types.FunctionType]:
-    """The functions of what stands in a class: a method, a static or class method, a property."""
+    """Return the functions of what stands in a class: a method, a static or class method, a property."""
     if isinstance(found, types.FunctionType):
         return [found]
     if isinstance(found, (staticmethod, classmethod)):
@@ -565,13 +565,13 @@ def _is_descriptor(found: Any) -> bool:
 
 
 def _local(named: Any) -> str:
-    """The name of a class or function, without those of the functions that it was defined in."""
+    """Return the name of a class or function, without those of the functions that it was defined in."""
     return str(named.__qualname__).rpartition("<locals>.")[2]
 
 
 @functools.lru_cache(4096)
 def is_library(module: str) -> bool:
-    """Whether a module belongs to Python or to an installed package, whose version says what it is.
+    """Return whether a module belongs to Python or to an installed package, whose version says what it is.
 
     A package is installed where its folder is one of Python's for packages, or where a distribution lies beside it
     that lists it (as `pip install --target` leaves it). One that a user develops in place is the user's own code,
@@ -622,7 +622,7 @@ def _is_installed(path: pathlib.Path) -> bool:
 
 @functools.lru_cache(256)
 def _installed_in(folder: pathlib.Path) -> frozenset[str]:
-    """The packages and modules that the distributions in a folder list as theirs."""
+    """Return the packages and modules that the distributions in a folder list as theirs."""
     found: set[str] = set()
     for record in folder.glob("*.dist-info/RECORD"):
         rows = csv.reader(record.read_text(encoding="utf-8", errors="replace").splitlines())
@@ -638,7 +638,7 @@ _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, type(Elli
 
 
 def _plain(value: Any) -> bytes:
-    """A constant, or a tuple or frozenset of such, as bytes that no other one has."""
+    """Return a constant, or a tuple or frozenset of such, as bytes that no other one has."""
     kind = type(value)
     if kind is str:
         raw = value.encode("utf-8", "surrogatepass")
@@ -672,7 +672,7 @@ def _hex(*parts: bytes) -> str:
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object; None of one that keeps its state where Python does not see it."""
+    """Return the attributes of an object; None of one that keeps its state where Python does not see it."""
     found: dict[str, Any] = {}
     for slot in (slot for cls in type(value).__mro__ for slot in _slots(cls)):
         if hasattr(value, slot):
@@ -694,7 +694,7 @@ def _slots(cls: type) -> list[str]:
 
 
 def _columns(table: Any) -> list[Any]:
-    """Index, names and values of what pandas holds."""
+    """Return the index, names and values of what pandas holds."""
     if not hasattr(table, "columns"):
         return [str(getattr(table, "name", "")), table.to_numpy(), getattr(table, "index", table).to_numpy()]
     columns = [table.iloc[:, at].to_numpy() for at in range(table.shape[1])]
@@ -717,7 +717,7 @@ def _state_of_module(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tensor(value: Any) -> Any:
-    """The bytes of a tensor as an array, True where it has none that can be read, None for what is no tensor."""
+    """Return the bytes of a tensor as an array, True where it has none that can be read, None for what is no tensor."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(value, torch.Tensor):
         return None
@@ -745,7 +745,7 @@ _OPEN = ("io", "_io", "zipfile", "tarfile", "h5py", "gzip", "bz2", "lzma", "temp
 
 
 def _open_file(value: Any, package: str) -> Any:
-    """The name of the file that an object reads; None where it is none, or writes."""
+    """Return the name of the file that an object reads; None where it is none, or writes."""
     if package not in _OPEN:
         return None
     try:
@@ -760,14 +760,14 @@ def _open_file(value: Any, package: str) -> Any:
 
 
 def _is_word(value: Any) -> bool:
-    """Types, devices, layouts and operators of torch."""
+    """Return types, devices, layouts and operators of torch."""
     torch = sys.modules.get("torch")
     words = (torch.dtype, torch.device, torch.layout, torch.memory_format) if torch is not None else ()
     return isinstance(value, words) or type(value).__module__ == "torch._ops"
 
 
 def _image(value: Any) -> tuple[tuple[Any, ...], bytes] | None:
-    """Mode, size and pixels of a picture of Pillow; None for anything else."""
+    """Return mode, size and pixels of a picture of Pillow; None for anything else."""
     pillow = sys.modules.get("PIL.Image")
     if pillow is None or not isinstance(value, pillow.Image):
         return None

@@ -16,13 +16,13 @@ _FOLDERS = re.compile(rf"{_BEFORE}(?:/(?:[^/\s'\"]+/)+|[A-Za-z]:\\(?:[^\\\s'\"]+
 
 
 def base_of(output: Path) -> Path:
-    """The folder from which an output (a file, or a directory of shards) says where things are."""
+    """Return the folder from which an output (a file, or a directory of shards) says where things are."""
     base = output if output.is_dir() else output.parent
     return base.parent if base.suffix == ".partial" else base  # of a file that is being made
 
 
 def remembered(folder: bytes, base: Path) -> dict[str, str]:
-    """What is written down of an absolute folder: `absolute`, and `relative` to `base`.
+    """Return what is written down of an absolute folder: `absolute`, and `relative` to `base`.
 
     Bytes that are not UTF-8 show as `\\xHH`.
     """
@@ -33,7 +33,7 @@ def remembered(folder: bytes, base: Path) -> dict[str, str]:
 
 
 def moved(folder: Mapping[str, str], base: Path, to: Path) -> dict[str, str]:
-    """What an output below `to` says of the folder that one below `base` remembers."""
+    """Return what an output below `to` says of the folder that one below `base` remembers."""
     if "relative" not in folder:
         return dict(folder)
     there = os.path.realpath(base / names_of(folder["relative"])[-1])
@@ -49,14 +49,16 @@ def candidates(folder: Mapping[str, str], base: Path) -> Iterator[Path]:
 
 
 def names_of(shown: str) -> list[str]:
-    """What a file may be called whose name shows as `shown`: that, or with each `\\xHH` a byte that is not UTF-8."""
+    """Return what a file may be called whose name shows as `shown`: that, or with each `\\xHH` a byte that is not
+    UTF-8.
+    """
     if not shown or "\\x" not in shown:
         return [shown] if shown else []
     return [shown, os.fsdecode(re.sub(rb"\\x([0-9a-f]{2})", lambda m: bytes.fromhex(m[1].decode()), shown.encode()))]
 
 
 def local_name(text: object) -> str:
-    """A path for others to read: one that is absolute without the folders of the machine that it was made on."""
+    """Return a path for others to read: one that is absolute without the folders of the machine that it was made on."""
     name = str(text)
     for kind in (PurePosixPath, PureWindowsPath):
         if kind(name).is_absolute():
@@ -65,7 +67,7 @@ def local_name(text: object) -> str:
 
 
 def without_folders(text: str, known: Iterable[str] = ()) -> str:
-    """A sentence for others to read: of absolute paths only the names. `known` are folders that may hold blanks."""
+    """Return a sentence for others to read: only the names of absolute paths. `known` folders may hold blanks."""
     for folder in sorted({folder.rstrip("/") for folder in known} - {""}, key=len, reverse=True):
         text = re.sub(rf"{_BEFORE}{re.escape(folder)}/", "", text)
         text = re.sub(rf"{_BEFORE}{re.escape(folder)}(?![\w/])", lambda found: local_name(found[0]), text)
@@ -73,7 +75,9 @@ def without_folders(text: str, known: Iterable[str] = ()) -> str:
 
 
 def common_folder(paths: Iterable[str]) -> str:
-    """The folder, with a slash at its end, in which all of the absolute ones among `paths` lie; "" if there is none."""
+    """Return the folder, with a slash at its end, in which all of the absolute ones among `paths` lie; "" if there is
+    none.
+    """
     absolute = [path for path in paths if path.startswith("/")]
     if not absolute:
         return ""

@@ -18,7 +18,8 @@ __all__ = ["import_object", "importing_for"]
 
 
 def import_object(text: str, error: type[ConfigError], purpose: str) -> Any:
-    """What `module:name` or `path/file.py:name` names; `name` may have dots. `purpose` begins the error's message.
+    """Return what `module:name` or `path/file.py:name` names; `name` may have dots. `purpose` begins the error's
+    message.
 
     A module is looked for where Python does, and in the working directory; a file finds what lies beside it
     (`beside`). Where names come out of a file, only what the user gave again is imported (`trust`).

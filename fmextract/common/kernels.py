@@ -39,7 +39,7 @@ _library = _load()
 
 
 def are_there() -> bool:
-    """Whether they were compiled, here and of this version."""
+    """Return whether they were compiled, here and of this version."""
     return _library is not None
 
 
@@ -91,7 +91,8 @@ def moments(x: Array, shift: Array | None, near_zero: float | None) -> Moments |
 
 
 def places(x: Array, images: Array, channels: Array, values: Array) -> Array | None:
-    """The first position, int64 (n,), at which x[images[i], channels[i]] is values[i], float64 (n,); 0 if it never is.
+    """Return the first position, int64 (n,), at which x[images[i], channels[i]] is values[i], float64 (n,); 0 if it
+    never is.
 
     x as for `moments`, in any layout.
     """

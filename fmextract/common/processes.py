@@ -38,7 +38,7 @@ def mark() -> str:
 
 
 def is_dead(mark: str) -> bool:
-    """Whether the process that made a mark surely runs no more: only those of this machine can be looked at."""
+    """Return whether the process that made a mark surely runs no more: only those of this machine can be looked at."""
     if mark[:8] != _here():
         return False
     now = started(int(mark[8:14], 16))

@@ -54,7 +54,7 @@ class TerminalProgress:
             self.note(f"{what}: {done:,} of {total:,}")
 
     def _is_time(self) -> bool:
-        """Whether a log gets its next line now."""
+        """Return whether a log gets its next line now."""
         now = time.monotonic()
         if now < self._next_line:
             return False
@@ -69,7 +69,7 @@ class TerminalProgress:
             self._bar = self._new_bar(total, done)
 
     def _new_bar(self, total: int, done: int) -> Any:
-        """A bar of tqdm where there is something to draw it on, else None."""
+        """Return a bar of tqdm where there is something to draw it on, else None."""
         # tqdm not at the top: `--help` and `info` answer without it.
         if self._stream is sys.stderr and _in_notebook():
             with warnings.catch_warnings():  # without ipywidgets it warns, and draws a bar of letters, which will do
@@ -120,7 +120,7 @@ class TerminalProgress:
         self.note(self._last_line(seconds))
 
     def _line(self) -> str:
-        """What a bar would show, for a log."""
+        """Return what a bar would show, for a log."""
         assert self._began is not None
         seconds, reached = time.monotonic() - self._began, self._done + self._new
         parts = [f"{reached:,} of {self._total:,} {self._unit}s"]
@@ -145,6 +145,6 @@ class TerminalProgress:
 
 
 def _in_notebook() -> bool:
-    """Whether this process is a Jupyter kernel, whose stderr is no terminal but can show a bar."""
+    """Return whether this process is a Jupyter kernel, whose stderr is no terminal but can show a bar."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return hasattr(shell, "kernel")

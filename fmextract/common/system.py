@@ -10,7 +10,7 @@ CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def host_memory() -> int:
-    """Bytes that the host has, or the container on it."""
+    """Return the bytes of memory that the host has, or the container on it."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # no control groups; or "max", no limit
         memory = min(memory, int(CONTAINER_LIMIT.read_text()))
@@ -18,10 +18,5 @@ def host_memory() -> int:
 
 
 def cores() -> int:
-    """Those that this process may use."""
+    """Return how many CPUs this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-
-
-def cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -49,7 +49,7 @@ def share(fraction: float | None) -> str:
 
 
 def shape(sizes: Sequence[int] | None) -> str:
-    """(64, 56, 56) → `64×56×56`; None, of what never ran, is empty."""
+    """Write (64, 56, 56) as `64×56×56`; None, of what never ran, as nothing."""
     return "" if sizes is None else "×".join(map(str, sizes))
 
 
@@ -59,14 +59,14 @@ def count(number: int, noun: str) -> str:
 
 
 def some(names: Sequence[str], most: int = 4) -> str:
-    """The first of `names`, quoted, and how many more there are."""
+    """Return the first of `names`, quoted, and how many more there are."""
     return ", ".join(repr(n) for n in names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def table(
     head: Sequence[str], rows: Sequence[Sequence[object]], *, right: Collection[str] = (), width: int | None = None
 ) -> str:
-    """Rows under their head, in aligned columns; the columns named in `right` are set to the right.
+    """Write rows under their head, in aligned columns; the columns named in `right` are set to the right.
 
     A column without a value in any row is left out. Where the whole is wider than `width`, the widest columns of text
     are cut in the middle (both ends of a module's path matter). No `width`: nothing is cut.
@@ -96,7 +96,7 @@ def _fitted(widths: list[int], may_shrink: list[bool], width: int) -> list[int]:
 
 
 def _columns(text: str) -> int:
-    """How many columns of a terminal `text` takes: wide East Asian characters take two, combining marks none."""
+    """Return how many columns of a terminal `text` takes: wide East Asian characters take two, combining marks none."""
     if text.isascii():
         return len(text)
     return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
@@ -120,7 +120,7 @@ def _padded(text: str, width: int, right: bool) -> str:
 
 
 def size_change(before: float, after: float) -> str:
-    """How many times as small, or as large, something became: `3.2 times smaller`, `1.4 times larger`."""
+    """Return how many times as small, or as large, something became: `3.2 times smaller`, `1.4 times larger`."""
     ratio = max(before, after) / max(1, min(before, after))
     if round(ratio, 1) == 1.0:
         return "no smaller"

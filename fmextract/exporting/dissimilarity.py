@@ -32,7 +32,7 @@ so the left one is large."""
 
 
 def dissimilarities(layer: Layer, rows: Rows, metric: str) -> Iterator[Array]:
-    """The pairs of `rows` (n) in the order of scipy's `squareform`, float64, in parts that follow one another.
+    """Yield the pairs of `rows` (n) in the order of scipy's `squareform`, float64, in parts that follow one another.
 
     n (n - 1) / 2 values in all. NaN where a row holds a value that is not finite, or, for correlation and cosine, where
     it does not vary or is zero. Memory: about twice LEFT_BYTES and twice RIGHT_BYTES, if two rows are less.
@@ -53,7 +53,7 @@ def _blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _patterns(maps: Array, metric: str) -> Array:
-    """(n, values) float64, as the metric compares them: centred for correlation, of length 1 but for Euclidean."""
+    """Return (n, values) float64 as the metric compares them: centred for correlation, length 1 if not Euclidean."""
     x = maps.reshape(len(maps), -1).astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         if metric == "correlation":
@@ -64,7 +64,7 @@ def _patterns(maps: Array, metric: str) -> Array:
 
 
 def _apart(x: Array, y: Array, metric: str) -> Array:
-    """(n, m) dissimilarities of the rows of two blocks; what rounding makes a little less than 0 is 0."""
+    """Return (n, m) dissimilarities of the rows of two blocks; what rounding makes a little less than 0 is 0."""
     with np.errstate(invalid="ignore", over="ignore"):
         apart: Array = x @ y.T
         if metric == "euclidean-squared":

@@ -101,7 +101,7 @@ def export(
 
 
 def _check_target(target: Path, to: str, overwrite: bool) -> None:
-    """Raises OutputError for a name that the format's readers would not take, and for what may not be replaced."""
+    """Raise OutputError for a name that the format's readers would not take, and for what may not be replaced."""
     form = FORMATS[to]
     if form.suffixes and target.suffix.lower() not in form.suffixes:
         raise OutputError(f"{target}: {to} makes a file whose name ends in {' or '.join(form.suffixes)}")

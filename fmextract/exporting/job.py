@@ -72,13 +72,13 @@ class Job(NamedTuple):
         return ({} if labels is None else {"label": labels}) | {names[name]: values for name, values in made.items()}
 
     def blocks(self, layers: Sequence[Layer]) -> Iterator[slice]:
-        """The rows of `layers` in parts, see `_blocks`; the progress is told when the next part is asked for."""
+        """Yield the rows of `layers` in parts, see `_blocks`; the progress is told when the next part is asked for."""
         for rows in _blocks(layers):
             yield rows
             self.progress.advance((min(rows.stop, len(layers[0])) - rows.start) * len(layers), 0)
 
     def matrix(self, layer: Layer, rows: Array) -> Iterator[Array]:
-        """The dissimilarities of a layer, in parts; the progress is told at the end."""
+        """Yield the dissimilarities of a layer, in parts; the progress is told at the end."""
         yield from dissimilarities(layer, rows, self.metric)
         self.progress.advance(len(layer), 0)
 
@@ -104,7 +104,7 @@ def _written(
 
 
 def _blocks(layers: Sequence[Layer]) -> Iterator[slice]:
-    """Rows such that their values in all of `layers` are up to BLOCK_BYTES, in whole chunks where they can be."""
+    """Return how many rows have up to BLOCK_BYTES of values in all of `layers`: whole chunks, if one fits."""
     chunk = max(layer.chunks[0] for layer in layers)
     rows = max(1, BLOCK_BYTES // sum(layer.nbytes // len(layer) for layer in layers))
     if rows >= chunk:
@@ -115,7 +115,7 @@ def _blocks(layers: Sequence[Layer]) -> Iterator[slice]:
 
 
 def distinct(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
-    """The same names, those that are taken or there before with a number; letters' case makes no difference."""
+    """Return the same names, those that are taken or there before with a number; letters' case makes no difference."""
     used, made = {name.casefold() for name in taken}, []
     for name in names:
         numbers = (f"{name}-{number}" for number in range(2, len(names) + len(taken) + 2))

@@ -24,7 +24,7 @@ from fmextract.storage.writer import ShardWriter
 
 
 def write_netcdf(job: Job, path: Path) -> list[ExportedLayer]:
-    """A file of `store`, which is netCDF-4, with the layers wanted; gzip. `fm.open` reads it, too.
+    """Return a file of `store`, which is netCDF-4, with the layers wanted; gzip. `fm.open` reads it, too.
 
     float16, on which netCDF-C crashes, becomes float32. Columns and statistics come along, those of shards merged.
     """

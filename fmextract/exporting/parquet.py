@@ -58,7 +58,7 @@ def write_parquet(job: Job, path: Path) -> list[ExportedLayer]:
 
 
 def _arrow_column(arrow: Any, values: Sequence[Label]) -> tuple[list[Any], Any]:
-    """The values of a column that the source brought along as arrow takes them, and their type."""
+    """Return the values of a column that the source brought along as arrow takes them, and their type."""
     form = form_of(values)
     if form is None or not form.is_numeric:
         texts = [value if value is None or isinstance(value, str) else str(cell(value)) for value in values]

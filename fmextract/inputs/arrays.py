@@ -19,7 +19,7 @@ _CONTAINERS = ("h5py", "zarr", "xarray", "numpy")
 
 
 def is_array(data: Any) -> bool:
-    """Whether it is an array of images, or one, of a library that is neither numpy nor torch."""
+    """Return whether it is an array of images, or one, of a library that is neither numpy nor torch."""
     if isinstance(data, (np.ndarray, np.generic)) or made_by(data, "torch"):
         return False
     if not (hasattr(data, "shape") and hasattr(data, "dtype") and hasattr(data, "__getitem__")):
@@ -28,23 +28,23 @@ def is_array(data: Any) -> bool:
 
 
 def rows_of(data: Any) -> int | None:
-    """The length of its first axis, where it is an array, also of one that has no `len`."""
+    """Return the length of its first axis, where it is an array, also of one that has no `len`."""
     return _shape(data)[0] if is_array(data) else None
 
 
 def as_numpy(value: Any) -> Any:
-    """An array as numpy's, read where it lies elsewhere; all else as it is."""
+    """Return an array as numpy's, read where it lies elsewhere; all else as it is."""
     return np.asarray(value) if is_array(value) else value
 
 
 def as_memory(data: Any) -> Any:
-    """The memory that an array of xarray's lies in, without a copy; all else as it is."""
+    """Return the memory that an array of xarray's lies in, without a copy; all else as it is."""
     in_memory = made_by(data, "xarray") and is_array(data) and getattr(data, "_in_memory", False)
     return data.values if in_memory else data
 
 
 def places(array: Any) -> frozenset[str]:
-    """The file or the folder that an array lies in, where it says so."""
+    """Return the file or the folder that an array lies in, where it says so."""
     store = getattr(array, "store", None)
     said = [
         getattr(getattr(array, "file", None), "filename", None),  # h5py's
@@ -55,7 +55,7 @@ def places(array: Any) -> frozenset[str]:
 
 
 def members(data: Any) -> list[str] | None:
-    """The names in a file or group of arrays; None for what is none."""
+    """Return the names in a file or group of arrays; None for what is none."""
     if hasattr(data, "dtype") or not hasattr(data, "keys") or not any(made_by(data, kind) for kind in _CONTAINERS):
         return None
     return list(map(str, data))

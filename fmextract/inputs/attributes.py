@@ -113,7 +113,7 @@ def _files_of(data: Any, count: int, say: Say) -> Kept | None:
 
 
 def _below_root(paths: list[bytes], root: Any) -> list[bytes]:
-    """The paths relative to `root` where all of them lie below it, else as they are."""
+    """Return the paths relative to `root` where all of them lie below it, else as they are."""
     if not is_path(root):
         return paths
     made = [os.path.relpath(path, os.fsencode(root)) for path in paths]
@@ -160,7 +160,7 @@ def _classes_of(data: Any, labels: Sequence[Any] | None) -> tuple[str, ...]:
 
 
 def _column(data: Any, name: str) -> Sequence[Any] | None:
-    """An attribute that is a sequence; methods (as `dict.keys`), text and mappings are none."""
+    """Return an attribute that is a sequence; methods (as `dict.keys`), text and mappings are none."""
     try:
         column: Any = listed(getattr(data, name, None))
     except Exception:  # a property of the user's may raise anything, and is then nothing that an item could be told by

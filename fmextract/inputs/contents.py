@@ -34,8 +34,10 @@ class Before:
 
 
 def contents_at_first(data: Any, pick: Callable[[int, Any], Any] | None = None) -> Before:
-    """Facts of a Dataset before it was used, and of the function that takes the labels out of its items; none of what
-    lies in memory, which is looked at once."""
+    """Tell the facts of a Dataset before it was used, and of the function that takes the labels out of its items.
+
+    What lies in memory is left out: it is looked at once.
+    """
     data = as_memory(data)
     told = _joined(Told() if _is_plain(data) else _of_dataset(data), _of_picker(pick))
     return Before(told, stamps_of(told.paths))
@@ -58,7 +60,7 @@ def _joined(one: Told, other: Told) -> Told:
 
 
 def _of_dataset(data: Any) -> Told:
-    """Facts of code that nobody here knows, as far as they can be told."""
+    """Tell the facts of code that nobody here knows, as far as they can be told."""
     parts = _parts(data)
     facts = Facts({id(part): f"part {number}" for number, part in enumerate(parts)})
     groups: dict[type, list[tuple[str, Mapping[str, Any]]]] = {}
@@ -88,7 +90,7 @@ def _of_dataset(data: Any) -> Told:
 def fingerprint_of(
     data: Any, rows: int, before: Before, pick: Callable[[int, Any], Any] | None = None
 ) -> dict[str, Any]:
-    """What a source says of `data` and `pick`, and of which what is other than `before` says nothing; as JSON."""
+    """Return what a source says of `data` and `pick`, as JSON; what is other than `before` says nothing."""
     data = as_memory(data)
     now = _of_picker(pick) if _is_plain(data) else _joined(_of_dataset(data), _of_picker(pick))
     now = replace(now, facts=settled(before.told.facts, now.facts))
@@ -103,7 +105,7 @@ def fingerprint_of(
 
 
 def _of_memory(data: Any, rows: int) -> Told:
-    """Facts of what lies in memory: of each row of a few, else of as many parts, so that a message can say which."""
+    """Tell the facts of what lies in memory: row by row, or of so many parts, so that a message can say which."""
     facts = Facts()
     if type(data).__module__.partition(".")[0] in ("pandas", "datasets"):
         facts.value("content", facts.digest("content", _first(data, rows)))
@@ -118,7 +120,7 @@ def _of_memory(data: Any, rows: int) -> Told:
 
 
 def stamps(paths: Iterable[bytes]) -> dict[str, str]:
-    """Digests of the sizes and of the times of files (-1 where there is none). Reads no file."""
+    """Return digests of the sizes and of the times of files (-1 where there is none). Reads no file."""
     sizes, times = array("q"), array("q")
     for path in paths:
         try:
@@ -132,7 +134,7 @@ def stamps(paths: Iterable[bytes]) -> dict[str, str]:
 
 
 def labels_digest(labels: Sequence[Any] | None, columns: Mapping[str, Sequence[Any]] | None = None) -> dict[str, str]:
-    """A digest of the labels that a source lists, and of its other columns."""
+    """Return a digest of the labels that a source lists, and of its other columns."""
     if labels is None and not columns:
         return {}
     listed = {name: list(column) for name, column in (columns or {}).items()}
@@ -146,7 +148,7 @@ def _digest(numbers: array[int]) -> str:
 
 
 def _is_plain(data: Any) -> bool:
-    """Whether the items of `data` are all that there is to it."""
+    """Return whether the items of `data` are all that there is to it."""
     torch = sys.modules.get("torch")
     tensor = torch is not None and isinstance(data, torch.Tensor)
     kind = type(data).__module__.partition(".")[0]
@@ -160,7 +162,7 @@ def _first(data: Any, rows: int) -> Any:
 
 
 def _parts(data: Any) -> list[Any]:
-    """A Dataset and those that it is made of, as torch's Subset and ConcatDataset are."""
+    """Return a Dataset and those that it is made of, as torch's Subset and ConcatDataset are."""
     found, seen = [data], {id(data)}
     for part in found:
         held = attributes_of(part) or {}

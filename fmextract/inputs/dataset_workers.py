@@ -49,7 +49,7 @@ class DatasetWorkers:
     """
 
     def __init__(self, make: Make, count: int, key: Callable[[int], str]) -> None:
-        """Starts them, and returns before they are there. Raises ConfigError for what cannot be sent."""
+        """Start them, and return before they are there. Raises ConfigError for what cannot be sent."""
         _refuse_in_import()
         message = _pickled(make, count)
         self._key = key
@@ -63,7 +63,9 @@ class DatasetWorkers:
         self._message: tuple[dict[str, str], bytes] | None = message
 
     def each(self, rows: Iterable[int], watch: Callable[[], bool]) -> Iterator[Any]:
-        """What `make` gives for each of `rows`, in order. Raises SourceLost where a process ended before its time."""
+        """Yield what `make` gives for each of `rows`, in order. Raises SourceLost where a process ended before its
+        time.
+        """
         self._give_copies()
         for worker in self._workers:
             worker.forget()
@@ -154,7 +156,7 @@ class _Worker:
         self._owed += 1
 
     def answer(self) -> tuple[Exception | None, Any]:
-        """(what `make` raised, what it made) of the first row that it was asked for and has not answered."""
+        """Return (what `make` raised, what it made) of the first row that it was asked for and has not answered."""
         message = self._channel.recv_bytes()
         self._owed -= 1
         raised, item = pickle.loads(message)  # from a process of ours, which none else can reach
@@ -203,7 +205,7 @@ def _set(settings: tuple[Any, ...]) -> None:
 
 
 def _pickled(what: Any, count: int) -> tuple[dict[str, str], bytes]:
-    """(the files of modules that no import finds, `what` pickled)."""
+    """Return (the files of modules that no import finds, `what` pickled)."""
     file = io.BytesIO()
     pickler = _Pickler(file, pickle.HIGHEST_PROTOCOL)
     try:
@@ -233,7 +235,7 @@ class _Pickler(pickle.Pickler):
 
 
 def _is_file_of_its_own(name: str) -> bool:
-    """Whether a module was loaded from a file that no import finds."""
+    """Return whether a module was loaded from a file that no import finds."""
     if name in ("__main__", "__mp_main__") or getattr(sys.modules.get(name), "__file__", None) is None:
         return False
     if "." in name:
@@ -244,7 +246,7 @@ def _is_file_of_its_own(name: str) -> bool:
 
 
 def _culprit(what: Any) -> str:
-    """The innermost attribute of the user's that cannot be pickled, as `transform.file (_io.BufferedReader)`."""
+    """Return the innermost attribute of the user's that cannot be pickled, as `transform.file (_io.BufferedReader)`."""
     path: list[str] = []
     while True:
         state = {name: member for name, member in _state(what).items() if not _can_be_pickled(member)}
@@ -260,7 +262,7 @@ def _culprit(what: Any) -> str:
 
 
 def _state(what: Any) -> dict[str, Any]:
-    """Its attributes; where it is a container, its first members."""
+    """Return its attributes; where it is a container, its first members."""
     if isinstance(what, (list, tuple)):
         return {f"[{i}]": member for i, member in enumerate(what[:100])}
     slots = [name for kind in type(what).__mro__ for name in kind.__dict__.get("__slots__", ())]
@@ -315,7 +317,7 @@ def _work(channel: Connection, make: Make, at: Any) -> None:
 
 
 def _made(make: Make, row: int, watch: bool) -> bytes:
-    """(what it raised, what it made), pickled."""
+    """Return (what it raised, what it made), pickled."""
     try:
         file = io.BytesIO()
         _ItemPickler(file, pickle.HIGHEST_PROTOCOL).dump((None, make(row, watch)))

@@ -63,17 +63,19 @@ class DatasetSource:
         return label if label is not None else self._listed_label(row)
 
     def _listed_label(self, row: int) -> Label:
-        """What the Dataset lists beside its items, unless the first item showed that this is something else."""
+        """Return what the Dataset lists beside its items, unless the first item showed that this is something else."""
         if self.labels is None or "other labels" in self.looked_at:
             return None
         return self._as_label(row, self.labels[row])
 
     def label_names(self) -> tuple[str, ...]:
-        """What the labels 0, 1, … are called, where the items have those that are listed."""
+        """Return what the labels 0, 1, … are called, where the items have those that are listed."""
         return () if "other labels" in self.looked_at else self.classes
 
     def learnt(self, row: int) -> tuple[Label, Sequence[str], frozenset[str]]:
-        """What loading a row showed beside its image; for `learn`, of this source or of one that it is a copy of."""
+        """Return what loading a row showed beside its image; for `learn`, of this source or of one that it is a copy
+        of.
+        """
         return self.seen.pop(row, None), tuple(self.notes), frozenset(self.looked_at)
 
     def learn(self, row: int, learnt: tuple[Label, Sequence[str], frozenset[str]]) -> None:
@@ -83,7 +85,7 @@ class DatasetSource:
         self.looked_at.update(looked_at)
 
     def load(self, row: int) -> Any:
-        """The image of an item. Raises SampleError(Status.UNREADABLE) with what `__getitem__` raised.
+        """Return the image of an item. Raises SampleError(Status.UNREADABLE) with what `__getitem__` raised.
 
         Raises SourceError where the very first item is none that an image could be found in.
         """
@@ -113,7 +115,7 @@ class DatasetSource:
         return OnDisk(os.fsencode(parts.image)) if is_path(parts.image) else parts.image
 
     def _split(self, row: int, item: Any) -> Item:
-        """The parts of an item, whose image is read where it is an array that lies elsewhere."""
+        """Return the parts of an item, whose image is read where it is an array that lies elsewhere."""
         parts = split(item)
         try:
             return dataclasses.replace(parts, image=as_numpy(parts.image))
@@ -151,8 +153,9 @@ class DatasetSource:
             return None
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Count, digests of the keys and labels, type of the Dataset, and what it holds, as far as that can be told;
-        sizes and times of the files that it lists."""
+        """Return count, digests of the keys and labels, type of the Dataset, and what it holds, as far as that can be
+        told; sizes and times of the files that it lists.
+        """
         keys = Names(key.encode("utf-8", "backslashreplace") for key in self.keys)
         kind = f"{plain_name(type(self.data).__module__)}.{type(self.data).__qualname__}"
         told = fingerprint_of(self.data, len(self), self.before, self.pick)
@@ -177,7 +180,9 @@ def open_python(data: Any, name: str, options: Options) -> FileSource | DatasetS
 
 
 def _may_be_files(values: Sequence[Any]) -> bool:
-    """Whether to look at all items: a sequence of the user's may load an image for each, which is for the run to do."""
+    """Return whether to look at all items: a sequence of the user's may load an image for each, which is for the run to
+    do.
+    """
     if type(values) in (list, tuple):
         return True
     try:
@@ -188,7 +193,7 @@ def _may_be_files(values: Sequence[Any]) -> bool:
 
 
 def files_named(paths: Sequence[Any], name: str, options: Options, labels: Sequence[Label] | None = None) -> FileSource:
-    """Files one by one, with the keys and labels that the caller gives. Raises SourceError for one that comes twice."""
+    """Return a source of single files, with the caller's keys and labels. Raises SourceError for a file given twice."""
     for option, value in (("key", options.key), ("label", options.label)):
         if isinstance(value, str) and not (option == "label" and value == FOLDER):
             raise SourceError(f"--{option} {value!r} names a column of a manifest or a table; {name} has none")
@@ -199,7 +204,7 @@ def files_named(paths: Sequence[Any], name: str, options: Options, labels: Seque
 
 
 def _of_files(values: Sequence[Any], name: str, options: Options) -> FileSource | None:
-    """Paths, or (path, label) pairs, which are known before anything is read; None for anything else."""
+    """Return a source of paths, or (path, label) pairs, known before anything is read; None for anything else."""
     if all(map(is_path, values)):
         return files_named(values, name, options)
     if is_path(values[0]):
@@ -237,7 +242,7 @@ def _of_table(table: dict[str, list[Any]], name: str, options: Options) -> FileS
 
 
 def _image_column(table: Mapping[str, Sequence[Any]], name: str) -> str:
-    """The column of paths, or of images. Raises SourceError where none is called so, or several may be it."""
+    """Return the column of paths, or of images. Raises SourceError where none is called so, or several may be it."""
     called = named(list(table), ("path",)) or named(list(table), (*IMAGE_NAMES, *PATH_NAMES))
     if len(called) == 1:
         return str(called[0])
@@ -288,7 +293,7 @@ def _numbers(count: int) -> list[str]:
 
 
 def _picker(options: Options) -> Callable[[int, Any], Any] | None:
-    """What takes a label out of (row, item): a name of a part of the items, or the caller's function of both."""
+    """Return what takes a label out of (row, item): a name of a part of the items, or the caller's function of both."""
     label = options.label
     if isinstance(label, str):
         return functools.partial(_part, label)
@@ -297,7 +302,7 @@ def _picker(options: Options) -> Callable[[int, Any], Any] | None:
 
 
 def _count(data: Any, name: str) -> int:
-    """How many items there are. Raises SourceError for what cannot be asked for a row by its number."""
+    """Return how many items there are. Raises SourceError for what cannot be asked for a row by its number."""
     kind = type(data).__name__
     if made_by(data, "torch") and hasattr(data, "batch_sampler"):
         raise SourceError(
@@ -326,7 +331,7 @@ def _count(data: Any, name: str) -> int:
 
 
 def _is_iterable_only(data: Any) -> bool:
-    """An IterableDataset inherits a __getitem__ that raises."""
+    """Return whether it can only be iterated over: an IterableDataset inherits a __getitem__ that raises."""
     return any(base.__name__ == "IterableDataset" for base in type(data).__mro__)
 
 

@@ -111,7 +111,7 @@ def snapshot(data: Any) -> Any:
 
 
 def _picture(data: Any, exif: bool) -> tuple[Pixels, str]:
-    """Pixels (h, w, 3) of whatever a source may load, and who decoded them."""
+    """Decode whatever a source may load: pixels (h, w, 3), and who decoded them."""
     if isinstance(data, (bytes, bytearray, memoryview)):
         return decode_file(data if isinstance(data, bytes) else bytes(data), exif)
     if isinstance(data, PIL.Image.Image):
@@ -130,7 +130,7 @@ def _no_image(data: Any) -> SampleError:
 
 
 def _from_array(values: NDArray[Any], *, first: bool) -> Pixels:
-    """(h, w, 3) of grey (h, w) or colour, whose channels are the first axis or the last."""
+    """Return (h, w, 3) of grey (h, w) or colour, whose channels are the first axis or the last."""
     if values.ndim == 2:
         values = values[..., None]
     ends = (0, -1) if first else (-1, 0)
@@ -143,7 +143,7 @@ def _from_array(values: NDArray[Any], *, first: bool) -> Pixels:
 
 
 def _ready(values: Any, preprocess: Preprocessing | None, decoder: str) -> Image:
-    """A float tensor (channels, height, width), or a clip (channels, time, height, width), as the model's input."""
+    """Return a float tensor (channels, height, width), or (channels, time, height, width), as the model's input."""
     if not isinstance(values, Tensor) or not values.is_floating_point() or values.ndim not in (3, 4):
         raise SampleError(Status.UNDECODABLE, f"expected a float tensor (channels, height, width), got {_kind(values)}")
     height, width = values.shape[-2:]
@@ -185,7 +185,7 @@ def _fit(picture: Pixels, preprocess: Preprocess) -> Tensor:
 
 
 def _resize(picture: Pixels, size: tuple[int, int], preprocess: Preprocess) -> Pixels:
-    """The whole picture at (height, width).
+    """Resize the whole picture to (height, width).
 
     Bilinear by torch, four times faster than Pillow and at most one level off (two for about one value in 10^8).
     Bicubic and nearest by Pillow itself: torch is up to 28 levels off at hard edges, as Pillow clips between its two
@@ -207,7 +207,7 @@ def _resize(picture: Pixels, size: tuple[int, int], preprocess: Preprocess) -> P
 
 
 def _resize_part(picture: Pixels, size: tuple[int, int], rows: Span, columns: Span, interpolation: str) -> Pixels:
-    """Some rows and columns of the picture at `size` (height, width), by Pillow: torch cannot resize a part."""
+    """Return some rows and columns of the picture at `size` (height, width), by Pillow: torch cannot resize a part."""
     height, width = picture.shape[:2]
     scale_y, scale_x = height / size[0], width / size[1]
     box = (

@@ -56,7 +56,7 @@ def device_decoder(device: torch.device) -> DeviceDecode:
 
 
 def check_fits_on_device(preprocess: Preprocessing | None) -> None:
-    """Raises ConfigError for preprocessing that only the CPU can do as it is meant."""
+    """Raise ConfigError for preprocessing that only the CPU can do as it is meant."""
     if isinstance(preprocess, Preprocess) and (
         preprocess.resize is None or preprocess.interpolation == "bilinear" or not preprocess.antialias
     ):
@@ -115,7 +115,7 @@ class DeviceJpegs:
         ]
 
     def _pictures(self, encoded: list[bytes]) -> list[Tensor | None]:
-        """All at once; where that is refused, one by one, to know which."""
+        """Decode all at once; where that is refused, one by one, to know which."""
         if not encoded:
             return []
         try:
@@ -151,7 +151,9 @@ def _by_pixels(rows: Sequence[int], sizes: Sequence[tuple[int, int] | None]) -> 
 
 
 def _plain_jpeg(data: Any, preprocess: Preprocess, size: tuple[int, ...]) -> tuple[int, int] | None:
-    """(height, width) of a JPEG that needs nothing but decoding, and gives an input of `size` without an odd resize."""
+    """Return (height, width) of a JPEG that needs nothing but decoding, and gives an input of `size` without an odd
+    resize.
+    """
     # The end marker: a device may decode half a photo without a word.
     if not isinstance(data, bytes) or not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
         return None
@@ -169,7 +171,7 @@ def _plain_jpeg(data: Any, preprocess: Preprocess, size: tuple[int, ...]) -> tup
 
 
 def _fit_there(picture: Tensor, preprocess: Preprocess, size: tuple[int, ...]) -> Tensor:
-    """What _fit does, where `picture` (3, height, width) lies: uint8 (3, *size)."""
+    """Return what _fit does, where `picture` (3, height, width) lies: uint8 (3, *size)."""
     height, width = picture.shape[1:]
     resized = resized_size(height, width, preprocess.resize)
     if resized != (height, width):

@@ -61,7 +61,7 @@ class Names:
         return bytes(self._blob[self._ends[row] : self._ends[row + 1]])
 
     def digest(self) -> str:
-        """BLAKE2b (128 bits) of the names and where each ends."""
+        """Return BLAKE2b (128 bits) of the names and where each ends."""
         ends = self._ends if sys.byteorder == "little" else array("Q", self._ends)
         if ends is not self._ends:
             ends.byteswap()
@@ -89,7 +89,7 @@ class FileSource:
     def of_paths(
         cls, paths: Iterable[str | os.PathLike[str]], name: str, labels: Sequence[Label] | None = None
     ) -> FileSource:
-        """Files named one by one, relative to the working directory; the key is the path as it was given."""
+        """Return a source of single files, relative to the working directory; the key is the path as it was given."""
         held = Names(map(os.fsencode, paths))
         return cls(name, os.fsencode(Path.cwd()), held, held, labels)
 
@@ -103,11 +103,13 @@ class FileSource:
         return None if self.labels is None else self.labels[row]
 
     def load(self, row: int) -> FileBytes:
-        """The whole file. Raises SampleError(Status.UNREADABLE) for anything that is not a readable regular file."""
+        """Return the whole file. Raises SampleError(Status.UNREADABLE) for anything that is not a readable regular
+        file.
+        """
         return read_file(os.path.join(self.root, self.paths[row]))  # noqa: PTH118  bytes: pathlib knows only str
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Count, digests of the keys, of the labels, and of every file's size and time. Reads no file."""
+        """Return count, digests of the keys, of the labels, and of every file's size and time. Reads no file."""
         stamped = stamps(os.path.join(self.root, path) for path in self._each_path())  # noqa: PTH118
         return {"count": len(self), "keys": self.keys.digest(), **stamped, **labels_digest(self.labels, self.columns)}
 
@@ -126,7 +128,7 @@ class OnDisk:
     path: bytes
 
     def read(self) -> FileBytes:
-        """What `load` gives. Raises as that does."""
+        """Return what `load` gives. Raises as that does."""
         return read_file(self.path)
 
 
@@ -160,7 +162,7 @@ def read_file(path: bytes) -> FileBytes:
 
 
 def image_extensions() -> frozenset[bytes]:
-    """The file name extensions of every format that Pillow decodes by itself: lower case, with the dot.
+    """Return the file name extensions of every format that Pillow decodes by itself: lower case, with the dot.
 
     Looked up for every source: a plug-in for another format may be registered at any time.
     """

@@ -23,7 +23,7 @@ _NOT_THE_USERS = frozenset(
 
 
 def open_folder(folder: Path, options: Options) -> FileSource:
-    """The images below `folder`. Raises SourceError where there is none, or a folder cannot be listed."""
+    """Return the images below `folder`. Raises SourceError where there is none, or a folder cannot be listed."""
     passed = Passed()
     names = Names()
     for path in _walk(os.fsencode(folder), options.hidden, passed):
@@ -43,7 +43,7 @@ def open_folder(folder: Path, options: Options) -> FileSource:
 
 
 def _class_folders(names: Names) -> list[str]:
-    """What to say where each image lies in one of several folders, whose names may be meant as labels."""
+    """Return what to say where each image lies in one of several folders, whose names may be meant as labels."""
     parts = (names[row].split(b"/") for row in range(len(names)))
     folders = {part[0] if len(part) > 1 else None for part in parts}
     if None in folders or len(folders) < 2:
@@ -110,7 +110,7 @@ class Passed:
 
 
 def image_among(path: bytes, passed: Passed) -> bool:
-    """Whether a file is an image to be taken; `passed` counts it where it is not."""
+    """Return whether a file is an image to be taken; `passed` counts it where it is not."""
     return _is_wanted(path, image_extensions(), passed)
 
 
@@ -138,7 +138,7 @@ class _Directory:
 
 
 def _walk(root: bytes, hidden: bool, passed: Passed) -> Iterator[bytes]:
-    """Relative paths of the images below `root`, in the order of their keys, found directory by directory.
+    """Yield relative paths of the images below `root`, in the order of their keys, found directory by directory.
 
     `passed` counts what is passed over. Links to directories are followed, but never to one that is being walked, nor
     to one above the root, which would bring in its neighbours.

@@ -20,7 +20,7 @@ FOLDER = "folder"
 
 
 def with_given(source: FileSource, options: Options) -> FileSource:
-    """Files with the keys and labels that the caller gives. Names of columns were seen to by what opened them."""
+    """Return the files with the keys and labels that the caller gives; what opened them saw to the names of columns."""
     count = len(source)
     keys = given_keys(options, count, source.key)
     if keys is not None:
@@ -32,7 +32,7 @@ def with_given(source: FileSource, options: Options) -> FileSource:
 
 
 def given_keys(options: Options, count: int, item: Callable[[int], Any] | None = None) -> list[str] | None:
-    """A key for each row, by `options.key`: a list, or a function of the row, or of the row and `item(row)`."""
+    """Return a key for each row, by `options.key`: a list, or a function of the row, or of the row and `item(row)`."""
     values = _values(options.key, "key", count, options.limit, item)
     if values is None:
         return None
@@ -44,7 +44,7 @@ def given_keys(options: Options, count: int, item: Callable[[int], Any] | None =
 
 
 def given_labels(options: Options, count: int, item: Callable[[int], Any] | None = None) -> list[Label] | None:
-    """A label for each row, by `options.label`, as `given_keys`."""
+    """Return a label for each row, by `options.label`, as `given_keys`."""
     values = _values(options.label, "label", count, options.limit, item)
     if values is None:
         return None
@@ -55,7 +55,7 @@ def given_labels(options: Options, count: int, item: Callable[[int], Any] | None
 
 
 def function_of(option: Any, name: str) -> int:
-    """How many arguments a function takes: 1, the row, or 2, the row and its item; 0 for what is no function."""
+    """Return how many arguments a function takes: 1, the row, or 2, the row and its item; 0 for what is no function."""
     if not callable(option):
         return 0
     try:

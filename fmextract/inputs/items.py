@@ -46,7 +46,7 @@ class Item:
 
 
 def split(item: Any) -> Item:
-    """The parts of an item. Raises UnclearItem, and SampleError for an item that is not there."""
+    """Return the parts of an item. Raises UnclearItem, and SampleError for an item that is not there."""
     if isinstance(item, Mapping):
         found = _of_mapping(item)
     elif isinstance(item, (tuple, list)):
@@ -66,12 +66,12 @@ def is_path(value: Any) -> bool:
 
 
 def is_pair(value: Any) -> bool:
-    """(path, label): not (path, image), whose text is what the image is called."""
+    """Return (path, label): not (path, image), whose text is what the image is called."""
     return isinstance(value, (tuple, list)) and len(value) == 2 and is_path(value[0]) and not _is_pixels(value[1])
 
 
 def named(names: Sequence[Any], wanted: Sequence[str]) -> list[Any]:
-    """Those of `names` that are `wanted`, in that order, whatever their case and the blanks around them."""
+    """Return those of `names` that are `wanted`, in that order, whatever their case and the blanks around them."""
     plain = [(str(name).strip().lower(), name) for name in names]
     return [name for want in wanted for text, name in plain if text == want]
 
@@ -86,7 +86,7 @@ def _of_mapping(item: Mapping[Any, Any]) -> Item:
 
 
 def _image_in(item: Mapping[Any, Any]) -> Any:
-    """The name of the image in a dict: `image`, or the one part that is called as an image is, or that is one."""
+    """Return the name of the image in a dict: `image`, the one part that is called as an image is, or that is one."""
     if "image" in item:
         return "image"
     ways: tuple[Callable[[], list[Any]], ...] = (
@@ -132,7 +132,7 @@ def _is_pixels(value: Any) -> bool:
 
 
 def _is_encoded(value: Mapping[Any, Any]) -> bool:
-    """What Hugging Face's datasets give for an image that they were told not to decode."""
+    """Return what Hugging Face's datasets give for an image that they were told not to decode."""
     return set(value) == {"bytes", "path"} and isinstance(value["bytes"], (bytes, type(None)))
 
 

@@ -16,7 +16,7 @@ def extension(name: bytes) -> bytes:
 
 
 def is_image(path: bytes) -> bool:
-    """Whether a file whose name does not say so is an image, by its first bytes."""
+    """Return whether a file whose name does not say so is an image, by its first bytes."""
     first = _first_bytes(path)
     return (
         first.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a", b"\0\0\0\x0cjP  \r\n\x87\n"))
@@ -47,7 +47,7 @@ def _first_bytes(path: bytes) -> bytes:
 
 
 def needs_decoder(path: bytes) -> str:
-    """The name of a format of photos that is not decoded here, by extension or first bytes; else ""."""
+    """Return the name of a format of photos that is not decoded here, by extension or first bytes; else ""."""
     known = _PHOTOS.get(extension(path), "")
     if known or (_looks_like_extension(path) and extension(path) in _OTHERS):
         return known
@@ -61,7 +61,7 @@ def is_surely_none(path: bytes) -> bool:
 
 
 def kind_of(path: bytes) -> tuple[str, str]:
-    """What a file that is no image is, and what can be given instead."""
+    """Return what a file that is no image is, and what can be given instead."""
     ending = extension(path)
     if photo := needs_decoder(path):
         return f"a {photo} file, which is not decoded here", f"Give {_HOW_TO_CONVERT.get(photo, _CONVERT)}"

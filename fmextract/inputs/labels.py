@@ -21,7 +21,7 @@ class NotALabel(Exception):
 
 
 def as_label(value: Any) -> Label:
-    """A label as plain Python: numbers and text as they are, arrays and tensors as lists, mappings by text keys.
+    """Return a label as plain Python: numbers and text as they are, arrays and tensors as lists, mappings by text keys.
 
     An array or tensor of one value is that value. Raises NotALabel for anything else: images, more than MOST_VALUES.
     """
@@ -96,7 +96,8 @@ _MISSING = frozenset({"", "nan", "NaN", "NA"})
 
 
 def read_cells(cells: Sequence[str | None]) -> list[Label] | None:
-    """A column of text: integers where each cell reads as one, else numbers where each does, else text as it stands.
+    """Return a column of text: integers where each cell reads as one, else numbers where each does, else text as it
+    stands.
 
     Cells that differ stay different: "07" and "1_000" are text, and so is a column that has both "1.1" and "1.10".
     An empty cell is None, and so are NaN and NA in a column of numbers; the whole column is where all are empty.

@@ -23,7 +23,8 @@ Row: TypeAlias = tuple[str, Mapping[str, Any]]
 
 
 def open_manifest(manifest: Path, options: Options) -> FileSource:
-    """A manifest with a column `path` and, if wanted, `key` and `label`. Paths are relative to the manifest's folder.
+    """Return a manifest with a column `path` and, if wanted, `key` and `label`. Paths are relative to the manifest's
+    folder.
 
     The key is the path (`./` and `//` taken out) where there is no `key`. Other columns are kept under their own names.
     """
@@ -120,7 +121,7 @@ class _Columns:
         raise SourceError(f"{where}: expected a text `key`, got {key!r}")
 
     def source(self, name: str, root: bytes) -> FileSource:
-        """Raises SourceError for labels that cannot be stored."""
+        """Raise SourceError for labels that cannot be stored."""
         count, notes = len(self.keys), list[str]()
         same = all(self.paths[row] == self.keys[row] for row in range(count))
         more: dict[str, list[Label]] = {}
@@ -179,7 +180,7 @@ def _csv_rows(name: str, lines: Iterable[str]) -> Iterator[Row]:
 
 
 def _header(line: str) -> tuple[str, list[str]]:
-    """What the cells are separated by, a comma unless `path` is found with another mark, and the titles."""
+    """Return what the cells are separated by, a comma unless `path` is found with another mark, and the titles."""
     cells = {mark: next(csv.reader([line], delimiter=mark), []) for mark in ",;\t"}
     return next(((mark, titles) for mark, titles in cells.items() if named(titles, ("path",))), (",", cells[","]))
 

@@ -27,7 +27,7 @@ MOST_IN_FOLDERS = 10_000
 
 
 def stamps_of(paths: Iterable[str]) -> dict[str, Stamp]:
-    """Those of `paths` that are files, by their names."""
+    """Return those of `paths` that are files, by their names."""
     found = {}
     for path in sorted(set(paths)):
         status = _status(path)
@@ -37,7 +37,7 @@ def stamps_of(paths: Iterable[str]) -> dict[str, Stamp]:
 
 
 def facts_of_files(paths: Iterable[str], before: Mapping[str, Stamp]) -> dict[str, Any]:
-    """What `source` facts say of the files and folders among `paths`; as JSON.
+    """Return what `source` facts say of the files and folders among `paths`; as JSON.
 
     Files that were others `before` the Dataset was used are its own affair: a log, a cache.
     """
@@ -69,7 +69,8 @@ def _content(path: str) -> str:
 
 
 def folder_digest(path: str, leave_out: Iterable[Path] = ()) -> str:
-    """A digest of the names, sizes and times of the files in a folder, and in those in it; "" where there is none.
+    """Return a digest of the names, sizes and times of the files in a folder, and in those in it; "" where there is
+    none.
 
     Hidden ones are passed over. Of a folder with very many files, those that are met first are told.
     """

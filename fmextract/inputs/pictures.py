@@ -46,7 +46,7 @@ for _category in (UserWarning, PIL.Image.DecompressionBombWarning):
 
 
 def decode_file(data: bytes, exif: bool) -> tuple[Pixels, str]:
-    """The pixels of an image file, and who decoded them: simplejpeg or pillow. `exif` turns them upright.
+    """Return the pixels of an image file, and who decoded them: simplejpeg or pillow. `exif` turns them upright.
 
     Raises whatever a decoder raises, in `undecodable` SampleError alone.
     """
@@ -71,7 +71,7 @@ def undecodable() -> Iterator[None]:
 
 
 def fast_jpeg(data: bytes) -> Pixels | None:
-    """Pixels of an ordinary JPEG, None for anything else: another colour space, damage, or only a warning."""
+    """Decode an ordinary JPEG; None for anything else: another colour space, damage, or only a warning."""
     if not data.startswith(b"\xff\xd8\xff"):
         return None
     try:
@@ -116,7 +116,7 @@ def sixteen_bit(values: NDArray[Any]) -> Pixels:
 
 
 def eight_bits(values: NDArray[Any]) -> Pixels:
-    """Pixels as people have them: uint8, uint16, truth values, whole numbers to 255, floats from 0 to 1.
+    """Take pixels as people have them: uint8, uint16, truth values, whole numbers to 255, floats from 0 to 1.
 
     Raises SampleError for all else, which would have to be guessed.
     """

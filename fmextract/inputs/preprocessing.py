@@ -38,7 +38,7 @@ Preprocessing = Preprocess | CustomPreprocess
 
 
 def normalise(batch: Tensor, preprocess: Preprocess, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(pixel / 255 - mean) / std of a uint8 batch (B, 3, H, W), on its device, in its memory format.
+    """Return (pixel / 255 - mean) / std of a uint8 batch (B, 3, H, W), on its device, in its memory format.
 
     Computed in float32, with the very bits that torchvision's to_tensor and normalize give, then cast to `dtype`.
     """
@@ -63,7 +63,7 @@ PREPROCESS_HELP = (
 
 
 def parse_preprocess(text: str, default: Preprocess | None = None) -> Preprocess:
-    """The inline form of --preprocess: `key=value` separated by commas, the parts of a value by slashes.
+    """Return the inline form of --preprocess: `key=value` separated by commas, the parts of a value by slashes.
 
     size: N, the shorter side, or HxW, both sides. crop: N or HxW; where it is not given, N x N after size=N, none after
     size=HxW. mean and std: one number, or one a channel, on the scale 0..1. interpolation: nearest, bilinear, bicubic.
@@ -129,7 +129,7 @@ _READERS: dict[str, Callable[[str], Any]] = {
 
 
 def apply_size(preprocess: Preprocess, size: str | int) -> Preprocess:
-    """The same preprocessing with inputs of exactly `size`: N (square) or HxW.
+    """Return the same preprocessing with inputs of exactly `size`: N (square) or HxW.
 
     Where there is a centre crop, the shorter side grows in the same proportion (232 and 224 become 298 and 288); where
     there is none, the image is resized to that size, whatever its own proportions. Raises ConfigError.
@@ -151,7 +151,7 @@ def apply_size(preprocess: Preprocess, size: str | int) -> Preprocess:
 
 
 def describe_preprocess(preprocess: Preprocessing | None) -> dict[str, Any]:
-    """The preprocessing as JSON-able values, for the file."""
+    """Return the preprocessing as JSON-able values, for the file."""
     if preprocess is None:
         return {"kind": "none"}
     if isinstance(preprocess, CustomPreprocess):

@@ -129,14 +129,16 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 def content(data: Any) -> Any:
-    """What a Reader decodes, read where it is a file. Raises the SampleError that stands in the place of an image."""
+    """Return what a Reader decodes, read where it is a file. Raises the SampleError that stands in the place of an
+    image.
+    """
     if isinstance(data, SampleError):
         raise data
     return data.read() if isinstance(data, OnDisk) else data
 
 
 def stamp(content: Any) -> FileStamp:
-    """Which content of a file a row is made of, if it is."""
+    """Return which content of a file a row is made of, if it is."""
     return content.file if isinstance(content, Preprocessed) else stamp_of(content)
 
 
@@ -158,7 +160,7 @@ class Reader:
         workers: int = 0,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Starts the processes. `say` takes each note, too.
+        """Start the processes. `say` takes each note, too.
 
         Raises ConfigError where a process cannot be given a copy of the user's code and data.
         """
@@ -200,11 +202,11 @@ class Reader:
     # ---- by the thread that called the run
 
     def ahead(self, rows: Iterable[int]) -> Iterator[Any]:
-        """What the user's code makes of each of `rows`, in this order; `decode` takes it, in any thread."""
+        """Yield what the user's code makes of each of `rows`, in this order; `decode` takes it, in any thread."""
         yield from self._items(rows, self._own)
 
     def image(self, row: int) -> decoding.Image:
-        """The input that a row gives. Raises SampleError."""
+        """Return the input that a row gives. Raises SampleError."""
         (data,) = self._items([row], self._all)
         return self.decode(content(data))
 
@@ -284,11 +286,11 @@ class Reader:
     # ---- by any thread
 
     def load(self, row: int) -> Any:
-        """What a row holds, where the reader is not `serial`. Raises SampleError."""
+        """Return what a row holds, where the reader is not `serial`. Raises SampleError."""
         return self._source.load(row)
 
     def decode(self, data: Any) -> decoding.Image:
-        """The input that the `content` of what `load` or `ahead` gave becomes. Raises SampleError."""
+        """Return the input that the `content` of what `load` or `ahead` gave becomes. Raises SampleError."""
         if not isinstance(data, Preprocessed):
             return decoding.decode(data, self._preprocess, exif=self._exif)
         if isinstance(data.image, SampleError):
@@ -307,7 +309,7 @@ def reading(source: Source, preprocess: Preprocessing | None, **options: Any) ->
 
 
 def _code(user: Any) -> Any:
-    """What the user wrote, in what we made of it."""
+    """Return what the user wrote, in what we made of it."""
     if isinstance(user, CustomPreprocess):
         return user.function
     user = unlimited(user) if user is not None else None

@@ -113,7 +113,7 @@ def _methods(kind: type) -> Iterator[types.FunctionType]:
 
 
 def _used(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """What a function closes over, has as defaults, and the generators among the global names it uses."""
+    """Yield what a function closes over, has as defaults, and the generators among the global names it uses."""
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         if cell != types.CellType():
             yield name, cell.cell_contents

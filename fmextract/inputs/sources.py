@@ -121,7 +121,7 @@ def _matched(pattern: str, hidden: bool) -> list[str]:
 
 
 def _open_pattern(pattern: str, options: Options) -> Source:
-    """The images among the files that a pattern matches, in the order of their names."""
+    """Return the images among the files that a pattern matches, in the order of their names."""
     passed = Passed()
     matched = _matched(pattern, options.hidden)
     files = [name for name in matched if not Path(name).is_dir()]
@@ -138,7 +138,7 @@ def _open_pattern(pattern: str, options: Options) -> Source:
 
 
 def is_code(text: str) -> bool:
-    """Whether a text names code that gives a Dataset."""
+    """Return whether a text names code that gives a Dataset."""
     return ":" in text and not (Path(text).exists() or _is_address(text) or _is_pattern(text))
 
 
@@ -189,24 +189,24 @@ class _First:
 
 
 def notes_of(source: Source) -> Sequence[str]:
-    """Lines worth reading about what a source took and what it passed over; more may come as its rows are loaded."""
+    """Return what is worth reading of what a source took and passed over; more may come as its rows are loaded."""
     found = getattr(source, "notes", ())
     return [str(note) for note in found] if isinstance(found, (list, tuple)) else []
 
 
 def unlimited(source: Source) -> Source:
-    """The source itself, where only its first rows are taken. Rows are the same."""
+    """Return the source itself, where only its first rows are taken. Rows are the same."""
     return unlimited(source.source) if isinstance(source, _First) else source
 
 
 def columns_of(source: Source) -> Mapping[str, Sequence[Label]]:
-    """What a source brings along for each row besides keys and labels, by name."""
+    """Return what a source brings along for each row besides keys and labels, by name."""
     found: Mapping[str, Sequence[Label]] = getattr(source, "columns", {})
     return found
 
 
 def on_disk(source: Source, row: int) -> OnDisk | None:
-    """The file that `source.load(row)` reads, if it is called a JPEG; None for whatever else a source may load."""
+    """Return the file that `source.load(row)` reads, if its name is a JPEG's; None for anything else."""
     source = unlimited(source)
     if not isinstance(source, FileSource):
         return None
@@ -215,7 +215,7 @@ def on_disk(source: Source, row: int) -> OnDisk | None:
 
 
 def folder_of(source: Source) -> bytes | None:
-    """The absolute folder that the files of a source have their paths from; None where there is no such folder."""
+    """Return the absolute folder that a source's paths are relative to; None where there is no such folder."""
     if isinstance(source, _First):
         return folder_of(source.source)
     return source.root if isinstance(source, FileSource) else None

@@ -9,12 +9,12 @@ __all__ = ["columns_of", "listed", "made_by"]
 
 
 def made_by(data: Any, library: str) -> bool:
-    """Whether the type of `data`, or one that it is derived from, is that library's."""
+    """Return whether the type of `data`, or one that it is derived from, is that library's."""
     return any(kind.__module__.partition(".")[0] == library for kind in type(data).__mro__)
 
 
 def columns_of(data: Any) -> dict[str, list[Any]] | None:
-    """The columns of a DataFrame or of an arrow Table, in the order of its rows; None for what is no table."""
+    """Return the columns of a DataFrame or of an arrow Table, in the order of its rows; None for what is no table."""
     if made_by(data, "pandas") and hasattr(data, "columns"):  # by position: its own [] goes by the labels of rows
         return {str(name): data.iloc[:, at].tolist() for at, name in enumerate(data.columns)}
     if made_by(data, "polars") and hasattr(data, "columns") and hasattr(data, "to_dict"):
@@ -25,7 +25,9 @@ def columns_of(data: Any) -> dict[str, list[Any]] | None:
 
 
 def listed(data: Any) -> Any:
-    """The values of a Series, an Index, an arrow array, an array of text or objects as a list; all else as it is."""
+    """Return the values of a Series, an Index, an arrow array, an array of text or objects as a list; all else as it
+    is.
+    """
     if made_by(data, "pandas") and hasattr(data, "tolist") and not hasattr(data, "columns"):
         return data.tolist()
     if made_by(data, "polars") and hasattr(data, "to_list"):

@@ -45,7 +45,7 @@ _PLAIN = {
 
 
 def source_is_known(source: Source) -> bool:
-    """Whether what `source` runs is our code and that of libraries, known to bear threads."""
+    """Return whether what `source` runs is our code and that of libraries, known to bear threads."""
     source = unlimited(source)
     if isinstance(source, DatasetSource):
         return data_is_known(source.data) and source.pick is None
@@ -53,7 +53,7 @@ def source_is_known(source: Source) -> bool:
 
 
 def source_says_so(source: Source) -> bool:
-    """Whether whatever is not known in a source says `thread_safe = True`."""
+    """Return whether whatever is not known in a source says `thread_safe = True`."""
     source = unlimited(source)
     if isinstance(source, DatasetSource):
         return source.pick is None and _bears(source.data)
@@ -61,7 +61,9 @@ def source_says_so(source: Source) -> bool:
 
 
 def data_is_known(data: Any) -> bool:
-    """Whether a Dataset is a sequence in memory, one of torchvision's folders with its own loader, or parts of such."""
+    """Return whether a Dataset is a sequence in memory, one of torchvision's folders with its own loader, or parts of
+    such.
+    """
     if type(data) in _IN_MEMORY:
         return True
     parts = _parts(data)
@@ -71,7 +73,7 @@ def data_is_known(data: Any) -> bool:
 
 
 def _bears(data: Any) -> bool:
-    """Whether a Dataset, and all that it consists of, is known or says so."""
+    """Return whether a Dataset, and all that it consists of, is known or says so."""
     parts = _parts(data)
     if _says_so(data) or data_is_known(data):
         return True
@@ -81,7 +83,7 @@ def _bears(data: Any) -> bool:
 
 
 def _parts(data: Any) -> Sequence[Any] | None:
-    """The Datasets that one of torch's is made of."""
+    """Return the Datasets that one of torch's is made of."""
     if type(data) is Subset:
         return [data.dataset]
     return data.datasets if type(data) is ConcatDataset else None
@@ -98,19 +100,21 @@ def _transforms(data: Any) -> list[Any]:
 
 
 def preprocess_is_known(preprocess: Preprocessing | None) -> bool:
-    """Whether preprocessing is ours, a library's for its model, or made of transforms that are known."""
+    """Return whether preprocessing is ours, a library's for its model, or made of transforms that are known."""
     if not isinstance(preprocess, CustomPreprocess) or preprocess.thread_safe:
         return True
     return transform_is_known(preprocess.function)
 
 
 def preprocess_says_so(preprocess: Preprocessing | None) -> bool:
-    """Whether whatever is not known in a function of the user's says `thread_safe = True`."""
+    """Return whether whatever is not known in a function of the user's says `thread_safe = True`."""
     return isinstance(preprocess, CustomPreprocess) and _transform_bears(preprocess.function)
 
 
 def transform_is_known(transform: Any) -> bool:
-    """Whether a transform is one of torchvision's or timm's that keep no state and draw nothing, or made of such."""
+    """Return whether a transform is one of torchvision's or timm's that keep no state and draw nothing, or made of
+    such.
+    """
     place, name = _where(type(transform))
     if (place, name) in _COMPOSE:
         return all(map(transform_is_known, transform.transforms))
@@ -118,13 +122,13 @@ def transform_is_known(transform: Any) -> bool:
 
 
 def needs_no_process(source: Source) -> bool:
-    """Whether a source reads files, or memory, by code of ours: processes would do nothing faster."""
+    """Return whether a source reads files, or memory, by code of ours: processes would do nothing faster."""
     source = unlimited(source)
     return isinstance(source, FileSource) or (isinstance(source, DatasetSource) and type(source.data) in _IN_MEMORY)
 
 
 def _transform_bears(transform: Any) -> bool:
-    """Whether a transform, and all that it consists of, is known or says so."""
+    """Return whether a transform, and all that it consists of, is known or says so."""
     if _where(type(transform)) in _COMPOSE:
         return all(map(_transform_bears, transform.transforms))
     return _says_so(transform) or transform_is_known(transform)

@@ -54,7 +54,7 @@ class LoadedModel:
     unready: tuple[nn.Module, ...] = ()
 
     def forward(self, batch: Tensor) -> Any:
-        """The forward pass over `batch` (B, …), in the type of the model's inputs.
+        """Return the forward pass over `batch` (B, …), in the type of the model's inputs.
 
         Torchvision's detection models take a list of images.
         """
@@ -130,13 +130,17 @@ _INPUTS = (torch.float16, torch.bfloat16, torch.float64)
 
 
 def _input_dtype(module: nn.Module) -> torch.dtype:
-    """The type that a model computes in: that of its first floating-point parameter, where it is a type of images."""
+    """Return the type that a model computes in: that of its first floating-point parameter, where it is a type of
+    images.
+    """
     first = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     return first if first in _INPUTS else torch.float32
 
 
 def guessed_input(module: nn.Module) -> Preprocess:
-    """The inputs that a module of the caller's most likely takes: by timm's configuration, else photos of 224 x 224."""
+    """Return the inputs that a module of the caller's most likely takes: by timm's configuration, else photos of 224 x
+    224.
+    """
     config = getattr(module, "pretrained_cfg", None)
     said = config.get("input_size") if isinstance(config, Mapping) else None
     first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
@@ -153,7 +157,7 @@ def _settle(
     model: str | nn.Module,
     size: str | int | None,
 ) -> Preprocessing | None:
-    """The preprocessing that `wanted` names, with inputs of `size`."""
+    """Return the preprocessing that `wanted` names, with inputs of `size`."""
     found = _named(wanted, own) if isinstance(wanted, str) else as_preprocessing(wanted)
     if found is None:
         if wanted == "model" and isinstance(model, str):
@@ -192,7 +196,7 @@ def _named(text: str, own: Preprocessing | None) -> Preprocessing | None:
 
 
 def _find_provider(model: str) -> tuple[str, str]:
-    """The provider and the name that it knows: by a known prefix first, then module:callable, then torchvision."""
+    """Return the provider and its name of the model: by a known prefix, as module:callable, else torchvision's."""
     prefix, colon, name = model.partition(":")
     if colon and prefix in PROVIDERS:
         return prefix, name
@@ -200,5 +204,7 @@ def _find_provider(model: str) -> tuple[str, str]:
 
 
 def is_code(model: str) -> bool:
-    """Whether a text names code of somebody's own, as a model or as its preprocessing (where it is not in words)."""
+    """Return whether a text names code of somebody's own, as a model or as its preprocessing (where it is not in
+    words).
+    """
     return "=" not in model and _find_provider(model)[0] == "python"

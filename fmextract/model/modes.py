@@ -103,8 +103,9 @@ def as_written(subject: Subject, name: str, inputs: torch.Tensor, readers: norm_
 
 
 def formats(asked: str, model: nn.Module) -> tuple[str, ...]:
-    """Memory formats to try; `auto`: channels_last first for convolutional networks, where it is the faster one by half
-    on CPUs and GPUs alike."""
+    """Return memory formats to try; `auto`: channels_last first for convolutional networks, where it is the faster one
+    by half on CPUs and GPUs alike.
+    """
     if asked != "auto":
         return (asked,)
     convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
@@ -112,7 +113,7 @@ def formats(asked: str, model: nn.Module) -> tuple[str, ...]:
 
 
 def candidates(name: str, formats: Sequence[str], pairs: tuple[norm_fusion.Pair, ...], pooling: bool) -> list[Mode]:
-    """Modes to try in a precision, the fastest first; each memory format ends with itself alone."""
+    """Return modes to try in a precision, the fastest first; each memory format ends with itself alone."""
     half = name in precision.AUTOCAST
     found = []
     for memory_format in formats:
@@ -126,7 +127,7 @@ def candidates(name: str, formats: Sequence[str], pairs: tuple[norm_fusion.Pair,
 def first_right(
     subject: Subject, name: str, modes: Sequence[Mode], inputs: torch.Tensor, judge: Judge
 ) -> tuple[Trial | None, str]:
-    """(The first of `modes` that `judge` has nothing against, or None; what was left before it, and why).
+    """Return (the first of `modes` that `judge` has nothing against, or None; what was left before it, and why).
 
     Raises an error of memory: that says nothing of the mode.
     """
@@ -156,7 +157,7 @@ def _settled(
     judge: Judge,
     readers: norm_fusion.Readers | None = None,
 ) -> Trial:
-    """A trial that `judge` has nothing against. Raises _Differs, or whatever the model raises.
+    """Return a trial that `judge` has nothing against. Raises _Differs, or whatever the model raises.
 
     The probe ran as written, in fp32: what a precision or a layout copies, or does not, shows only in itself. Taps that
     are written in place here alone are looked for where something is wrong.
@@ -216,7 +217,7 @@ def within_rounding(subject: Subject, reference: Trial) -> Judge:
 
 
 def _apart(row: torch.Tensor, other: torch.Tensor, most: float) -> str:
-    """How far the values of one image are from what they should be; "" where it is rounding at most."""
+    """Return how far the values of one image are from what they should be; "" where it is rounding at most."""
     if (row.dtype, row.shape) != (other.dtype, other.shape):
         return f"{row.dtype} {tuple(row.shape)} for {other.dtype} {tuple(other.shape)}"
     if torch.equal(row, other):
@@ -258,5 +259,5 @@ def no_rougher(subject: Subject, reference: Sequence[torch.Tensor], plain: Trial
 
 
 def overflown(rows: torch.Tensor, exact: torch.Tensor) -> int:
-    """How many values are not finite that are in `exact`."""
+    """Return how many values are not finite that are in `exact`."""
     return int((exact.isfinite() & ~rows.isfinite()).sum())

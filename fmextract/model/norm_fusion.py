@@ -33,7 +33,7 @@ class Pair(NamedTuple):
     norm: nn.BatchNorm2d
 
     def fused(self) -> tuple[Tensor, Tensor]:
-        """(weight, bias) of a convolution that gives what the two give one after the other, in their precision."""
+        """Return (weight, bias) of a convolution that gives what the two give in turn, in their precision."""
         conv, norm = self.conv, self.norm
         with torch.no_grad():
             scale = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
@@ -61,7 +61,7 @@ def pairs_at(model: nn.Module, paths: Sequence[tuple[str, str]]) -> tuple[Pair, 
 
 
 def readers(model: nn.Module, probed: Sequence[Probed]) -> Readers | None:
-    """What watches a forward pass of `model`, with hooks on `probed`, for pairs; None where there cannot be one.
+    """Return what watches a forward pass of `model`, with hooks on `probed`, for pairs; None where there cannot be one.
 
     The pass must run as a run does: in evaluation mode, to the same stop.
     """
@@ -81,7 +81,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Whether somebody else looks at what goes in or out, or has replaced what is done."""
+    """Return whether somebody else looks at what goes in or out, or has replaced what is done."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
@@ -128,7 +128,7 @@ class Readers(TorchDispatchMode):
             handle.remove()
 
     def pairs(self) -> tuple[Pair, ...]:
-        """Those of which each was called once, the norm right on the output, which nothing else has read."""
+        """Return those of which each was called once, the norm right on the output, which nothing else has read."""
         return tuple(
             Pair(output.conv, output.norm)
             for output in self._outputs

@@ -13,12 +13,12 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def bf16_on_cpu() -> bool:
-    """Whether this processor computes in bfloat16, rather than widening every value first."""
+    """Return whether this processor computes in bfloat16, rather than widening every value first."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def check(precision: str, device: torch.device) -> None:
-    """Raises ConfigError for a precision that the device cannot run, or only absurdly slowly."""
+    """Raise ConfigError for a precision that the device cannot run, or only absurdly slowly."""
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("--precision fp16 on a CPU is some 15 times slower than fp32; use bf16 or fp32")
     if precision == "tf32" and device.type != "cuda":

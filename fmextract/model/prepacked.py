@@ -22,7 +22,8 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def fits(module: nn.Module) -> bool:
-    """Whether what `module` does with its weights is known: torch's own convolution or linear layer, as it is written.
+    """Return whether what `module` does with its weights is known: torch's own convolution or linear layer, as it is
+    written.
 
     A subclass may standardise its weights first, and a module whose forward was replaced may do anything.
     """
@@ -31,7 +32,7 @@ def fits(module: nn.Module) -> bool:
 
 
 def has_kernel(module: nn.Module, memory_format: str) -> bool:
-    """Whether `forward` can make one for a `module` that fits, in a model that is laid out so.
+    """Return whether `forward` can make one for a `module` that fits, in a model that is laid out so.
 
     Convolutions give what is channels-last, as they do beside weights that are.
     """
@@ -41,7 +42,9 @@ def has_kernel(module: nn.Module, memory_format: str) -> bool:
 
 
 def has_weight(module: nn.Module) -> bool:
-    """Whether the weight is a parameter in float32, not something that a hook or a parent computes for every pass."""
+    """Return whether the weight is a parameter in float32, not something that a hook or a parent computes for every
+    pass.
+    """
     weight = getattr(module, "weight", None)
     return (
         isinstance(weight, nn.Parameter)
@@ -52,13 +55,13 @@ def has_weight(module: nn.Module) -> bool:
 
 
 def available() -> bool:
-    """Whether this processor, this torch and its settings allow it."""
+    """Return whether this processor, this torch and its settings allow it."""
     return bool(torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled() and _works())
 
 
 @functools.cache
 def _works() -> bool:
-    """Whether the operators are there and give what their public twins give."""
+    """Return whether the operators are there and give what their public twins give."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     conv = nn.Conv2d(16, 16, 3, stride=2, padding=1, device="meta")
@@ -74,7 +77,9 @@ def _works() -> bool:
 
 
 def forward(module: nn.Module) -> Forward:
-    """The forward of a module that `fits`. Its own one runs where it is not in half precision, or has been changed."""
+    """Return the forward of a module that `fits`. Its own one runs where it is not in half precision, or has been
+    changed.
+    """
     if isinstance(module, nn.Conv2d):
         return convolution(module, module.weight.detach(), _cast(module.bias), module.forward)
     assert isinstance(module, nn.Linear)
@@ -82,7 +87,7 @@ def forward(module: nn.Module) -> Forward:
 
 
 def cast_once(half: torch.dtype, layout: torch.memory_format, module: nn.Module) -> Forward:
-    """The forward of a module that `fits`, through torch's public operators: weights are cast once."""
+    """Return the forward of a module that `fits`, through torch's public operators: weights are cast once."""
     if isinstance(module, nn.Linear):
         flat, bias = module.weight.detach().to(half), _cast(module.bias, half)
         return _guarded(watching(module), lambda x: functional.linear(x, flat, bias), module.forward, half)
@@ -95,7 +100,8 @@ def cast_once(half: torch.dtype, layout: torch.memory_format, module: nn.Module)
 def convolution(
     conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, otherwise: Forward, *others: nn.Module
 ) -> Forward:
-    """The forward of `conv` with `weight` and `bias`, made of its own and those of `others`; the bias may be wider.
+    """Return the forward of `conv` with `weight` and `bias`, made of its own and those of `others`; the bias may be
+    wider.
 
     `otherwise` runs where the model does not compute in half precision, gives one image without a batch, or has other
     weights or settings than now, as a model may that shares one convolution between several.
@@ -112,7 +118,7 @@ def _guarded(unchanged: Callable[[], bool], fast: Forward, otherwise: Forward, h
 
 
 def watching(*modules: nn.Module) -> Callable[[], bool]:
-    """Tells whether what the forwards of `modules` depend on is what it is now."""
+    """Tell whether what the forwards of `modules` depend on is what it is now."""
     given = list(map(_state, modules))
     return lambda: list(map(_state, modules)) == given
 
@@ -134,7 +140,7 @@ def _cast(bias: Tensor | None, half: torch.dtype = HALF) -> Tensor | None:
 
 
 def in_half(x: Tensor, half: torch.dtype = HALF) -> bool:
-    """Whether a layer computes in `half` on `x`, not outside of autocast, in its other type, or for gradients."""
+    """Return whether a layer computes in `half` on `x`: within autocast, in its type, without gradients."""
     if torch.is_grad_enabled() or not x.is_floating_point() or x.dtype == torch.float64:
         return False
     kind = x.device.type

@@ -48,7 +48,7 @@ class Provider:
 
 @contextlib.contextmanager
 def _building(name: str, weights: Weights) -> Iterator[None]:
-    """Seeds where random weights are wanted, leaves the caller's random state as it was, and keeps stdout clean."""
+    """Seed where random weights are wanted, leave the caller's random state as it was, and keep stdout clean."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices), contextlib.redirect_stdout(sys.stderr):
         if weights.kind == "random":
@@ -95,7 +95,7 @@ def _weights_only() -> Iterator[None]:
 
 
 def _torchvision_name(name: str) -> str:
-    """The name in torchvision's own list; a folder before it, as in `detection/ssd300_vgg16`, is taken off."""
+    """Return the name in torchvision's own list; a folder before it, as in `detection/ssd300_vgg16`, is taken off."""
     known = torchvision.models.list_models()
     short = name.rpartition("/")[2]
     if short not in known:
@@ -112,7 +112,7 @@ def _closest(name: str, known: Iterable[str]) -> str:
 
 
 def _torchvision_weights(name: str, sets: Any, weights: Weights) -> Any:
-    """The member of the model's WeightsEnum, None for random weights and files."""
+    """Return the member of the model's WeightsEnum, None for random weights and files."""
     if weights.kind in ("random", "file"):
         return None
     if not list(sets):
@@ -221,7 +221,7 @@ def _hub_asked_once() -> Iterator[None]:
 
 
 def _timm_is_on_this_disk(config: Any) -> bool:
-    """Whether the weights of timm's `config` are in the cache from which it takes them."""
+    """Return whether the weights of timm's `config` are in the cache from which it takes them."""
     repository = getattr(config, "hf_hub_id", None)
     if repository and find_spec("huggingface_hub") is not None:
         from huggingface_hub import try_to_load_from_cache
@@ -241,7 +241,7 @@ def _timm() -> Any:
 
 
 def _timm_name(name: str) -> str:
-    """The architecture in `architecture.tag`."""
+    """Return the architecture in `architecture.tag`."""
     timm = _timm()
     arch = name.partition(".")[0]
     if not timm.is_model(arch):
@@ -250,7 +250,7 @@ def _timm_name(name: str) -> str:
 
 
 def _timm_preprocess(config: Mapping[str, Any], origin: str) -> Preprocessing:
-    """What timm's own evaluation transform does; that transform itself where it is none of our forms."""
+    """Return what timm's own evaluation transform does; that transform itself where it is none of our forms."""
     _, height, width = config["input_size"]
     mode, share, kind = config["crop_mode"], config["crop_pct"], config["interpolation"]
     ours = kind in ("nearest", "bilinear", "bicubic") and len(config["mean"]) == 3
@@ -276,7 +276,9 @@ def _timm_preprocess_of(name: str) -> Preprocessing:
 
 
 def _build_python(text: str, weights: Weights) -> Built:
-    """A module, or (module, preprocessing), that a function of the user's returns; or a module that has that name."""
+    """Return a module, or (module, preprocessing), that a function of the user's returns; or a module that has that
+    name.
+    """
     found = import_object(text, ModelError, "--model")
     given = isinstance(found, nn.Module)
     if weights.kind == "name" or (given and weights.kind == "random"):

@@ -10,7 +10,7 @@ program of the user's, as a scripted or a traced module does, is none of them.""
 
 
 def may_draw(model: nn.Module) -> bool:
-    """Whether code runs in the forward pass that is not a library's, and so may draw for some image alone.
+    """Return whether code runs in the forward pass that is not a library's, and so may draw for some image alone.
 
     What draws for every image is seen in any pass.
     """

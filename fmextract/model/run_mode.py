@@ -110,7 +110,7 @@ class Lending:
         self._original.clear()
 
     def _laid_out(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(tensor, its data on the device and in the layout) of every parameter and buffer that has to change."""
+        """Return (tensor, its data on the device and in the layout), for each parameter and buffer that changes."""
         on_cpu = self._device.type == "cpu"  # whose other ways lay the weights out themselves
         left = {id(p) for module in self._ways if on_cpu for p in module.parameters(recurse=False)}
         found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -129,7 +129,7 @@ class Lending:
         return list(found.values())
 
     def _other_ways(self) -> dict[nn.Module, Callable[[], Forward]]:
-        """What makes the forwards that some modules have while they are lent."""
+        """Return what makes the forwards that some modules have while they are lent."""
         half, mode = self._half, self.mode
         packing = half == HALF and self._device.type == "cpu" and mode.prepacked and available()
         ways: dict[nn.Module, Callable[[], Forward]] = {}
@@ -159,7 +159,7 @@ def _set_mode(module: nn.Module, training: bool) -> None:
 
 
 def _as_one(pair: Pair, half: torch.dtype | None, layout: torch.memory_format, packing: bool) -> Forward:
-    """The forward of a convolution that does what the batch norm behind it does, too."""
+    """Return the forward of a convolution that does what the batch norm behind it does, too."""
 
     def exact(input: torch.Tensor) -> torch.Tensor:
         return functional.conv2d(input, *pair.fused(), conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -185,14 +185,14 @@ def _unchanged(input: torch.Tensor) -> torch.Tensor:
 
 
 def is_plain_pool(module: nn.Module) -> bool:
-    """Whether it is torch's own max pooling, as it is written."""
+    """Return whether it is torch's own max pooling, as it is written."""
     return type(module) is nn.MaxPool2d and not module.return_indices and "forward" not in vars(module)
 
 
 def _pooling(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The forward of an nn.MaxPool2d, bit for bit, with the vectorised kernel that torch has for channels-last alone:
-    mostly four to eight times as fast, both ways of laying out included (docs/measurements). In float32: in bfloat16
-    that kernel gives another NaN.
+    """Return the forward of an nn.MaxPool2d, bit for bit, with the vectorised kernel that torch has for channels-last
+    alone: mostly four to eight times as fast, both ways of laying out included (docs/measurements). In float32: in
+    bfloat16 that kernel gives another NaN.
     """
 
     def pool(input: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ _INTERNAL = re.compile(
 
 
 def structure(module: nn.Module) -> Told:
-    """Facts of a network: how many modules of which class, how they are nested, settings, code, hooks."""
+    """Tell the facts of a network: how many modules of which class, how they are nested, settings, code, hooks."""
     modules = list(module.named_modules(remove_duplicate=False))
     first: dict[int, str] = {}
     for path, one in modules:
@@ -45,7 +45,7 @@ def structure(module: nn.Module) -> Told:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What a module holds beside parameters and what is told of it elsewhere."""
+    """Return what a module holds beside parameters and what is told of it elsewhere."""
     held = {name: value for name, value in vars(module).items() if not _INTERNAL.fullmatch(name)}
     return held | {name: module._buffers[name] for name in module._non_persistent_buffers_set}
 
@@ -57,7 +57,7 @@ def _tell_hooks(facts: Facts, where: str, held: dict[str, Any]) -> None:
 
 
 def _script(module: torch.jit.ScriptModule) -> str:
-    """The source of a scripted module, without the numbers that a process gives to types of the same name."""
+    """Return the source of a scripted module, without the numbers that a process gives to types of the same name."""
     try:
         return re.sub(r"___torch_mangle_\d+", "", str(module.code))
     except (AttributeError, RuntimeError):  # one without a forward

@@ -47,7 +47,7 @@ class Weights:
 
 
 def weights_digest(module: nn.Module) -> str:
-    """SHA-256 over the state dict: names in order, types, shapes, bytes. Equal for equal values on any device."""
+    """Return the SHA-256 of a state dict: names in order, types, shapes, bytes. Equal values give equal digests."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         if isinstance(value, Tensor):
@@ -89,7 +89,7 @@ def _digest_tensor(digest: Any, name: str, value: Tensor) -> None:
 
 
 def load_file(module: nn.Module, path: Path) -> str:
-    """Every tensor of the file into the module. Gives the file's SHA-256.
+    """Load every tensor of the file into the module. Returns the file's SHA-256.
 
     Raises ModelError unless names and shapes fit exactly.
     """
@@ -146,7 +146,7 @@ _DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$")
 
 
 def _unwrapped(state: Any, path: Path, own: set[str]) -> dict[str, Tensor]:
-    """The state dict inside the usual wrappers, under the names that the model (`own`) uses."""
+    """Return the state dict inside the usual wrappers, under the names that the model (`own`) uses."""
     for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fmextract.common.system import cpus
+from fmextract.common.system import cores
 from fmextract.common.text import count as plural
 from fmextract.errors import ConfigError, FormatError
 from fmextract.reading.chunks import RECENT_BYTES, Recent
@@ -80,7 +80,7 @@ class Activations:
         self._place = path.absolute()  # the working directory may be another one later
         self._files = Files(parts)
         self._given_threads = threads
-        self._threads = threads or cpus()
+        self._threads = threads or cores()
         self._recent = Recent(cache)
         self._made: dict[str, Layer] = {}
         first = self._files[0]

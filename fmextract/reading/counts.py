@@ -11,7 +11,7 @@ COUNTED = ("count", "zero_fraction", "nonfinite")
 
 
 def total_throughput(files: Iterable[Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """The sum of what some files say in `throughput`; None where none of them does."""
+    """Return the sum of what some files say in `throughput`; None where none of them does."""
     images, seconds, busy = 0, 0.0, Counter[str]()
     for said in files:
         if said is not None:

@@ -75,7 +75,7 @@ class LayerDataset(Dataset[tuple[Any, ...]]):
         return (numbers, *tensors, *([] if self._targets is None else [self._targets[numbers]]))
 
     def __getitems__(self, items: Sequence[int]) -> list[tuple[Any, ...]]:
-        """Several items in one read; what a DataLoader with a batch size asks for."""
+        """Return several items by one read, which a DataLoader with a batch size asks for."""
         rows, *tensors = self[items]
         return list(zip(rows.tolist(), *(tensor.unbind() for tensor in tensors), strict=True))
 

@@ -155,14 +155,16 @@ class File:
         return values
 
     def brought(self, name: str | None) -> list[Label]:
-        """A column that the source brought along, None where there is no value, and for every row without a column."""
+        """Return a column that the source brought along, None where there is no value, and for every row without a
+        column.
+        """
         found = self.contents.brought.get(name)
         if found is None:
             return [None] * len(self.rows)
         return decode_column(self.column(found.name), found.form, f"{self.path}: /{found.name}")
 
     def totals(self, layer: str) -> Totals:
-        """What is counted of a layer. Raises DamagedError where its statistics are missing."""
+        """Return what is counted of a layer. Raises DamagedError where its statistics are missing."""
         stored = self.stored(layer)
         if stored.spec.channel_axis is None:
             return Totals(stored.nbytes, nonfinite=int(stored.attrs.get("nonfinite", 0)))
@@ -174,7 +176,8 @@ class File:
         return Totals(stored.nbytes, float(count.sum()), zeros, int(np.sum(stats["nonfinite"])))
 
     def stats(self, layer: str, covariance: bool = False, only: Iterable[str] | None = None) -> dict[str, Array]:
-        """The statistics of a layer by name, empty where it has none; its covariance, of megabytes, only on demand.
+        """Return the statistics of a layer by name, empty where it has none; its covariance, of megabytes, only on
+        demand.
 
         Where `only` some are wanted, the others are not read.
         """
@@ -187,13 +190,13 @@ class File:
             return schema.statistics(values, channels, f"{self.path}: {path}")
 
     def coordinates(self, layer: str) -> dict[str, Array]:
-        """The values of the scales along the axes of a layer, by the axis."""
+        """Return the values of the scales along the axes of a layer, by the axis."""
         with self.hdf5() as file:
             group = file["layers"][layout.escape_name(layer)]
             return {axis: np.asarray(group[axis][()]) for axis in self.contents.layers[layer].spec.axes}
 
     def info(self) -> FileInfo:
-        """The root attributes as they were written."""
+        """Return the root attributes as they were written."""
         return contents.info_of(self.contents.attrs, self.contents.said)
 
     def stored(self, layer: str) -> Stored:
@@ -240,7 +243,7 @@ class File:
             raise DamagedError(f"the file ends within a chunk: {there} of {out.nbytes} bytes are there")
 
     def _payload(self, stored: Stored, place: tuple[int, ...]) -> bytes:
-        """The bytes of a chunk as they are in the file."""
+        """Return the bytes of a chunk as they are in the file."""
         size = int(stored.sizes[place])
         payload = os.pread(self.fd, size, int(stored.offsets[place]))
         if len(payload) != size:
@@ -248,7 +251,7 @@ class File:
         return payload
 
     def _through_hdf5(self, stored: Stored, place: tuple[int, ...]) -> Array:
-        """A chunk that is not of our making; what lies beyond the last row is not defined."""
+        """Return a chunk that is not of our making; what lies beyond the last row is not defined."""
         if stored.sizes[place] > codecs.most_stored(stored.chunk_bytes):
             raise DamagedError(f"a chunk of {stored.chunk_bytes} bytes has {stored.sizes[place]}")
         region = tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, stored.spec.chunk, strict=True))
@@ -279,7 +282,9 @@ class File:
     def _complete(
         self, dataset: h5py.h5d.DatasetID, shape: tuple[int, ...], chunk: tuple[int, ...], name: str
     ) -> tuple[int, ...]:
-        """The grid of chunks of a dataset. Raises DamagedError where one is not there: HDF5 would show fill values."""
+        """Return the grid of chunks of a dataset. Raises DamagedError where one is not there: HDF5 would show fill
+        values.
+        """
         grid = layout.chunk_grid(shape, chunk)
         there = dataset.get_num_chunks()
         if there != math.prod(grid):
@@ -318,11 +323,13 @@ class Files:
         return (self[number] for number in range(len(self)))
 
     def holding(self, row: int) -> File:
-        """The file that holds a row."""
+        """Return the file that holds a row."""
         return self[bisect.bisect_right(self.starts, row) - 1]
 
     def content(self) -> str:
-        """What tells this output from another one at its place: the digests in it. ConfigError where it is closed."""
+        """Return what tells this output from another one at its place: the digests in it. ConfigError where it is
+        closed.
+        """
         first = self[0].contents.attrs.get("content_digest")
         return hashlib.sha256(repr([first, *(part.digest for part in self._parts)]).encode()).hexdigest()
 
@@ -338,7 +345,7 @@ class Files:
 
 
 def _descriptor(path: Path) -> int:
-    """An open descriptor of a file that starts like HDF5. Raises FormatError."""
+    """Return an open descriptor of a file that starts like HDF5. Raises FormatError."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -368,7 +375,7 @@ def _hdf5_file(path: Path) -> h5py.File:
 
 
 def _identity(fd: int) -> tuple[int, ...]:
-    """What changes when the content of a path does."""
+    """Return what changes when the content of a path does."""
     return writer.file_identity(os.fstat(fd))
 
 
@@ -385,7 +392,7 @@ def damage(path: Path) -> Iterator[None]:
 
 
 def listed_shards(folder: Path) -> list[_Part]:
-    """The shards of a finished directory. Raises FormatError for one that is not finished, or not ours."""
+    """Return the shards of a finished directory. Raises FormatError for one that is not finished, or not ours."""
     if not (folder / INDEX).exists() and (folder / PLAN).exists():
         raise _in_progress(folder, folder)
     records = load_index(folder)
@@ -395,7 +402,7 @@ def listed_shards(folder: Path) -> list[_Part]:
 
 
 def _in_progress(folder: Path, output: Path) -> FormatError:
-    """What to say of a run that is at work, or was ended: how many rows are stored, not only how many shards."""
+    """Return what to say of a run that is at work, or was ended: how many rows are stored, not only how many shards."""
     with damage(folder):
         records = load_records(folder)
         shards = [range(*ends) for ends in read_sealed(folder / PLAN)["shards"]]

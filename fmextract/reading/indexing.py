@@ -63,7 +63,7 @@ def per_axis(key: Any, shape: tuple[int, ...]) -> tuple[list[AxisIndex], int]:
 
 
 def _index_item(one: Any) -> Any:
-    """A slice, Ellipsis, int, int64 array or boolean array of at least one axis. Raises IndexError for all else."""
+    """Return a slice, Ellipsis, int, int64 array or boolean array with an axis. Raises IndexError for all else."""
     if isinstance(one, slice) or one is Ellipsis:
         return one
     if isinstance(one, (int, np.integer)) and not isinstance(one, bool):
@@ -88,7 +88,7 @@ def _is_mask(one: Any) -> bool:
 
 
 def _in_bounds(index: Places, axis: int, size: int) -> Places:
-    """Negative indices counted from the end."""
+    """Return negative indices counted from the end."""
     bad = (index < -size) | (index >= size)
     if bad.any():
         raise IndexError(f"index {index[bad].flat[0]} is out of bounds for axis {axis} with size {size}")
@@ -124,7 +124,7 @@ class Part(NamedTuple):
 
 
 def cut(selection: Selection, chunk: int) -> list[Part]:
-    """A selection on one axis, cut by the chunks that it touches, in the order of the chunks."""
+    """Return a selection on one axis, cut by the chunks that it touches, in the order of the chunks."""
     if len(selection) == 0:
         return []
     if isinstance(selection, range):
@@ -151,7 +151,7 @@ def cut(selection: Selection, chunk: int) -> list[Part]:
 
 
 def _as_slice(places: Places) -> slice | Places:
-    """The slice of the same places where there is one: numpy copies slices many times faster."""
+    """Return the slice of the same places where there is one: numpy copies slices many times faster."""
     start = int(places[0])
     if len(places) == 1:
         return slice(start, start + 1, 1)
@@ -163,14 +163,14 @@ def _as_slice(places: Places) -> slice | Places:
 
 
 def crossing(places: Sequence[slice | Places], shape: Sequence[int]) -> tuple[Any, ...]:
-    """An index for the crossing of one selection an axis; numpy would pair two arrays."""
+    """Return an index for the crossing of one selection an axis; numpy would pair two arrays."""
     if sum(isinstance(one, np.ndarray) for one in places) < 2:
         return tuple(places)
     return np.ix_(*(np.arange(n)[one] for one, n in zip(places, shape, strict=True)))
 
 
 def stretches(places: slice | Places, size: int) -> list[range]:
-    """The places of a selection in a chunk of `size`, in their order, as ranges of neighbours that ascend."""
+    """Return the places of a selection in a chunk of `size`, in their order, as ranges of neighbours that ascend."""
     if isinstance(places, slice):
         one = range(*places.indices(size))
         return [one] if one.step == 1 else [range(place, place + 1) for place in one]
@@ -179,7 +179,7 @@ def stretches(places: slice | Places, size: int) -> list[range]:
 
 
 def count(places: slice | Places, size: int) -> int:
-    """How many places of a chunk of `size` a selection has."""
+    """Return how many places of a chunk of `size` a selection has."""
     return len(range(*places.indices(size))) if isinstance(places, slice) else len(places)
 
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-from fmextract.common.system import cpus
+from fmextract.common.system import cores
 
 
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
-    """The threads that all readers of this process share."""
-    return ThreadPoolExecutor(cpus(), thread_name_prefix="fmextract-read")
+    """Return the threads that all readers of this process share."""
+    return ThreadPoolExecutor(cores(), thread_name_prefix="fmextract-read")
 
 
 def in_parallel(work: Callable[[Any], None], tasks: Iterable[Any], count: int, threads: int) -> None:

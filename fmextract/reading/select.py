@@ -29,7 +29,7 @@ _GLOB = {"**.": r"(?:.*\.)?", "**": r".*", "*": r"[^.]*", "?": r"[^.]"}
 
 
 def select_layers(acts: Activations, selectors: Sequence[str], *, with_maps: bool = False) -> list[str]:
-    """Names of stored layers, in their order; all (`with_maps`: all that have maps) for no selectors.
+    """Return the names of the selected layers, in their order; without selectors all (`with_maps`: all that have maps).
 
     A selector is a name; a glob as in `extract`; `type:Conv2d`; `conv#20`, or `trunk#19` among the convolutions that
     lie on no shortcut; `conv#-1` if the run asked for it in these words or took every convolution: a file does not know
@@ -64,7 +64,7 @@ def _matching(acts: Activations, selector: str) -> list[str]:
 
 
 def _numbered(acts: Activations, selector: str, kind: str, number: int) -> list[str]:
-    """The layer that is `conv#20`, or its several calls: a layer says which of its kind it is.
+    """Return the layer that is `conv#20`, or its several calls: a layer says which of its kind it is.
 
     From the end, and of files that do not say it: the layer that it was when the run asked for it. The selectors of
     the run, sorted as their modules run, are the stored layers of that kind one by one: if both are as many, each has
@@ -99,5 +99,5 @@ def _is_kind(module_type: str, kind: str) -> bool:
 
 
 def has_maps(layer: Layer) -> bool:
-    """Whether the layer's axes are those of maps, or of tokens that may stand on a grid."""
+    """Return whether the layer's axes are those of maps, or of tokens that may stand on a grid."""
     return set(layer.axes[1:]) in ({"channel", "y", "x"}, {"token", "feature"})

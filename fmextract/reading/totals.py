@@ -27,9 +27,9 @@ def _joined_stats(path: Path, layer: str, before: Any, part: dict[str, Any]) -> 
 def merged(
     shards: Sequence[Path], layers: Sequence[str] | None = None
 ) -> tuple[dict[str, dict[str, np.ndarray[Any, Any]]], dict[str, dict[str, Any]], dict[str, int]]:
-    """Statistics and counts of all shards together, and the batch sizes that memory forced; one shard at a time.
+    """Return the statistics and counts of all shards, and the batch sizes that memory forced.
 
-    Of all layers if None.
+    Reads one shard at a time. `layers`: None for all.
     """
     stats: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
     attrs: dict[str, dict[str, Any]] = {}

@@ -66,7 +66,9 @@ class Codec:
         return self.filter is not None
 
     def filters(self, itemsize: int, level: int | None = None) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """The HDF5 pipeline, in the order of writing: (filter number, client data), for values of `itemsize` bytes."""
+        """Return the HDF5 pipeline, in the order of writing: (filter number, client data), for values of `itemsize`
+        bytes.
+        """
         if self.filter is None:
             return ()
         return (SHUFFLE, (itemsize,)), (self.filter, self.options(self.checked_level(level)))
@@ -83,7 +85,7 @@ class Codec:
 
 
 def codec_named(name: str) -> Codec:
-    """The codec of that name; raises ConfigError that lists the names there are."""
+    """Return the codec of that name; raises ConfigError that lists the names there are."""
     try:
         return CODECS[name]
     except KeyError:
@@ -91,7 +93,7 @@ def codec_named(name: str) -> Codec:
 
 
 def filters_to_codec(plist: Any, itemsize: int) -> str | None:
-    """The codec behind an HDF5 dataset creation property list, for values of `itemsize` bytes.
+    """Return the codec behind an HDF5 dataset creation property list, for values of `itemsize` bytes.
 
     None where the pipeline is not one of ours: such chunks are left to libhdf5.
     """
@@ -105,7 +107,7 @@ def filters_to_codec(plist: Any, itemsize: int) -> str | None:
 
 
 def filters_flaw(plist: Any, itemsize: int) -> str | None:
-    """Why libhdf5 should not be given a pipeline of filters, None where it may be.
+    """Return why libhdf5 should not be given a pipeline of filters, None where it may be.
 
     Their code takes client data and the stream for what they themselves wrote (n-bit divides by zero), and what several
     of the same kind unpack has no bound.
@@ -124,7 +126,7 @@ def filters_flaw(plist: Any, itemsize: int) -> str | None:
 
 
 def most_stored(nbytes: int) -> int:
-    """Bytes of a chunk of `nbytes` of values that no compressor exceeds: of more, libhdf5 would unpack gigabytes."""
+    """Return the most bytes that a compressor makes of `nbytes` of values; of more, libhdf5 would unpack gigabytes."""
     return nbytes + nbytes // 16 + 4096
 
 
@@ -141,7 +143,7 @@ def encode(
     keep_bits: int | None = None,
     bfloat16: bool = False,
 ) -> Stored:
-    """The stored bytes of one chunk of `values` values of type `dtype`.
+    """Return the stored bytes of one chunk of `values` values of type `dtype`.
 
     The `pieces`, one after the other, are the start of the chunk; the rest is the fill value (NaN, or 0 for integers).
     They are C-contiguous, or, if `takes_channels_last`, (images, channels, positions) in which channels lie side by
@@ -185,19 +187,19 @@ def encode(
 
 
 def takes_channels_last(codec: str) -> bool:
-    """Whether `encode` brings channels that lie side by side in their order."""
+    """Return whether `encode` brings channels that lie side by side in their order."""
     return codec_named(codec).shuffled and kernels.are_there()
 
 
 def fill_value(dtype: npt.DTypeLike) -> Any:
-    """What stands where there is no value: NaN, or 0 for integers, as a scalar of `dtype`."""
+    """Return what stands where there is no value: NaN, or 0 for integers, as a scalar of `dtype`."""
     kind = np.dtype(dtype)
     return np.full((), np.nan if kind.kind == "f" else 0, kind)[()]
 
 
 def _words(values: Array, kind: np.dtype[Any], keep_bits: int | None, bfloat16: bool) -> Array:
-    """The bit patterns of `values` as `kind`, unsigned, in the same shape; narrower words are the upper parts of the
-    values.
+    """Return the bit patterns of `values` as `kind`, unsigned, in the same shape; narrower words are the upper parts of
+    the values.
     """
     if bfloat16:
         if values.dtype != np.uint16 or kind.name not in ("float32", "float16"):
@@ -254,7 +256,7 @@ def _join(words: Array, out: Array) -> None:
 
 
 def round_mantissa(array: Array, bits: int) -> Array:
-    """A copy of a float array with its mantissas rounded to `bits` explicit bits, ties to even.
+    """Return a copy of a float array with its mantissas rounded to `bits` explicit bits, ties to even.
 
     NaN and infinities keep their bits. A finite value becomes infinite only where the rounded value is out of range.
     """
@@ -290,7 +292,8 @@ def _round_words(words: Array, mantissa: int, bits: int) -> Array:
 
 
 def decode(payload: bytes, *, codec: str, dtype: str, values: int, out: Array | None = None) -> Array:
-    """The `values` values of a stored chunk, 1-d of type `dtype`, in `out` where given (C-contiguous, same size).
+    """Return the `values` values of a stored chunk, 1-d of type `dtype`, in `out` where given (C-contiguous, same
+    size).
 
     Raises DamagedError for a stream that is broken or holds anything but exactly so many bytes; never inflates past
     them. ConfigError for an unknown codec, MissingExtra.
@@ -310,7 +313,9 @@ def decode(payload: bytes, *, codec: str, dtype: str, values: int, out: Array | 
 
 
 def unpack(payload: bytes, *, codec: str, nbytes: int) -> bytes:
-    """The first half of `decode`: what was compressed, `nbytes` of byte planes or values. Raises what `decode` does."""
+    """Return the first half of `decode`: what was compressed, `nbytes` of byte planes or values. Raises what `decode`
+    does.
+    """
     raw = codec_named(codec).decompress(payload, nbytes)
     if len(raw) != nbytes:
         raise DamagedError(f"a {codec} chunk of {nbytes} bytes holds {'more' if len(raw) > nbytes else len(raw)}")
@@ -318,7 +323,7 @@ def unpack(payload: bytes, *, codec: str, nbytes: int) -> bytes:
 
 
 def pick(raw: bytes, *, codec: str, dtype: str, shape: Sequence[int], at: tuple[Any, ...] = ()) -> Array:
-    """The second half of `decode`: the values at the index `at` of a chunk of `shape`, from what `unpack` gave.
+    """Return the second half of `decode`: the values at the index `at` of a chunk of `shape`, from what `unpack` gave.
 
     Of a row or two it costs little, where joining the bytes of all values takes as long as lz4 does.
     """
@@ -368,7 +373,8 @@ _NOISE_NONZERO = 0.9
 
 
 def _deflate(planes: Array, level: int, zeros: int = 0) -> bytes:
-    """A zlib stream by ISA-L, in which planes of noise are stored blocks and planes of zeros are not compressed again.
+    """Return a zlib stream by ISA-L, in which planes of noise are stored blocks and planes of zeros are not compressed
+    again.
 
     The low mantissa bytes of dense activations do not compress, yet would cost as much time as those that do
     (benchmark on smooth dense maps, same ratio: float32 1.9 times, bfloat16 1.5 times as fast; inflating 2 to 3 times).
@@ -397,18 +403,18 @@ def _deflate(planes: Array, level: int, zeros: int = 0) -> bytes:
 
 
 def deflate(data: Any, level: int) -> bytes:
-    """All of a raw deflate stream over `data`, a buffer, as ISA-L makes it of activations; `level` 0 to 3."""
+    """Return the raw deflate stream over `data`, a buffer, as ISA-L makes it of activations; `level` 0 to 3."""
     stream: bytes = igzip_lib.compress(data, level, igzip_lib.COMP_DEFLATE, _BLOCKS, _LOOK_BACK_BITS)
     return stream
 
 
 def _any(plane: Array) -> bool:
-    """Whether a byte is not zero. Of few bytes numpy tells it with the GIL held, and mostly they suffice."""
+    """Return whether a byte is not zero. Of few bytes numpy tells it with the GIL held, and mostly they suffice."""
     return bool(plane[:_FEW].any() or plane.view(bool).any())
 
 
 def _stretch(data: Any, level: int) -> tuple[bytes, bytes]:
-    """A stretch of a raw deflate stream; the sync flush ends it on a byte, where another may follow."""
+    """Return a stretch of a raw deflate stream; the sync flush ends it on a byte, where another may follow."""
     deflater = isal_zlib.compressobj(level, isal_zlib.DEFLATED, -_STRETCH_BITS)
     return deflater.compress(data), deflater.flush(isal_zlib.Z_SYNC_FLUSH)
 
@@ -420,7 +426,7 @@ def _zeros(length: int, level: int) -> bytes:
 
 
 def _is_noise(plane: Array) -> bool:
-    """Whether deflate would gain next to nothing, judged by the entropy of evenly spread bytes."""
+    """Return whether deflate would gain next to nothing, judged by the entropy of evenly spread bytes."""
     step = plane.size // _SAMPLE | 1  # odd: not in step with rows of 2^k values
     if step < 3:  # too small to gain from asking
         return False
@@ -509,7 +515,7 @@ _LZ4_LENGTH = struct.Struct(">i")
 
 
 def _lz4_compress(planes: Array, level: int, zeros: int = 0) -> bytes:
-    """The framing of HDF5 filter 32004: total size, block size, then each block with its length; here one block."""
+    """Frame as HDF5 filter 32004 does: total size, block size, then each block with its length; here one block."""
     planes[:zeros] = 0
     raw = planes.reshape(-1).data
     block = _lz4_block().compress(raw, store_size=False)

@@ -54,7 +54,7 @@ class Form:
 
 
 def form_of(values: Sequence[Label] | None) -> Form | None:
-    """The form of a column that holds these values; None where none of them is one."""
+    """Return the form of a column that holds these values; None where none of them is one."""
     given = [value for value in values or () if value is not None]
     if not given:
         return None
@@ -84,7 +84,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def common_form(forms: Iterable[Form | None]) -> Form | None:
-    """The form that holds the values of columns of these forms."""
+    """Return the form that holds the values of columns of these forms."""
     there = [form for form in forms if form is not None]
     if not there:
         return None
@@ -97,7 +97,7 @@ def common_form(forms: Iterable[Form | None]) -> Form | None:
 
 
 def encode_column(values: Sequence[Label], form: Form) -> Array | list[str]:
-    """The values as they are stored: an array of numbers, or texts."""
+    """Return the values as they are stored: an array of numbers, or texts."""
     if form.kind == "text":
         return ["" if value is None else str(value) for value in values]
     if form.kind == "json":
@@ -110,7 +110,7 @@ def encode_column(values: Sequence[Label], form: Form) -> Array | list[str]:
 
 
 def decode_column(stored: Array, form: Form, where: str) -> list[Label]:
-    """The values of a column from what is stored, None where there is none. Raises DamagedError for broken JSON."""
+    """Return the values of a stored column, None where there is none. Raises DamagedError for broken JSON."""
     if form.kind == "json":
         return [_loaded(text, where) if text else None for text in stored]
     if form.kind == "text":
@@ -134,7 +134,8 @@ def _loaded(text: str, where: str) -> Any:
 
 
 def as_array(values: Sequence[Label], form: Form, *, whole: bool = False) -> Array:
-    """A column for people: numbers, NaN where there is none; text, empty where there is none; objects of what was JSON.
+    """Return a column for people: numbers, NaN where there is none; text, empty where there is none; objects of what
+    was JSON.
 
     `whole`: -1 where there is none among integers, unless one of them is -1.
     """

@@ -92,7 +92,7 @@ _WITHIN_LAYER = 3
 def _contents(
     file: h5py.File, nodes: Mapping[str, Node], layers_in: Callable[[Node, int, int | None], list[LayerContents]]
 ) -> Contents:
-    """What a file holds, checked. What lies beside its layers, by path in `nodes`, is sound.
+    """Return what a file holds, checked. What lies beside its layers, by path in `nodes`, is sound.
 
     `layers_in` gives its layers, of their group, the address of the scale of the rows, and the number of rows.
     """
@@ -113,7 +113,7 @@ def _contents(
 
 
 def _found_layers(file: h5py.File, seen: set[int], group: Node, sample: int, rows: int | None) -> list[LayerContents]:
-    """The layers in a group, checked. `seen` are the addresses of what lies beside them.
+    """Return the layers in a group, checked. `seen` are the addresses of what lies beside them.
 
     One after the other, so that libhdf5 still has at hand what it found when it is asked again.
     """
@@ -126,7 +126,7 @@ def _found_layers(file: h5py.File, seen: set[int], group: Node, sample: int, row
 
 
 def _brought_by(file: str, columns: Mapping[str, Node], rows: int | None) -> Iterator[tuple[str | None, Brought]]:
-    """The label, and what says of itself that it is a `column`."""
+    """Yield the label, and what says of itself that it is a `column`."""
     for name, node in columns.items():
         if name in schema.COLUMNS and name != "label":
             continue
@@ -153,7 +153,7 @@ def _check_column(file: str, name: str, column: Node | None, kind: schema.Column
 
 
 def row_range(file: h5py.File) -> range:
-    """The global rows that the file holds. Raises FormatError where /sample does not count up by one."""
+    """Return the global rows that the file holds. Raises FormatError where /sample does not count up by one."""
     sample = file["sample"]
     start, last = int(sample[0]), int(sample[-1])
     if last - start + 1 != len(sample):
@@ -164,13 +164,13 @@ def row_range(file: h5py.File) -> range:
 
 
 def read_info(file: h5py.File) -> FileInfo:
-    """The root attributes of a file."""
+    """Return the root attributes of a file."""
     with reading(file):
         return info_of(*schema.attributes(_root(file), schema.ROOT, file.filename))
 
 
 def info_of(attrs: Mapping[str, Any], said: Mapping[str, Any]) -> FileInfo:
-    """The same, of attributes that were read, and of what those of them mean that hold JSON."""
+    """Return the same, of attributes that were read, and of what those of them mean that hold JSON."""
     names = ("title", "source", "history", "model", "weights_sha256", "precision", "created")
     loaded = {"fmextract_config", "preprocess", "versions"}
     fixed = {*names, *loaded, "format", "format_version", "Conventions", "content_digest"}
@@ -184,14 +184,15 @@ def info_of(attrs: Mapping[str, Any], said: Mapping[str, Any]) -> FileInfo:
 
 
 def read_text(path: Path, group: str, name: str) -> str:
-    """An attribute of an HDF5 file that may be anybody's. Raises OSError, RuntimeError, KeyError or ValueError where
-    there is no such text."""
+    """Return an attribute of an HDF5 file that may be anybody's. Raises OSError, RuntimeError, KeyError or ValueError
+    where there is no such text.
+    """
     with h5py.File(path, "r", locking=False) as file:
         return schema.text(schema.attribute(h5py.h5o.open(file.id, group.encode()), name.encode()))
 
 
 def read_layer(group: h5py.Group) -> LayerSpec:
-    """The LayerSpec that a layer's group was written from."""
+    """Return the LayerSpec that a layer's group was written from."""
     file, path = group.file, group.name
     with reading(file):
         node = Node(path, group.id, 0)
@@ -200,7 +201,7 @@ def read_layer(group: h5py.Group) -> LayerSpec:
 
 
 def _layer_contents(file: str, group: Node, children: Sequence[Node], sample: int, rows: int | None) -> LayerContents:
-    """A layer, from its group and what lies in it. Raises DamagedError for what no layer of ours is.
+    """Return a layer, from its group and what lies in it. Raises DamagedError for what no layer of ours is.
 
     `sample` is the address of the scale of the rows, `rows` their number, None where that was checked.
     """
@@ -228,7 +229,7 @@ def _spec(
     axes: tuple[str, ...],
     attrs: Mapping[str, Any],
 ) -> LayerSpec:
-    """A layer as it was written: `shape` is that of its activations, `attrs` are its attributes, checked."""
+    """Return a layer as it was written: `shape` is that of its activations, `attrs` are its attributes, checked."""
     field = None
     if "rf_size" in attrs:
         size, stride, offset = (tuple(attrs[f"rf_{part}"].tolist()) for part in ("size", "stride", "offset"))
@@ -259,7 +260,7 @@ def _spec(
 
 
 def _activation(where: str, data: Node, rows: int | None) -> tuple[tuple[int, ...], str, tuple[int, ...]]:
-    """Shape, type and chunk of the activations of a layer."""
+    """Return shape, type and chunk of the activations of a layer."""
     if not data.is_dataset:
         raise FormatError(f"{where}/activation is no dataset")
     shape, plist = data.id.shape, data.id.get_create_plist()
@@ -272,7 +273,9 @@ def _activation(where: str, data: Node, rows: int | None) -> tuple[tuple[int, ..
 
 
 def _axes(where: str, own: Mapping[str, Node], sample: int) -> tuple[str, ...]:
-    """The names of the axes behind the first: of the scales attached to them, which lie in the layer's own group."""
+    """Return the names of the axes behind the first: of the scales attached to them, which lie in the layer's own
+    group.
+    """
     data, names = own["activation"].id, {node.address: name for name, node in own.items()}
     first, *others = schema.scales(data, f"{where}/activation")
     if first != [sample]:
@@ -288,7 +291,7 @@ def _axes(where: str, own: Mapping[str, Node], sample: int) -> tuple[str, ...]:
 
 
 def read_samples(file: h5py.File, part: slice = slice(None)) -> SampleTable:
-    """The columns of a file, or of a part of its rows; what is missing among labels is None."""
+    """Return the columns of a file, or of a part of its rows; what is missing among labels is None."""
     with reading(file):
         brought = {title: _read_brought(file, one, part) for title, one in brought_in(file).items()}
         return SampleTable(
@@ -328,7 +331,7 @@ def _texts(column: h5py.Dataset, part: slice) -> list[str]:
 def read_statistics(
     file: h5py.File, path: str, left_out: Container[str] = (), only: Iterable[str] | None = None
 ) -> dict[str, Array]:
-    """The values of the datasets of a group that are no scales, by name: of all, or `only` of some.
+    """Return the values of the datasets of a group that are no scales, by name: of all, or `only` of some.
 
     Of a group that is not there, none.
     """
@@ -352,7 +355,7 @@ def read_statistics(
 
 
 def read_values(data: h5py.h5d.DatasetID) -> Array:
-    """All of a dataset, without what h5py wraps around it."""
+    """Return all of a dataset, without what h5py wraps around it."""
     dtype, shape = data.dtype, data.shape
     if shape is None or dtype.kind not in "iuf":
         return np.asarray(h5py.Dataset(data)[()])
@@ -363,7 +366,7 @@ def read_values(data: h5py.h5d.DatasetID) -> Array:
 
 
 def read_chunk(dataset: h5py.Dataset, chunk_index: Sequence[int]) -> tuple[int, bytes]:
-    """The filter mask and the stored bytes of one chunk. Raises DamagedError where the chunk was never written."""
+    """Return the filter mask and the stored bytes of one chunk. Raises DamagedError for one that was never written."""
     offset = tuple(i * size for i, size in zip(chunk_index, dataset.chunks, strict=True))
     with reading(dataset.file):
         if dataset.id.get_chunk_info_by_coord(offset).byte_offset is None:

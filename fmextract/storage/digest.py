@@ -28,7 +28,7 @@ _NOT_CONTENT = ("content_digest", "throughput")
 
 
 def chunk_digest(payload: Stored) -> bytes:
-    """XXH3 (128 bits) of one stored chunk.
+    """Return XXH3 (128 bits) of one stored chunk.
 
     It tells damage, not forgery, and takes no time: BLAKE2b of the same bytes would be a fifth of the work of the
     encoder (docs/measurements). The SHA-256 of a shard of a directory stands in its record.
@@ -42,7 +42,7 @@ def chunk_digest(payload: Stored) -> bytes:
 
 
 def content_digest(path: Path) -> str:
-    """BLAKE2b, in hex, over everything a reader of the file sees; what `ShardWriter.finish` returned for it.
+    """Return BLAKE2b, in hex, over everything a reader of the file sees; what `ShardWriter.finish` returned for it.
 
     It covers, in the order of creation: the path of every object; its attributes by name, with type, shape and value;
     of every dataset the type, shape, greatest shape, chunk shape, filters, fill value and the path of the scale on
@@ -96,7 +96,7 @@ class Layer:
     digests: Mapping[tuple[int, ...], bytes]
 
     def write(self, file: h5py.File) -> dict[str, h5py.h5d.DatasetID]:
-        """All but the activations, which are there, and what scales are attached to. Gives its datasets, by path."""
+        """Create all but the activations, which are there, and attach scales. Returns its datasets, by path."""
         group = h5py.h5g.open(file.id, self.path.encode())
         objects.add_attributes(group, self.attrs)
         there = {f"{self.path}/activation": h5py.h5d.open(group, b"activation")}
@@ -107,12 +107,12 @@ class Layer:
         return there
 
     def attached(self) -> Iterator[tuple[str, Sequence[str]]]:
-        """The path of each dataset, and those of the scales of its axes."""
+        """Yield the path of each dataset, and those of the scales of its axes."""
         yield f"{self.path}/activation", self._axes()
         yield from ((f"{self.path}/stats/{one.name}", one.scales) for one in self.stats or () if one.scales)
 
     def contents(self) -> LayerContents:
-        """What `_layer_contents` finds in the file, without reading it."""
+        """Return what `_layer_contents` finds in the file, without reading it."""
         attrs = schema.as_read(objects.attribute_values(self.attrs), schema.LAYER)
         spec = self.spec
         shape, dtype = (self.rows, *spec.shape), np.dtype(spec.dtype).name

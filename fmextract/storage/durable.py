@@ -52,12 +52,12 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A new name beside `path`, which `is_temporary` knows: for a file that is not whole yet."""
+    """Return a new name beside `path`, which `is_temporary` knows: for a file that is not whole yet."""
     return path.with_name(f".{path.name}.{processes.mark()}")
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file of this name is what a run that died left unfinished."""
+    """Return whether a file of this name is what a run that died left unfinished."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
@@ -71,7 +71,7 @@ def fsync(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What `path` holds. Raises OutputError where it is not there, FormatError where it is not JSON."""
+    """Return what `path` holds. Raises OutputError where it is not there, FormatError where it is not JSON."""
     try:
         return schema.load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -91,7 +91,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def disk_error(path: Path, error: BaseException) -> FmextractError:
-    """What an error of the operating system or of libhdf5 while writing `path` means to the user."""
+    """Return what an error of the operating system or of libhdf5 while writing `path` means to the user."""
     code = getattr(error, "errno", None)
     if code is None and (stated := re.search(r"errno = (\d+)", str(error))):
         code = int(stated[1])
@@ -157,7 +157,7 @@ class SteadyFile:
     def flush(self) -> None: ...
 
     def check(self) -> None:
-        """Raises the OSError that stopped the writing, if one did."""
+        """Raise the OSError that stopped the writing, if one did."""
         if self.error is not None:
             raise self.error
 

@@ -35,7 +35,7 @@ MOST_COMPONENTS = 1024
 
 
 def merge(parts: Sequence[Stats]) -> dict[str, Array]:
-    """The statistics of all rows, from those of disjoint sets of rows, in any order.
+    """Return the statistics of all rows, from those of disjoint sets of rows, in any order.
 
     A part holds MOMENTS, each (channels,), and TOP, each (channels, k), or no TOP at all. Where k differs the smallest
     counts: beyond it a part may have dropped a stronger entry. NEAR_ZERO and COVARIANCE are there where every part has
@@ -79,7 +79,7 @@ def _merge_moments(a: Stats, b: Stats) -> dict[str, Array]:
 
 
 def _counted(part: Stats, share: str) -> Array:
-    """How many values a share is of: a whole number, which the stored share gives back exactly."""
+    """Return how many values a share is of: a whole number, which the stored share gives back exactly."""
     counted: Array = np.rint(np.where(part["count"] > 0, part[share], 0.0) * part["count"])
     return counted
 
@@ -134,7 +134,7 @@ class EffectiveDimension:
 
     @classmethod
     def of_attrs(cls, attrs: Mapping[str, Any]) -> EffectiveDimension | None:
-        """None where the attributes are not there."""
+        """Return None where the attributes are not there."""
         if "effective_dimension" not in attrs:
             return None
         estimated = "effective_dimension_estimated" in attrs
@@ -154,7 +154,7 @@ def effective_dimension(stats: Stats) -> EffectiveDimension | None:
 
 
 def settled(stats: Stats) -> tuple[dict[str, Array], dict[str, Any]]:
-    """The statistics of all rows of a run, as (what goes into `stats/`, attributes of the layer).
+    """Return the statistics of all rows of a run, as (what goes into `stats/`, attributes of the layer).
 
     The covariance is there to be merged: what is left of it is the effective dimension.
     """
@@ -164,7 +164,8 @@ def settled(stats: Stats) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def folding(channels: int) -> tuple[Array, Array]:
-    """(order int64, signs float64), each (channels,), by which more than MOST_COMPONENTS channels become as many.
+    """Return (order int64, signs float64), each (channels,), by which more than MOST_COMPONENTS channels become as
+    many.
 
     Component j is the sum of signs[i] times channel order[i] over all i ≡ j: a count sketch (M. Charikar, K. Chen,
     M. Farach-Colton, "Finding frequent items in data streams", ICALP 2002) whose components hold equally many channels,
@@ -175,7 +176,7 @@ def folding(channels: int) -> tuple[Array, Array]:
 
 
 def _unfolded(of_squares: float, squared: float, of_diagonal: float, channels: int) -> tuple[float, float]:
-    """(tr C², (tr C)²) from tr S², (tr S)² and the sum of squares of the diagonal of a folded covariance S.
+    """Return (tr C², (tr C)²) from tr S², (tr S)² and the sum of squares of the diagonal of a folded covariance S.
 
     Each estimate is unbiased. Two channels share a component with probability p. In the mean over the signs, terms
     with channels in equal pairs alone are left; so with D, the sum of squares of the diagonal of C, the three are in

@@ -42,17 +42,17 @@ INFLATION = 1100
 
 
 def escape_name(name: str) -> str:
-    """The group name of a layer: `/` would nest, so it becomes %2F, and % itself %25."""
+    """Return the group name of a layer: `/` would nest, so it becomes %2F, and % itself %25."""
     return name.replace("%", "%25").replace("/", "%2F")
 
 
 def unescape_name(name: str) -> str:
-    """The inverse of `escape_name`."""
+    """Return the inverse of `escape_name`."""
     return name.replace("%2F", "/").replace("%25", "%")
 
 
 def chunk_grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
-    """How many chunks there are along each axis."""
+    """Return how many chunks there are along each axis."""
     return tuple(-(-size // step) for size, step in zip(shape, chunk, strict=True))
 
 
@@ -139,7 +139,7 @@ def _scales(spec: LayerSpec) -> list[Values]:
 
 
 def coordinate(field: Field | None, role: str, size: int) -> tuple[Array, dict[str, str]]:
-    """The values along an axis: the centre of each cell's receptive field for y and x, else the index."""
+    """Return the values along an axis: the centre of each cell's receptive field for y and x, else the index."""
     if role not in ("y", "x"):
         return np.arange(size, dtype=np.int32), {}
     index = np.arange(size, dtype=np.float64)

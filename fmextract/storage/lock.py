@@ -42,7 +42,7 @@ class Owner:
 
     @classmethod
     def read(cls, path: Path) -> Owner | None:
-        """Who holds the lock; None where there is none. A file that says nothing valid is of an unknown owner."""
+        """Return who holds the lock; None where there is none. The owner of an invalid file is unknown."""
         try:
             said = json.loads(path.read_text(encoding="utf-8"))
             return cls(int(said["pid"]), *(str(said[name]) for name in ("host", "started", "run_id", "since")))
@@ -56,7 +56,7 @@ class Owner:
         return self.host == socket.gethostname()
 
     def is_dead(self) -> bool:
-        """Whether it surely works no more: only this host's processes can be looked at."""
+        """Return whether it surely works no more: only this host's processes can be looked at."""
         return self.is_here and started(self.pid) != self.started
 
     def __str__(self) -> str:

@@ -74,7 +74,7 @@ def pack(
 
 
 def _layout(file: h5py.File) -> tuple[list[LayerSpec], str, int]:
-    """The layers of a file in order, and the codec with its level that they share."""
+    """Return the layers of a file in order, and the codec with its level that they share."""
     specs = [read_layer(group) for group in file["layers"].values()]
     pipelines = set()
     for group in file["layers"].values():

@@ -78,7 +78,7 @@ def _creation() -> h5py.h5p.PropDCID:
 
 
 def creation() -> h5py.h5p.PropDCID:
-    """What all datasets have in common."""
+    """Return what all datasets have in common."""
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_obj_track_times(False)
     # More than 64 kB of scale references need attributes in a tree of their own, which tracking their order brings.
@@ -88,7 +88,7 @@ def creation() -> h5py.h5p.PropDCID:
 
 @functools.cache
 def _group_creation() -> h5py.h5p.PropGCID:
-    """What h5py has of `create_group(…, track_order=True)`."""
+    """Return what h5py has of `create_group(…, track_order=True)`."""
     plist, order = h5py.h5p.create(h5py.h5p.GROUP_CREATE), h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED
     plist.set_link_creation_order(order)
     plist.set_attr_creation_order(order)
@@ -104,7 +104,7 @@ def _utf8() -> h5py.h5p.PropLCID:
 
 
 def create_group(group: h5py.h5g.GroupID, name: str) -> h5py.h5g.GroupID:
-    """An empty group that keeps the order in which things are put into it."""
+    """Return an empty group that keeps the order in which things are put into it."""
     return h5py.h5g.create(group, name.encode(), None if name.isascii() else _utf8(), _group_creation())
 
 
@@ -114,7 +114,7 @@ def _space(shape: tuple[int, ...]) -> h5py.h5s.SpaceID:
 
 
 def create(group: h5py.h5g.GroupID, made: Values) -> h5py.h5d.DatasetID:
-    """The dataset, a scale where it has none itself; those of others are attached by `attach_scales`."""
+    """Return the dataset, a scale where it has none itself; those of others are attached by `attach_scales`."""
     kind, memory = kind_of(made.values.dtype)
     name, values = made.name.encode(), np.ascontiguousarray(made.values)
     data = h5py.h5d.create(group, name, kind, _space(values.shape), _creation())
@@ -128,7 +128,7 @@ def create(group: h5py.h5g.GroupID, made: Values) -> h5py.h5d.DatasetID:
 
 @functools.lru_cache(1024)
 def _scale_attributes(name: bytes) -> tuple[tuple[bytes, Array, Kind], ...]:
-    """Name, value and type of what `H5DSset_scale` writes, which looks through all attributes first."""
+    """Return name, value and type of what `H5DSset_scale` writes, which looks through all attributes first."""
     said = {b"CLASS": b"DIMENSION_SCALE", b"NAME": name}
     return tuple(
         (one, np.array(value, f"S{len(value) + 1}"), _fixed_text(len(value) + 1)) for one, value in said.items()
@@ -235,7 +235,7 @@ def _write_references(scale: h5py.h5d.DatasetID, entries: Entries) -> None:
 
 
 def framed(*parts: str | bytes) -> bytes:
-    """The parts as one, so that no other sequence of parts gives the same: each after its length."""
+    """Return the parts as one, so that no other sequence of parts gives the same: each after its length."""
     encoded = [part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part for part in parts]
     return b"".join([piece for data in encoded for piece in (len(data).to_bytes(8, "little"), data)])
 
@@ -249,7 +249,7 @@ def type_name(dtype: np.dtype[Any]) -> str:
 
 
 def array_parts(value: Array) -> Parts:
-    """Type, shape and value of an attribute."""
+    """Return type, shape and value of an attribute."""
     kind, shape = type_name(value.dtype), str(value.shape)
     if value.dtype.kind in "iuf":
         return [kind, shape, value.tobytes()]
@@ -277,13 +277,13 @@ def dataset_parts(
     fill: bytes,
     scales: Sequence[Sequence[str]],
 ) -> Parts:
-    """What there is to say of a dataset beside its values; the `scales` are the paths of those on each axis."""
+    """Return what there is to say of a dataset beside its values; the `scales` are the paths of those on each axis."""
     named = [part for axis, paths in enumerate(scales) for part in (f"axis {axis}", *paths)]
     return [type_name(dtype), str((shape, greatest, chunk, list(filters))), fill, *named]
 
 
 def values_framed(made: Values) -> bytes:
-    """The attributes and the description of a dataset, framed; its values follow as they are in memory."""
+    """Return the attributes and the description of a dataset, framed; its values follow as they are in memory."""
     scale = b"" if made.scales else _scale_framed(made.name)
     attrs = b"".join([framed(*parts) for parts in attributes_parts(made.attrs)])
     named = [part for axis, path in enumerate(made.scales) for part in (f"axis {axis}", path)]
@@ -292,7 +292,7 @@ def values_framed(made: Values) -> bytes:
 
 @functools.lru_cache(1024)
 def _scale_framed(name: str) -> bytes:
-    """The attributes that make a dataset a scale."""
+    """Return the attributes that make a dataset a scale."""
     fixed = {"CLASS": b"DIMENSION_SCALE", "NAME": name.encode()}
     values = {attr: np.array(said, f"S{len(said) + 1}") for attr, said in fixed.items()}
     return b"".join(framed("attribute", attr, *array_parts(value)) for attr, value in values.items())
@@ -300,5 +300,5 @@ def _scale_framed(name: str) -> bytes:
 
 @functools.lru_cache(1024)
 def _described(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """What there is to say of a dataset of fixed shape, but for the scales."""
+    """Return what there is to say of a dataset of fixed shape, but for the scales."""
     return framed(*dataset_parts(dtype, shape, shape, None, (), bytes(dtype.itemsize), ()))

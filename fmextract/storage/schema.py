@@ -54,7 +54,7 @@ class Wrong(ValueError):
         self.expected, self.got, self.place = expected, got, place
 
     def within(self, name: str | int) -> Wrong:
-        """The same, of something that lies at `name` of a larger value."""
+        """Return the same, of something that lies at `name` of a larger value."""
         place = f"{name}.{self.place}" if self.place else str(name)
         return Wrong(self.expected, self.got, place)
 
@@ -78,7 +78,7 @@ def text(value: Any) -> str:
 
 
 def flag(value: Any) -> bool:
-    """True, False, or HDF5's 1 and 0."""
+    """Return True, False, or HDF5's 1 and 0."""
     if type(value) is not bool and (type(value) is not int or value not in (0, 1)):
         raise Wrong("true or false", value)
     return bool(value)
@@ -94,7 +94,7 @@ def one_of(*values: str) -> Kind:
 
 
 def whole(low: int = 0, high: int = LARGEST) -> Kind:
-    """An integer in low .. high, as Python's; true and false are none."""
+    """Return an integer in low .. high, as Python's; true and false are none."""
 
     def check(value: Any) -> int:
         if type(value) is not int or not low <= value <= high:
@@ -105,7 +105,7 @@ def whole(low: int = 0, high: int = LARGEST) -> Kind:
 
 
 def number(low: float = -1e300, high: float = 1e300, *, finite: bool = True) -> Kind:
-    """A number in low .. high, and NaN or an infinity unless `finite`, as Python's float."""
+    """Return a number in low .. high, and NaN or an infinity unless `finite`, as Python's float."""
 
     def check(value: Any) -> float:
         if type(value) not in (int, float):
@@ -118,7 +118,7 @@ def number(low: float = -1e300, high: float = 1e300, *, finite: bool = True) -> 
 
 
 def pair(kind: Kind) -> Kind:
-    """Two numbers along (y, x), of an attribute: as the array that it is."""
+    """Return two numbers along (y, x), of an attribute: as the array that it is."""
 
     def check(value: Any) -> Array:
         if not isinstance(value, np.ndarray) or value.shape != (2,):
@@ -136,7 +136,7 @@ def optional(kind: Kind) -> Kind:
 
 
 def either(*kinds: Kind) -> Kind:
-    """The first kind that takes the value."""
+    """Return the first kind that takes the value."""
 
     def check(value: Any) -> Any:
         said = []
@@ -151,7 +151,7 @@ def either(*kinds: Kind) -> Kind:
 
 
 def many(kind: Kind, length: int | None = None) -> Kind:
-    """A list of values of one kind."""
+    """Return a list of values of one kind."""
 
     def check(value: Any) -> list[Any]:
         if not isinstance(value, list | tuple) or (length is not None and len(value) != length):
@@ -168,7 +168,7 @@ def many(kind: Kind, length: int | None = None) -> Kind:
 
 
 def table_of(kind: Kind) -> Kind:
-    """A JSON object of any names, whose values are of one kind."""
+    """Return a JSON object of any names, whose values are of one kind."""
 
     def check(value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -179,7 +179,7 @@ def table_of(kind: Kind) -> Kind:
 
 
 def fields(required: Sequence[str] = (), /, **kinds: Kind) -> Kind:
-    """A JSON object. Fields that are there are checked by their names; those of other names stay as they are."""
+    """Return a JSON object. Fields that are there are checked by their names; those of other names stay as they are."""
 
     def check(value: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -218,7 +218,7 @@ def _size(value: Any) -> list[int]:
 
 
 def _largest(kind: Kind) -> Kind:
-    """A number, or several of which the largest counts."""
+    """Return a number, or several of which the largest counts."""
     return lambda value: kind(max(value.tolist()) if isinstance(value, np.ndarray) and value.size else value)
 
 
@@ -258,7 +258,7 @@ class Statistic:
 
 
 def _pairs(value: Any) -> list[list[str]]:
-    """(convolution, batch norm) by path. The first files said only whether there were any."""
+    """Return (convolution, batch norm) by path. The first files said only whether there were any."""
     return [] if type(value) is bool else many(many(text, 2))(value)
 
 
@@ -504,7 +504,7 @@ RECORD = fields(
 
 
 def load(said: str) -> Any:
-    """The value of a JSON text. Raises ValueError for what is no JSON, and for JSON that fmextract never writes.
+    """Return the value of a JSON text. Raises ValueError for what is no JSON, and for JSON that fmextract never writes.
 
     That is NaN and infinities, numbers beyond ±2^63, half of a surrogate pair, more than DEPTH levels.
     """
@@ -534,7 +534,7 @@ def _no_constant(name: str) -> None:
 
 
 def checked(value: Any, kind: Kind, where: str) -> Any:
-    """A JSON value of this kind. Raises FormatError that says where it is not."""
+    """Return a JSON value of this kind. Raises FormatError that says where it is not."""
     try:
         return kind(value)
     except Wrong as wrong:
@@ -547,7 +547,7 @@ def checked(value: Any, kind: Kind, where: str) -> Any:
 def attributes(
     node: h5py.h5g.GroupID | h5py.h5d.DatasetID, table: Mapping[str, Attribute], where: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The attributes of an object by name, checked against a table, and what they mean: of JSON, what it holds.
+    """Return the attributes of an object by name, checked against a table, and what they mean: of JSON, what it holds.
 
     Those that are in no table come along where they are texts or numbers. `where` names the file and the object.
     Raises DamagedError for an attribute that is missing or is not what the table says.
@@ -573,12 +573,12 @@ def attributes(
 
 
 def as_read(values: Mapping[str, Any], table: Mapping[str, Attribute]) -> dict[str, Any]:
-    """What `attributes` makes of values that this process has written."""
+    """Return what `attributes` makes of values that this process has written."""
     return {name: _as_kind(value, table[name])[0] if name in table else value for name, value in values.items()}
 
 
 def _as_kind(value: Any, known: Attribute) -> tuple[Any, Any]:
-    """(the value of an attribute, what it means: another thing where it holds JSON)."""
+    """Return (the value of an attribute, what it means: another thing where it holds JSON)."""
     if not known.json:
         made = known.kind(value)
         return made, made
@@ -600,7 +600,7 @@ def attribute_names(node: h5py.h5g.GroupID | h5py.h5d.DatasetID) -> list[bytes]:
 
 
 def attribute(node: h5py.h5g.GroupID | h5py.h5d.DatasetID, name: bytes) -> Any:
-    """A text, an int, a float or an array of numbers with one axis. Raises Wrong for anything else, unread."""
+    """Return a text, an int, a float or an array of numbers with one axis. Raises Wrong for anything else, unread."""
     stored = h5py.h5a.open(node, name)
     kind = stored.get_type()
     try:
@@ -653,7 +653,7 @@ def _type(encoded: bytes) -> _Type | None:
 
 @functools.lru_cache(maxsize=256)
 def is_storable(encoded: bytes) -> bool:
-    """Whether values of a type, as HDF5 encodes it, are numbers or texts. May raise TypeError."""
+    """Return whether values of a type, as HDF5 encodes it, are numbers or texts. May raise TypeError."""
     dtype = h5py.h5t.decode(encoded).dtype
     return dtype.kind in "iuf" or h5py.check_string_dtype(dtype) is not None
 
@@ -720,7 +720,7 @@ def _address(reference: h5py.h5r.Reference, dataset: h5py.h5d.DatasetID, where: 
 
 
 def statistics(values: Mapping[str, Array], channels: int, where: str) -> dict[str, Array]:
-    """The statistics of a layer, each of them what it can be. Raises DamagedError for one that is not."""
+    """Return the statistics of a layer, each of them what it can be. Raises DamagedError for one that is not."""
     for name, array in values.items():
         first = len(values.get("covariance_count", array)) if name in COVARIANCE else channels
         shapes = {(first, first)} if name == "covariance" else {(first, *array.shape[1:])}

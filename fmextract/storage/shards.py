@@ -43,7 +43,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def shard_name(i: int) -> str:
-    """The file name of shard `i`."""
+    """Return the file name of shard `i`."""
     return f"shard-{i:05d}.h5"
 
 
@@ -65,7 +65,7 @@ def write_sealed(path: Path, obj: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> Any:
-    """What `write_sealed` wrote, and without a comparison what earlier versions did. Raises as `read_json`."""
+    """Return what `write_sealed` wrote, and without a comparison what earlier versions did. Raises as `read_json`."""
     said = read_json(path)
     if not isinstance(said, dict):
         return said
@@ -133,12 +133,12 @@ class ShardRecord:
         return len(self.rows) - self.statuses.get("0", 0)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON-able dict; `from_json` is the inverse."""
+        """Return a JSON-able dict; `from_json` is the inverse."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, obj: Any, where: Path | str = "the record of a shard") -> ShardRecord:
-        """Raises FormatError for anything but what `to_json` gives; fields of later versions are ignored."""
+        """Raise FormatError for anything but what `to_json` gives; fields of later versions are ignored."""
         known = schema.checked(obj, schema.RECORD, str(where))
         try:
             return cls(**{name: known[name] for name in cls.__slots__})
@@ -177,7 +177,7 @@ def record_shard(
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex, in constant memory."""
+    """Return SHA-256 of a file, in hex, in constant memory."""
     digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while n := file.readinto(block):
@@ -186,7 +186,7 @@ def file_sha256(path: Path) -> str:
 
 
 def load_records(directory: Path, tell: Callable[[str], None] = lambda text: None) -> list[ShardRecord]:
-    """The shards that are done, in row order: every record whose file is there with the recorded size.
+    """Return the shards that are done, in row order: every record whose file is there with the recorded size.
 
     This is what a resume asks; a record without its file, or with a file of another size, is not done. Nor is one
     that cannot be read or is damaged, of which `tell` is told.
@@ -246,7 +246,7 @@ def fold_index(directory: Path, plan: Mapping[str, Any]) -> list[ShardRecord]:
 
 
 def plan_digest(directory: Path) -> str | None:
-    """The SHA-256 that plan.json had when the output was complete; None of one that an earlier version wrote."""
+    """Return the SHA-256 that plan.json had when the output was complete; None of one that an earlier version wrote."""
     found = read_json(directory / INDEX).get("plan_sha256")
     if found is not None and not (isinstance(found, str) and _SHA256.fullmatch(found)):
         raise FormatError(f"{directory / INDEX} is damaged: expected plan_sha256 of 64 hex digits")
@@ -258,7 +258,7 @@ def without_chunks(extra: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_index(directory: Path) -> list[ShardRecord]:
-    """The records of a finished run, in row order; their files are there and have the recorded sizes.
+    """Return the records of a finished run, in row order; their files are there and have the recorded sizes.
 
     Raises OutputError where the run is not finished or there is none, FormatError for a damaged index or a missing
     file, naming the file and the rows. A gap is never read as zeros.
@@ -286,7 +286,7 @@ def load_index(directory: Path) -> list[ShardRecord]:
 
 
 def read_index(directory: Path) -> list[ShardRecord]:
-    """The records in index.json, in row order, whatever has become of their files. Raises FormatError."""
+    """Return the records in index.json, in row order, whatever has become of their files. Raises FormatError."""
     records, rows = _parse_index(directory)
     _check_rows(directory, records, rows)
     return records
@@ -323,7 +323,7 @@ def _check_rows(directory: Path, records: Sequence[ShardRecord], rows: int) -> N
 
 
 def _missing(directory: Path, plan: Mapping[str, Any], records: Sequence[ShardRecord]) -> Iterator[tuple[str, range]]:
-    """The shards of the plan that are not done: name and rows."""
+    """Yield the shards of the plan that are not done: name and rows."""
     done = {record.name: record.rows for record in records}
     try:
         planned = [range(start, stop) for start, stop in plan["shards"]]
@@ -343,7 +343,7 @@ def _unfinished(directory: Path, missing: Sequence[tuple[str, range]]) -> str:
 
 
 def check_shards(directory: Path, deep: bool = False) -> list[str]:
-    """What is wrong with the files of a finished run, one message each; empty where all is well.
+    """Return what is wrong with the files of a finished run, one message each; empty where all is well.
 
     Compares sizes, and with `deep` the SHA-256 of every file.
     """

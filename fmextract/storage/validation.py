@@ -45,7 +45,7 @@ def check_heaps(fd: int, path: Path) -> None:
 
 
 def _walkable(window: bytes, heap: int) -> bool:
-    """Whether every object ends where the next one can begin. What lies outside the window is not looked at."""
+    """Return whether every object ends where the next one can begin. What lies outside the window is not looked at."""
     at, limit = heap + len(HEAP) + _SIZE.size, len(window) - _OBJECT.size
     if at > len(window):
         return True
@@ -80,7 +80,7 @@ def reading(file: h5py.File, place: str | Callable[[], str] = "") -> Iterator[No
 
 
 def sound(file: h5py.File, top: Node, seen: set[int], closed: Container[str] = ()) -> Iterator[Node]:
-    """What `_walk` finds, each dataset checked."""
+    """Yield what `_walk` finds, each dataset checked."""
     name, size, based = file.filename, file.id.get_filesize(), file.userblock_size > 0
     node = top
     with reading(file, lambda: node.path):
@@ -131,7 +131,7 @@ class Node(NamedTuple):
 
 
 def walk(file: h5py.File, top: Node, seen: set[int], closed: Container[str] = ()) -> Iterator[Node]:
-    """Every object at and below `top`, groups in the order of creation. Follows hard links only.
+    """Yield every object at and below `top`, groups in the order of creation. Follows hard links only.
 
     What lies in a group whose path is among `closed` is left out. Raises FormatError where the address of an object is
     among those `seen`, and adds it to them.
@@ -148,7 +148,7 @@ def walk(file: h5py.File, top: Node, seen: set[int], closed: Container[str] = ()
 
 
 def _children(file: h5py.File, group: Node) -> Iterator[Node]:
-    """What lies in a group, in the order of creation. Raises FormatError for links that are not hard."""
+    """Yield what lies in a group, in the order of creation. Raises FormatError for links that are not hard."""
     prefix = group.path.rstrip("/")
     for name, kind, address in _links(group.id):
         path = f"{prefix}/{name.decode('utf-8', 'surrogateescape')}"
@@ -161,7 +161,9 @@ def _children(file: h5py.File, group: Node) -> Iterator[Node]:
 
 
 def _links(group: h5py.h5g.GroupID) -> list[tuple[bytes, int, Any]]:
-    """(name, type, address of the object) of each link: in the order of creation where that is kept, else by name."""
+    """Return (name, type, address of the object) of each link: in the order of creation where that is kept, else by
+    name.
+    """
     links: list[tuple[bytes, int, Any]] = []
     kept = group.get_create_plist().get_link_creation_order() & h5py.h5p.CRT_ORDER_TRACKED
     order = h5py.h5.INDEX_CRT_ORDER if kept else h5py.h5.INDEX_NAME
@@ -170,7 +172,8 @@ def _links(group: h5py.h5g.GroupID) -> list[tuple[bytes, int, Any]]:
 
 
 def _is_plain(data: h5py.h5d.DatasetID) -> bool:
-    """Whether a dataset is what nearly all are: numbers or texts, one after the other in the file, all of them there.
+    """Return whether a dataset is what nearly all are: numbers or texts, one after the other in the file, all of them
+    there.
 
     Then `_validate_dataset` has nothing to say, and its creation properties, which are slow to get, need not be asked.
     Only what lies in the file itself, in one piece, has an offset (in a file without a user block).

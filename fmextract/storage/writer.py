@@ -93,7 +93,7 @@ class ShardWriter:
 
     @classmethod
     def reopened(cls, left: Unfinished) -> ShardWriter:
-        """Goes on where another left, with all chunks written. Raises NoSpace, OutputError."""
+        """Go on where another left, with all chunks written. Raises NoSpace, OutputError."""
         self = cls.__new__(cls)
         self.path, self.rows, self.layers = left.path, left.rows, left.layers
         self._grids = [chunk_grid((len(left.rows), *spec.shape), spec.chunk) for spec in left.layers]
@@ -173,7 +173,7 @@ class ShardWriter:
     def _write_layers(
         self, file: h5py.File, stats: Stats, layer_attrs: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Layer]:
-        """What stands beside the activations of each layer; gives what is there now, by path."""
+        """Return what stands beside the activations of each layer; gives what is there now, by path."""
         names = {spec.name for spec in self.layers}
         if unknown := [name for name in (*stats, *layer_attrs) if name not in names]:
             raise ValueError(f"expected statistics and attributes of the layers of this file, got {unknown[0]!r}")
@@ -275,7 +275,9 @@ class Unfinished:
         layer_attrs: Mapping[str, Mapping[str, Any]] | None = None,
         root_attrs: Mapping[str, Any] | None = None,
     ) -> str:
-        """What `ShardWriter.finish` does, but for making it durable. Raises as that does, and leaves no file then."""
+        """Return what `ShardWriter.finish` does, but for making it durable. Raises as that does, and leaves no file
+        then.
+        """
         with ShardWriter.reopened(self) as writer:
             return writer.finish(samples, stats, layer_attrs, root_attrs, durable=False)
 
@@ -288,7 +290,9 @@ def _create_dataset(
     chunk: tuple[int, ...],
     filters: Sequence[tuple[int, tuple[int, ...]]],
 ) -> h5py.h5d.DatasetID:
-    """A chunked dataset with an unlimited first axis. Low level, since a filter need not be installed to be named."""
+    """Return a chunked dataset with an unlimited first axis. Low level, since a filter need not be installed to be
+    named.
+    """
     plist = objects.creation()
     plist.set_chunk(chunk)
     if h5py.check_string_dtype(np.dtype(dtype)) is None:
@@ -321,7 +325,7 @@ def _create_sample_scale(file: h5py.File, rows: range) -> None:
 
 
 def _create_layer(group: h5py.Group, spec: LayerSpec, rows: int, codec: Codec, level: int) -> h5py.h5d.DatasetID:
-    """The group of a layer with its activations."""
+    """Return the group of a layer with its activations."""
     layer = objects.create_group(group.id, escape_name(spec.name))
     filters = codec.filters(np.dtype(spec.dtype).itemsize, level)
     return _create_dataset(layer, "activation", (rows, *spec.shape), spec.dtype, spec.chunk, filters)
@@ -333,7 +337,7 @@ def _forms_of(samples: SampleTable) -> Forms:
 
 
 def _brought(samples: SampleTable) -> Iterator[tuple[str | None, Sequence[Label] | None]]:
-    """The labels, whose name is None, and the other columns by their names."""
+    """Yield the labels, whose name is None, and the other columns by their names."""
     yield None, samples.labels
     yield from samples.columns.items()
 
@@ -380,7 +384,7 @@ def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], fo
 
 
 def _create_brought(file: h5py.File, rows: int, forms: Forms) -> dict[str | None, tuple[h5py.Dataset, Form]]:
-    """The datasets of the columns that the source brought along, by their names; None is the labels'."""
+    """Return the datasets of the columns that the source brought along, by their names; None is the labels'."""
     names = stored_names(name for name in forms if name is not None)
     made: dict[str | None, tuple[h5py.Dataset, Form]] = {}
     for title, form in forms.items():
@@ -493,18 +497,20 @@ _last_written: list[tuple[tuple[int, ...], Contents]] = []
 
 
 def file_identity(have: os.stat_result) -> tuple[int, ...]:
-    """What changes when the content of a path does."""
+    """Return what changes when the content of a path does."""
     return have.st_dev, have.st_ino, have.st_size, have.st_mtime_ns
 
 
 def take_written(identity: tuple[int, ...]) -> Contents | None:
-    """What `validate` would find in the file that this process finished last, once; None where it is another file."""
+    """Return what `validate` would find in the file that this process finished last, once; None where it is another
+    file.
+    """
     known = dict(_last_written)
     _last_written.clear()
     return known.get(identity)
 
 
 def _contents_of_own(file: h5py.File, written: Mapping[str, Layer]) -> Contents:
-    """The same of a file that this process has just written: its layers are not read again."""
+    """Return the same of a file that this process has just written: its layers are not read again."""
     nodes = {node.path: node for node in walk(file, _top(file), set(), {"/layers"})}
     return _contents(file, nodes, lambda *_: [layer.contents() for layer in written.values()])

@@ -136,7 +136,7 @@ _Draws = TypeVar("_Draws", bound=Callable[..., Any])
 
 
 def styled(draw: _Draws) -> _Draws:
-    """A function that draws: its keyword `style` holds for all that it draws."""
+    """Return a function that draws: its keyword `style` holds for all that it draws."""
 
     @functools.wraps(draw)
     def drawn(*args: Any, **named: Any) -> Any:
@@ -178,12 +178,12 @@ def _installed_fonts() -> tuple[str, ...]:
 
 
 def theme() -> Theme:
-    """The colours of the picture that is being drawn."""
+    """Return the colours of the picture that is being drawn."""
     return THEMES[_style.get().theme]
 
 
 def colour_map(otherwise: str = "magma") -> str:
-    """The name of the colour map for values: the one that was asked for."""
+    """Return the name of the colour map for values: the one that was asked for."""
     return _style.get().cmap or otherwise
 
 
@@ -196,7 +196,7 @@ def _matplotlib() -> Any:
 
 
 def figure(width: float, height: float) -> Figure:
-    """A figure of so many inches without pyplot: no window, no global state, safe in a thread."""
+    """Return a figure of so many inches without pyplot: no window, no global state, safe in a thread."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -208,7 +208,7 @@ def figure(width: float, height: float) -> Figure:
 
 
 def check_name(out: str | os.PathLike[str]) -> Path:
-    """The name of a picture. Raises OutputError where it says no format that there is, MissingExtra."""
+    """Return the name of a picture. Raises OutputError where it says no format that there is, MissingExtra."""
     path = Path(out)
     _matplotlib()
     if path.suffix.lower() not in FORMATS:
@@ -231,7 +231,7 @@ def save(made: Figure, out: str | os.PathLike[str]) -> Path:
 
 
 def file_name(number: int, name: str, kind: str = "png") -> str:
-    """A file for the picture of a layer: sorted like the layers, with no letter that a file system refuses."""
+    """Return a file for the picture of a layer: sorted like the layers, with no letter that a file system refuses."""
     plain = "".join(c if c.isalnum() or c in "._-#=" else "_" for c in name)
     return f"{number:02d}_{plain[:100]}.{kind}"
 
@@ -253,13 +253,13 @@ def short(text: object, most: int = 24) -> str:
 
 
 def value_range(values: Array) -> tuple[float, float]:
-    """Lowest and highest finite value, (0, 0) where there is none."""
+    """Return the lowest and highest finite value, (0, 0) where there is none."""
     finite = values[np.isfinite(values)]
     return (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
 
 
 def paint(values: Array, low: float, high: float, colours: str = "magma") -> Array:
-    """Values (y, x) as pixels uint8 (y, x, 3), `low` to `high` from dark to bright; holes where they are not finite.
+    """Paint values (y, x) as pixels uint8 (y, x, 3), `low` to `high` from dark to bright, with holes where not finite.
 
     `colours` where the style names none.
     """
@@ -269,7 +269,7 @@ def paint(values: Array, low: float, high: float, colours: str = "magma") -> Arr
 
 
 def mosaic(tiles: Sequence[Array], columns: int, cell: tuple[int, int] = (CELL, CELL), gap: int = GAP) -> Array:
-    """Tiles uint8 (y, x, 3) as the cells of one picture: far quicker than a plot for each of them.
+    """Put tiles uint8 (y, x, 3) together as the cells of one picture: far quicker than a plot for each of them.
 
     `cell` is (height, width) of each in pixels; tiles are enlarged without smoothing, so that a value stays a square.
     """
@@ -285,7 +285,7 @@ def mosaic(tiles: Sequence[Array], columns: int, cell: tuple[int, int] = (CELL, 
 
 
 def cell_like(size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a tile with the proportions of `size`, the longer side CELL."""
+    """Return (height, width) of a tile with the proportions of `size`, the longer side CELL."""
     scale = CELL / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
@@ -345,13 +345,13 @@ def heading(made: Figure, title: str, detail: str, place: tuple[float, float, fl
 
 
 def _inches(text: Text) -> float:
-    """How long a text of a figure is."""
+    """Return how long a text of a figure is."""
     root: Any = text.get_figure(root=True)
     return float(text.get_window_extent().width) / float(root.dpi)
 
 
 def plot_axis(made: Figure, box: tuple[float, float, float, float], title: str, ylabel: str = "") -> Axes:
-    """An axis for curves: no frame, faint lines."""
+    """Return an axis for curves: no frame, faint lines."""
     axis: Axes = made.add_axes(box, facecolor=theme().background)
     axis.set_title(safe(title), color=theme().ink, size=11, loc="left", weight="bold")
     axis.set_ylabel(ylabel, color=theme().faint, size=9)
@@ -364,13 +364,13 @@ def plot_axis(made: Figure, box: tuple[float, float, float, float], title: str, 
 
 
 def room_for_names(names: Sequence[str]) -> float:
-    """Inches that `name_layers` takes below a plot."""
+    """Return inches that `name_layers` takes below a plot."""
     letters = max((len(line) for name in names for line in name.splitlines()), default=0)
     return 0.25 + 0.075 * letters * (0.7 if len(names) <= SLANTED else 1.0)
 
 
 def tick_name(layer: str, numbers: Sequence[str] = ()) -> str:
-    """A layer as it stands below a plot, its numbers in a second line."""
+    """Return a layer as it stands below a plot, its numbers in a second line."""
     return "\n".join([short(layer, 24), *([" ".join(numbers)] if numbers else [])])
 
 

@@ -130,7 +130,7 @@ def parse_slice(text: str | None) -> tuple[int, int] | None:
 
 
 def _kernels(loaded: loading.LoadedModel, layer: str) -> tuple[str, Array, list[str]]:
-    """The path of a convolution, its weights, float32 (filters, input channels, height, width), and its numbers."""
+    """Return a convolution's path, weights, float32 (filters, input channels, height, width), and numbers."""
     modules = dict(loaded.module.named_modules())
     path, words = _found(loaded, layer, modules)
     module = modules[path]
@@ -150,7 +150,9 @@ def _kernels(loaded: loading.LoadedModel, layer: str) -> tuple[str, Array, list[
 
 
 def _found(loaded: loading.LoadedModel, layer: str, modules: dict[str, nn.Module]) -> tuple[str, list[str]]:
-    """The module that a path or a selector means, and its numbers: by a pass that finds out the order of execution."""
+    """Return the module that a path or a selector means, and its numbers: by a pass that finds out the order of
+    execution.
+    """
     try:
         seen = _survey(loaded, layer)
     except (ConfigError, LayerError):
@@ -195,14 +197,14 @@ def _slice(inputs: tuple[int, int] | None, channels: int) -> tuple[int, int]:
 
 
 def _coloured(kernels: Array, most: Array) -> list[Array]:
-    """Kernels (n, 3, y, x) as pixels (y, x, 3): zero is mid-grey, `most` full colour."""
+    """Draw kernels (n, 3, y, x) as pixels (y, x, 3): zero is mid-grey, `most` full colour."""
     scaled = kernels / np.where(most, most, 1)[:, None, None, None] / 2 + 0.5
     pixels: Array = np.rint(scaled.transpose(0, 2, 3, 1) * 255).astype(np.uint8)
     return list(pixels)
 
 
 def _grey(kernels: Array, most: Array) -> list[Array]:
-    """Kernels (n, m, y, x) as n times m tiles."""
+    """Draw kernels (n, m, y, x) as n times m tiles."""
     return [
         canvas.paint(kernel, -end, end, canvas.GREYS) for row, end in zip(kernels, most, strict=True) for kernel in row
     ]

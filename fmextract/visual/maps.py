@@ -109,7 +109,9 @@ def show_maps(
 
 
 def _format(target: Path, wanted: str | None) -> tuple[bool, str]:
-    """Whether all layers go into one picture, whose name is `target`, and the format of each. Raises ConfigError."""
+    """Return whether all layers go into one picture, whose name is `target`, and the format of each. Raises
+    ConfigError.
+    """
     kinds = [suffix.removeprefix(".") for suffix in canvas.FORMATS]
     if wanted is not None and wanted not in kinds:
         raise ConfigError(f"unknown format {wanted!r}: expected {', '.join(kinds)}")
@@ -161,7 +163,7 @@ class _Shown:
         return MapPicture(path, self.layer.name, key, tuple(self.channels), self.values, tuple(self.ranges))
 
     def tiles(self, photo: PIL.Image.Image | None) -> list[Array]:
-        """Each map as pixels; over the photo where there is one."""
+        """Return each map as pixels; over the photo where there is one."""
         plain = zip(self.values, self.ranges, strict=True)
         if photo is None:
             return [canvas.paint(values, *ends) for values, ends in plain]
@@ -180,7 +182,7 @@ def _choose(
 
 
 def _laid_over(photo: PIL.Image.Image, grid: Grid, values: Array, ends: tuple[float, float]) -> Array:
-    """A map on the photo, each cell where it looks: the stronger, the less of the photo shows through."""
+    """Return a map on the photo, each cell where it looks: the stronger, the less of the photo shows through."""
     size = canvas.cell_like((photo.height, photo.width))
     low, high = ends
     strength = np.clip((grid.over_input(np.nan_to_num(values, nan=low), size) - low) / ((high - low) or 1), 0, 1)

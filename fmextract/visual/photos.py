@@ -54,7 +54,7 @@ class Listing:
 
 
 def _files(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Every file in a folder and below, in the order of names, and its size; no folder that is a link is entered."""
+    """Yield every file in a folder and below, in the order of names, and its size. Enters no folder that is a link."""
     waiting = [folder]
     while waiting:
         try:
@@ -72,7 +72,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, int]]:
 def load_photo(
     acts: Activations, row: int, images: str | os.PathLike[str] | None = None, listing: Listing | None = None
 ) -> PIL.Image.Image:
-    """The photo of a row, RGB, turned upright where the run did so, by the decoder of the run.
+    """Return the photo of a row, RGB, turned upright where the run did so, by the decoder of the run.
 
     It is looked for in `images`, a folder, or where the run found it: by its key, and then, as a key need not be the
     name of a file, by its size and digest. `listing` spares looking through the folder for each of several photos.
@@ -90,7 +90,7 @@ def load_photo(
 def _find(
     acts: Activations, row: int, images: str | os.PathLike[str] | None, listing: Listing
 ) -> tuple[Path, FileBytes]:
-    """A photo's file and what is in it."""
+    """Return a photo's file and what is in it."""
     key, stamp = str(acts.keys[row]), FileStamp(int(acts.file_sizes[row]), str(acts.file_digests[row]))
     if images is None and not stamp.digest:
         raise ConfigError(
@@ -116,7 +116,7 @@ def _find(
 
 
 def _content(path: Path, size: int, stamp: FileStamp, images: str | os.PathLike[str] | None) -> FileBytes | str:
-    """What is in the file of a photo, or why that is not shown."""
+    """Return what is in the file of a photo, or why that is not shown."""
     another = "is not the photo that was extracted (its size or content is another)"
     if stamp.digest and size != stamp.size:
         return another
@@ -130,7 +130,7 @@ def _content(path: Path, size: int, stamp: FileStamp, images: str | os.PathLike[
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
-    """Whether a path leads into a folder, links followed."""
+    """Return whether a path leads into a folder, links followed."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
@@ -146,7 +146,7 @@ def _places(acts: Activations, key: str, images: str | os.PathLike[str] | None) 
 
 
 def input_size(acts: Activations) -> tuple[int, int] | None:
-    """(height, width) of the network's input, None where the file does not say."""
+    """Return (height, width) of the network's input, None where the file does not say."""
     shape = acts.config.get("identity", {}).get("input_shape")
     if isinstance(shape, list) and len(shape) == 3:
         return int(shape[1]), int(shape[2])
@@ -162,7 +162,7 @@ def check_traceable(acts: Activations) -> None:
 
 
 def as_seen(photo: PIL.Image.Image, preprocess: Mapping[str, Any]) -> PIL.Image.Image:
-    """The part of a photo that became the network's input: resized and cut as the file's `preprocess` says.
+    """Return the part of a photo that became the network's input: resized and cut as the file's `preprocess` says.
 
     A photo is left whole where the preprocessing is the user's own.
     """

@@ -72,13 +72,13 @@ class Grid:
         return ox - sx / 2, ox + (columns - 0.5) * sx, oy + (rows - 0.5) * sy, oy - sy / 2
 
     def cell(self, y: int, x: int) -> tuple[int, int] | None:
-        """The cell of a recorded position (for tokens: the token, -1); None for a token that is no patch."""
+        """Return the cell of a recorded position (for tokens: the token, -1); None for a token that is no patch."""
         if x >= 0:
             return y, x
         return divmod(y - self.apart, self.cells[1]) if y >= self.apart else None
 
     def region(self, cell: tuple[int, int]) -> Region:
-        """What a cell (y, x) looks at."""
+        """Return what a cell (y, x) looks at."""
         placed = self.placed
         seen = cell_box(placed, cell, self.size)
         # Of the field itself, not of what the image's edge leaves of it: so all cells of a layer are alike.
@@ -93,7 +93,7 @@ class Grid:
         return Region(cell_box(replace(placed, size=placed.stride, whole=False), cell, self.size), "cell", None)
 
     def over_input(self, values: Array, size: tuple[int, int] | None = None) -> Array:
-        """Maps (…, y, x) spread over the whole input, as (…, height, width), or as that many pixels as `size` says.
+        """Spread maps (…, y, x) over the whole input: (…, height, width), or as many pixels as `size` says.
 
         Each value stands at the centre of its cell; between centres it is interpolated, beyond the outermost constant.
         """
@@ -105,7 +105,7 @@ class Grid:
 
 
 def _weights(field: Field, axis: int, cells: int, length: int, pixels: int) -> Array:
-    """(pixels, cells): how much of each cell's value a pixel gets along one axis."""
+    """Return (pixels, cells): how much of each cell's value a pixel gets along one axis."""
     at = (np.arange(pixels) + 0.5) * length / pixels
     position = np.clip((at - field.offset[axis]) / field.stride[axis], 0, cells - 1)
     weights: Array = np.maximum(0.0, 1 - np.abs(position[:, None] - np.arange(cells)))
@@ -129,7 +129,9 @@ class Maps:
 
 
 def grid_of(acts: Activations, layer: Layer) -> Grid:
-    """The cells of a layer over the input. Raises ConfigError for a layer without maps, naming those that have them."""
+    """Return the cells of a layer over the input. Raises ConfigError for a layer without maps, naming those that have
+    them.
+    """
     axes = layer.axes[1:]
     size = input_size(acts)
     side = layer.attrs.get("erf_size")
@@ -150,7 +152,7 @@ def grid_of(acts: Activations, layer: Layer) -> Grid:
 
 
 def patch_grid(tokens: int, size: tuple[int, int] | None) -> tuple[tuple[int, int], int] | None:
-    """((rows, columns), tokens before the patches), the fewest of these that make a grid of square patches.
+    """Return ((rows, columns), tokens before the patches), the fewest of these that make a grid of square patches.
 
     Without the input's `size` the grid is taken to be square. None where there is no such grid.
     """
@@ -163,7 +165,7 @@ def patch_grid(tokens: int, size: tuple[int, int] | None) -> tuple[tuple[int, in
 
 
 def read_maps(acts: Activations, layer: Layer, row: int) -> Maps:
-    """The maps of one image. Raises ConfigError for a layer without maps and for a row that failed."""
+    """Return the maps of one image. Raises ConfigError for a layer without maps and for a row that failed."""
     grid = grid_of(acts, layer)
     if acts.status[row]:
         raise ConfigError(f"{str(acts.keys[row])!r} has no activations: {acts.messages[row]}")
@@ -179,7 +181,7 @@ def read_maps(acts: Activations, layer: Layer, row: int) -> Maps:
 
 
 def pick_channels(maps: Maps, count: int, order: str, chosen: Sequence[int], layer: str) -> list[int]:
-    """Numbers of the channels to show: `chosen`; else the `first`, or those that vary most within (`strongest`).
+    """Return the channels to show: `chosen`; else the `first`, or those that vary most within (`strongest`).
 
     Ascending, but for `chosen`. Raises ConfigError for a channel that there is not, or another order.
     """

@@ -69,7 +69,7 @@ class Example:
 
 
 def strongest(acts: Activations, layer: str, channel: int, k: int = 9) -> list[Example]:
-    """The `k` images with the highest values in a channel, strongest first: as many as the run kept (--top-k).
+    """Return the `k` images with the highest values in a channel, strongest first: as many as the run kept (--top-k).
 
     Over all shards, from what the run recorded. Raises ConfigError for an unknown layer or channel.
     """
@@ -97,7 +97,7 @@ def _cell(grid: Grid | None, y: int, x: int) -> tuple[int, int] | None:
 
 
 def _grid(acts: Activations, layer: Layer) -> Grid | None:
-    """The cells that recorded positions stand for: also of a layer that keeps the positions and not the maps."""
+    """Return the cells that recorded positions stand for: also of a layer that keeps the positions and not the maps."""
     if has_maps(layer):
         return grid_of(acts, layer)
     size = input_size(acts)
@@ -212,12 +212,12 @@ def outline(axis: Axes, box: Box, colour: str, dashed: bool = False, halo: str =
 
 
 def cropped(photo: PIL.Image.Image, box: Box) -> PIL.Image.Image:
-    """The part of a photo within `box`, at least one pixel of it."""
+    """Return the part of a photo within `box`, at least one pixel of it."""
     y0, x0, y1, x1 = box
     left, top = min(math.floor(x0), photo.width - 1), min(math.floor(y0), photo.height - 1)
     return photo.crop((left, top, max(left + 1, math.ceil(x1)), max(top + 1, math.ceil(y1))))
 
 
 def top_picture(out: str | os.PathLike[str], examples: Sequence[Example]) -> dict[str, Any]:
-    """What `show top --json` prints."""
+    """Return what `show top --json` prints."""
     return {"picture": str(Path(out)), "examples": [one.as_json() for one in examples]}

@@ -79,7 +79,8 @@ class Where:
 
 
 def localize(acts: Activations, image: str, layer: str, k: int = 5) -> Where:
-    """The `k` strongest channels of the image with this key in a layer, and where all channels together are strongest.
+    """Return the `k` strongest channels of the image with this key in a layer, and where all channels together are
+    strongest.
 
     A channel is as strong as its highest value is unusual: measured in the channel's own standard deviations over the
     data set, since a channel that is always high says nothing of this image. One without any finite value is none of
@@ -183,5 +184,5 @@ def _mark_peaks(axis: Axes, peaks: Sequence[Peak], height: int) -> None:
 
 
 def where_picture(out: str | os.PathLike[str], found: Where) -> dict[str, Any]:
-    """What `show where --json` prints."""
+    """Return what `show where --json` prints."""
     return {"picture": str(Path(out)), **found.as_json()}

@@ -35,7 +35,7 @@ LONGEST = 500
 
 
 def plain(value: Any) -> Any:
-    """What JSON holds: numpy's types as Python's, floats to six digits, null for what is not finite."""
+    """Return what JSON holds: numpy's types as Python's, floats to six digits, null for what is not finite."""
     if isinstance(value, Mapping):
         return {str(key): plain(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -56,7 +56,7 @@ def shown(text: object) -> str:
 
 
 def run(acts: Activations) -> dict[str, Any]:
-    """What was run, in words and numbers; what the file does not say is left out."""
+    """Return what was run, in words and numbers; what the file does not say is left out."""
     config, info = acts.config, acts.info()
     by_status = np.bincount(acts.status, minlength=len(STATUS_MEANINGS))
     facts = {
@@ -126,7 +126,7 @@ class Places:
         self._known = [self._common, acts.images.get("absolute", ""), str(acts.path.absolute().parent), *folders]
 
     def key(self, row: int) -> str:
-        """The key of a row."""
+        """Return the key of a row."""
         key = str(self._keys[row])
         return shown(key.removeprefix(self._common) if key.startswith("/") else key)
 
@@ -135,7 +135,7 @@ class Places:
 
 
 def failures(acts: Activations, places: Places) -> list[dict[str, Any]]:
-    """The first failed rows."""
+    """Return the first failed rows."""
     return [
         {
             "row": row,
@@ -199,7 +199,7 @@ def layer(layer: Layer, sampled: Sample) -> dict[str, Any]:
 
 
 def stats_of(layer: Layer) -> Stats | None:
-    """None where the axis of the channels is not known."""
+    """Return None where the axis of the channels is not known."""
     try:
         return layer.stats
     except ConfigError:
@@ -282,7 +282,7 @@ def channel_count(layer: Layer) -> int:
 
 
 def spread_of_channels(layer: Layer) -> Array:
-    """How much each channel varies over the data set; 0 where it has no values."""
+    """Return how much each channel varies over the data set; 0 where it has no values."""
     stats = stats_of(layer)
     return np.zeros(0) if stats is None else np.nan_to_num(stats.std, nan=0.0, posinf=0.0)
 
@@ -296,7 +296,7 @@ class Channels:
 
 
 def channels(layer: Layer, chosen: Sequence[int], featured: int) -> Channels | None:
-    """Statistics and strongest images of the chosen channels, in typed arrays; None where there are none."""
+    """Return the statistics and strongest images of the chosen channels, in typed arrays; None where there are none."""
     stats = stats_of(layer)
     if stats is None or not chosen:
         return None

@@ -33,7 +33,9 @@ class Photos:
         self.missing: dict[int, str] = {}
 
     def thumbnail(self, row: int) -> dict[str, Any] | None:
-        """JPEG as base64, and the (height, width) of the network's input that it shows; None where there is none."""
+        """Return JPEG as base64, and the (height, width) of the network's input that it shows; None where there is
+        none.
+        """
         try:
             photo = as_seen(load_photo(self._acts, row, self._images, self._listing), self._acts.preprocess)
         except ConfigError as error:
@@ -46,6 +48,6 @@ class Photos:
         return {"jpeg": base64.b64encode(held.getvalue()).decode("ascii"), "size": size}
 
     def told(self) -> str:
-        """How many photos are missing, and why the first is."""
+        """Return how many photos are missing, and why the first is."""
         first = next(iter(self.missing.values()))
         return f"{len(self.missing):,} photo{'' if len(self.missing) == 1 else 's'} missing: {first}"

@@ -120,7 +120,7 @@ def _refuse_foreign(target: Path) -> None:
 
 
 def _page(title: str, data: Mapping[str, Any]) -> bytes:
-    """The template with its style, its program and the data."""
+    """Return the template with its style, its program and the data."""
     style, program, page = (_template(name) for name in ("page.css", "page.js", "page.html"))
     parts = {
         "title": html.escape(printable(title)),
@@ -217,7 +217,7 @@ class _Collected:
                 self._put(self.data["keys"], row, self.places.key(row))
 
     def _put(self, into: dict[Any, Any], key: Any, value: Any) -> bool:
-        """Whether there was room for it."""
+        """Return whether there was room for it."""
         need = len(_json({str(key): value}))
         if need > self.room:
             return False
@@ -259,7 +259,7 @@ class _Collected:
         self.data["maps"] = {row: maps for row, maps in self.data["maps"].items() if maps}
 
     def _affordable_maps(self, names: Sequence[str]) -> tuple[list[int], int]:
-        """The rows and the number of maps a layer that the room left is enough for; a byte of the page a cell."""
+        """Return the rows and maps per layer that the room left is enough for: a byte of the page per cell."""
         views = [self.views[name] for name in names]
         for images in sorted({min(n, len(self.rows)) for n in (24, 16, 12, 8, 6, 4, 3, 2, 1)}, reverse=True):
             for most in (MAPS, 48, 32, 24, 16, FEWEST_MAPS):
@@ -313,7 +313,7 @@ def _spread(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def _level(sizes: Sequence[int], room: float) -> int:
-    """The largest number such that, with each size cut to it, all of them together fit into `room`."""
+    """Return the largest number such that, with each size cut to it, all of them together fit into `room`."""
     low, high = 0, max(sizes, default=0)
     while low < high:
         middle = (low + high + 1) // 2
@@ -322,6 +322,6 @@ def _level(sizes: Sequence[int], room: float) -> int:
 
 
 def _chosen(layer: Layer, most: int) -> list[int]:
-    """The numbers of the `most` channels that vary most over the data set, ascending."""
+    """Return the numbers of the `most` channels that vary most over the data set, ascending."""
     spread = numbers.spread_of_channels(layer)
     return sorted(np.argsort(-spread, kind="stable")[:most].tolist())

@@ -59,7 +59,7 @@ class View:
         return self.count if self.shown is None else len(self.shown)
 
     def fit(self, most: int) -> int:
-        """How many are shown where `most` maps of a layer are."""
+        """Return how many are shown where `most` maps of a layer are."""
         return min(self.count, VECTOR if self.kind == "vector" else most)
 
     def choose(self, numbers: Sequence[int]) -> None:
@@ -67,7 +67,7 @@ class View:
         self.shown = None if len(numbers) == self.count else list(numbers)
 
     def maps(self, values: Array) -> tuple[Array, Array]:
-        """(maps, height, width) of one image, and (maps, prefix) of what stands apart."""
+        """Return (maps, height, width) of one image, and (maps, prefix) of what stands apart."""
         none = np.empty((self.count, 0))
         if self.kind == "maps":
             return values.transpose([self.axes.index(axis) for axis in ("channel", "y", "x")]), none
@@ -90,7 +90,7 @@ class View:
 
 
 def view_of(layer: Layer, input_size: tuple[int, int] | None) -> View:
-    """The view that a layer's axes ask for."""
+    """Return the view that a layer's axes ask for."""
     axes, sizes = layer.axes[1:], dict(zip(layer.axes[1:], layer.shape[1:], strict=True))
     shape = layer.shape[1:]
     if math.prod(shape) == max(shape, default=1):  # a map of one cell is a number
@@ -104,7 +104,7 @@ def view_of(layer: Layer, input_size: tuple[int, int] | None) -> View:
 
 
 def drawn(view: View, values: Array) -> dict[str, Any]:
-    """The shown maps of one image: an 8-bit PNG of all of them in a grid, and the range of each.
+    """Return the shown maps of one image: an 8-bit PNG of all of them in a grid, and the range of each.
 
     Level 0 is a value that is not finite; levels 1 to 255 go evenly from the lowest to the highest of the map,
     which are NaN where none is finite.
@@ -129,7 +129,7 @@ def drawn(view: View, values: Array) -> dict[str, Any]:
 
 
 def _pooled(maps: Array, pool: int) -> Array:
-    """The mean over squares of `pool` cells, of those that are finite; NaN where none is."""
+    """Return the mean over squares of `pool` cells, of those that are finite; NaN where none is."""
     if pool == 1:
         return maps
     count, height, width = maps.shape
@@ -144,7 +144,9 @@ def _pooled(maps: Array, pool: int) -> Array:
 
 
 def _sprite(levels: Array) -> str:
-    """The maps in rows of sprite_columns(): as near to a square as their number allows, for no browser draws a mile."""
+    """Return the maps in rows of sprite_columns(): as near to a square as their number allows, for no browser draws a
+    mile.
+    """
     count, height, width = levels.shape
     columns = sprite_columns(count, height, width)
     lines = math.ceil(count / columns)
@@ -157,5 +159,5 @@ def _sprite(levels: Array) -> str:
 
 
 def sprite_columns(count: int, height: int, width: int) -> int:
-    """Maps beside one another in a sprite; page.js counts the same way."""
+    """Return how many maps stand beside one another in a sprite; page.js counts the same way."""
     return max(1, min(count, math.ceil(math.sqrt(count * height / width))))
