@@ -40,7 +40,7 @@ def compare(model: torch.nn.Module, shape: tuple[int, ...], batch_size: int, dev
     """A row of the table."""
     memory_format = modes.formats("auto", model)[0]
     with ExitStack() as stack:
-        stack.enter_context(run_mode.lent(model, device, "fp32", run_mode.Mode(memory_format)))
+        stack.enter_context(run_mode.RunMode(model, device, "fp32", run_mode.Mode(memory_format)))
         stack.enter_context(precision.numerics("fp32", device))
         inputs = precision.to_memory_format(torch.randn(batch_size, *shape, device=device), memory_format)
         seen = survey.survey(model, model, inputs[:1].repeat(2, 1, 1, 1))

@@ -35,12 +35,12 @@ def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     inputs = preprocessing.normalise(pixels, loaded.preprocess)
     cpu, shape = torch.device("cpu"), tuple(inputs.shape[1:])
     captured = {}
-    with run_mode.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
+    with run_mode.RunMode(loaded.module, cpu), precision.numerics("fp32", cpu):
         seen = survey.survey(loaded.module, loaded.forward, inputs[:2])
         probed, _ = probe.probe(loaded.module, loaded.forward, resolve.resolve(SELECTORS, seen), shape, cpu)
     for name in ("fp32", "bf16", "fp16"):
         with (
-            run_mode.lent(loaded.module, cpu, name),
+            run_mode.RunMode(loaded.module, cpu, name),
             precision.numerics(name, cpu),
             hooks.tapped(loaded.module, probed) as capture,
         ):

@@ -56,9 +56,9 @@ from fmextract.pipeline.work import Tally
 from fmextract.pipeline.workers import hired
 from fmextract.planning import Plan
 from fmextract.reading import activations
-from fmextract.run import extract
 from fmextract.run.make_plan import plan_for
 from fmextract.run.prepare import Prepared, prepare
+from fmextract.run.working import working
 from fmextract.storage import codecs
 
 IMAGES = 128  # different ones
@@ -294,7 +294,7 @@ class Case:
             tally = Tally()
             os.sync()
             started = time.perf_counter()
-            with extract.working(prepared, made, workers) as work:
+            with working(prepared, made, workers) as work:
                 model.begin(self._options.rate)
                 pipeline.run_shards(work, folder, made.shards, Quiet(), tally)
             took = time.perf_counter() - started

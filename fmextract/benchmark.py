@@ -46,9 +46,9 @@ from fmextract.pipeline.work import Tally
 from fmextract.pipeline.workers import Jpegs, Workers, hired
 from fmextract.planning import Plan
 from fmextract.records import LayerSpec, Preprocess, Progress
-from fmextract.run import extract
 from fmextract.run.make_plan import plan_for
-from fmextract.run.prepare import Prepared, lent, prepare, reduce_functions
+from fmextract.run.prepare import Prepared, prepare
+from fmextract.run.working import in_run_mode, jpegs, working
 from fmextract.storage import codecs, shards
 
 STAGE_SECONDS = 1.0  # each stage is repeated for about this long, each time it is measured
@@ -253,20 +253,20 @@ def _threads(made: Plan) -> Iterator[Callable[[Sequence[Callable[[], Any]]], lis
 
 def _decode(prepared: Prepared, made: Plan, workers: Workers | None) -> Stage:
     rows = range(min(len(prepared.source), max(64, 16 * made.threads)))
-    jpegs, reader = extract.jpegs(prepared, workers), prepared.reader
-    step = decode.rows_a_task(len(rows), made.threads, jpegs)
+    decoder, reader = jpegs(prepared, workers), prepared.reader
+    step = decode.rows_a_task(len(rows), made.threads, decoder)
     tasks = [rows[at : at + step] for at in range(0, len(rows), step)]
     into = None if prepared.ready else torch.zeros((len(rows), *prepared.input_shape), dtype=torch.uint8)
 
     def load(row: int) -> Any:
-        file = on_disk(prepared.source, row) if isinstance(jpegs, Jpegs) else None
+        file = on_disk(prepared.source, row) if isinstance(decoder, Jpegs) else None
         return reader.load(row) if file is None else file
 
     def ours(some: range, read: Sequence[Any] | None = None) -> None:
         loaded = [load(row) for row in some] if read is None else read
         sizes: Sequence[Any] = [None] * len(some)
-        if jpegs is not None and into is not None:
-            sizes = jpegs.decode(loaded, prepared.loaded.preprocess, into[some.start : some.stop])
+        if decoder is not None and into is not None:
+            sizes = decoder.decode(loaded, prepared.loaded.preprocess, into[some.start : some.stop])
         for item, size in zip(loaded, sizes, strict=True):
             if size is None:
                 reader.decode(content(item))
@@ -296,7 +296,7 @@ def _forward(prepared: Prepared, made: Plan) -> tuple[torch.Tensor, list[torch.T
     pixels, where = _pixels(prepared, made.batch_size), prepared.device
     there = pixels.to(where)
     with (
-        lent(prepared, made) as module,
+        in_run_mode(prepared, made) as module,
         precision.numerics(made.precision, where),
     ):
 
@@ -306,8 +306,8 @@ def _forward(prepared: Prepared, made: Plan) -> tuple[torch.Tensor, list[torch.T
         ready = inputs()
         with _bare(prepared, module) as capture:
             bare = _rate(lambda: _drop(capture.forward(prepared.forward, ready.clone())), len(pixels), where)
-        functions, kind = reduce_functions(prepared), prepared.capture_kind
-        with hooks.tapped(module, prepared.probed, functions, prepared.stop, kind) as capture:
+        reduce, kind = prepared.inspection.reduce, prepared.capture_kind
+        with hooks.tapped(module, prepared.probed, reduce, prepared.inspection.stop, kind) as capture:
             rate = _rate(lambda: _drop(capture.forward(prepared.forward, inputs())), len(pixels), where)
             tensors = [t.clone() for t in capture.forward(prepared.forward, inputs())]
     return pixels, tensors, Stage("forward", rate, bare, "the model alone")
@@ -318,7 +318,7 @@ def _bare(prepared: Prepared, module: torch.nn.Module) -> Iterator[hooks.Capture
     """The bare model, ended where a run ends it: after the last wanted layer; a compiled one has to give that."""
     last = [replace(p, overwritten=False) for p in prepared.probed[-1:]]
     drop = [None if prepared.config.compile else lambda rows: rows.new_empty(0)]
-    with hooks.tapped(module, last, drop, prepared.stop, prepared.capture_kind) as capture:
+    with hooks.tapped(module, last, drop, prepared.inspection.stop, prepared.capture_kind) as capture:
         yield capture
 
 
@@ -336,9 +336,8 @@ def _flop(prepared: Prepared, progress: Progress) -> int:
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with (
-            run_mode.lent(prepared.loaded.module, prepared.device) as module,
-            precision.numerics("fp32", prepared.device),
-            hooks.tapped(module, last, [lambda rows: rows.new_empty(0)], prepared.stop) as capture,
+            run_mode.as_written(prepared.loaded.module, prepared.device) as module,
+            hooks.tapped(module, last, [lambda rows: rows.new_empty(0)], prepared.inspection.stop) as capture,
             sdpa_kernel(SDPBackend.MATH),
             counter,
         ):
@@ -386,10 +385,10 @@ def _statistics(prepared: Prepared, made: Plan, tensors: Sequence[torch.Tensor])
     at = 0
     running = [
         RunningStats(c.shape, c.axes, made.top_k, prepared.device, layer.near_zero_below)
-        for c, layer in zip(prepared.captured, made.layers, strict=True)
+        for c, layer in zip(prepared.outputs, made.layers, strict=True)
         if {"channel", "feature"} & set(c.axes)
     ]
-    described = [t for t, c in zip(tensors, prepared.captured, strict=True) if {"channel", "feature"} & set(c.axes)]
+    described = [t for t, c in zip(tensors, prepared.outputs, strict=True) if {"channel", "feature"} & set(c.axes)]
 
     def update(first: int) -> None:
         valid = [True] * made.batch_size
@@ -510,7 +509,7 @@ def _write(made: Plan, payloads: Sequence[tuple[int, codecs.Stored]], folder: Pa
 def _end_to_end(prepared: Prepared, made: Plan, workers: Workers | None, folder: Path) -> tuple[float, int]:
     """(seconds from the first image to the published file, its bytes): a run without its start."""
     folder.mkdir()
-    with extract.working(prepared, made, workers) as work:
+    with working(prepared, made, workers) as work:
         started = time.perf_counter()
         pipeline.run_shards(work, folder, made.shards, Quiet(), Tally())
         seconds = time.perf_counter() - started

@@ -21,7 +21,7 @@ from fmextract.common.devices import is_out_of_memory
 from fmextract.common.relative_error import relative_error
 from fmextract.errors import CaptureError
 from fmextract.model import norm_fusion, precision
-from fmextract.model.run_mode import PLAIN, Lending, Mode
+from fmextract.model.run_mode import PLAIN, Mode, RunMode
 
 ROUNDING = {torch.float64: 1e-11, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """Relative L2 distance of an image's layer in another memory format, by its type; measured in float32: 3e-6 at most."""
@@ -60,7 +60,7 @@ class Trial:
 
     precision: str
     mode: Mode
-    lending: Lending
+    run_mode: RunMode
     overwritten: frozenset[int]
     tensors: tuple[torch.Tensor, ...]
     seconds: float
@@ -73,7 +73,7 @@ Judge = Callable[[Trial], str]
 def run(
     subject: Subject,
     name: str,
-    lending: Lending,
+    run_mode: RunMode,
     inputs: torch.Tensor,
     overwritten: Collection[int],
     kind: type[hooks.Capture] = hooks.Capture,
@@ -81,10 +81,10 @@ def run(
 ) -> tuple[float, tuple[torch.Tensor, ...]]:
     """Run passes over `inputs`: (least seconds of one with its captures, what the last one captured, copied)."""
     probed = [replace(p, overwritten=i in overwritten) for i, p in enumerate(subject.probed)]
-    inputs = precision.to_memory_format(inputs, lending.mode.memory_format)
+    inputs = precision.to_memory_format(inputs, run_mode.mode.memory_format)
     times = []
     with (
-        lending as module,
+        run_mode as module,
         precision.numerics(name, subject.device),
         hooks.tapped(module, probed, subject.reducers, subject.stop, kind) as capture,
     ):
@@ -162,19 +162,19 @@ def _settled(
     The probe ran as written, in fp32: what a precision or a layout copies, or does not, shows only in itself. Taps that
     are written in place here alone are looked for where something is wrong.
     """
-    lending = Lending(subject.module, subject.device, name, mode)
+    run_mode = RunMode(subject.module, subject.device, name, mode)
     overwritten = subject.overwritten
     while True:
         try:
             with readers or nullcontext():
-                seconds, tensors = run(subject, name, lending, inputs, overwritten)
-            trial = Trial(name, mode, lending, overwritten, tensors, seconds / len(inputs))
+                seconds, tensors = run(subject, name, run_mode, inputs, overwritten)
+            trial = Trial(name, mode, run_mode, overwritten, tensors, seconds / len(inputs))
             why: Exception = _Differs(judge(trial))
             if not str(why):
                 return trial
         except CaptureError as error:
             why = error.with_traceback(None)
-        with lending as module, precision.numerics(name, subject.device):
+        with run_mode as module, precision.numerics(name, subject.device):
             every, two = [p.tap for p in subject.probed], precision.to_memory_format(inputs[:2], mode.memory_format)
             found = probe.overwritten(module, subject.forward, every, two.clone())
         if found <= overwritten:

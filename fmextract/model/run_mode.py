@@ -1,7 +1,7 @@
-"""What `fp32`, `tf32`, `bf16` and `fp16` mean for a model on a device, and how to lend a model for a run unharmed.
+"""What `fp32`, `tf32`, `bf16` and `fp16` mean for a model on a device, and how a model is made ready for it, unharmed.
 
 fp32 is IEEE: TF32 and reduced-precision kernels are off while a run lasts, and as before afterwards. bf16 and fp16 run
-under autocast. A `Mode` says in which faster ways some modules run for as long as the model is lent: convolutions and
+under autocast. A `Mode` says in which faster ways some modules run for as long as the model is in it: convolutions and
 linear layers in half precision with weights that are cast once, not once a batch, on a CPU laid out for the kernel as
 well; max pooling on a CPU through channels-last, on which torch is several times as fast; convolutions with the batch
 norm behind them. Which of them a model bears is found out by whoever asks for them (`model.modes`).
@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional
 
 from fmextract.model.norm_fusion import Pair
-from fmextract.model.precision import AUTOCAST
+from fmextract.model.precision import AUTOCAST, numerics
 from fmextract.model.prepacked import (
     HALF,
     available,
@@ -57,21 +57,21 @@ PLAIN = Mode()
 
 
 @contextmanager
-def lent(model: nn.Module, device: torch.device, precision: str = "fp32", mode: Mode = PLAIN) -> Iterator[nn.Module]:
-    """The model in evaluation mode on `device`, made ready for a precision and mode; as it was on every way out."""
-    with Lending(model, device, precision, mode):
+def as_written(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
+    """For passes over the model as it is written, in fp32 on `device`; it is as it was on every way out."""
+    with RunMode(model, device), numerics("fp32", device):
         yield model
 
 
-class Lending:
-    """A model made ready to run in a precision and mode: it is so inside each `with` block, and as it was outside.
+class RunMode:
+    """A model in evaluation mode on `device`, ready for a precision and mode, for as long as a `with` block lasts.
 
     What that takes is made once, so that two of them can take turns. Parameters and buffers keep their identity
     (`.data` is swapped and swapped back) and their type, so that ties, optimisers, views of the caller's, and whatever
     else reads a weight go on working; nothing is copied where nothing has to change.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, precision: str, mode: Mode) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, precision: str = "fp32", mode: Mode = PLAIN) -> None:
         self._model, self._device, self.mode = model, device, mode
         self._half = AUTOCAST.get(precision)
         self._layout = torch.channels_last if mode.memory_format == "channels_last" else torch.preserve_format
@@ -129,7 +129,7 @@ class Lending:
         return list(found.values())
 
     def _other_ways(self) -> dict[nn.Module, Callable[[], Forward]]:
-        """Return what makes the forwards that some modules have while they are lent."""
+        """Return what makes the forwards that some modules have inside the block."""
         half, mode = self._half, self.mode
         packing = half == HALF and self._device.type == "cpu" and mode.prepacked and available()
         ways: dict[nn.Module, Callable[[], Forward]] = {}

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from fmextract.capture import blame
+from fmextract.capture.inspection import TapOutput
 from fmextract.common.allocator import give_back_freed_memory
 from fmextract.common.devices import TOO_SMALL, is_out_of_memory, lost
 from fmextract.errors import CaptureError, ConfigError, DeviceLost, SampleError
@@ -37,7 +38,7 @@ from fmextract.pipeline.running_stats import RunningStats
 from fmextract.pipeline.threads import one_torch_thread, thread_pool
 from fmextract.pipeline.transfers import Download, transfers_for
 from fmextract.pipeline.watch import InFlight, Watch
-from fmextract.pipeline.work import FIRST, Captured, Nonfinite, Tally, Work, check_budget
+from fmextract.pipeline.work import FIRST, Nonfinite, Tally, Work, check_budget
 from fmextract.pipeline.write import Finished, Pending, Publisher, ShardEnd, Writer
 from fmextract.records import LayerSpec, Preprocess, Progress, SampleTable, Status
 from fmextract.storage.layer_stats import settled
@@ -134,7 +135,7 @@ class _Pipeline:
             self._start(iter(shards))
         source, plan = self._work.source, self._work.plan
         samples = SampleTable.empty(shard.start, [source.key(r) for r in shard], None)
-        stats = [self._statistics(*one) for one in zip(self._work.captured, plan.layers, strict=True)]
+        stats = [self._statistics(*one) for one in zip(self._work.outputs, plan.layers, strict=True)]
         smallest = plan.batch_size
         for _ in range(0, len(shard), plan.batch_size):
             self._now = "decode"
@@ -171,10 +172,10 @@ class _Pipeline:
                 known += [samples.keys[row - shard.start] for row in running.nonfinite_rows()]
         return ShardEnd(shard, samples, arrays, attrs, batch_size)
 
-    def _statistics(self, captured: Captured, spec: LayerSpec) -> RunningStats | Nonfinite:
-        if {"channel", "feature"} & set(captured.axes):
+    def _statistics(self, output: TapOutput, spec: LayerSpec) -> RunningStats | Nonfinite:
+        if {"channel", "feature"} & set(output.axes):
             top, device = self._work.plan.top_k, self._work.device
-            return RunningStats(captured.shape, captured.axes, top, device, spec.near_zero_below)
+            return RunningStats(output.shape, output.axes, top, device, spec.near_zero_below)
         return Nonfinite()
 
     def _collect(self, batch: Decoding, samples: SampleTable) -> None:
@@ -219,7 +220,7 @@ class _Pipeline:
             failed = [samples.status[row - samples.start] != Status.OK for row in rows]
             kept = [tensor[: len(rows)] for tensor in tensors]
             self._describe(stats, kept, rows.start, [not bad for bad in failed])
-            kept = [t if c.finish is None else c.finish(t) for t, c in zip(kept, self._work.captured, strict=True)]
+            kept = [t if c.finish is None else c.finish(t) for t, c in zip(kept, self._work.outputs, strict=True)]
             self._now = "store"
             at += len(rows)
             if at == len(batch.rows):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fmextract.capture.hooks import Capture
+from fmextract.capture.inspection import TapOutput
 from fmextract.capture.taps import Forward
 from fmextract.config import FailureBudget
 from fmextract.errors import SampleError, TooManyFailures
@@ -23,18 +24,6 @@ from fmextract.records import FileInfo, FileStamp, Source
 from fmextract.storage.shards import ShardRecord
 
 FIRST = 5  # keys that are named where something is wrong with them
-
-
-@dataclass(frozen=True, slots=True)
-class Captured:
-    """What a tap hands over, after a reducer in the hook: the shape and axes of one image.
-
-    Statistics are of this. `finish` makes what is stored of it where that is less (`=top` stores each map's maximum).
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    finish: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +42,7 @@ class Work:
     model: nn.Module
     forward: Forward
     capture: Capture
-    captured: Sequence[Captured]  # one a layer
+    outputs: Sequence[TapOutput]  # one a layer
     device: torch.device
     budget: FailureBudget
     checksums: bool  # whether a shard is recorded with the SHA-256 of its file

@@ -346,7 +346,7 @@ def _in_turns(question: Question, trials: Mapping[str, Trial], sample: _Sample) 
 
 def _timed(question: Question, trial: Trial, inputs: torch.Tensor) -> float:
     """Seconds of one pass over `inputs`, with its captures."""
-    return modes.run(question.subject, trial.precision, trial.lending, inputs, trial.overwritten)[0]
+    return modes.run(question.subject, trial.precision, trial.run_mode, inputs, trial.overwritten)[0]
 
 
 def _fastest_faithful(
@@ -415,7 +415,7 @@ def _compiled(
     some = sample.inputs[: min(size, sample.real)]
     # Filled up with black images, as a short batch of the run is: another length would have to be compiled as well.
     batch = torch.cat([some, some.new_zeros((size - len(some), *some.shape[1:]))])
-    given = question.subject, trial.precision, trial.lending, batch, trial.overwritten, CompiledCapture
+    given = question.subject, trial.precision, trial.run_mode, batch, trial.overwritten, CompiledCapture
     started = time.perf_counter()
     try:
         seconds, tensors = modes.run(*given, PASSES + 1)  # the first one compiles

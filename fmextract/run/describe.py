@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from fmextract.capture import probe, resolve, survey, taps
+from fmextract.capture.inspection import failing_on, noise, reduction, surveyed
+from fmextract.capture.untouched import untouched
 from fmextract.errors import SourceError
 from fmextract.inputs import preprocessing
-from fmextract.model import loading, precision, run_mode
+from fmextract.model import loading, run_mode
 from fmextract.records import ModuleRow, Preprocess
-from fmextract.run.prepare import _noise, _reduction, failing_on, surveyed
 
 # --------------------------------------------------------------------------------------------- describe
 
@@ -38,12 +39,19 @@ def describe(
     loaded = loading.load_model(model, weights, preprocess, size)
     shape = _described_input(loaded, model, size)
     cpu = torch.device("cpu")
-    with run_mode.lent(loaded.module, cpu), precision.numerics("fp32", cpu):
-        seen = surveyed(loaded, _noise(shape, cpu))
+    with run_mode.as_written(loaded.module, cpu):
+        seen = surveyed(loaded.module, loaded.forward, noise(shape, cpu))
         wanted = resolve.resolve(selectors or ["**", "."], seen)
         with failing_on(shape, loaded.module):
             probed, refused = probe.probe(loaded.module, loaded.forward, wanted, shape, cpu)
     return _module_rows(seen, wanted, probed, refused, everything=not selectors)
+
+
+def survey_model(loaded: loading.LoadedModel, shape: Sequence[int]) -> survey.Survey:
+    """What one pass over noise of `shape` does, on the CPU; the model is as before afterwards. Raises LayerError."""
+    cpu = torch.device("cpu")
+    with untouched(loaded.module), run_mode.as_written(loaded.module, cpu):
+        return surveyed(loaded.module, loaded.forward, noise(shape, cpu))
 
 
 def _described_input(loaded: loading.LoadedModel, model: Any, size: str | None) -> tuple[int, ...]:
@@ -69,7 +77,7 @@ def _module_rows(
     rows: list[ModuleRow] = []
     for tap in wanted:
         found = known.get(tap.name)
-        stored = found and (_reduction(found) or found)
+        stored = found and (reduction(found) or found)
         rows.append(
             ModuleRow(
                 index=len(rows),

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fmextract.capture.inspection import TapOutput
 from fmextract.common.text import byte_count
 from fmextract.errors import NoSpace
 from fmextract.pipeline.chunks import as_array
 from fmextract.pipeline.pipeline import DEPTH, most_pending
 from fmextract.pipeline.running_stats import TOGETHER, WORKSPACE, RunningStats, bytes_held, covariance_bytes
-from fmextract.pipeline.work import Captured
 from fmextract.planning import Estimate
 from fmextract.records import LayerSpec
 from fmextract.run.sharding import CHUNK_BYTES
@@ -73,7 +73,7 @@ def encode_sample(
 
 
 def describe_sample(
-    layers: Sequence[LayerSpec], captured: Sequence[Captured], sample: Sequence[torch.Tensor], top: int
+    layers: Sequence[LayerSpec], captured: Sequence[TapOutput], sample: Sequence[torch.Tensor], top: int
 ) -> float:
     """Seconds an image that the statistics of a sample take on one core, the second time."""
     threads = torch.get_num_threads()

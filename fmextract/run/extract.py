@@ -1,7 +1,7 @@
 """One run, from what was asked for to a finished output: prepare, plan, extract, fold.
 
-prepare: open the source, build the model, survey and probe it        → Prepared
-plan:    resolve every `auto`, chunks, shards                         → plan.json
+prepare: open the source, build the model, inspect it                 → Prepared
+plan:    take one up, or resolve every `auto`, chunks, shards         → plan.json
 extract: the shards that are not there yet                            → shard-*.h5
 fold:    one file, or the directory with its index
 """
@@ -10,38 +10,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fmextract.capture import hooks
 from fmextract.common import strict_json
-from fmextract.common.devices import is_out_of_memory
 from fmextract.common.progress import Quiet
 from fmextract.config import Config, check_out
 from fmextract.errors import TooManyFailures
-from fmextract.inputs import device_jpegs
 from fmextract.inputs.sources import notes_of
-from fmextract.model import precision
 from fmextract.pipeline import pipeline
 from fmextract.pipeline.work import Tally, Work, check_budget
-from fmextract.pipeline.workers import Jpegs, Workers, hired
+from fmextract.pipeline.workers import hired
 from fmextract.planning import Plan
 from fmextract.reading import activations
 from fmextract.records import Progress, Result
-from fmextract.run import estimate, given_plan, recheck, same_run
+from fmextract.run import estimate, given_plan, recheck, same_run, summary
 from fmextract.run.identity import identity
 from fmextract.run.make_plan import plan_for
 from fmextract.run.output import Output, resumable
-from fmextract.run.prepare import Prepared, copied_as_planned, lent, prepare, reduce_functions
-from fmextract.run.provenance import file_info
+from fmextract.run.prepare import Prepared, prepare
 from fmextract.run.same_run import Asked
-from fmextract.run.summary import _result, nonfinite_notes
+from fmextract.run.working import working
 from fmextract.storage import shards
 
 RECHECKED, RECHECKED_IN_DOUBT = 2, 512
@@ -130,105 +121,152 @@ def _done(
     """What was done, and the output, opened: of many layers that takes long, since everything in it is checked."""
     started = time.perf_counter()
     target, given = Path(out).expanduser(), given_plan.loaded(plan)
-    tally = Tally()
-    resumed = 0
+    tally, resumed = Tally(), None
     with (
         Output(target, progress, overwrite=config.overwrite, break_lock=config.break_lock) as output,
         prepare(source, model, config, progress) as prepared,
     ):
         asked = Asked(strict_json.plain(identity(prepared)), prepared.source, config.ignore, config.recheck)
-        if given is not None:
-            given_plan.check(given, prepared, asked.identity)
-        new_plan = partial(_affordable, prepared, target, progress, given, asked.identity, command)
-        made = output.begin(asked, new_plan)
-        _check_followed(given, made, target)
-        if made is None:
-            again = _look_again(prepared, asked, target, progress)
-            made = output.make_again(again, asked, new_plan) if again else None
-        if made is not None:
-            if output.taken_up:
-                same_run.check_seed(made.identity, asked, target)
-                given_plan.check_taken_up(made, prepared, same_run.ignoring(made.identity, asked), target)
-            _tell_crash(prepared, output, progress)
-            resumed = _extract(prepared, made, output, progress, tally)
-            _check_failures(made, output.directory, tally, config)
-            output.fold(made)
-    acts = activations.just_written(target)
-    try:
-        result = _result(acts, target, tally, time.perf_counter() - started, resumed if made is not None else None)
-    except BaseException:
-        acts.close()
-        raise
-    late = [note for note in notes_of(prepared.source) if note not in prepared.notes]
-    for note in (*late, *nonfinite_notes(result.layers, tally)):
-        progress.note(note)
-    return replace(result, notes=(*result.notes, *late)), acts
+        run = _Run(prepared, asked, given, target, progress, command)
+        to_follow = _plan(run, output)
+        if to_follow is not None:
+            resumed = _extract(run, to_follow, output, tally)
+            output.fold(to_follow)
+    return _finished(run, tally, time.perf_counter() - started, resumed)
 
 
-def _look_again(prepared: Prepared, asked: Asked, target: Path, progress: Progress) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a run is prepared for, what is asked of it, and where it goes. `given`: the plan that it is to follow."""
+
+    prepared: Prepared
+    asked: Asked
+    given: Plan | None
+    target: Path
+    progress: Progress
+    command: str | None
+
+
+# ------------------------------------------------------------------------------------------------ plan
+
+
+def _plan(run: _Run, output: Output) -> Plan | None:
+    """The plan to follow: that of a run begun earlier, the one that is given, or a new one, which is published.
+
+    None: the output is complete, and is what this run gives.
+    """
+    earlier = output.begin(run.asked)
+    plan = earlier.plan
+    if earlier.is_complete:
+        if run.given is not None:
+            given_plan.check_finished(run.given, run.target)
+        rows = _look_again(run)
+        if not rows:
+            return None
+        plan = output.make_again(rows, run.asked)
+    elif run.given is not None and plan is not None:
+        given_plan.check_begun(run.given, plan, run.target)
+    if plan is not None:
+        same_run.check_seed(plan.identity, run.asked, run.target)
+        given_plan.check_taken_up(plan, run.prepared, same_run.ignoring(plan.identity, run.asked), run.target)
+        return plan
+    plan = _new_plan(run)
+    output.publish_plan(plan)
+    return plan
+
+
+def _new_plan(run: _Run) -> Plan:
+    """A new plan, or the given one. Raises NoSpace where the disk cannot hold what it will write."""
+    prepared, target, asked = run.prepared, run.target, run.asked.identity
+    if run.given is None:
+        plan = plan_for(prepared, target, run.progress, asked, run.command)
+    else:
+        plan = given_plan.followed(run.given, prepared, target, asked, run.command)
+    estimate.check_space(plan.estimate.bytes_needed, plan.estimate.bytes_free, target)
+    return plan
+
+
+def _look_again(run: _Run) -> list[int]:
     """Rows of a complete output that failed and would not fail now. Raises OutputError where it is not what this run
     gives."""
-    config = prepared.config
+    prepared, asked, target = run.prepared, run.asked, run.target
     with activations.open(target) as acts:
-        failed = bool(acts.status.any()) and not config.keep_failures
-        if not config.recheck and not failed:
-            progress.note(f"{target} is complete already")
+        failed = bool(acts.status.any()) and not prepared.config.keep_failures
+        if not asked.recheck and not failed:
+            run.progress.note(f"{target} is complete already")
             return []
         with working(prepared, recheck.plan_of(acts, str(prepared.device))) as work:
-            if config.recheck:
+            if asked.recheck:
                 earlier = acts.config["identity"]
                 in_doubt = same_run.files_in_doubt(earlier, asked, [target]) or same_run.seed_in_doubt(earlier, asked)
-                recheck.check_finished(work, acts, RECHECKED_IN_DOUBT if in_doubt else RECHECKED, progress)
+                recheck.check_finished(work, acts, RECHECKED_IN_DOUBT if in_doubt else RECHECKED, run.progress)
             again = recheck.recovered(work, acts) if failed else []
             if again:
                 same_run.check_seed(acts.config["identity"], asked, target)
-    _tell_recovered(again, prepared, progress)
+    _tell_recovered(again, run)
     if not again:
-        progress.note(f"{target} is complete already")
+        run.progress.note(f"{target} is complete already")
     return again
 
 
-def _tell_recovered(rows: Sequence[int], prepared: Prepared, progress: Progress) -> None:
+def _tell_recovered(rows: Sequence[int], run: _Run) -> None:
     if rows:
-        keys = ", ".join(repr(prepared.source.key(row)) for row in rows[:5])
+        keys = ", ".join(repr(run.prepared.source.key(row)) for row in rows[:5])
         more = f" and {len(rows) - 5:,} more" if len(rows) > 5 else ""
-        progress.note(f"what failed before is there now, and is extracted: {keys}{more}")
+        run.progress.note(f"what failed before is there now, and is extracted: {keys}{more}")
 
 
-def _affordable(
-    prepared: Prepared,
-    target: Path,
-    progress: Progress,
-    given: Plan | None,
-    asked: Mapping[str, Any],
-    command: str | None,
-) -> Plan:
-    """A new plan, or the `given` one. Raises NoSpace where the disk cannot hold what it will write."""
-    if given is None:
-        made = plan_for(prepared, target, progress, asked, command)
-    else:
-        made = given_plan.followed(given, prepared, target, asked, command)
-    estimate.check_space(made.estimate.bytes_needed, made.estimate.bytes_free, target)
-    return made
+# --------------------------------------------------------------------------------------------- extract
 
 
-def _check_followed(given: Plan | None, made: Plan | None, target: Path) -> None:
-    """Raises OutputError where a run is taken up, or complete, that does something else than the `given` plan says."""
-    if given is None:
-        return
-    if made is None:
-        given_plan.check_finished(given, target)
-    else:
-        given_plan.check_begun(given, made, target)
+def _extract(run: _Run, plan: Plan, output: Output, tally: Tally) -> int:
+    """The shards that are not there yet, or hold rows that failed and would not fail now; gives the rows of the others.
+
+    Raises OutputError where what is there cannot be made again, TooManyFailures.
+    """
+    prepared, progress = run.prepared, run.progress
+    _tell_crash(run, output)
+    with (
+        hired(plan.threads, prepared.config.worker_kind, plan.estimate.seconds, progress.note) as workers,
+        working(prepared, plan, workers, checksums=not output.is_one_shard(plan)) as work,
+    ):
+        _check_earlier(run, work, output)
+        _count_earlier(tally, output.records)
+        done = {record.start: len(record.rows) for record in output.records}
+        todo = [part for part in plan.shards if part.start not in done]
+        if todo:
+            progress.start(plan.rows, sum(done.values()))
+            try:
+                with resumable():
+                    pipeline.run_shards(work, output.directory, todo, progress, tally)
+            finally:
+                progress.finish()
+    _check_failures(plan, output.directory, tally, prepared.config)
+    return sum(done.values()) if todo else plan.rows
 
 
-def _tell_crash(prepared: Prepared, output: Output, progress: Progress) -> None:
+def _tell_crash(run: _Run, output: Output) -> None:
     if output.crashed_at:
-        keys = ", ".join(repr(prepared.source.key(row)) for row in output.crashed_at[:5] if row < len(prepared.source))
-        progress.note(
+        source = run.prepared.source
+        keys = ", ".join(repr(source.key(row)) for row in output.crashed_at[:5] if row < len(source))
+        run.progress.note(
             f"the run before ended without a word while these were being decoded: {keys}. If it does so again, one of"
             " them crashes the decoder, and has to be taken out of the source."
         )
+
+
+def _check_earlier(run: _Run, work: Work, output: Output) -> None:
+    """Run some of the rows again that are there, and let those go that failed and would not fail now."""
+    config = run.prepared.config
+    if output.records and config.recheck:
+        recheck.check_resume(work, output.directory, output.records, run.progress)
+    if not config.keep_failures:
+        again: list[int] = []
+        for record in (record for record in output.records if record.failed):
+            with activations.open(output.directory / record.name) as stored:
+                again += recheck.recovered(work, stored)
+        _tell_recovered(again, run)
+        output.drop(again)
 
 
 def _count_earlier(tally: Tally, records: Sequence[shards.ShardRecord]) -> None:
@@ -237,16 +275,16 @@ def _count_earlier(tally: Tally, records: Sequence[shards.ShardRecord]) -> None:
     tally.seen = sum(len(record.rows) for record in records)
 
 
-def _check_failures(made: Plan, directory: Path, tally: Tally, config: Config) -> None:
+def _check_failures(plan: Plan, directory: Path, tally: Tally, config: Config) -> None:
     """Nothing is called done where every image failed, whatever the budget; nor where an earlier run had a larger one.
 
     Raises TooManyFailures.
     """
-    if tally.failed < made.rows:
+    if tally.failed < plan.rows:
         check_budget(config.max_failures, tally)
         return
     key, message = tally.failures[0] if tally.failures else _first_failure(directory / shards.shard_name(0))
-    raise TooManyFailures(f"every one of the {made.rows} images failed. The first: {key!r}: {message}")
+    raise TooManyFailures(f"every one of the {plan.rows} images failed. The first: {key!r}: {message}")
 
 
 def _first_failure(shard: Path) -> tuple[str, str]:
@@ -254,117 +292,19 @@ def _first_failure(shard: Path) -> tuple[str, str]:
         return str(acts.keys[0]), str(acts.messages[0])
 
 
-def _extract(prepared: Prepared, made: Plan, output: Output, progress: Progress, tally: Tally) -> int:
-    """The shards that are not there yet, or hold rows that failed and would not fail now; gives the rows of the others.
-
-    Raises OutputError where what is there cannot be made again.
-    """
-    with (
-        hired(made.threads, prepared.config.worker_kind, made.estimate.seconds, progress.note) as workers,
-        working(prepared, made, workers, checksums=not output.is_one_shard(made)) as work,
-    ):
-        if output.records and prepared.config.recheck:
-            recheck.check_resume(work, output.directory, output.records, progress)
-        if not prepared.config.keep_failures:
-            _tell_recovered(again := _recovered(work, output), prepared, progress)
-            output.drop(again)
-        _count_earlier(tally, output.records)
-        done = {record.start: len(record.rows) for record in output.records}
-        todo = [part for part in made.shards if part.start not in done]
-        if not todo:
-            return made.rows
-        progress.start(made.rows, sum(done.values()))
-        try:
-            with resumable():
-                pipeline.run_shards(work, output.directory, todo, progress, tally)
-        finally:
-            progress.finish()
-    return sum(done.values())
+# ---------------------------------------------------------------------------------------------- result
 
 
-def _recovered(work: Work, output: Output) -> list[int]:
-    """Rows of earlier shards that failed and would not fail now."""
-    found: list[int] = []
-    for record in (record for record in output.records if record.failed):
-        with activations.open(output.directory / record.name) as stored:
-            found += recheck.recovered(work, stored)
-    return found
-
-
-@contextmanager
-def working(prepared: Prepared, made: Plan, workers: Workers | None = None, checksums: bool = True) -> Iterator[Work]:
-    """The model on its device, in the plan's precision, hooked: everything that the engine needs."""
-    where = torch.device(made.device)
-    with (
-        _threads(made.forward_threads),
-        _seeded(prepared.config.seed),
-        lent(prepared, made) as module,
-        hooks.tapped(
-            module,
-            copied_as_planned(prepared, made),
-            reduce_functions(prepared),
-            prepared.stop,
-            prepared.capture_kind,
-            asking=True,
-        ) as capture,
-    ):
-        if prepared.config.compile:
-            _compile(prepared, made, capture)
-        yield Work(
-            plan=made,
-            info=file_info(made),
-            source=prepared.source,
-            reader=prepared.reader,
-            preprocess=prepared.loaded.preprocess,
-            jpegs=jpegs(prepared, workers),
-            workers=workers,
-            input_shape=prepared.input_shape,
-            ready=prepared.ready,
-            model=module,
-            forward=prepared.forward,
-            capture=capture,
-            captured=prepared.captured,
-            device=where,
-            budget=prepared.config.max_failures,
-            checksums=checksums,
-        )
-
-
-def jpegs(prepared: Prepared, workers: Workers | None) -> device_jpegs.DeviceJpegs | Jpegs | None:
-    """What decodes plain JPEGs elsewhere than in the threads of a run; None: nothing does."""
-    if prepared.config.jpeg_decoder == "device":
-        return device_jpegs.DeviceJpegs(prepared.device)
-    return workers.jpegs(prepared.config.exif) if workers is not None else None
-
-
-def _compile(prepared: Prepared, made: Plan, capture: hooks.Capture) -> None:
-    """Before the first image is read: else a minute of compiling counts as a first batch that hangs.
-
-    Raises ConfigError for what cannot be compiled. Where memory does not suffice, the engine takes smaller batches.
-    """
-    batch = torch.zeros((made.batch_size, *prepared.input_shape), dtype=torch.float32, device=prepared.device)
-    with precision.numerics(made.precision, prepared.device):
-        try:
-            capture.forward(prepared.forward, precision.to_memory_format(batch, made.memory_format))
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """What is random in a model's forward begins from `seed`; the caller's own random state is as before afterwards."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Forward passes run on `count` threads: another number would change the last bits of a resumed run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
+def _finished(run: _Run, tally: Tally, seconds: float, resumed: int | None) -> tuple[Result, activations.Activations]:
+    """(what was done, the output). `resumed`: rows that were there before, None where all were."""
+    acts = activations.just_written(run.target)
     try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        result = summary.result(acts, run.target, tally, seconds, resumed)
+    except BaseException:
+        acts.close()
+        raise
+    prepared = run.prepared
+    late = [note for note in notes_of(prepared.source) if note not in prepared.notes]
+    for note in (*late, *summary.nonfinite_notes(result.layers, tally)):
+        run.progress.note(note)
+    return replace(result, notes=(*result.notes, *late)), acts

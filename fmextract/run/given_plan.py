@@ -14,7 +14,7 @@ from fmextract.common import strict_json
 from fmextract.errors import ConfigError, OutputError
 from fmextract.planning import Plan
 from fmextract.reading import activations
-from fmextract.run import estimate, make_plan, prepare, provenance, same_run
+from fmextract.run import estimate, make_plan, provenance, same_run, working
 from fmextract.run.prepare import Prepared
 
 SHOWN = 5  # differences that a message tells
@@ -48,7 +48,7 @@ def check_fits(plan: Plan, prepared: Prepared, asked: Mapping[str, Any]) -> None
     changed = list(planning.differences(_said(plan), _known(plan, prepared, asked)))
     if not changed:
         given = {layer.name: (layer.compute_dtype, layer.shape) for layer in plan.layers}
-        changed = list(planning.differences(given, prepare.captured_types(prepared, plan)))
+        changed = list(planning.differences(given, working.stored_types(prepared, plan)))
     if changed:
         raise ConfigError(f"the plan does not fit ({_told(changed, 'in the plan', 'here')}): plan again.")
     if plan.shard_rows % planning.step(plan.layers, plan.batch_size):
@@ -122,7 +122,7 @@ def followed(
         run_id=uuid.uuid4().hex,
         config=prepared.config.as_json(),
         identity=asked,
-        info=prepare.describe_run(prepared, target, command),
+        info=provenance.describe_run(prepared.loaded, prepared.source, target, ready=prepared.ready, command=command),
         versions=provenance.versions_for(asked),
         estimate=dataclasses.replace(plan.estimate, bytes_free=estimate.free_space(target)),
     )

@@ -13,7 +13,9 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     """What must be the same for a run to be taken up again: everything that decides a stored value."""
     config, loaded = prepared.config, prepared.loaded
     source = dict(prepared.source.fingerprint())
-    code, not_covered = provenance.code_facts(prepared.before, provenance.code_of(loaded), prepared.reductions, source)
+    code, not_covered = provenance.code_facts(
+        prepared.before, provenance.code_of(loaded), prepared.inspection.reductions, source
+    )
     return {
         "model": loaded.name,
         "weights": loaded.weights_sha256,

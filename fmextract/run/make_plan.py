@@ -20,14 +20,14 @@ from fmextract.common import kernels, text
 from fmextract.common.system import cores
 from fmextract.config import is_single_file
 from fmextract.errors import LayerError
-from fmextract.model import norm_fusion, precision, run_mode
+from fmextract.model import norm_fusion, run_mode
 from fmextract.model.modes import Subject
 from fmextract.pipeline import workers
 from fmextract.planning import Plan
 from fmextract.records import LayerSpec, Progress
 from fmextract.run import autotune, estimate, provenance, sharding
 from fmextract.run.identity import identity
-from fmextract.run.prepare import Prepared, _kept, describe_run, reduce_functions, sample_inputs
+from fmextract.run.prepare import Prepared
 from fmextract.storage import codecs
 
 EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
@@ -60,7 +60,7 @@ def plan_for(
     chosen = autotune.choose(
         autotune.Question(
             subject=_subject(prepared),
-            inputs=lambda n: sample_inputs(prepared, n)[0],
+            inputs=lambda n: prepared.sampler.sample(n)[0],
             precision=_asked(prepared),
             max_error=config.max_error,
             memory_format=config.memory_format,
@@ -109,7 +109,7 @@ def plan_for(
         shard_rows=shard_rows,
         identity=said,
         config=config.as_json(),
-        info=describe_run(prepared, out, command),
+        info=provenance.describe_run(prepared.loaded, prepared.source, out, ready=prepared.ready, command=command),
         versions=provenance.versions_for(said),
         estimate=cost,
         notes=(*prepared.notes, *prepared.reader.notes, *notes),
@@ -128,14 +128,14 @@ def _subject(prepared: Prepared) -> Subject:
         forward=prepared.forward,
         device=prepared.device,
         probed=prepared.probed,
-        reducers=reduce_functions(prepared),
-        stop=prepared.stop,
+        reducers=prepared.inspection.reduce,
+        stop=prepared.inspection.stop,
     )
 
 
 def _without_statistics(prepared: Prepared) -> list[str]:
     """A note on the layers that have no axis of channels."""
-    pairs = zip(prepared.probed, prepared.captured, strict=True)
+    pairs = zip(prepared.probed, prepared.outputs, strict=True)
     names = [probed.tap.name for probed, captured in pairs if not {"channel", "feature"} & set(captured.axes)]
     if not names:
         return []
@@ -156,10 +156,10 @@ def _estimate(
     config = prepared.config
     stored_values = [
         tensor if captured.finish is None else captured.finish(tensor)
-        for tensor, captured in zip(chosen.sample, prepared.captured, strict=True)
+        for tensor, captured in zip(chosen.sample, prepared.outputs, strict=True)
     ]
     stored, encode = estimate.encode_sample(layers, stored_values, config.codec, level, config.keep_bits)
-    statistics = estimate.describe_sample(layers, prepared.captured, chosen.sample, config.top_k)
+    statistics = estimate.describe_sample(layers, prepared.outputs, chosen.sample, config.top_k)
     costs = estimate.Costs(decode, chosen.seconds_per_image, statistics, encode, stored)
     return estimate.estimate(
         layers,
@@ -168,7 +168,7 @@ def _estimate(
         threads,
         costs,
         device=prepared.device.type,
-        largest=prepared.largest,
+        largest=prepared.inspection.largest,
         kept=_kept_bytes(prepared, chosen) + prepared.reader.workers * estimate.DATASET_PROCESS,
         processes=partial(workers.are_processes, threads, config.worker_kind),
     )
@@ -178,7 +178,7 @@ def _decoding(prepared: Prepared, threads: int) -> tuple[float, float]:
     """Seconds an image that the user's code takes by itself, and that all of decoding would, shared by `threads`."""
     reader = prepared.reader
     before = reader.seconds
-    seconds = sample_inputs(prepared, 4)[1]
+    seconds = prepared.sampler.sample(4)[1]
     alone = min(seconds, (reader.seconds - before) / 4) / max(1, reader.workers) if reader.serial else 0.0
     return alone, seconds - alone * max(1, reader.workers) + alone * threads
 
@@ -247,21 +247,21 @@ def _effective_sizes(
             why = f"they would take {cost:.0f} s or more" if cost >= 1 else "the run is short"
             return none, [f"effective receptive fields are not measured, as {why}; --effective-fields always does it"]
     failures: list[str] = []
-    with run_mode.lent(prepared.loaded.module, prepared.device), precision.numerics("fp32", prepared.device):
-        inputs, _ = sample_inputs(prepared, EFFECTIVE_IMAGES)
+    with run_mode.as_written(prepared.loaded.module, prepared.device):
+        inputs, _ = prepared.sampler.sample(EFFECTIVE_IMAGES)
         sizes = effective_fields.effective_sizes(
             prepared.loaded.module,
             prepared.forward,
             prepared.probed,
-            prepared.fields,
+            prepared.inspection.fields,
             inputs,
-            reductions=_kept(prepared.reductions),
-            stop=prepared.stop,
+            reductions=prepared.inspection.reduced,
+            stop=prepared.inspection.stop,
             seconds=seconds,
             tell=failures.append,
             step=partial(progress.step, "effective receptive fields"),
         )
-    captured = zip(prepared.probed, prepared.captured, sizes, strict=True)
+    captured = zip(prepared.probed, prepared.outputs, sizes, strict=True)
     without = [p.tap.name for p, c, size in captured if size is None and {"y", "x"} <= set(c.axes)]
     why = failures[0] if failures else "the model has no gradient there"
     return sizes, [f"no effective receptive field of {text.some(without)}: {why}"] if without else []
@@ -270,7 +270,7 @@ def _effective_sizes(
 def _layer_spec(
     prepared: Prepared, i: int, chosen: autotune.Chosen, rows: int, erf_sizes: Sequence[float | None]
 ) -> LayerSpec:
-    probed, captured, config = prepared.probed[i], prepared.captured_of(i), prepared.config
+    probed, captured, config = prepared.probed[i], prepared.inspection.output(i), prepared.config
     sample = chosen.sample[i] if captured.finish is None else captured.finish(chosen.sample[i])
     dtype = sample.dtype
     if dtype not in _ON_DISK:
@@ -293,7 +293,7 @@ def _layer_spec(
 
 def known_of_layer(prepared: Prepared, i: int) -> dict[str, Any]:
     """The fields of a layer's LayerSpec that nothing has to be measured for."""
-    tap, captured = prepared.probed[i].tap, prepared.captured_of(i)
+    tap, captured = prepared.probed[i].tap, prepared.inspection.output(i)
     return {
         "name": tap.name,
         "module": tap.module,
@@ -305,7 +305,7 @@ def known_of_layer(prepared: Prepared, i: int) -> dict[str, Any]:
         "member": tap.member,
         "reducer": tap.reducer,
         "axes": captured.axes if captured.finish is None else ("feature",),
-        "field": prepared.fields[i] if {"y", "x"} <= set(captured.axes) else None,
+        "field": prepared.inspection.fields[i] if {"y", "x"} <= set(captured.axes) else None,
     }
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import NamedTuple
 
 from fmextract.config import check_out, is_single_file
 from fmextract.errors import FormatError, OutputError, OutputLost
@@ -38,6 +39,13 @@ from fmextract.storage.shards import (
 CHECKS = 4  # shards whose checksums are computed at once
 
 
+class Earlier(NamedTuple):
+    """What is there of a run: the plan that it follows and goes on by, or all of it, or neither."""
+
+    plan: Plan | None
+    is_complete: bool = False
+
+
 class Output:
     """A file (`name.h5`, its shards meanwhile in `name.h5.partial/`) or a directory of shards. A context manager.
 
@@ -52,7 +60,6 @@ class Output:
         self.directory = target.with_name(target.name + ".partial") if self._single else target
         self.records: list[ShardRecord] = []
         self.crashed_at: list[int] = []
-        self.taken_up = False  # the plan was there before
         self._lock = Lock(self.directory)
         self._made: list[Path] = []  # directories that were not there before, the deepest first
 
@@ -72,35 +79,39 @@ class Output:
             for path in self._made or [self.directory] * self._single:
                 path.rmdir()
 
-    def begin(self, asked: Asked, make_plan: Callable[[], Plan]) -> Plan | None:
-        """The plan to follow: that of a run begun earlier, else a new one, published. None: the output is complete.
+    def begin(self, asked: Asked) -> Earlier:
+        """What is there of the run that is asked for; what is taken up is made ready to go on.
 
         Raises OutputError, naming each field and photo that differs, where another run was begun or finished there.
         """
         if self._single and self._is_finished() and not self._overwrite:
             self._compare_finished(asked)
-            return None
+            return Earlier(None, is_complete=True)
         if self._continues(asked):
-            earlier = self._earlier()
-            return None if earlier is None else self._with_ignored(earlier, asked)
+            plan = self._earlier()
+            return Earlier(None, is_complete=True) if plan is None else Earlier(self._with_ignored(plan, asked))
         same_run.check_ignored(asked)
-        return self._anew(make_plan)
+        return Earlier(None)
 
-    def make_again(self, rows: Sequence[int], asked: Asked, make_plan: Callable[[], Plan]) -> Plan:
-        """The plan to follow where these rows of a finished output are to be had after all.
+    def make_again(self, rows: Sequence[int], asked: Asked) -> Plan | None:
+        """The plan to follow where these rows of a finished output are to be had after all; None: there is none yet.
 
         Of a directory the shards that hold them are made again. A single file is made anew, and stays until then.
         """
         self._make_directory()
         self._acquire()
         if self._single:
-            earlier = self._earlier() if self._continues(asked) else None
-            return earlier or self._anew(make_plan)
+            return self._earlier() if self._continues(asked) else None
         with writing(self.directory):
             (self.directory / INDEX).unlink()
-        self.records, self.taken_up = load_records(self.directory, self._tell_damaged), True
+        self.records = load_records(self.directory, self._tell_damaged)
         self.drop(rows)
         return Plan.load(self.directory / PLAN)
+
+    def publish_plan(self, plan: Plan) -> None:
+        """Write down what will be done, before it is."""
+        with writing(self.directory):
+            write_sealed(self.directory / PLAN, plan.as_json())
 
     def drop(self, rows: Sequence[int]) -> None:
         """Shards that hold one of these rows are not kept: they are made again."""
@@ -117,12 +128,6 @@ class Output:
         plan = replace(earlier, info=info)
         write_sealed(self.directory / PLAN, plan.as_json())
         return plan
-
-    def _anew(self, make_plan: Callable[[], Plan]) -> Plan:
-        made = make_plan()
-        with writing(self.directory):
-            write_sealed(self.directory / PLAN, made.as_json())
-        return made
 
     def _continues(self, asked: Asked) -> bool:
         """Whether an earlier run is there and is taken up; one that is not is removed. Raises OutputError."""
@@ -173,22 +178,22 @@ class Output:
         earlier = Plan.load(self.directory / PLAN)
         return None if self._is_complete() else self._resume(earlier)
 
-    def is_one_shard(self, made: Plan) -> bool:
+    def is_one_shard(self, plan: Plan) -> bool:
         """Whether the only shard becomes the output by its new name."""
-        return self._single and len(made.shards) == 1
+        return self._single and len(plan.shards) == 1
 
-    def fold(self, made: Plan) -> None:
+    def fold(self, plan: Plan) -> None:
         """All shards are there: write the index, or make the one file of them. Raises OutputLost, NoSpace."""
         with resumable():
             if not self._single:
-                fold_index(self.directory, made.as_json())
+                fold_index(self.directory, plan.as_json())
                 return
-            shards = [self.directory / shard_name(i) for i in range(len(made.shards))]
-            if self.is_one_shard(made):
+            shards = [self.directory / shard_name(i) for i in range(len(plan.shards))]
+            if self.is_one_shard(plan):
                 durable.publish(shards[0], self._target)
             else:
                 _pack(shards, self._target, self.directory)
-            self._remove(_shards_of(made))
+            self._remove(_shards_of(plan))
 
     # ---- what is there
 
@@ -272,7 +277,7 @@ class Output:
 
     def _resume(self, earlier: Plan) -> Plan:
         """Keep the shards that are whole; remove what a run that died left unfinished."""
-        self.crashed_at, self.taken_up = left_behind(self.directory), True
+        self.crashed_at = left_behind(self.directory)
         with writing(self.directory):
             self._remove_temporaries()
         there = self._records_of(earlier, self._tell_damaged)

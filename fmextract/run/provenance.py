@@ -7,16 +7,25 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from fmextract.capture.reducers import Reduction
+from fmextract.common import strict_json
 from fmextract.common.facts import Facts, Told, changing, interpreter, settled, source_digest
+from fmextract.common.folders import remembered
+from fmextract.config import is_single_file
 from fmextract.inputs import preprocessing
+from fmextract.inputs.datasets import DatasetSource
 from fmextract.inputs.preprocessing import CustomPreprocess
+from fmextract.inputs.sources import folder_of
 from fmextract.model import loading
 from fmextract.model.structure import structure
 from fmextract.planning import Plan
-from fmextract.records import FileInfo
+from fmextract.records import FileInfo, Source
+
+LONGEST_NAMES = 60_000
+"""An attribute of HDF5 holds 64 KiB: of more classes the names are not stored."""
 
 __all__ = ["code_facts", "code_of", "describe_run", "preprocess_facts", "versions", "versions_for"]
 
@@ -76,14 +85,17 @@ def code_facts(
 
 
 def describe_run(
-    loaded: loading.LoadedModel, source: str, images: int, *, ready: bool, command: str | None
+    loaded: loading.LoadedModel, source: Source, out: Path, *, ready: bool, command: str | None
 ) -> dict[str, Any]:
-    """What a file says of its run. `ready`: images were the model's inputs as they came."""
+    """What a file says of its run into `out`, which `command` asked for.
+
+    `ready`: images were the model's inputs as they came.
+    """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     by = f"written by fmextract {_version('fmextract')}"
     return {
-        "title": f"Activations of {loaded.name} for {images} images",
-        "source": source,
+        "title": f"Activations of {loaded.name} for {len(source)} images",
+        "source": source.name,
         "history": f"{now} {by}" + (f": {command}" if command else ""),
         "model": loaded.name,
         "weights": loaded.weights,
@@ -92,7 +104,23 @@ def describe_run(
         "input_dtype": str(loaded.input_dtype).removeprefix("torch."),
         "preprocess": preprocessing.describe_preprocess(None if ready else loaded.preprocess),
         "created": now,
+        **_images(source, out),
+        **_label_names(source),
     }
+
+
+def _images(source: Source, out: Path) -> dict[str, Any]:
+    """Where the files of a source lie, for pictures that are drawn later."""
+    folder = folder_of(source)
+    base = out.parent if is_single_file(out) else out
+    return {} if folder is None else {"images": remembered(folder, base)}
+
+
+def _label_names(source: Source) -> dict[str, Any]:
+    """What the labels are called, where a Dataset says it."""
+    names = source.label_names() if isinstance(source, DatasetSource) else ()
+    known = strict_json.dumps(list(names), ensure_ascii=False)
+    return {"label_names": known} if names and len(known.encode("utf-8", "replace")) < LONGEST_NAMES else {}
 
 
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:

@@ -26,7 +26,7 @@ from fmextract.inputs import sources
 from fmextract.model import loading
 from fmextract.reading import activations
 from fmextract.records import Progress
-from fmextract.run import extract, identity, prepare, recheck, same_run
+from fmextract.run import identity, prepare, recheck, same_run, working
 from fmextract.selector import Selector
 
 
@@ -61,7 +61,7 @@ def rerun(
         then = {**acts.config["identity"], "device": now["device"]}
         if changed := same_run.changed(then, same_run.Asked(now, prepared.source), [], lambda text: None):
             raise ConfigError(f"cannot run images of {acts.path} again: {same_run.listed(changed)}")
-        with extract.working(prepared, recheck.plan_of(acts, str(prepared.device))) as work:
+        with working.working(prepared, recheck.plan_of(acts, str(prepared.device))) as work:
             return recheck.differences(work, acts, first, [first + int(row) for row in chosen])
 
 

@@ -12,7 +12,7 @@ from fmextract.reading import activations, counts
 from fmextract.records import LayerResult, LayerSpec, Result
 
 
-def _result(acts: activations.Activations, target: Path, tally: Tally, seconds: float, resumed: int | None) -> Result:
+def result(acts: activations.Activations, target: Path, tally: Tally, seconds: float, resumed: int | None) -> Result:
     """What a finished output holds, and what this run did for it. `resumed` None: it was complete before."""
     rows = len(acts)
     with acts.held():

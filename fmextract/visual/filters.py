@@ -19,7 +19,7 @@ from fmextract.common.text import shape
 from fmextract.errors import ConfigError, LayerError
 from fmextract.inputs.preprocessing import Preprocessing
 from fmextract.model import loading
-from fmextract.run import prepare
+from fmextract.run import describe
 from fmextract.visual import canvas
 from fmextract.visual.canvas import Array, Style, short, styled
 from fmextract.visual.live import activations_of
@@ -172,7 +172,7 @@ def _survey(loaded: loading.LoadedModel, layer: str) -> survey.Survey:
     preprocess = loaded.preprocess
     if preprocess is None or preprocess.size is None:
         raise ConfigError(f"{layer!r} is found by a forward pass, whose input size is not known: give --size N")
-    return prepare.survey_model(loaded, (COLOUR, *preprocess.size))
+    return describe.survey_model(loaded, (COLOUR, *preprocess.size))
 
 
 def _pick(kernels: Array, count: int, order: str, chosen: Sequence[int]) -> list[int]:

@@ -61,7 +61,7 @@ def usual(net: Any, x: torch.Tensor) -> torch.Tensor:
 
 def pairs_of(model: nn.Module, layers: list[str], shape: tuple[int, ...] = SHAPE) -> tuple[norm_fusion.Pair, ...]:
     batch = torch.randn((2, *shape), generator=torch.Generator().manual_seed(2))
-    with run_mode.lent(model, CPU), precision.numerics("fp32", CPU):
+    with run_mode.RunMode(model, CPU), precision.numerics("fp32", CPU):
         seen = survey.survey(model, model, batch)
         probed, refused = probe.probe(model, model, resolve.resolve(layers, seen), shape, CPU)
         assert not refused
@@ -86,7 +86,7 @@ def run_in(
     name: str, model: nn.Module, pairs: tuple[norm_fusion.Pair, ...], batch: torch.Tensor, packing: bool = True
 ) -> torch.Tensor:
     mode = run_mode.Mode("channels_last", pairs, prepacked=packing)
-    with run_mode.lent(model, CPU, name, mode), precision.numerics(name, CPU):
+    with run_mode.RunMode(model, CPU, name, mode), precision.numerics(name, CPU):
         return model(precision.to_memory_format(batch, "channels_last")).float()  # type: ignore[no-any-return]
 
 

@@ -52,7 +52,7 @@ def test_a_lent_model_comes_back_as_it_was(name: str, memory_format: str, prepac
     model.norm.eval()  # flags that differ between modules
     before = state(model)
     replaced = prepacked and name != "fp32"
-    with run_mode.lent(model, CPU, name, run_mode.Mode(memory_format, prepacked=prepacked)) as lent:
+    with run_mode.RunMode(model, CPU, name, run_mode.Mode(memory_format, prepacked=prepacked)) as lent:
         assert lent is model
         assert not any(module.training for module in model.modules())
         assert model.a.weight is model.b.weight
@@ -63,15 +63,15 @@ def test_a_lent_model_comes_back_as_it_was(name: str, memory_format: str, prepac
     assert state(model) == before
 
 
-def test_two_lendings_take_turns() -> None:
+def test_two_ready_take_turns() -> None:
     model = Tied()
     before, batch = state(model), torch.randn(2, 3, 8, 8)
     modes = (("fp32", run_mode.Mode("channels_last")), ("bf16", run_mode.Mode("channels_last", prepacked=True)))
-    lendings = [run_mode.Lending(model, CPU, *mode) for mode in modes]
+    ready = [run_mode.RunMode(model, CPU, *mode) for mode in modes]
     made = []
     for _ in range(2):
-        for lending, (name, _mode) in zip(lendings, modes, strict=True):
-            with lending as lent, precision.numerics(name, CPU):
+        for way, (name, _mode) in zip(ready, modes, strict=True):
+            with way as lent, precision.numerics(name, CPU):
                 made.append(lent.conv(precision.to_memory_format(batch, "channels_last")))
             assert state(model) == before
     assert [m.dtype for m in made] == [torch.float32, torch.bfloat16] * 2
@@ -89,7 +89,7 @@ def test_a_lent_model_comes_back_after_an_exception(prepacked: bool) -> None:
     model = Tied()
     before = state(model)
     mode = run_mode.Mode("channels_last", (norm_fusion.Pair(model.conv, model.norm),), prepacked=prepacked)
-    with pytest.raises(KeyboardInterrupt), run_mode.lent(model, CPU, "bf16", mode):
+    with pytest.raises(KeyboardInterrupt), run_mode.RunMode(model, CPU, "bf16", mode):
         interrupted_while_replaced(model)
     assert state(model) == before
     assert not any("forward" in vars(module) for module in model.modules())
@@ -113,7 +113,7 @@ def test_max_pooling_on_a_cpu_takes_the_fast_kernel_and_gives_the_same_bits(pool
     x = torch.randn(3, 16, 19, 21, generator=torch.Generator().manual_seed(0))
     x[:, :, ::5, ::3], x[0, 0, 4, 4], x[1, 3, 7], x[2, :, 3, 3] = 0, torch.nan, torch.inf, -torch.inf
     expected = pool(x)
-    with run_mode.lent(pool, CPU, mode=POOLING), run_mode.lent(pool, CPU, mode=POOLING), Kernels() as kernels:
+    with run_mode.RunMode(pool, CPU, mode=POOLING), run_mode.RunMode(pool, CPU, mode=POOLING), Kernels() as kernels:
         made = pool(x)
         pool(x[:, :2].contiguous())  # too few channels for it to pay
         pool(x.bfloat16())  # of whose NaN that kernel makes another one
@@ -136,7 +136,7 @@ class OwnPool(nn.MaxPool2d):
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2, return_indices=True), OwnPool(2)])
 def test_other_ways_of_pooling_are_left_alone(pool: nn.MaxPool2d) -> None:
-    with run_mode.lent(pool, CPU, mode=POOLING), Kernels() as kernels:
+    with run_mode.RunMode(pool, CPU, mode=POOLING), Kernels() as kernels:
         pool(torch.randn(1, 16, 8, 8))
     assert kernels.channels_last == [False]
 
@@ -149,7 +149,7 @@ def test_casting_weights_beforehand_changes_no_value() -> None:
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         expected = model(batch)
     for mode in (run_mode.PLAIN, run_mode.Mode(prepacked=True)):
-        with run_mode.lent(model, CPU, "bf16", mode), precision.numerics("bf16", CPU):
+        with run_mode.RunMode(model, CPU, "bf16", mode), precision.numerics("bf16", CPU):
             torch.testing.assert_close(model(batch), expected, rtol=2**-7, atol=2**-9)
 
 

@@ -138,7 +138,7 @@ def test_operators_that_are_not_what_they_were_are_not_used(operators: Any, monk
     expected = by_autocast(model, noise(2, 3, 8, 8))
     monkeypatch.setattr(torch.ops, "mkldnn", operators)
     assert not prepacked.available()
-    with run_mode.lent(model, CPU, "bf16", run_mode.Mode(prepacked=True)), precision.numerics("bf16", CPU):
+    with run_mode.RunMode(model, CPU, "bf16", run_mode.Mode(prepacked=True)), precision.numerics("bf16", CPU):
         assert torch.equal(model(noise(2, 3, 8, 8)), expected)
 
 
@@ -156,7 +156,7 @@ def test_nothing_is_packed_where_oneDNN_is_switched_off() -> None:  # noqa: N802
 def test_a_lent_model_packs_and_lets_go() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 5)).eval()
     expected = by_autocast(model, noise(2, 3, 8, 8))
-    with run_mode.lent(model, CPU, "bf16", PREPACKED), precision.numerics("bf16", CPU):
+    with run_mode.RunMode(model, CPU, "bf16", PREPACKED), precision.numerics("bf16", CPU):
         assert {"forward"} <= vars(model[0]).keys() & vars(model[2]).keys()
         assert model[0].weight.dtype == torch.float32  # one copy of the weights in bfloat16 is enough
         torch.testing.assert_close(model(noise(2, 3, 8, 8)), expected, rtol=2**-7, atol=2**-9)

@@ -27,7 +27,7 @@ SHAPE = (3, 8, 8)
 def question(model: nn.Module, layers: Sequence[str] = ("*",), **changes: Any) -> autotune.Question:
     """`auto` for everything but the memory format, over every leaf of `model`, a thousand images to come."""
     batch = torch.randn(2, *SHAPE)
-    with run_mode.lent(model, CPU), precision.numerics("fp32", CPU):
+    with run_mode.RunMode(model, CPU), precision.numerics("fp32", CPU):
         seen = survey.survey(model, model, batch)
         probed, refused = probe.probe(model, model, resolve.resolve(layers, seen), SHAPE, CPU)
     assert not refused
@@ -233,8 +233,8 @@ def test_running_out_of_memory_ends_the_search(clock: Any) -> None:
 
 
 def trial_of(*shape: int) -> modes.Trial:
-    lending = run_mode.Lending(nn.Identity(), CPU, "fp32", run_mode.PLAIN)
-    return modes.Trial("fp32", run_mode.PLAIN, lending, frozenset(), (torch.zeros(*shape),), 1e-3)
+    way = run_mode.RunMode(nn.Identity(), CPU, "fp32", run_mode.PLAIN)
+    return modes.Trial("fp32", run_mode.PLAIN, way, frozenset(), (torch.zeros(*shape),), 1e-3)
 
 
 def test_where_not_even_the_usual_batch_fits_this_is_said(clock: Any) -> None:

@@ -160,7 +160,7 @@ def test_a_resume_measures_nothing_again(photos: Path, tmp_path: Path, monkeypat
     def measured(*_: Any) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("fmextract.run.make_plan.plan_for", measured)
+    monkeypatch.setattr("fmextract.run.extract.plan_for", measured)
     extract(photos, out, precision="auto")
     assert (out / "plan.json").read_bytes() == plan
 

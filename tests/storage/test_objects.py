@@ -75,9 +75,8 @@ def test_the_digest_reads_nothing_of_a_layer_that_was_just_written(counted: Coun
 
 
 def test_what_a_layer_costs_does_not_grow_with_the_layers(counted: Counter[str]) -> None:
-    assert counted["fmextract.run.prepare._captured"] <= 12 * (
-        MANY - FEW
-    )  # of all layers for each it would be 2 * MANY
+    # Of all layers for each it would be 2 * MANY.
+    assert counted["fmextract.capture.inspection._output"] <= 12 * (MANY - FEW)
     assert counted["Counter.__eq__"] == 0  # the probe compares all counts of two passes once
 
 
