@@ -51,6 +51,7 @@ from fmextract.common.progress import Quiet
 from fmextract.config import WORKER_KINDS, Config
 from fmextract.pipeline import chunks, pipeline, threads
 from fmextract.pipeline.channel import Channel, Closed
+from fmextract.pipeline.statistics import ShardStatistics
 from fmextract.pipeline.transfers import Download
 from fmextract.pipeline.work import Tally
 from fmextract.pipeline.workers import hired
@@ -198,7 +199,7 @@ def _on_the_device() -> Iterator[list[Ring]]:
 
     with (
         mock.patch.object(pipeline, "transfers_for", transfers),
-        mock.patch.object(pipeline._Pipeline, "_describe", return_value=None),
+        mock.patch.object(ShardStatistics, "update", return_value=None),
     ):
         yield rings
 

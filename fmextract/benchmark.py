@@ -40,7 +40,7 @@ from fmextract.inputs import preprocessing
 from fmextract.inputs.reading import content
 from fmextract.inputs.sources import on_disk
 from fmextract.model import precision, run_mode
-from fmextract.pipeline import chunks, decode, pipeline, threads
+from fmextract.pipeline import chunks, decode, pipeline, storing, threads
 from fmextract.pipeline.running_stats import RunningStats
 from fmextract.pipeline.work import Tally
 from fmextract.pipeline.workers import Jpegs, Workers, hired
@@ -428,7 +428,7 @@ def _encode(
     made: Plan, tensors: Sequence[torch.Tensor], workers: Workers | None
 ) -> tuple[list[tuple[int, codecs.Stored]], Stage]:
     """(the encoded chunks of a batch with their layers, the stage)."""
-    most = pipeline.CHUNKS_A_TASK if workers is None else pipeline.CHUNKS_A_PROCESS
+    most = storing.CHUNKS_A_TASK if workers is None else storing.CHUNKS_A_PROCESS
     encode = workers.encoder(made) if workers is not None else chunks.Encoder(made).all
     cut = [
         chunk
@@ -436,7 +436,7 @@ def _encode(
         for cutter in [chunks.Cutter(i, spec)]
         for chunk in (*cutter.add(tensor, [False] * len(tensor)), *cutter.flush())
     ]
-    tasks = [partial(encode, task) for task in pipeline.tasks(cut, made.threads, most)]
+    tasks = [partial(encode, task) for task in storing.tasks(cut, made.threads, most)]
     with _threads(made) as run_all:
         encoded = [one for some in run_all(tasks) for one in some]
         payloads = [(chunk.layer, one.payload) for chunk, one in zip(cut, encoded, strict=True)]

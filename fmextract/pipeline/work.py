@@ -20,7 +20,7 @@ from fmextract.inputs import device_jpegs, preprocessing
 from fmextract.inputs.reading import Reader
 from fmextract.pipeline.workers import Jpegs, Workers
 from fmextract.planning import Plan
-from fmextract.records import FileInfo, FileStamp, Source
+from fmextract.records import FileInfo, FileStamp, SampleTable, Source
 from fmextract.storage.shards import ShardRecord
 
 FIRST = 5  # keys that are named where something is wrong with them
@@ -67,6 +67,14 @@ class Tally:
         with self._lock:
             self.busy[stage] = self.busy.get(stage, 0.0) + seconds
             self.moves += 1
+
+    def fail(self, samples: SampleTable, row: int, error: SampleError) -> None:
+        """Count a row that failed, and say so in its shard's table."""
+        i = row - samples.start
+        samples.status[i], samples.message[i] = int(error.status), str(error)
+        self.failed += 1
+        if len(self.failures) < 20:
+            self.failures.append((samples.keys[i], str(error)))
 
 
 def check_budget(budget: FailureBudget, tally: Tally) -> None:

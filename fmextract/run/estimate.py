@@ -15,8 +15,8 @@ from fmextract.capture.inspection import TapOutput
 from fmextract.common.text import byte_count
 from fmextract.errors import NoSpace
 from fmextract.pipeline.chunks import as_array
-from fmextract.pipeline.pipeline import DEPTH, most_pending
 from fmextract.pipeline.running_stats import TOGETHER, WORKSPACE, RunningStats, bytes_held, covariance_bytes
+from fmextract.pipeline.storing import DEPTH, most_pending
 from fmextract.planning import Estimate
 from fmextract.records import LayerSpec
 from fmextract.run.sharding import CHUNK_BYTES

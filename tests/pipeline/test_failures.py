@@ -21,7 +21,7 @@ from runs import LAYERS, Notes, Tiny, extract, make_photos, picture
 
 from fmextract.config import FailureBudget
 from fmextract.errors import CaptureError, DeviceLost, FmextractError, NoSpace, SampleError, TooManyFailures
-from fmextract.pipeline import pipeline, watch
+from fmextract.pipeline import pipeline, storing, watch
 from fmextract.pipeline.channel import Channel, Closed
 from fmextract.pipeline.chunks import Chunk
 from fmextract.pipeline.threads import Pool
@@ -557,7 +557,7 @@ def test_chunks_share_tasks_where_threads_have_enough_of_them(
     number: int, threads: int, longest: int, tasks: int
 ) -> None:
     cut = [Chunk(0, (i,), []) for i in range(number)]
-    made = pipeline.tasks(cut, threads, 4)
+    made = storing.tasks(cut, threads, 4)
     assert [chunk for task in made for chunk in task] == cut
     assert max(map(len, made), default=0) == longest
     assert len(made) == tasks
@@ -567,14 +567,14 @@ def test_chunks_that_share_a_task_come_to_their_places(tmp_path: Path, monkeypat
     photos = make_photos(tmp_path / "photos", 12)
     extract(photos, tmp_path / "plain.h5", num_workers=1)
     lengths: list[int] = []
-    encode = pipeline._Pipeline._encode
+    encode = storing.Storing._encode
 
     def noting(self: Any, task: Any, done: Any) -> Any:
         lengths.append(len(task))
         return encode(self, task, done)
 
-    monkeypatch.setattr(pipeline._Pipeline, "_encode", noting)
-    monkeypatch.setattr(pipeline, "tasks", lambda cut, threads, most: [cut[:2], cut[2:]] if len(cut) > 2 else [cut])
+    monkeypatch.setattr(storing.Storing, "_encode", noting)
+    monkeypatch.setattr(storing, "tasks", lambda cut, threads, most: [cut[:2], cut[2:]] if len(cut) > 2 else [cut])
     extract(photos, tmp_path / "shared.h5", num_workers=1)
     assert max(lengths) > 1
     with activations.open(tmp_path / "plain.h5") as plain, activations.open(tmp_path / "shared.h5") as shared:

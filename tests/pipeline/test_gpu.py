@@ -22,6 +22,7 @@ from simulated_device import installed
 from fmextract.errors import DeviceLost
 from fmextract.inputs import decoding, preprocessing
 from fmextract.pipeline import pipeline
+from fmextract.pipeline.statistics import ShardStatistics
 from fmextract.pipeline.transfers import DeviceTransfers, _DeviceDownload
 from fmextract.reading import activations
 
@@ -224,7 +225,7 @@ def test_an_error_of_the_device_ends_a_run_that_resumes(
     """Wherever it surfaces: where statistics are queued, copies are queued, or a copy is waited for."""
     photos = runs.make_photos(tmp_path / "photos", ROWS)
     owner, name = {
-        "statistics": (pipeline._Pipeline, "_describe"),
+        "statistics": (ShardStatistics, "update"),
         "download": (DeviceTransfers, "download"),
         "wait": (_DeviceDownload, "wait"),
     }[place]

@@ -19,6 +19,7 @@ from fmextract.common import kernels
 from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import ConfigError, DeviceLost, NoSpace
+from fmextract.reading import activations
 from fmextract.records import LayerSpec, Status
 from fmextract.run import estimate, sharding
 from fmextract.run.extract import make_plan
@@ -331,8 +332,8 @@ def test_python_and_command_line_share_words(photos: Path, tmp_path: Path) -> No
 def test_an_output_is_opened_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening checks every object of every layer: of many layers that is much of a short run."""
     opened: list[Any] = []
-    original = fm.reader.open
-    monkeypatch.setattr(fm.reader, "open", lambda path, *args, **kwargs: opened.append(path) or original(path, *args))
+    original = activations.open
+    monkeypatch.setattr(activations, "open", lambda path, *args, **kwargs: opened.append(path) or original(path, *args))
     with fm.extract(photos, Broken(), tmp_path / "out.h5", layers=["act"], preprocess="size=8,mean=0,std=1") as acts:
         assert len(opened) == 1
         assert acts["act"].shape[0] == len(acts)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import fmextract as fm
+from fmextract.capture import inspection
 from fmextract.reading import files
-from fmextract.run import prepare
 from fmextract.storage import digest, objects, writer
 
 FEW, MANY = 10, 30
@@ -42,7 +42,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
             (writer.schema, "scales"),
             (digest, "_put_values"),
             (digest, "_attribute_parts"),
-            (prepare, "_captured"),
+            (inspection, "_output"),
             (Counter, "__eq__"),
         ]
         for owner, name in watched:
