@@ -332,8 +332,13 @@ def test_python_and_command_line_share_words(photos: Path, tmp_path: Path) -> No
 def test_an_output_is_opened_once(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opening checks every object of every layer: of many layers that is much of a short run."""
     opened: list[Any] = []
-    original = activations.open
-    monkeypatch.setattr(activations, "open", lambda path, *args, **kwargs: opened.append(path) or original(path, *args))
+    original = activations.Activations.__init__
+
+    def counting(self: activations.Activations, *args: Any, **kwargs: Any) -> None:
+        opened.append(args)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(activations.Activations, "__init__", counting)
     with fm.extract(photos, Broken(), tmp_path / "out.h5", layers=["act"], preprocess="size=8,mean=0,std=1") as acts:
         assert len(opened) == 1
         assert acts["act"].shape[0] == len(acts)
