@@ -15,7 +15,7 @@ from torch import nn
 import fmextract as fm
 from fmextract.capture import inspection
 from fmextract.reading import files
-from fmextract.storage import digest, objects, writer
+from fmextract.storage import digest, objects, schema
 
 FEW, MANY = 10, 30
 
@@ -39,7 +39,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Counter[str]:
             (h5py.Group, "__init__"),
             (h5py.AttributeManager, "create"),
             (h5py.AttributeManager, "__getitem__"),
-            (writer.schema, "scales"),
+            (schema, "scales"),
             (digest, "_put_values"),
             (digest, "_attribute_parts"),
             (inspection, "_output"),
