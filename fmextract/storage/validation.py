@@ -64,6 +64,8 @@ def _walkable(window: bytes, heap: int) -> bool:
 
 _CHUNK_RECORD_BYTES = 24
 """What one chunk takes at the least in an HDF5 index: so a small file cannot claim a huge shape."""
+_TEXT_BYTES = 16
+"""What a text of variable length takes in a chunk: its length, and its place in a heap."""
 
 
 @contextlib.contextmanager
@@ -215,5 +217,7 @@ def _validate_chunks(where: str, node: Node, plist: h5py.h5p.PropDCID, file_size
         return
     if math.prod(shape) * dtype.itemsize > INFLATION * file_size:
         raise DamagedError(f"{where} claims {math.prod(shape)} values in a file of {file_size} bytes")
-    if node.id.get_storage_size() > count * most_stored(nbytes):
+    # The type of texts tells the size of a pointer.
+    stored = nbytes if dtype.kind != "O" else math.prod(chunks) * _TEXT_BYTES
+    if node.id.get_storage_size() > count * most_stored(stored):
         raise DamagedError(f"{where} has chunks that hold more than its values")

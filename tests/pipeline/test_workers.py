@@ -231,7 +231,7 @@ def done_there(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
     counted("encode")
     counted("decode")
-    monkeypatch.setattr(extract, "hired", waited_for)
+    monkeypatch.setattr("fmextract.run.extract.hired", waited_for)
     return done
 
 

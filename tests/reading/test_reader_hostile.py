@@ -389,6 +389,14 @@ def test_a_chunk_that_libhdf5_would_inflate_without_end(tmp_path: Path) -> None:
         acts["maps"][...]
 
 
+@pytest.mark.parametrize("rows", [1, 600, 5000, 9000])
+def test_columns_of_any_length_are_no_danger(tmp_path: Path, rows: int) -> None:
+    path = tmp_path / "a.h5"
+    make_file(path, {"fc": np.zeros((rows, 1), np.float32)})
+    with activations.open(path) as acts:
+        assert len(acts.keys) == rows
+
+
 def test_a_checksum_by_h5py_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     make_file(path, {"maps": MAPS})
