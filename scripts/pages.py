@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +24,21 @@ HEAD = """\
 
 Written by `scripts/docs` from the help texts of the commands.
 
-Every command prints its result to stdout, as a table or with `--json` as JSON; notes, progress and errors go to stderr.
+Every command prints its result to stdout, as a table or, with `--json`, as JSON. Notes, progress and errors go to
+stderr.
 
 | exit code | meaning |
 |--:|---|
 | 0 | done |
 | 1 | something unexpected: a bug |
-| 2 | usage or configuration: nothing was done |
+| 2 | wrong usage or configuration: nothing was done |
 | 3 | done, but some images failed; their rows hold NaN, a status and a message |
-| 4 | stopped: too many failures, no space, lost device; what is done is kept, the same command resumes |
-| 5 | what is read is not what was written |
+| 4 | stopped (too many failures, no space, lost device); what is done is kept, and the same command resumes |
+| 5 | a file does not hold what was written |
 | 130 | interrupted; the same command resumes |
 
-What `-l` takes: [selectors](selectors.md). What stands behind its `=`: [reducers](reducers.md).
+`-l` takes [selectors](selectors.md), with [reducers](reducers.md) behind `=`. What a command refuses, and why:
+[refusals](refused.md).
 """
 
 
@@ -45,7 +47,7 @@ REDUCERS = """\
 
 Written by `scripts/docs` from `REDUCER_HELP`.
 
-Put `=` and a reducer behind a selector to keep less of a layer: `-l 'layer4=mean'`. One run may keep several views of
+Put `=` and a reducer behind a selector to keep less of a layer: `-l 'layer4=mean'`. One run can keep several views of
 the same layer. The reducer runs on the device, before anything is copied to the host. Shapes are those of one image.
 Averages of half-precision and integer maps are computed and kept in float32.
 
@@ -85,26 +87,34 @@ def _section(name: str, command: Any, known: Mapping[str, str]) -> str:
     *prose, example = [part.strip() for part in rest.split("\n\n")]
     arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
     options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
-    options = [option for option in options if not option.hidden]
-    words = " ".join(["fmextract", name, *(argument.metavar for argument in arguments), "[OPTIONS]"])
-    rows = [(f"`{argument.metavar}`", _text(argument)) for argument in arguments]
-    rows += [(_names(option), _text(option)) for option in options if option.name != "help"]
-    shared = [row for row in rows if row[0] in known and known[row[0]] == row[1]]
+    options = [option for option in options if option.name != "help" and not option.hidden]
+    shared = [option for option in options if known.get(_names(option)) == _text(option)]
     if len(shared) > 10:
         prose.append("Every other option is that of `extract`.")
-        rows = [row for row in rows if row not in shared]
-    table = ["| | |", "|---|---|", *(f"| {left} | {right} |" for left, right in rows)]
-    return "\n".join([f"## {name}", "", f"`{words}`", "", brief, *prose, "", "```sh", example, "```", "", *table, ""])
+        options = [option for option in options if option not in shared]
+    words = " ".join(["fmextract", name, *(argument.metavar for argument in arguments), "[OPTIONS]"])
+    lines = [f"- `{argument.metavar}`: {_text(argument)}" for argument in arguments]
+    for panel, of_panel in _panels(options).items():
+        lines += [*(["", f"**{panel}**", ""] if panel else []), *(f"- {_names(o)}: {_text(o)}" for o in of_panel)]
+    return "\n".join([f"## {name}", "", f"`{words}`", "", brief, *prose, "", "```sh", example, "```", "", *lines, ""])
+
+
+def _panels(options: Sequence[Any]) -> dict[str, list[Any]]:
+    """The options under the heading that `--help` gives them, in its order; those without one come first."""
+    found: dict[str, list[Any]] = {"": []}
+    for option in options:
+        found.setdefault(getattr(option, "rich_help_panel", None) or "", []).append(option)
+    return found
 
 
 def _names(option: Any) -> str:
     names = ", ".join([*sorted(option.opts, key=len), *option.secondary_opts])
-    return f"`{names} {option.metavar}`".replace("|", "\\|") if option.metavar else f"`{names}`"
+    return f"`{names} {option.metavar}`" if option.metavar else f"`{names}`"
 
 
 def _text(parameter: Any) -> str:
-    """The help, with what a table would take for its own lines, and stars for its own emphasis, escaped."""
-    text = parameter.help.replace("|", "\\|").replace("*", "\\*")
+    """The help, its stars escaped, which would set what is between them in italics."""
+    text = parameter.help.replace("*", "\\*")
     return f"{text} **Required.**" if parameter.required and parameter.param_type_name == "option" else text
 
 

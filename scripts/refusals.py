@@ -22,10 +22,10 @@ HEAD = """\
 
 Written by `scripts/docs` from the refusals in the code; what a message fills in is shown as `…`.
 
-A wrong value without a word is the worst thing that this program could do, an unfair refusal the second. So a run is
-refused where its rows could hold something else than they say, before it begins wherever that can be known; everything
-that can be had beside it is had. A refusal is one message: what, where (image, layer, file), and what to do. `--debug`
-shows the traceback.
+A wrong value without a word is the worst thing that this program could do; an unfair refusal is the second. So a run is
+refused where its rows could hold something else than they say, before it begins wherever that is known. Everything
+else that was asked for is still done. A refusal is one message: what, where (image, layer, file), and what to do.
+`--debug` shows the traceback.
 """
 
 # The sections in the order in which a newcomer meets them, each with why such things are refused at all.
@@ -40,7 +40,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Layers": (
         (
             "A row must hold what one image made, and nothing of another's. What does not follow the batch, is "
-            "not a tensor, or cannot be watched has no rows; where noise and real images cannot show it, it is "
+            "not a tensor, or cannot be watched has no rows. Where noise and real images do not show it, it is "
             "not guessed."
         ),
         (
@@ -50,15 +50,15 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "Sources of images": (
         (
-            "Rows keep the order in which they were given, each with a key of its own, so what has no order, no "
-            "length or two equal keys is refused before the run."
+            "Rows keep the order in which they were given, each with a key of its own. So a source without order or "
+            "length, or with two equal keys, is refused before the run."
         ),
         ("SourceError",),
     ),
     "Single images": (
         (
-            "A bad image never ends a run: its row says what was wrong. Pictures that a decoder would guess at "
-            "are failures, not guesses, and formats that start a foreign program are not opened."
+            "A bad image never ends a run: its row says what was wrong. Pictures that a decoder could only guess at "
+            "fail, and formats that start a foreign program are not opened."
         ),
         ("SampleError",),
     ),
@@ -79,8 +79,8 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "Runs that stop": (
         (
-            "What is finished is kept, and the same command goes on. A forward pass that does something else than "
-            "the probe saw stops the run, since its rows cannot be trusted."
+            "What is finished is kept, and the same command goes on. A forward pass that differs from what the probe "
+            "saw stops the run, since its rows cannot be trusted."
         ),
         (
             "CaptureError",
