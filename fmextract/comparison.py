@@ -64,8 +64,8 @@ class Comparison:
 def compare(a: Activations, b: Activations, layers: Sequence[str] = (), *, worst: int = 3) -> Comparison:
     """Compare the activations in `b` with those in `a`, layer by layer, rows matched by key and layers by name.
 
-    `layers` are names, all that both have if none. Each layer is read once, in batches; `worst` images are named for
-    each. Raises ConfigError where they have no image, or no layer of the same shape, in common.
+    `layers` are names or selectors, all that both have if none. Each layer is read once, in batches; `worst` images are
+    named for each. Raises ConfigError where they have no image, or no layer of the same shape, in common.
     """
     shared, unlike = _shared_layers(a, b, layers)
     rows_a, rows_b, failed = _shared_rows(a, b)
@@ -85,9 +85,11 @@ def compare(a: Activations, b: Activations, layers: Sequence[str] = (), *, worst
 
 
 def _shared_layers(a: Activations, b: Activations, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
-    for name in wanted:
-        a[name], b[name]  # raises for a name that one of them does not have, with the closest
-    names = [name for name in a.layers if name in b and (not wanted or name in wanted)]
+    for selector in wanted:
+        if not set(in_a := a.select(selector)) & set(in_b := b.select(selector)):
+            raise ConfigError(f"{selector} is {_some(in_a)} in {a.path}, and {_some(in_b)} in {b.path}: name layers")
+    asked = set(a.select(*wanted)) & set(b.select(*wanted)) if wanted else set(a.layers)
+    names = [name for name in a.layers if name in b and name in asked]
     unlike = [name for name in names if a[name].shape[1:] != b[name].shape[1:]]
     shared = [name for name in names if name not in unlike]
     if not shared:

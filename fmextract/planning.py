@@ -40,6 +40,7 @@ class Estimate:
 
 
 _LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerSpec))
+_TUPLES = {"shape", "axes", "chunk", "classes", "further_paths"}  # lists in JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ def _layer_as_json(layer: LayerSpec) -> dict[str, Any]:
 
 def _layer_from_json(obj: Mapping[str, Any]) -> LayerSpec:
     made = {**obj}
-    for name in ("shape", "axes", "chunk"):
+    for name in _TUPLES & made.keys():
         made[name] = tuple(made[name])
     if made["field"] is not None:
         field: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in made["field"].items()}

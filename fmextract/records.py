@@ -123,8 +123,9 @@ class LayerSpec:
     `mantissa` is the number of explicit mantissa bits that can be non-zero in the values, when fewer than dtype has.
     `chunk` is (images, *shape of the part of one image in a chunk). `erf_size` is the side, in pixels of the input, of
     the square that holds 90 % of a cell's squared gradient, None where it was not measured. Values of at most
-    `near_zero_below` either side of zero count as near zero, None where they are not counted. `number` has the
-    selectors by number that mean its module, as `conv#20 trunk#19`.
+    `near_zero_below` either side of zero count as near zero, None where they are not counted. What a selector
+    can mean its module by: `number`, as `conv#20 trunk#19`, and `number_from_end`, as `conv#-33 trunk#-30`; `classes`
+    that it descends from, its own first; `further_paths` of a module that has several.
     """
 
     name: str
@@ -147,6 +148,9 @@ class LayerSpec:
     erf_size: float | None = None
     near_zero_below: float | None = None
     number: str = ""
+    number_from_end: str = ""
+    classes: tuple[str, ...] = ()
+    further_paths: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):

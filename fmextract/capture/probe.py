@@ -19,11 +19,12 @@ from fmextract.capture.atoms import Axes, image_axes, name_axes, without_batch
 from fmextract.capture.axes import AxisTracer
 from fmextract.capture.hooks import Hooks, tapped
 from fmextract.capture.independence import finite, kinds, leaking, same
-from fmextract.capture.taps import ROOT, Forward, Probed, Refused, RowLayout, Tap, is_plain, is_transformed, plain
+from fmextract.capture.taps import Forward, Probed, Refused, RowLayout, Tap, is_plain, is_transformed, plain
 from fmextract.capture.writes import Writes, digest, memory, unwatched
 from fmextract.common.devices import is_out_of_memory
 from fmextract.common.text import some
 from fmextract.errors import CaptureError, FmextractError
+from fmextract.selector import ROOT
 
 _SAMPLED = 1 << 14  # values of a row that are compared: more than enough to tell two images apart
 _MOVED = 1e-2  # relative L2 distance of a row among other images, or at another place, that kernels explain

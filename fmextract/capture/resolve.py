@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import re
 from collections.abc import Sequence
 
 from torch import nn
 
 from fmextract.capture.reach import UNREADY
-from fmextract.capture.survey import MODULE_KINDS, Survey
-from fmextract.capture.taps import ROOT, Event, Tap, TensorInfo
+from fmextract.capture.survey import Survey
+from fmextract.capture.taps import Event, Tap, TensorInfo
 from fmextract.common.text import some
 from fmextract.errors import LayerError
-from fmextract.selector import TRUNK, Selector, _glob
+from fmextract.selector import KINDS, ROOT, Selector, meant
 
 
 def resolve(selectors: Sequence[str], seen: Survey) -> list[Tap]:
@@ -67,17 +66,11 @@ def _of_selector(selector: Selector, seen: Survey) -> list[Tap]:
 
 
 def _matching_modules(selector: Selector, seen: Survey) -> list[str]:
-    numbered = re.fullmatch(r"(\w+)#(-?\d+)", selector.base)
-    if numbered and selector.base not in seen.types:
-        return [_numbered_module(selector, numbered[1], int(numbered[2]), seen)]
-    matches, known = _matches(selector, seen)
+    matches = meant(selector, seen.modules.values())
     if not matches:
-        close = _closest(selector.wanted, known)
-        if "#" in selector.base:
-            close += " After # stands one number, as in conv#0 or conv#-1; type:Conv2d takes all convolutions."
-        raise LayerError(f"no layer matches {selector.text!r}.{close} `fmextract layers` lists all.")
+        raise _no_match(selector, seen)
     order = {path: i for i, path in enumerate(seen.order)}
-    called = {seen.aliases.get(path, path) for path in matches} & set(order)
+    called = set(matches) & set(order)
     if not called:
         why = next((f"{path!r}: {seen.missed[path]}" for path in matches if path in seen.missed), "")
         ends = next((path for path, why in seen.missed.items() if why == UNREADY), "")
@@ -93,41 +86,31 @@ def _matching_modules(selector: Selector, seen: Survey) -> list[str]:
     return sorted(called, key=lambda path: order[path])
 
 
-def _matches(selector: Selector, seen: Survey) -> tuple[list[str], Sequence[str]]:
-    """Paths of the modules, called or not, that a selector means by path, class or pattern; and what there is."""
-    base = selector.base
+def _no_match(selector: Selector, seen: Survey) -> LayerError:
+    if selector.numbered:
+        kind, _ = selector.numbered
+        if kind not in KINDS:
+            return LayerError(f"{selector.text!r}: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
+        count = len(seen.numbered(kind))
+        span = f"{kind}#0 to {kind}#{count - 1}" if count else "none at all"
+        return LayerError(f"{selector.text!r}: this model has {span} in the order of execution")
+    classes = {name for names in seen.lineage.values() for name in names}
     paths = [path for path in (*seen.types, *seen.aliases) if path != ROOT]
-    if base in paths:
-        return [base], paths
-    if base.startswith("type:"):
-        matches = [path for path, names in seen.lineage.items() if selector.wanted in names and path != ROOT]
-        return matches, sorted({name for names in seen.lineage.values() for name in names})
-    if base in (".", ROOT):
-        return [ROOT], paths
-    pattern = _glob(base)
-    return [path for path in paths if pattern.fullmatch(path)], paths
+    close = _closest(selector.wanted, sorted(classes) if selector.base.startswith("type:") else paths)
+    if "#" in selector.base:
+        close += " After # stands one number, as in conv#0 or conv#-1; type:Conv2d takes all convolutions."
+    return LayerError(f"no layer matches {selector.text!r}.{close} `fmextract layers` lists all.")
 
 
 def left_out(selectors: Sequence[str], seen: Survey) -> dict[str, str]:
     """Why modules that patterns mean are not taken, by path; without selectors, of all. Of a module and those within it
     the outermost.
     """
-    meant = set(seen.missed)
+    wanted = set(seen.missed)
     if selectors:
         parsed = [Selector.of(text, seen.types) for text in selectors]
-        meant &= {path for selector in parsed if selector.is_pattern for path in _matches(selector, seen)[0]}
-    return {path: seen.missed[path] for path in seen.missed if path in meant and path.rpartition(".")[0] not in meant}
-
-
-def _numbered_module(selector: Selector, kind: str, number: int, seen: Survey) -> str:
-    known_kinds = (*MODULE_KINDS, TRUNK)
-    if kind not in known_kinds:
-        raise LayerError(f"{selector.text!r}: unknown kind {kind!r}; expected one of {', '.join(known_kinds)}")
-    paths = seen.numbered(kind)
-    if not -len(paths) <= number < len(paths):
-        span = f"{kind}#0 to {kind}#{len(paths) - 1}" if paths else "none at all"
-        raise LayerError(f"{selector.text!r}: this model has {span} in the order of execution")
-    return paths[number]
+        wanted &= {path for one in parsed if one.is_pattern for path in meant(one, seen.modules.values())}
+    return {path: seen.missed[path] for path in seen.missed if path in wanted and path.rpartition(".")[0] not in wanted}
 
 
 def _closest(wanted: str, known: Sequence[str]) -> str:
@@ -182,7 +165,7 @@ def _tap(selector: Selector, event: Event, calls: int, info: TensorInfo, member:
         selector=selector.text,
         shape=info.shape,
         explicit=not selector.is_pattern,
-        numbers=seen.numbers.get(event.module, ""),
+        meant_by=seen.modules[event.module],
     )
 
 

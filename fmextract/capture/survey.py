@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from fmextract.capture.reach import out_of_reach
-from fmextract.capture.taps import ROOT, Event, Forward, Tap, TensorInfo
+from fmextract.capture.taps import Event, Forward, Tap, TensorInfo
 from fmextract.capture.trunk import ShortcutTracer
-from fmextract.selector import TRUNK
+from fmextract.selector import KINDS, ROOT, TRUNK, Module
 
 
 def _classes_in(module: ModuleType) -> frozenset[str]:
@@ -41,11 +41,17 @@ def module_kind(module: nn.Module) -> str:
     return next((kind for kind, bases in MODULE_KINDS.items() if names & bases), "")
 
 
+def _lineage(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of the classes that a selector can ask for: a name made by `type()` may hold a space."""
+    return tuple(base.__name__ for base in cls.__mro__ if base.__name__.split() == [base.__name__])
+
+
 @dataclass(frozen=True)
 class Survey:
     """What one forward pass did: the starts and ends of all calls as they came, with the tensors in and out.
 
-    `types`, `kinds` and `lineage` (names of the classes it descends from) are of every module, called or not.
+    `types`, `kinds` and `lineage` (names of the classes it descends from, its own first) are of every module, called or
+    not.
     `aliases` are further paths of modules that have several, with the path that the others know them by. `missed` says
     of modules whose calls hooks do not see why that is. `shortcuts` are the convolutions that only make a block's input
     fit what is added to it.
@@ -54,7 +60,7 @@ class Survey:
     tensors: Mapping[Event, tuple[TensorInfo, ...]]
     types: Mapping[str, str]
     kinds: Mapping[str, str]
-    lineage: Mapping[str, frozenset[str]]
+    lineage: Mapping[str, tuple[str, ...]]
     aliases: Mapping[str, str]
     missed: Mapping[str, str]
     shortcuts: frozenset[str] = frozenset()
@@ -81,11 +87,31 @@ class Survey:
     @cached_property
     def numbers(self) -> Mapping[str, str]:
         """Of each module, the selectors by number that mean it: `conv#20 trunk#19`."""
-        found: dict[str, str] = {}
-        for kind in (*MODULE_KINDS, TRUNK):
-            for i, path in enumerate(self.numbered(kind)):
-                found[path] = f"{found[path]} {kind}#{i}" if path in found else f"{kind}#{i}"
-        return found
+        return self._counted(from_end=False)
+
+    @cached_property
+    def modules(self) -> Mapping[str, Module]:
+        """Of each module, called or not, all that a selector can mean it by."""
+        further: dict[str, list[str]] = {}
+        for path, known_by in self.aliases.items():
+            further.setdefault(known_by, []).append(path)
+        from_end = self._counted(from_end=True)
+        return {
+            path: Module(
+                path, tuple(further.get(path, ())), classes, self.numbers.get(path, ""), from_end.get(path, "")
+            )
+            for path, classes in self.lineage.items()
+        }
+
+    def _counted(self, from_end: bool) -> Mapping[str, str]:
+        """`kind#N` of each module that has a kind, without what is also a path, which goes before a number."""
+        found: dict[str, list[str]] = {}
+        for kind in KINDS:
+            paths = self.numbered(kind)
+            for i, path in enumerate(paths, -len(paths) if from_end else 0):
+                if f"{kind}#{i}" not in self.types and f"{kind}#{i}" not in self.aliases:
+                    found.setdefault(path, []).append(f"{kind}#{i}")
+        return {path: " ".join(words) for path, words in found.items()}
 
     def stop_before(self, taps: Sequence[Tap]) -> Event | None:
         """The first start of a call after the last call of every tapped module. None: the forward runs to its end.
@@ -187,7 +213,7 @@ def survey(model: nn.Module, forward: Forward, batch: torch.Tensor) -> Survey:
         tensors=tensors,
         types={path: type(m).__name__ for path, m in modules.items()},
         kinds={path: module_kind(m) for path, m in modules.items()},
-        lineage={path: frozenset(cls.__name__ for cls in type(m).__mro__) for path, m in modules.items()},
+        lineage={path: _lineage(type(m)) for path, m in modules.items()},
         aliases={
             path: known_by[id(module)]
             for path, module in model.named_modules(remove_duplicate=False)

@@ -10,9 +10,7 @@ import torch
 
 from fmextract.common.text import some
 from fmextract.errors import CaptureError
-
-ROOT = "(model)"  # how the model itself is called as a layer; as a selector it is "."
-
+from fmextract.selector import Module
 
 # --------------------------------------------------------------------------------------------- survey
 
@@ -63,7 +61,7 @@ class Tap:
     selector: str
     shape: tuple[int, ...]
     explicit: bool  # named by path or number, not by a pattern: refused aloud rather than left out
-    numbers: str = ""  # the selectors by number that mean its module
+    meant_by: Module
 
 
 # ------------------------------------------------------------------------------- what a tap's tensor is

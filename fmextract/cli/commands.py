@@ -347,7 +347,10 @@ def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="What counts as right.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", help="What is compared with it.", show_default=False)],
     layers: Annotated[
-        list[str] | None, _option("--layer", "-l", metavar="LAYER", help="A layer by name; repeatable. [default: all]")
+        list[str] | None,
+        _option(
+            "--layer", "-l", metavar="SELECTOR", help="A layer: its name, or a selector; repeatable. [default: all]"
+        ),
     ] = None,
     out: Annotated[
         Path | None, _option("--out", "-o", metavar="PICTURE", help="Draw it, too: name.png, name.pdf or name.svg.")

@@ -244,7 +244,7 @@ Stored = Annotated[
         "--layer",
         "-l",
         metavar="SELECTOR",
-        help="A layer of the file: its name, a glob, or conv#N as the run was asked for it; repeatable. [default: all]",
+        help="A layer of the file: its name, or a selector as in `extract`; repeatable. [default: all]",
     ),
 ]
 
@@ -284,4 +284,6 @@ Images = Annotated[
 ]
 
 
-OneLayer = Annotated[str, _option("--layer", "-l", metavar="LAYER", help="A layer of the file, by its name.")]
+OneLayer = Annotated[
+    str, _option("--layer", "-l", metavar="SELECTOR", help="A layer of the file: its name, or a selector.")
+]

@@ -11,12 +11,10 @@ indexing come out as numpy's IndexError and TypeError.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
-import itertools
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,17 +30,12 @@ from fmextract.reading.files import File, Files, _Part, listed_shards
 from fmextract.reading.indexing import Array, Rows, batched
 from fmextract.reading.layer import DATASET_BYTES, Layer
 from fmextract.reading.parallel import _pool
+from fmextract.reading.select import UnknownName, closest, meant_layers
 from fmextract.records import Label
 from fmextract.storage.columns import Form, as_array, common_form, encode_column
 
 if TYPE_CHECKING:
     from fmextract.reading.dataset import LayerDataset
-
-
-class UnknownName(ConfigError, KeyError):
-    """A layer, or the key of an image, that is not in the file; the message names the closest ones."""
-
-    __str__ = Exception.__str__  # KeyError's shows the message in quotes, with its line ends escaped
 
 
 def open(path: str | os.PathLike[str], *, threads: int | None = None, cache: int = RECENT_BYTES) -> Activations:
@@ -111,12 +104,29 @@ class Activations:
         return self._files.rows
 
     def __getitem__(self, name: str) -> Layer:
-        """A layer by name; raises UnknownName, a KeyError, that shows the closest names."""
+        """Return a layer by name, or by a selector that means just one: `conv#20`. Raises UnknownName, a KeyError."""
         if name not in self._made:
             if name not in self.layers:
-                raise UnknownName(f"no layer {name!r} in {self.path}{_closest(name, self.layers)}")
+                return self[self._one_meant(name)]
             self._made[name] = Layer(self, name)
         return self._made[name]
+
+    def _one_meant(self, text: str) -> str:
+        if not isinstance(text, str):
+            raise UnknownName(f"no layer {text!r} in {self.path}{closest(text, self.layers)}")
+        name, *others = self.select(text)
+        if others:
+            raise UnknownName(f"{text!r} means {plural(len(others) + 1, 'layer')} of {self.path}: {name}, {others[0]}…")
+        return name
+
+    def select(self, *selectors: str) -> tuple[str, ...]:
+        """Return the names of the layers that selectors mean, in their order: as `conv#-1`, `type:Conv2d`, `layer?`.
+
+        A selector means what it meant to the run. Raises UnknownName, a KeyError, for one that means none.
+        """
+        layers = {name: layer.spec for name, layer in self._files[0].contents.layers.items()}
+        wanted = {name for text in selectors for name in meant_layers(text, layers, self.path)}
+        return tuple(name for name in self.layers if name in wanted)
 
     def __contains__(self, name: object) -> bool:
         return name in self.layers
@@ -193,7 +203,7 @@ class Activations:
         try:
             return self._row_of[key]
         except KeyError:
-            raise UnknownName(f"no image {key!r} in {self.path}{_closest(key, self._row_of)}") from None
+            raise UnknownName(f"no image {key!r} in {self.path}{closest(key, self._row_of)}") from None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -249,9 +259,9 @@ class Activations:
         self, names: Sequence[str] | None = None, size: int = 256, include_failed: bool = False
     ) -> Iterator[tuple[Rows, dict[str, Array]]]:
         """(rows int64 (n), {name: array (n, …)}) over several layers, all of them when None; see `Layer.batches`."""
-        layers = [self[name] for name in (self.layers if names is None else names)]
+        layers = {name: self[name] for name in (self.layers if names is None else names)}
         for rows in batched(self.rows(include_failed), size):
-            yield rows, {layer.name: layer[rows] for layer in layers}
+            yield rows, {name: layer[rows] for name, layer in layers.items()}
 
     def dataset(
         self,
@@ -418,19 +428,6 @@ def _column_or(file: File, name: str, missing: Any) -> Array:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
-
-
-ALL_NAMED = 12
-"""Names that are all told where none is close to the one that was asked for."""
-
-
-def _closest(name: object, names: Iterable[str]) -> str:
-    some = [str(known) for known in itertools.islice(names, 10_000)]
-    holding = [known for known in some if str(name).lower() in known.lower()]  # `tom` for `cats/tom.jpg`
-    close = holding[:3] or difflib.get_close_matches(str(name), some, n=3, cutoff=0.5)
-    if not close and 0 < len(some) <= ALL_NAMED:
-        return f"; there are {', '.join(some)}"
-    return f"; the closest are {', '.join(close)}" if close else ""
 
 
 def _opened_again(path: Path, threads: int | None, cache: int, content: str) -> Activations:

@@ -1,101 +1,122 @@
-"""Which of a file's layers a selector means: names, globs, and `conv#0` where the file can tell."""
+"""Which of a file's layers a selector means: those that the run would have taken by it, of those that it holds."""
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from fmextract.errors import ConfigError
+from fmextract.common.text import some
+from fmextract.errors import ConfigError, LayerError
+from fmextract.records import LayerSpec
+from fmextract.selector import KINDS, Module, Selector, meant
 
 if TYPE_CHECKING:
     from fmextract.reading.activations import Activations
     from fmextract.reading.layer import Layer
 
-_NUMBERED = re.compile(r"(conv|linear|norm|act|pool|trunk)#(-?\d+)")
+
+MOST_TOLD = 12
+"""Names that a message tells, where none is close to the one that was asked for."""
 
 
-_KINDS = {
-    "conv": r"conv",
-    "linear": r"linear",
-    "norm": r"norm",
-    "act": r"relu|gelu|silu|elu|swish|sigmoid|tanh|softmax|mish|hardtanh",
-    "pool": r"pool",
-    "trunk": r"conv",
-}
+class UnknownName(ConfigError, KeyError):
+    """A layer, or the key of an image, that is not in the file; the message names the closest ones."""
 
-
-_GLOB = {"**.": r"(?:.*\.)?", "**": r".*", "*": r"[^.]*", "?": r"[^.]"}
+    __str__ = Exception.__str__  # KeyError's shows the message in quotes, with its line ends escaped
 
 
 def select_layers(acts: Activations, selectors: Sequence[str], *, with_maps: bool = False) -> list[str]:
     """Return the names of the selected layers, in their order; without selectors all (`with_maps`: all that have maps).
 
-    A selector is a name; a glob as in `extract`; `type:Conv2d`; `conv#20`, or `trunk#19` among the convolutions that
-    lie on no shortcut; `conv#-1` if the run asked for it in these words or took every convolution: a file does not know
-    the modules that it does not hold. Raises ConfigError.
+    Raises UnknownName, a ConfigError, for a selector that means no stored layer, or of which the file does not say it.
     """
     if not selectors:
         found = [name for name in acts.layers if not with_maps or has_maps(acts[name])]
         if not found:
             raise ConfigError(f"{acts.path} has no layer with maps")
         return found
-    wanted = {name for selector in selectors for name in _matching(acts, selector)}
-    return [name for name in acts.layers if name in wanted]
+    return list(acts.select(*selectors))
 
 
-def _matching(acts: Activations, selector: str) -> list[str]:
-    if selector in acts:
-        return [selector]
-    if numbered := _NUMBERED.fullmatch(selector):
-        return _numbered(acts, selector, numbered[1], int(numbered[2]))
-    if selector.startswith("type:"):
-        kind = selector.removeprefix("type:")
-        found = [name for name in acts.layers if acts[name].module_type == kind]
-    elif "*" in selector or "?" in selector:
-        tokens = re.split(r"(\*\*\.|\*\*|\*|\?)", selector)
-        pattern = re.compile("".join(_GLOB.get(token, re.escape(token)) for token in tokens))
-        found = [name for name in acts.layers if pattern.fullmatch(name) or pattern.fullmatch(acts[name].module)]
-    else:
-        found = [name for name in acts.layers if acts[name].module == selector]
+def meant_layers(text: str, layers: Mapping[str, LayerSpec], file: object) -> list[str]:
+    """Return the names of the layers of `file` that a selector, or the name of one, means, in their order; at least one.
+
+    It means what it meant to the run. One that may stand for several modules takes what is stored of them, reduced or
+    not, unless it names a reducer. Raises UnknownName.
+    """
+    if text in layers:
+        return [text]
+    modules = {spec.module: _module(spec) for spec in layers.values()}
+    try:
+        selector = Selector.of(text, {path for module in modules.values() for path in module.paths})
+    except LayerError as error:
+        raise UnknownName(f"no layer {text!r} in {file}{closest(text, layers)}") from error
+    if unsaid := _unsaid(selector, modules.values()):
+        raise UnknownName(
+            f"{file} does not say which layer is {text}, as it was written before files said {unsaid}: "
+            f"name one of {', '.join(itertools.islice(layers, MOST_TOLD))}"
+        )
+    paths = set(meant(selector, modules.values()))
+    stored = {name: spec for name, spec in layers.items() if spec.module in paths}
+    found = [name for name, spec in stored.items() if _is_asked_for(selector, spec)]
+    if stored and not found:
+        raise UnknownName(f"{file} has no layer that is {text}; of what that means it has {some(list(stored))}")
     if not found:
-        acts[selector]  # raises, and names the closest
+        raise UnknownName(_why_none(selector, layers, modules.values(), file))
     return found
 
 
-def _numbered(acts: Activations, selector: str, kind: str, number: int) -> list[str]:
-    """Return the layer that is `conv#20`, or its several calls: a layer says which of its kind it is.
-
-    From the end, and of files that do not say it: the layer that it was when the run asked for it. The selectors of
-    the run, sorted as their modules run, are the stored layers of that kind one by one: if both are as many, each has
-    found its layer.
-    """
-    words = {name: acts[name].numbers for name in acts.layers}
-    if said := [name for name, own in words.items() if selector in own]:
-        return said
-    if number >= 0 and any(words.values()):
-        there = ", ".join(word for own in words.values() for word in own if word.startswith(f"{kind}#"))
-        raise ConfigError(f"{acts.path} has no layer that is {selector}; it has {there or f'none of the kind {kind}'}")
-    stored = [name for name in acts.layers if _is_kind(acts[name].module_type, kind)]
-    asked = acts.config.get("options", {}).get("layers", [])
-    if kind == "conv" and "type:Conv2d" in asked and -len(stored) <= number < len(stored):
-        return [stored[number]]
-    numbers = list(dict.fromkeys(_numbers(asked, kind)))
-    ordered = sorted(n for n in numbers if n >= 0) + sorted(n for n in numbers if n < 0)
-    if number in ordered and len(ordered) == len(stored):
-        return [stored[ordered.index(number)]]
-    raise ConfigError(f"{acts.path} does not say which layer is {selector}: name one of {', '.join(acts.layers)}")
+def _module(spec: LayerSpec) -> Module:
+    return Module(spec.module, spec.further_paths, spec.classes, spec.number, spec.number_from_end)
 
 
-def _numbers(selectors: Sequence[str], kind: str) -> Iterator[int]:
-    for selector in selectors:
-        found = _NUMBERED.fullmatch(selector)
-        if found and found[1] == kind:
-            yield int(found[2])
+def _is_asked_for(selector: Selector, spec: LayerSpec) -> bool:
+    """Return whether a layer is the tensor of its module that a selector asks for."""
+    member = tuple(re.findall(r"\[([^\[\]]+)\]", spec.member))
+    return (
+        selector.tap == spec.tap
+        and selector.call in (None, spec.call)
+        and selector.member == member[: len(selector.member)]
+        and (selector.reducer == spec.reducer or (selector.is_pattern and not selector.reducer))
+    )
 
 
-def _is_kind(module_type: str, kind: str) -> bool:
-    return re.search(_KINDS[kind], module_type, re.IGNORECASE) is not None
+def _unsaid(selector: Selector, modules: Collection[Module]) -> str:
+    """Return what an older file would have to say of its layers to tell which are meant, "" where it can tell."""
+    if any(selector.base in module.paths for module in modules) or all(module.classes for module in modules):
+        return ""
+    if selector.numbered is not None:
+        _, number = selector.numbered
+        if number < 0:
+            return "how many of a kind there are"
+        return "" if any(module.number for module in modules) else "which of its kind each is"
+    return "of which classes each is" if selector.base.startswith("type:") else ""
+
+
+def _why_none(selector: Selector, layers: Collection[str], modules: Collection[Module], file: object) -> str:
+    if selector.numbered is not None:
+        kind, _ = selector.numbered
+        if kind not in KINDS:
+            return f"{selector.text}: unknown kind {kind!r}; expected one of {', '.join(KINDS)}"
+        there = [word for module in modules for word in module.number.split() if word.startswith(f"{kind}#")]
+        has = ", ".join(there[:MOST_TOLD]) or f"none of the kind {kind}"
+        return f"{file} has no layer that is {selector.text}; it has {has}"
+    classes = {name for module in modules for name in module.classes}
+    known = sorted(classes) if selector.base.startswith("type:") else layers
+    return f"no layer {selector.text!r} in {file}{closest(selector.wanted, known)}"
+
+
+def closest(name: object, names: Iterable[str]) -> str:
+    """Return the end of a message on a name that is not there: the closest names, or all where they are few."""
+    some = [str(known) for known in itertools.islice(names, 10_000)]
+    holding = [known for known in some if str(name).lower() in known.lower()]  # `tom` for `cats/tom.jpg`
+    close = holding[:3] or difflib.get_close_matches(str(name), some, n=3, cutoff=0.5)
+    if not close and 0 < len(some) <= MOST_TOLD:
+        return f"; there are {', '.join(some)}"
+    return f"; the closest are {', '.join(close)}" if close else ""
 
 
 def has_maps(layer: Layer) -> bool:

@@ -83,7 +83,7 @@ def _module_rows(
                 index=len(rows),
                 path=tap.name,
                 type=tap.module_type,
-                number=tap.numbers,
+                number=tap.meant_by.number,
                 calls=tap.calls,
                 shape=stored.shape if stored else None,
                 axes=stored.axes if stored else (),

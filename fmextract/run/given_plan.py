@@ -93,8 +93,9 @@ def _known(plan: Plan, prepared: Prepared, asked: Mapping[str, Any]) -> dict[str
     for i, layer in enumerate(plan.layers):
         must = make_plan.known_of_layer(prepared, i)
         must["dtype"] = make_plan.type_on_disk(layer.compute_dtype, asked["dtype"])
-        if not layer.number:  # the first plans have none
-            del must["number"]
+        for name in ("number", "number_from_end", "classes", "further_paths"):
+            if not getattr(layer, name):  # the first plans do not say it
+                del must[name]
         if must["field"] is not None:
             must["field"] = dataclasses.asdict(must["field"])
         known[layer.name] = {**dataclasses.asdict(layer), **must}

@@ -256,6 +256,9 @@ def _spec(
         erf_size=attrs.get("erf_size"),
         near_zero_below=attrs.get("near_zero_below"),
         number=attrs.get("number", ""),
+        number_from_end=attrs.get("number_from_end", ""),
+        classes=tuple(attrs.get("classes", "").split()),
+        further_paths=tuple(schema.load(attrs.get("further_paths", "[]"))),
     )
 
 

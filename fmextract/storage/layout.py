@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from fmextract.common import strict_json
 from fmextract.errors import LayerError
 from fmextract.records import FORMAT, FORMAT_VERSION, Field, FileInfo, LayerSpec
 from fmextract.storage.codecs import MOST_CHUNK_BYTES, Array
@@ -113,6 +114,9 @@ def _layer_attrs(spec: LayerSpec) -> dict[str, Any]:
         "call": spec.call,
         "calls": spec.calls,
         "number": spec.number or None,
+        "number_from_end": spec.number_from_end or None,
+        "classes": " ".join(spec.classes) or None,
+        "further_paths": strict_json.dumps(spec.further_paths) if spec.further_paths else None,
         "tap": spec.tap,
         "member": spec.member or None,
         "reducer": spec.reducer or None,

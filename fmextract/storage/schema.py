@@ -343,6 +343,9 @@ LAYER: Mapping[str, Attribute] = {
     "call": Attribute(whole(1, 2**31), required=True),
     "calls": Attribute(whole(1, 2**31), required=True),
     "number": Attribute(text),
+    "number_from_end": Attribute(text),
+    "classes": Attribute(text),
+    "further_paths": Attribute(many(text), json=True),
     "tap": Attribute(one_of("out", "in"), required=True),
     "member": Attribute(text),
     "reducer": Attribute(text),
@@ -442,6 +445,9 @@ _SPEC = fields(
     erf_size=optional(number(0, 1e9)),
     near_zero_below=optional(number(0)),
     number=text,
+    number_from_end=text,
+    classes=many(text),
+    further_paths=many(text),
 )
 PLAN = renamed(
     fields(

@@ -65,7 +65,7 @@ def measure_depth(acts: Activations, layers: Sequence[str] = ()) -> list[LayerDe
 
     `layers` are names or selectors, all if none. Raises ConfigError where no layer has statistics.
     """
-    names = [name for name in select_layers(acts, layers or ["**"]) if acts[name].spec.channel_axis is not None]
+    names = [name for name in select_layers(acts, layers or acts.layers) if acts[name].spec.channel_axis is not None]
     if not names:
         raise ConfigError(f"{acts.path}: no statistics: none of these layers has a known channel axis")
     return [_one(acts, name) for name in names]

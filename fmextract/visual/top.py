@@ -141,7 +141,7 @@ def show_top(
     width, height = max(6.5, side * across + 0.3), above + tall * len(lines) + heading * len(rows)
     figure = canvas.figure(width, height)
     which = f"channel {channels[0]}" if len(channels) == 1 else count(len(channels), "channel")
-    canvas.heading(figure, f"{layer}  ·  {which}", "  ·  ".join(acts[layer].numbers))
+    canvas.heading(figure, f"{acts[layer].name}  ·  {which}", "  ·  ".join(acts[layer].numbers))
     figure.text(0.15 / width, 1 - 0.68 / height, _legend(lines[0][0]), color=canvas.theme().faint, size=9, va="center")
     down, listing = above, Listing(acts, images)
     for line, is_first in lines:

@@ -107,7 +107,7 @@ def localize(acts: Activations, image: str, layer: str, k: int = 5) -> Where:
     cell = divmod(int(heat.argmax()), grid.cells[1])
     hottest = grid.region(cell)
     part = photo_box(hottest.box, acts.preprocess, size)
-    return Where(layer, image, tuple(peaks), heat, cell, hottest, part, grid.over_input(heat))
+    return Where(one.name, image, tuple(peaks), heat, cell, hottest, part, grid.over_input(heat))
 
 
 @styled
@@ -132,7 +132,7 @@ def show_where(
     side, crops = 4.4, len(found.peaks)
     width, height = 2 * side + 0.45, side + 1.35 + (2 * side + 0.15) / max(crops, 4) + 0.35
     figure = canvas.figure(width, height)
-    canvas.heading(figure, layer, "  ·  ".join((*acts[layer].numbers, cut(local_name(image), 40))))
+    canvas.heading(figure, found.layer, "  ·  ".join((*acts[layer].numbers, cut(local_name(image), 40))))
     bottom = (height - 1.0 - side) / height
     left = figure.add_axes((0.15 / width, bottom, side / width, side / height), anchor="N")
     draw_region(left, seen, None)
