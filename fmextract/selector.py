@@ -109,7 +109,7 @@ class Module:
 
 
 def meant(selector: Selector, known: Iterable[Module]) -> list[str]:
-    """Return the paths of the modules that the base of a selector means: by path, number, class or glob, in this order."""
+    """Return the paths of the modules that a selector means: by path, number, class or glob, in this order."""
     modules = list(known)
     base = ROOT if selector.base == "." else selector.base
     if named := [module.path for module in modules if base in module.paths]:

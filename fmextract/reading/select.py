@@ -42,7 +42,7 @@ def select_layers(acts: Activations, selectors: Sequence[str], *, with_maps: boo
 
 
 def meant_layers(text: str, layers: Mapping[str, LayerSpec], file: object) -> list[str]:
-    """Return the names of the layers of `file` that a selector, or the name of one, means, in their order; at least one.
+    """Return the names of the layers of `file` that a name or selector means, in their order; at least one.
 
     It means what it meant to the run. One that may stand for several modules takes what is stored of them, reduced or
     not, unless it names a reducer. Raises UnknownName.
