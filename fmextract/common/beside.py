@@ -1,12 +1,12 @@
-"""Python files of the user's, each of which finds the files beside it, as a script there does; nobody else finds them.
+"""Load a user's Python files. Each finds the files beside it, as a script there does, and no other code finds them.
 
-A file is a module of a name that no import leads to, so that one called random.py or torch.py stands in nobody's way.
-Its own `import` statements, at the top or in functions that are called later, look beside it first, and those of the
-modules found there do, too: two folders may have a blocks.py each. What Python itself brings along, and what is
-installed and was imported already, is not looked for there.
+A file becomes a module of a name that no import leads to, so that a random.py or torch.py of the user's hides no
+other. Its own `import` statements, at the top or in functions that are called later, look beside it first. Those of the
+modules found there do, too: two folders may have a blocks.py each. Python's own modules, and installed ones that were
+imported already, are not looked for there.
 
-While a file is executed, or what it defines is called for the first time (`importable_beside`), whatever runs finds
-its neighbours by their plain names, however it asks: importlib, pickles. They are the modules that `import` gives.
+While a file is executed, or what it defines is called for the first time (`importable_beside`), all code finds its
+neighbours by their plain names, also through importlib and pickles. They are the modules that `import` gives.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from typing import Any
 __all__ = ["importable_beside", "load_file", "plain_name"]
 
 KEPT = 8
-"""Modules of one file that stay findable by their names, for pickles: it is executed anew each time it is asked for."""
+"""Modules of one file that stay findable by their names, for pickles: each request executes the file again."""
 
 _runs: dict[Path, OrderedDict[str, None]] = {}
 _numbers = itertools.count(1)
 
 
 def load_file(path: Path, name: str = "") -> ModuleType:
-    """Execute a file as a module, of this name or of one of its own. Raises FileNotFoundError, and what it raises."""
+    """Execute a file as a module with this or a new name. Raises FileNotFoundError, and what the file raises."""
     place = path.resolve()
     if not place.is_file():
         raise FileNotFoundError(path)
@@ -57,7 +57,7 @@ def load_file(path: Path, name: str = "") -> ModuleType:
 
 @contextlib.contextmanager
 def importable_beside(path: Path) -> Iterator[None]:
-    """Whatever runs meanwhile finds the neighbours of a file by their plain names, as while it is executed."""
+    """Make the neighbours of a file importable by their plain names within the block, as while it is executed."""
     place = path.resolve()
     with _folder_of(place.parent).importable(place):
         yield
@@ -80,7 +80,7 @@ class _Folder:
 
     @contextlib.contextmanager
     def importable(self, file: Path) -> Iterator[None]:
-        """The modules of this folder have their plain names meanwhile; `file` too, where nothing else has its."""
+        """Give the modules of this folder their plain names within the block; `file` too, if its name is free."""
         first, last = _Neighbours(self, file), _Rest(self)
         tops = {name.partition(".")[0] for name in sys.modules}
         ours = {top for top in tops if self.beside(top) not in (None, file)}
@@ -117,7 +117,7 @@ class _Folder:
         return module
 
     def _load_folder(self, name: str, folder: Path) -> ModuleType:
-        """Return a package without an __init__.py."""
+        """Make a package without an __init__.py."""
         spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
         spec.submodule_search_locations = [str(folder)]
         module = importlib.util.module_from_spec(spec)
@@ -212,7 +212,7 @@ class _Neighbours(importlib.abc.MetaPathFinder):
 
 
 class _Rest(importlib.abc.MetaPathFinder):
-    """Finds what else lies in a folder and nobody else has: compiled modules."""
+    """Finds what else lies in a folder, and nowhere else: compiled modules."""
 
     def __init__(self, folder: _Folder) -> None:
         self.folder = folder
@@ -231,7 +231,7 @@ class _Rest(importlib.abc.MetaPathFinder):
 
 
 class _Other(importlib.abc.Loader):
-    """Gives a module that is there already, under another name."""
+    """Gives a module that was imported before, under another name."""
 
     def __init__(self, get: Callable[[], ModuleType]) -> None:
         self.get = get
@@ -278,9 +278,7 @@ def _is_installed(module: ModuleType | None) -> bool:
 
 
 def _is_nothing_else(top: str, place: Path) -> bool:
-    """Return whether a name means this file, or folder without an __init__.py: any other module that has it goes
-    before.
-    """
+    """Return whether a name means this file, or folder without an __init__.py; other modules of that name go first."""
     if top in sys.modules:
         found = getattr(sys.modules[top], "__file__", None)
     else:

@@ -1,4 +1,4 @@
-"""From a cell of a feature map to a box in the network's input, and from there to one in the photo. Needs no torch.
+"""Convert a cell of a feature map to a box in the network's input, and that to one in the photo. Needs no torch.
 
 A box is (y0, x0, y1, x1) in pixels, edges included: pixel p covers the interval from p to p + 1.
 """
@@ -15,8 +15,7 @@ Span = tuple[int, int, int]
 
 
 def cell_box(field: Field, cell: tuple[int, int], input_size: tuple[int, int] | None = None) -> Box:
-    """Return what `cell` (y, x) sees of the network's input, clipped to its `input_size` (height, width) where that is
-    known.
+    """Return the box of the network's input that `cell` (y, x) sees, clipped to `input_size` (height, width) if known.
 
     A cell in the padding around the image may see nothing of it: its box is then empty, on the image's edge.
     """
@@ -71,7 +70,7 @@ def resized_size(height: int, width: int, resize: int | tuple[int, int] | None) 
 
 
 def crop_span(resized: int, crop: int) -> Span:
-    """Along one axis of a centre crop: first and last + 1 of the resized pixels seen, and the padding before them."""
+    """Return a centre crop along one axis: first and last + 1 of the resized pixels, and the padding before them."""
     if crop > resized:
         return 0, resized, (crop - resized) // 2
     start = round((resized - crop) / 2)

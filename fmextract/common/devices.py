@@ -1,4 +1,4 @@
-"""Devices: which one a run takes, and what their errors mean."""
+"""Choose the device of a run, and explain the errors of devices."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pick(text: str) -> torch.device:
         found = torch.accelerator.current_accelerator(check_available=True)
         return torch.device(found.type, 0) if found is not None else torch.device("cpu")
     if "," in text:
-        raise ConfigError(f"--device {text!r}: one device a run in this version; start one run a device")
+        raise ConfigError(f"--device {text!r}: one device per run in this version; start one run per device")
     try:
         device = torch.device(text)
     except RuntimeError:
@@ -37,9 +37,9 @@ TOO_SMALL = "the device has not enough memory for one image: {}. Ask for fewer l
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether a forward pass ended for want of memory.
+    """Return whether a forward pass ran out of memory.
 
-    A CPU, MPS and the libraries of CUDA say so with a plain RuntimeError.
+    On a CPU, on MPS and in the libraries of CUDA that is a plain RuntimeError.
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -50,10 +50,9 @@ _NO_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "_S
 
 
 def lost(error: BaseException) -> DeviceLost | None:
-    """Return what an error of an accelerator, or of its memory, means where no image is to blame; None for any other
-    error.
+    """Explain an error of an accelerator, or of its memory, that no image caused; return None for any other error.
 
-    Such errors surface late, in whatever asks the device for something next.
+    Such errors surface late, in the next call that waits for the device.
     """
     said = str(error).strip().partition("\n")[0]
     if isinstance(error, torch.OutOfMemoryError):

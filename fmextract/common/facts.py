@@ -1,8 +1,8 @@
-"""What Python objects are, as facts that are equal in another process, on another machine, after an edit of a comment.
+"""Describe Python objects by facts that are equal in another process, on another machine, after an edit of a comment.
 
-Code is told by its instructions, with the names and constants they use; values by their content. Nothing depends on
-`repr`, on addresses, or on the order of sets and plain dicts. Code of installed libraries is told by its name: which
-version is installed is for the reader to compare. What cannot be told is named.
+Code is described by its instructions, with the names and constants they use; values by their content. Nothing depends
+on `repr`, on addresses, or on the order of sets and plain dicts. Code of installed libraries is described by its name:
+which version is installed is for the reader to compare. What cannot be described is named.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ import numpy as np
 import xxhash
 
 CHANGES = "changes while it runs"
-"""Stands for a value that a run itself changes (a counter, a cache): it tells nothing of what a run is."""
+"""Stands for a value that a run itself changes (a counter, a cache): it says nothing of what a run is."""
 MOST_FACTS = 250
-"""More are told as one: the facts of a run stand in an attribute of its file."""
-SHORT = 60  # characters of a text that is told as it is
+"""More facts become one: those of a run stand in an attribute of its file."""
+SHORT = 60  # characters of a text that stands among the facts as it is
 MOST_DEPTH = 50
 MOST_OF_PATH = 1024  # characters
 SAMPLED_BYTES = 1 << 30
-"""Of a file mapped into memory that is larger, parts are read."""
+"""A larger file that is mapped into memory is read in parts."""
 
 _DYNAMIC = frozenset({"getattr", "vars", "__dict__", "eval", "exec", "locals"})
 _OF_CLASS_BODIES = frozenset({"__doc__", "__firstlineno__", "__static_attributes__", "__module__", "__qualname__"})
@@ -50,7 +50,7 @@ _SILENT = ("logging", "warnings", "threading", "_thread", "contextvars", "typing
 _STANDARD = ("argparse", "collections", "types")
 """Packages of Python's own whose objects are what their attributes say."""
 LARGE = ("torch", "torchvision", "torchaudio", "functorch", "triton", "timm", "numpy", "scipy", "pandas", "PIL")
-"""Libraries wherever they lie: to read all code of torch takes minutes."""
+"""Libraries wherever they lie: to read all code of torch would take minutes."""
 
 
 def interpreter() -> str:
@@ -60,7 +60,7 @@ def interpreter() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """Facts, the installed libraries that were met, and what could not be told: `name (why)`."""
+    """Facts, the installed libraries that were met, and what could not be described: `name (why)`."""
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     packages: frozenset[str] = frozenset()
@@ -75,7 +75,7 @@ def changing(facts: Mapping[str, Any]) -> list[str]:
 
 
 def settled(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts `now`, with CHANGES in the place of those that were others `before`."""
+    """Return the facts `now`, with CHANGES in place of those that differ from `before`."""
     names = [*now, *(name for name in before if name not in now)]
     return {name: now[name] if name in now and before.get(name) == now[name] else CHANGES for name in names}
 
@@ -84,9 +84,9 @@ class Facts:
     """Collects facts of objects, and of all code and data that they use."""
 
     def __init__(self, places: Mapping[int, str] | None = None) -> None:
-        """`places` name objects, by `id`, that are told elsewhere."""
+        """Begin with no facts. `places` name objects, by `id`, that are described elsewhere."""
         self.names: set[str] = set()
-        """Names that code takes of objects: an attribute that none of it names decides nothing."""
+        """Attributes that code names: one that no code names decides nothing."""
         self._packages: set[str] = set()
         self._unknown_parts: dict[str, str] = {}
         self._paths: set[str] = set()
@@ -105,15 +105,15 @@ class Facts:
     # ---- what can be asked for
 
     def value(self, name: str, value: Any) -> None:
-        """Tell `value` under `name`: as it is where it is short and plain, else by a digest of its content."""
+        """Describe `value` under `name`: as it is where it is short and plain, else by a digest of its content."""
         self._tell(name, self._shown(name, value))
 
     def cannot_tell(self, name: str, value: Any) -> None:
-        """Name `value` as what cannot be told."""
+        """Name `value` as what cannot be described."""
         self._unknown_parts[name] = f"an object of type {type(value).__qualname__}"
 
     def methods(self, cls: type, names: Iterable[str]) -> None:
-        """Tell these methods of a class, and whichever other methods of it are used by code that is told."""
+        """Describe these methods of a class, and the other methods of it that described code uses."""
         known = self._methods.setdefault(cls, set())
         self._keep(cls)
         for name in names:
@@ -123,7 +123,7 @@ class Facts:
                     self._method(owner, name, found)
 
     def drain(self) -> None:
-        """Tell everything that was met so far, and what it uses in turn."""
+        """Describe everything that was met so far, and what that uses."""
         while True:
             while self._functions:
                 self._function(self._functions.popleft())
@@ -135,8 +135,9 @@ class Facts:
                 return
 
     def objects(self, groups: Mapping[type, Sequence[tuple[str, Mapping[str, Any]]]], entries: Sequence[str]) -> None:
-        """Tell objects by class, as (place, attributes): the methods `entries`, what these use, and the attributes
-        that any code names."""
+        """Describe objects by class, given as (place, attributes): the methods `entries`, what these use, and the
+        attributes that any code names.
+        """
         for cls in groups:
             self.methods(cls, entries)
         self.names |= set(entries)
@@ -156,7 +157,7 @@ class Facts:
                 self._attribute(cls, name, [(place, held[name]) for place, held in groups[cls] if name in held])
 
     def _attribute(self, cls: type, name: str, values: Sequence[tuple[str, Any]]) -> None:
-        """An attribute of all objects of a class: its value, where all have the same."""
+        """Describe an attribute of all objects of a class: by its value, where all have the same."""
         label = f"{_local(cls)}.{name}"
         if is_library(cls.__module__):
             self._tell(f"settings of {_local(cls)}", (name, self.digest(label, values)))
@@ -231,7 +232,7 @@ class Facts:
                 self.value(f"{name}:{variable}", value)
 
     def _global(self, function: types.FunctionType, chain: tuple[str, ...]) -> None:
-        """A global that code uses, `chain` its name and the attributes that are taken of it."""
+        """Describe a global that code uses; `chain` is its name and the attributes that are taken of it."""
         first, *rest = chain
         if first.startswith("import "):
             self._imported(first.removeprefix("import "))
@@ -259,7 +260,7 @@ class Facts:
             self.value(".".join(names), value)
 
     def _imported(self, name: str) -> None:
-        """A module that is imported while code runs: the code in its file."""
+        """Describe a module that is imported while code runs, by the code in its file."""
         if is_library(name):
             self._package(name)
             return
@@ -290,7 +291,7 @@ class Facts:
         return self.digest(name, value)
 
     def digest(self, name: str, value: Any) -> str:
-        """Return a digest of the content of `value`; parts that cannot be told are named after `name`."""
+        """Return a digest of the content of `value`; parts that cannot be described are named after `name`."""
         before, self._subject = self._subject, name
         hashed = xxhash.xxh3_128()
         self._put(hashed, value, 0)
@@ -464,7 +465,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class _Code:
-    """What was read of a code object and those within it: globals as `chains` of a name and attributes taken of it."""
+    """What a code object and those within it use: globals as `chains` of a name and the attributes taken of it."""
 
     digest: str
     names: frozenset[str]
@@ -533,7 +534,7 @@ def _defined(cls: type, name: str) -> Iterator[tuple[type, Any]]:
 
 @functools.lru_cache(4096)
 def _own_names(cls: type) -> frozenset[str]:
-    """Return what the classes of an inheritance that are no library's define, and what those of libraries do."""
+    """Return the names that a class and its bases define, libraries' classes among them."""
     found: set[str] = set()
     for owner in cls.__mro__:
         if owner.__module__ not in ("builtins", "typing", "abc", "torch.nn.modules.module"):
@@ -710,7 +711,7 @@ _OF_MODULES = re.compile(r"_.*hooks(_with_kwargs|_always_called)?|training|_is_f
 
 
 def _state_of_module(found: Mapping[str, Any]) -> dict[str, Any]:
-    """That of a torch module within an object: hooks have the numbers of a process as keys."""
+    """Return the attributes of a torch module within an object: hooks without their keys, which differ by process."""
     kept = {name: value for name, value in found.items() if not _OF_MODULES.fullmatch(name)}
     hooks = {name: found.get(name, {}) for name in ("_forward_hooks", "_forward_pre_hooks")}
     return kept | {name: list(hook.values()) for name, hook in hooks.items() if hook}

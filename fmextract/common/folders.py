@@ -1,4 +1,4 @@
-"""A folder remembered in two ways, where it is and where it is from an output, so that both can be moved together."""
+"""Remember a folder by its path and by its way from an output, so that both can be moved together."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def moved(folder: Mapping[str, str], base: Path, to: Path) -> dict[str, str]:
 
 
 def candidates(folder: Mapping[str, str], base: Path) -> Iterator[Path]:
-    """Where it may be now: first where it was as seen from the output, since both may have moved together."""
+    """Yield where it may be now: first its place as seen from the output, since both may have moved together."""
     for name in names_of(folder.get("relative", "")):
         yield Path(os.path.realpath(base), name)
     for name in names_of(folder.get("absolute", "")):
@@ -49,9 +49,7 @@ def candidates(folder: Mapping[str, str], base: Path) -> Iterator[Path]:
 
 
 def names_of(shown: str) -> list[str]:
-    """Return what a file may be called whose name shows as `shown`: that, or with each `\\xHH` a byte that is not
-    UTF-8.
-    """
+    """Return the names that show as `shown`: that, or one with bytes that are not UTF-8 for each `\\xHH`."""
     if not shown or "\\x" not in shown:
         return [shown] if shown else []
     return [shown, os.fsdecode(re.sub(rb"\\x([0-9a-f]{2})", lambda m: bytes.fromhex(m[1].decode()), shown.encode()))]
@@ -75,9 +73,7 @@ def without_folders(text: str, known: Iterable[str] = ()) -> str:
 
 
 def common_folder(paths: Iterable[str]) -> str:
-    """Return the folder, with a slash at its end, in which all of the absolute ones among `paths` lie; "" if there is
-    none.
-    """
+    """Return the folder, with a slash at its end, that holds all absolute ones of `paths`; "" if there is none."""
     absolute = [path for path in paths if path.startswith("/")]
     if not absolute:
         return ""

@@ -1,4 +1,4 @@
-"""An object by the name that a user gives it: `module:name` or `path/file.py:name`."""
+"""Import an object by the name that a user gives: `module:name` or `path/file.py:name`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ __all__ = ["import_object", "importing_for"]
 
 
 def import_object(text: str, error: type[ConfigError], purpose: str) -> Any:
-    """Return what `module:name` or `path/file.py:name` names; `name` may have dots. `purpose` begins the error's
-    message.
+    """Return the object that `module:name` or `path/file.py:name` names; `name` may have dots.
+
+    `purpose` begins the message of an error.
 
     A module is looked for where Python does, and in the working directory; a file finds what lies beside it
     (`beside`). Where names come out of a file, only what the user gave again is imported (`trust`).
@@ -41,7 +42,7 @@ def import_object(text: str, error: type[ConfigError], purpose: str) -> Any:
 
 @contextlib.contextmanager
 def importing_for(text: str) -> Iterator[None]:
-    """What `import_object(text)` gave may be called: modules are found as they were while it was imported."""
+    """Find modules within the block as while `import_object(text)` ran, so that what it gave may be called."""
     place = text.rpartition(":")[0]
     with importable_beside(Path(place)) if place.endswith(".py") else _working_directory():
         yield
@@ -54,7 +55,7 @@ def _import_module(name: str) -> Any:
 
 @contextlib.contextmanager
 def _working_directory() -> Iterator[None]:
-    """Modules are found in the working directory too."""
+    """Find modules in the working directory too, within the block."""
     here = str(Path.cwd())
     if here in sys.path or "" in sys.path:
         yield

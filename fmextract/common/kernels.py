@@ -1,7 +1,7 @@
 """Loops over the values of activations that neither numpy nor torch does in one pass: `_kernels.c`, compiled.
 
-It is compiled when fmextract is installed, where there is a C compiler. Where it is not there these functions return
-None or False, and the caller does the same with numpy or torch, several times as slowly. They release the GIL.
+An installation compiles it where there is a C compiler. Without it these functions return None or False, and the caller
+does the same with numpy or torch, several times as slowly. They release the GIL.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Moments:
 
 
 def moments(x: Array, shift: Array | None, near_zero: float | None) -> Moments | None:
-    """Of x (images, channels, positions), float32, or uint16 for the bit patterns of bfloat16.
+    """Sum x (images, channels, positions), float32, or uint16 for the bit patterns of bfloat16.
 
     `shift` is float64 (channels,), None for zeros; values of at most `near_zero` either side of zero are near it. None
     where x holds anything else than finite numbers, is of another type, or has neither the positions nor the channels
@@ -91,8 +91,7 @@ def moments(x: Array, shift: Array | None, near_zero: float | None) -> Moments |
 
 
 def places(x: Array, images: Array, channels: Array, values: Array) -> Array | None:
-    """Return the first position, int64 (n,), at which x[images[i], channels[i]] is values[i], float64 (n,); 0 if it
-    never is.
+    """Return the first position, int64 (n,), at which x[images[i], channels[i]] is values[i], float64 (n,); else 0.
 
     x as for `moments`, in any layout.
     """
@@ -110,7 +109,7 @@ def places(x: Array, images: Array, channels: Array, values: Array) -> Array | N
 
 def byte_planes(x: Array, planes: Array) -> bool:
     """Write the bytes of x (images, positions, channels), channels side by side in memory, to `planes`, uint8
-    (itemsize, values): first bytes first, in the order images, channels, positions. Whether it was done.
+    (itemsize, values): first bytes first, in the order images, channels, positions. Returns whether it was done.
     """
     if _library is None:
         return False

@@ -1,4 +1,4 @@
-"""Which process made something, so that another one can tell whether it still runs."""
+"""Mark what a process makes, so that another one can tell whether that process still runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["is_dead", "mark", "started"]
 
 
 def started(pid: int) -> str | None:
-    """When a process began, in the kernel's words; "" where the system does not tell, None where there is none."""
+    """Return when a process began, in the kernel's words; "" if the system does not say, None if there is none."""
     try:
         # The name in parentheses may hold anything; the state follows it, the start is field 22 of all.
         state, *rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
@@ -32,13 +32,13 @@ def started(pid: int) -> str | None:
 
 
 def mark() -> str:
-    """32 hex digits that no other call gives, and that say which process made them: see `is_dead`."""
+    """Return 32 hex digits that no other call gives, and that say which process made them: see `is_dead`."""
     pid = os.getpid()
     return f"{_here()}{pid & 0xFFFFFF:06x}{_ticks(started(pid)):012x}{secrets.token_hex(3)}"
 
 
 def is_dead(mark: str) -> bool:
-    """Return whether the process that made a mark surely runs no more: only those of this machine can be looked at."""
+    """Return whether the process that made a mark has surely ended: only those of this machine can be looked at."""
     if mark[:8] != _here():
         return False
     now = started(int(mark[8:14], 16))
@@ -51,7 +51,7 @@ def _ticks(started: str | None) -> int:
 
 @functools.cache
 def _here() -> str:
-    """8 hex digits of where process numbers mean what they mean here: host, its last start, container."""
+    """Return 8 hex digits of the host, its last start and the container: there process numbers mean the same."""
     parts = [socket.gethostname()]
     try:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())

@@ -1,4 +1,4 @@
-"""What a run tells a person while it goes: a bar on a terminal or in a notebook, a line every so often in a log."""
+"""Show the progress of a run: a bar on a terminal or in a notebook, a line every half minute in a log."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Quiet:
 class TerminalProgress:
     """A `records.Progress` on stderr: images/s, the expected end, failures.
 
-    On a terminal and in a notebook a bar. In a log a line after ten seconds and then every half minute, which says the
-    same, and a last one. A closed or full stderr never ends a run.
+    On a terminal and in a notebook a bar. In a log a line after ten seconds, then every half minute, and a last one,
+    which say the same. A closed or full stderr never ends a run.
     """
 
     def __init__(self, stream: TextIO | None = None, unit: str = "image") -> None:

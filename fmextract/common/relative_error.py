@@ -1,4 +1,4 @@
-"""How far values are from others: one number, of what is finite in both."""
+"""Measure how far values are from others: one number, over what is finite in both."""
 
 from __future__ import annotations
 

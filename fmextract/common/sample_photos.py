@@ -1,4 +1,4 @@
-"""The photos that the demo and the benchmark run on, out of scikit-image."""
+"""Provide the photos that the demo and the benchmark run on, from scikit-image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PHOTOS = (
 
 
 def copy_photos(folder: Path) -> Path:
-    """Put the photos into `folder` as files; returns it. Raises OutputError, MissingExtra."""
+    """Put the photos into `folder` as files, and return it. Raises OutputError, MissingExtra."""
     try:
         shipped = resources.files("skimage") / "data"
     except ModuleNotFoundError as error:

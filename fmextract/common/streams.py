@@ -1,4 +1,4 @@
-"""The standard streams of a process that a service manager started: closed, full, or fine.
+"""Keep the standard streams usable where a service manager closed them, or what they write to is full.
 
 A run never fails because nobody can read what it says.
 """
@@ -16,7 +16,7 @@ __all__ = ["Tolerant", "ensure_open", "settle"]
 def ensure_open() -> None:
     """Open the descriptors 0 to 2 on nothing where they are closed, and give Python streams for them.
 
-    Else the first file of a run would get the number of a stream, and what a library prints would go into that file.
+    Otherwise the first file of a run would get the number of a stream, and what a library prints would go into it.
     """
     for number in range(3):
         try:
@@ -29,7 +29,7 @@ def ensure_open() -> None:
 
 
 def settle(stream: TextIO) -> None:
-    """Write out what `stream` still holds; where that fails, drop it: Python would end with 120 for it."""
+    """Write out what `stream` still holds. Where that fails, drop it: Python would end with exit code 120 for it."""
     try:
         stream.flush()
     except (OSError, ValueError):
@@ -40,7 +40,7 @@ def settle(stream: TextIO) -> None:
 
 
 class Tolerant:
-    """A text stream like `stream`, on which writing never fails: what cannot be written is dropped."""
+    """A text stream like `stream` whose writing never fails: what cannot be written is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""JSON that every reader takes: NaN and infinities, which it cannot hold, become null. Nothing here writes another."""
+"""Write JSON that every reader takes: NaN and infinities become null. All JSON of the package is written here."""
 
 from __future__ import annotations
 

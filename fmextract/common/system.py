@@ -1,4 +1,4 @@
-"""What this machine has: CPUs that the process may use, memory that it may fill."""
+"""Ask the machine for its CPUs and its memory, as far as this process may use them."""
 
 from __future__ import annotations
 

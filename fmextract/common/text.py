@@ -1,4 +1,4 @@
-"""Words and numbers for people: sizes, durations, aligned tables, and keys that cannot harm a terminal."""
+"""Write sizes, durations and aligned tables for people, and keys that cannot harm a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NARROWEST = 8
 
 
 def printable(text: object) -> str:
-    """`text` on one line, with control characters, bidirectional marks and lone surrogates shown as escapes.
+    """Return `text` on one line, with control characters, bidirectional marks and lone surrogates shown as escapes.
 
     File names may hold anything but "/" and NUL; printed as they are, they could move the cursor or paint the screen.
     """
@@ -19,7 +19,7 @@ def printable(text: object) -> str:
 
 
 def byte_count(count: float) -> str:
-    """1536 → `1.5 KiB`."""
+    """Write 1536 as `1.5 KiB`."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(count) < 1000 or unit == "TiB":
             break
@@ -28,7 +28,7 @@ def byte_count(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """3725 → `1 h 02 min`, 65 → `1 min 05 s`, 2.5 → `2.5 s`."""
+    """Write 3725 as `1 h 02 min`, 65 as `1 min 05 s`, 2.5 as `2.5 s`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     if seconds < 3600:
@@ -37,12 +37,12 @@ def duration(seconds: float) -> str:
 
 
 def rate(per_second: float) -> str:
-    """1234.5 → `1,234`, 12.34 → `12.3`."""
+    """Write 1234.5 as `1,234`, 12.34 as `12.3`."""
     return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.3g}"
 
 
 def share(fraction: float | None) -> str:
-    """0.125 → `12.5%`; a small share keeps its digits, 0 is `0`, None is empty."""
+    """Write 0.125 as `12.5%`; a small share keeps its digits, 0 is `0`, None is empty."""
     if not fraction:
         return "" if fraction is None else "0"
     return f"{100 * fraction:.1f}%" if fraction >= 0.0095 else f"{100 * fraction:.2g}%"
@@ -54,7 +54,7 @@ def shape(sizes: Sequence[int] | None) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """1 → `1 image`, 1200 → `1,200 images`."""
+    """Write 1 as `1 image`, 1200 as `1,200 images`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -68,8 +68,8 @@ def table(
 ) -> str:
     """Write rows under their head, in aligned columns; the columns named in `right` are set to the right.
 
-    A column without a value in any row is left out. Where the whole is wider than `width`, the widest columns of text
-    are cut in the middle (both ends of a module's path matter). No `width`: nothing is cut.
+    A column without a value in any row is left out. Where the table is wider than `width`, the widest columns of text
+    are cut in the middle (both ends of a module's path matter). Without `width` nothing is cut.
     """
     cells = [[printable(cell) for cell in row] for row in rows]
     kept = [i for i in range(len(head)) if not cells or any(row[i] for row in cells)]
@@ -85,7 +85,7 @@ def table(
 
 
 def _fitted(widths: list[int], may_shrink: list[bool], width: int) -> list[int]:
-    """Take from the widest column that may shrink, until all of them fit or nothing more can be taken."""
+    """Shrink the widest column that may shrink, until all of them fit or none can shrink further."""
     widths = list(widths)
     while sum(widths) + 2 * (len(widths) - 1) > width:
         widest = max((i for i, may in enumerate(may_shrink) if may), key=widths.__getitem__, default=None)
@@ -120,7 +120,7 @@ def _padded(text: str, width: int, right: bool) -> str:
 
 
 def size_change(before: float, after: float) -> str:
-    """Return how many times as small, or as large, something became: `3.2 times smaller`, `1.4 times larger`."""
+    """Say by how much something shrank or grew: `3.2 times smaller`, `1.4 times larger`."""
     ratio = max(before, after) / max(1, min(before, after))
     if round(ratio, 1) == 1.0:
         return "no smaller"

@@ -1,8 +1,8 @@
-"""What a file names is data until the user says otherwise: nothing of it is imported, downloaded or unpickled.
+"""Treat what a file names as data until the user says otherwise: import, download and unpickle nothing of it.
 
-Whoever sends a file may let any name stand in it, and code or pickles lie beside it. Everything that builds something
-from names out of a file does so within `names_from_a_file`. Where names become code (`imports.import_object`), weights
-from a network or the content of a file, `models` asks here first; so what is added later is refused until it asks, too.
+The sender of a file may put any name into it, and code or pickles beside it. Everything that builds something from
+names in a file does so within `names_from_a_file`. Where names become code (`imports.import_object`), weights from a
+network or the content of a file, `model` asks here first; what is added later is refused until it asks, too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _limits: ContextVar[_Limits | None] = ContextVar("names_from_a_file", default=No
 def names_from_a_file(
     file: Path, given: Collection[str], *, downloads: bool = False, weights_file_sha256: str = ""
 ) -> Iterator[None]:
-    """While the block lasts, names are those that stand in `file`, but for those that the user has `given` again.
+    """Treat names within the block as those in `file`, except those that the user has `given` again.
 
     `downloads`: the user named the model, whose published weights may come from the network as ever. A weight file that
     `file` names is read if it has the digest `weights_file_sha256`, which the run wrote down.
