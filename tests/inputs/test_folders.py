@@ -79,7 +79,12 @@ def test_a_hidden_folder_that_is_named_is_read(tmp_path):
     assert open_source(tmp_path / ".photos").notes == []
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000"])
+PIL.Image.init()
+KINDS = [kind for kind in ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "JPEG2000") if kind in PIL.Image.SAVE]
+"""Pillow writes AVIF from 11.3 on."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_images_are_recognised_by_their_first_bytes(tmp_path, kind):
     put(tmp_path, "noextension", "c.jpg?width=300", "d.2019", data=encoded(kind))
     put(tmp_path, "e", "f.jpg?width=300")
