@@ -50,7 +50,6 @@ app = typer.Typer(
     epilog="Begin with `fmextract demo`, or list the layers of a model: `fmextract layers resnet50`. "
     "Exit codes: 0 done, 2 usage or configuration, 3 done but some images failed, 4 stopped early "
     "(the same command resumes), 5 damaged file, 130 interrupted, 1 anything unexpected.",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -15,16 +15,17 @@ from typing import Annotated, Any
 import typer
 
 from fmextract.capture.reducer_help import REDUCER_HELP
-from fmextract.cli import tables
+from fmextract.cli import completion, tables
 from fmextract.cli.app import ARGUMENTS, MISMATCH, SOME_FAILED, _show, app, importing, main, working
+from fmextract.cli.command import command
 from fmextract.cli.options import (
-    Debug,
+    WHAT,
     Dpi,
+    File,
     Json,
     Layers,
     Model,
     Out,
-    Output,
     Preprocessing,
     Size,
     Source,
@@ -36,12 +37,12 @@ from fmextract.cli.options import (
     with_run_options,
 )
 from fmextract.cli.show import show
+from fmextract.cli.verbosity import progress
 from fmextract.common import text
-from fmextract.common.progress import TerminalProgress
 from fmextract.config import parse_size
 
 
-@app.command()
+@command(app)
 @with_run_options
 def extract(
     source: Source,
@@ -50,11 +51,10 @@ def extract(
     *,
     plan_file: Annotated[
         Path | None,
-        _option("--plan", metavar="FILE", help="Do what `fmextract plan … --save FILE` showed; measure nothing again."),
+        _option("--plan", metavar="FILE", help="Do what `fmextract plan … --save` kept; measure nothing again."),
     ] = None,
     dry_run: Annotated[bool, _option("--dry-run", help="Print the plan and stop, as `fmextract plan` does.")] = False,
     as_json: Json = False,
-    debug: Debug = False,
     **options: Any,
 ) -> int:
     """Run images through a model and keep its layers' activations.
@@ -68,8 +68,8 @@ def extract(
         with importing():
             from fmextract.run.extract import run
 
-        command = shlex.join(["fmextract", *ARGUMENTS.get()])
-        result = run(source, model, out, config, TerminalProgress(), plan=plan_file, command=command)
+        words = shlex.join(["fmextract", *ARGUMENTS.get()])
+        result = run(source, model, out, config, progress(), plan=plan_file, command=words)
     _show(result.as_json(), lambda: tables.summary(result), as_json)
     if not result.failed:
         return 0
@@ -78,20 +78,19 @@ def extract(
     return SOME_FAILED
 
 
-@app.command()
+@command(app)
 @with_run_options
 def plan(
     source: Source,
     model: Model,
-    out: Annotated[Path, _option("--out", "-o", metavar="OUT", help="As in `extract`. [default: acts.h5]")] = Path(
-        "acts.h5"
-    ),
+    out: Annotated[
+        Path, _option("--out", "-o", metavar="OUT", panel=WHAT, help="As in `extract`. [default: acts.h5]")
+    ] = Path("acts.h5"),
     *,
     save: Annotated[
-        Path | None, _option("--save", metavar="FILE", help="Keep the plan in a file, for `extract --plan FILE`.")
+        Path | None, _option("--save", metavar="OUT", help="Keep the plan in a file, for `extract --plan`.")
     ] = None,
     as_json: Json = False,
-    debug: Debug = False,
     **options: Any,
 ) -> int:
     """Say what `extract` would do, and what it would cost.
@@ -120,7 +119,7 @@ def _plan(
             from fmextract.run.estimate import check_space
             from fmextract.run.extract import make_plan
 
-        made = make_plan(source, model, out, config, TerminalProgress(), plan=given)
+        made = make_plan(source, model, out, config, progress(), plan=given)
         if save is not None:
             made.save(save)
     _show(made.as_json(), lambda: tables.plan(made), as_json)
@@ -128,20 +127,25 @@ def _plan(
     return 0
 
 
-@app.command(
+@command(
+    app,
     epilog="Reducers: "
     + "; ".join(f"={help.usage} keeps {help.keeps}, {help.shapes}" for help in REDUCER_HELP.values())
-    + "; =module:callable, a function of yours from (B, …) to (B, …)."
+    + "; =module:callable, a function of yours from (B, …) to (B, …).",
 )
 def layers(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="As in `extract --model`; built with random weights, no download.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="As in `extract --model`; built with random weights, no download.",
+            autocompletion=completion.models,
+        ),
     ],
     selectors: Layers = None,
     preprocess: Preprocessing = None,
     size: Size = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """List a model's layers in the order of execution.
 
@@ -158,8 +162,8 @@ def layers(
     return 0
 
 
-@app.command()
-def info(out: Output, as_json: Json = False, debug: Debug = False) -> int:
+@command(app)
+def info(out: File, as_json: Json = False) -> int:
     """Say what an output holds: its run, rows and layers.
 
     fmextract info acts.h5
@@ -173,13 +177,13 @@ def info(out: Output, as_json: Json = False, debug: Debug = False) -> int:
     return 0
 
 
-@app.command()
+@command(app)
 def pack(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="A directory of shards, as `extract -o DIR/` leaves.", show_default=False),
+        typer.Argument(metavar="FILE", help="A directory of shards, as `extract -o DIR/` leaves.", show_default=False),
     ],
-    out: Annotated[Path, _option("--out", "-o", metavar="FILE", help="The file to make, as name.h5.")],
+    out: Annotated[Path, _option("--out", "-o", metavar="OUT", help="The file to make, as name.h5.")],
     leave_out: Annotated[
         list[str] | None,
         _option(
@@ -190,7 +194,6 @@ def pack(
     ] = None,
     overwrite: Annotated[bool, _option("--overwrite", help="Replace an earlier output of fmextract.")] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Make one file of a directory of shards.
 
@@ -205,9 +208,9 @@ def pack(
     return info(out, as_json=as_json)
 
 
-@app.command()
+@command(app)
 def verify(
-    out: Output,
+    out: File,
     rerun: Annotated[
         int, _option("--rerun", metavar="K", help="Run K random images through the model again. [default: 0]")
     ] = 0,
@@ -227,7 +230,6 @@ def verify(
         bool, _option("--trust", help="Let --rerun import code, and download weights, that only the file names.")
     ] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Check an output: checksums, every chunk, rows, statistics.
 
@@ -247,18 +249,18 @@ def verify(
             preprocess=preprocess,
             weights=weights,
             trust=trust,
-            progress=TerminalProgress(),
+            progress=progress(),
         )
     _show(report.as_json(), lambda: tables.verification(report), as_json)
     return 0 if report.ok else MISMATCH
 
 
-@app.command()
+@command(app)
 def report(
-    out: Output,
+    out: File,
     page: Annotated[
         Path | None,
-        _option("--out", "-o", metavar="FILE", help="The page to write. [default: report.html beside OUT]"),
+        _option("--out", "-o", metavar="OUT", help="The page to write. [default: report.html beside FILE]"),
     ] = None,
     images: Annotated[
         Path | None,
@@ -268,7 +270,6 @@ def report(
         str, _option("--max-size", metavar="SIZE", help="Of the page; what does not fit is told. [default: 20MB]")
     ] = "20MB",
     as_json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Write one HTML page about an output, to browse and to send.
 
@@ -284,7 +285,7 @@ def report(
     return 0
 
 
-@app.command()
+@command(app)
 @with_run_options
 def bench(
     source: Annotated[
@@ -294,11 +295,10 @@ def bench(
     *,
     model: Model,
     repeats: Annotated[int, _option("--repeats", metavar="N", help="Medians of so many turns. [default: 3]")] = 3,
-    plot: Annotated[Path | None, _option("--plot", metavar="FILE", help="Draw it: .png, .pdf or .svg.")] = None,
+    plot: Annotated[Path | None, _option("--plot", metavar="OUT", help="Draw it: .png, .pdf or .svg.")] = None,
     theme: Theme = "dark",
     dpi: Dpi = 150,
     as_json: Json = False,
-    debug: Debug = False,
     **options: Any,
 ) -> int:
     """Measure the stages alone, and how near a run comes to their limit.
@@ -310,7 +310,7 @@ def bench(
         with importing():
             from fmextract.benchmark import bench as measure
         style = _style(theme, dpi, out=plot)
-        found = measure(source, model, config, TerminalProgress(), repeats=repeats)
+        found = measure(source, model, config, progress(), repeats=repeats)
         if plot is not None:
             from fmextract.visual.stages import draw_stages
 
@@ -319,13 +319,12 @@ def bench(
     return 0
 
 
-@app.command()
+@command(app)
 def demo(
-    out: Annotated[Path, _option("--out", "-o", metavar="DIR", help="Where to put it. [default: demo/]")] = Path(
+    out: Annotated[Path, _option("--out", "-o", metavar="OUT", help="Where to put it. [default: demo/]")] = Path(
         "demo"
     ),
     as_json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Make a first file and picture with a trained network.
 
@@ -337,12 +336,12 @@ def demo(
         with importing():
             from fmextract.demo import demo as run_demo
 
-        made = run_demo(out, TerminalProgress())
+        made = run_demo(out, progress())
     _show(made.as_json(), lambda: str(made), as_json)
     return 0
 
 
-@app.command()
+@command(app)
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="What counts as right.", show_default=False)],
     b: Annotated[Path, typer.Argument(metavar="B", help="What is compared with it.", show_default=False)],
@@ -353,13 +352,12 @@ def compare(
         ),
     ] = None,
     out: Annotated[
-        Path | None, _option("--out", "-o", metavar="PICTURE", help="Draw it, too: name.png, name.pdf or name.svg.")
+        Path | None, _option("--out", "-o", metavar="OUT", help="Draw it, too: name.png, name.pdf or name.svg.")
     ] = None,
     worst: Annotated[int, _option("--worst", metavar="K", help="Images named for each layer. [default: 3]")] = 3,
     theme: Theme = "dark",
     dpi: Dpi = 150,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Say where two outputs begin to differ, layer by layer.
 
@@ -382,9 +380,9 @@ def compare(
     return 0
 
 
-@app.command()
+@command(app)
 def export(
-    acts: Output,
+    acts: File,
     to: Annotated[
         str,
         _option(
@@ -398,7 +396,7 @@ def export(
         _option(
             "--out",
             "-o",
-            metavar="DEST",
+            metavar="OUT",
             help="What to write: a directory for npy; name.safetensors, name.parquet, name.nc; name.h5 for rdm.",
         ),
     ],
@@ -413,7 +411,6 @@ def export(
     ] = None,
     overwrite: Annotated[bool, _option("--overwrite", help="Replace an earlier export to the same format.")] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Write stored layers in a format of other tools.
 
@@ -424,8 +421,8 @@ def export(
     with working():
         from fmextract.exporting.export import export as write
 
-        progress = TerminalProgress(unit="row")
-        made = write(acts, to=to, out=out, layers=layers, metric=metric, overwrite=overwrite, progress=progress)
+        told = progress("row")
+        made = write(acts, to=to, out=out, layers=layers, metric=metric, overwrite=overwrite, progress=told)
     _show(made.as_json(), lambda: tables.exported(made), as_json)
     return 0
 

@@ -8,13 +8,13 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from fmextract.cli import completion
 from fmextract.config import (
     DTYPES,
     EFFECTIVE_FIELDS,
     JPEG_DECODERS,
     MEMORY_FORMATS,
     PRECISIONS,
-    RENAMED,
     WORKER_KINDS,
     Config,
 )
@@ -22,14 +22,28 @@ from fmextract.config import (
 # ----------------------------------------------------------------------------------------------------- options
 
 
-def _option(*names: str, help: str, metavar: str | None = None, hidden: bool = False) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, hidden=hidden, show_default=False)
+WHAT, EXACT, FAST, SAFE = "What", "How exact", "How fast", "How safe"
+"""Panels of the help of a run."""
+
+
+def _option(
+    *names: str,
+    help: str,
+    metavar: str | None = None,
+    panel: str | None = None,
+    complete: Callable[..., Any] | None = None,
+) -> Any:
+    return typer.Option(
+        *names,
+        help=help,
+        metavar=metavar,
+        rich_help_panel=panel,
+        autocompletion=complete or completion.choices(metavar),
+        show_default=False,
+    )
 
 
 Json = Annotated[bool, _option("--json", help="Print the result as JSON.")]
-
-
-Debug = Annotated[bool, _option("--debug", help="Show the traceback of an error.")]
 
 
 Model = Annotated[
@@ -38,6 +52,8 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
+        panel=WHAT,
+        complete=completion.models,
         help="resnet50 (any name of torchvision), timm:NAME, module:callable or path/file.py:callable.",
     ),
 ]
@@ -48,6 +64,8 @@ Preprocessing = Annotated[
     _option(
         "--preprocess",
         metavar="HOW",
+        panel=WHAT,
+        complete=completion.one_of(("model", "none")),
         help="model (that of its weights), the name of another model, module:callable, none, or "
         "in words: size=256,crop=224,mean=0.5,std=0.5,interpolation=bicubic. [default: model]",
     ),
@@ -56,7 +74,12 @@ Preprocessing = Annotated[
 
 Size = Annotated[
     str | None,
-    _option("--size", metavar="N|HxW", help="Exact size of the model's input, pixels. [default: the preprocessing's]"),
+    _option(
+        "--size",
+        metavar="N|HxW",
+        panel=WHAT,
+        help="Exact size of the model's input, pixels. [default: the preprocessing's]",
+    ),
 ]
 
 
@@ -66,6 +89,8 @@ Layers = Annotated[
         "--layer",
         "-l",
         metavar="SELECTOR",
+        panel=WHAT,
+        complete=completion.reducers,
         help="What to take; repeatable. A path layer4.2.conv3, a glob 'layer?.*.conv1' (** crosses dots), "
         "type:Conv2d, 'conv#0' (the first in order of execution; 'conv#-1' the last), 'trunk#0' (the same without the "
         "convolutions of shortcuts). Suffixes: :2 second call, @in "
@@ -75,126 +100,141 @@ Layers = Annotated[
 ]
 
 
-# The other options of a run, by the field of `Config` that each of them sets: type, what to write, help. Their defaults
-# live in `Config`: what is not given here is not passed on.
-_OPTIONS: Mapping[str, tuple[type, str | None, str]] = {
-    "weights": (
-        str,
-        "WEIGHTS",
-        "default, the name of a set of weights, random:SEED, or a file (.safetensors, .pth). [default: default]",
-    ),
-    "exif": (bool, None, "Turn photos as their EXIF orientation says."),
-    "jpeg_decoder": (
-        str,
-        "|".join(JPEG_DECODERS),
-        "Where JPEGs become pixels; device: plain ones on CUDA (torchcodec, a few levels off). [default: cpu]",
-    ),
-    "precision": (
-        str,
-        "|".join(PRECISIONS),
-        "Of the forward pass; auto takes the fastest whose measured error stays under --max-error. [default: auto]",
-    ),
-    "max_error": (
-        str,
-        "SHARE",
-        "Relative L2 error against fp32, median of the layers, that auto may cost. [default: 2%]",
-    ),
-    "batch_size": (str, "N|auto", "Images a batch; auto measures. [default: auto]"),
-    "device": (str, "DEVICE", "auto, cpu, cuda, cuda:0, mps. [default: auto]"),
-    "dtype": (str, "|".join(DTYPES), "Type of the values on disk; not every reader opens float16. [default: float32]"),
-    "clip": (bool, None, "With --dtype float16: clip what would overflow, instead of stopping."),
-    "keep_bits": (int, "BITS", "Mantissa bits kept; the rest is rounded away. [default: all there are]"),
-    "codec": (
-        str,
-        "gzip|zstd|lz4|none",
-        "Compression; readers of zstd and lz4 need a plugin. [default: gzip]",
-    ),
-    "level": (str, "N|auto", "Level of the codec. [default: auto, its fastest]"),
-    "memory_format": (
-        str,
-        "|".join(MEMORY_FORMATS),
-        "Of the forward pass; changes the last bits of a convolution. [default: auto]",
-    ),
-    "compile": (
-        bool,
-        None,
-        "Run the model through torch.compile: a wait at the start, then passes that are as fast or faster.",
-    ),
-    "shard_size": (str, "SIZE", "Values, before compression, that one shard holds about, as 512MiB. [default: auto]"),
-    "num_workers": (str, "N|auto", "How many decode and compress at once. [default: auto, from the CPUs]"),
-    "worker_kind": (
-        str,
-        "|".join(WORKER_KINDS),
-        "Threads, or processes, which do not wait for each other; auto: from 5 on in long runs. [default: auto]",
-    ),
-    "dataset_workers": (
-        int,
-        "N",
-        "Processes that read a Dataset, and run a preprocessing of your own; 0: one thread does. [default: 0]",
-    ),
-    "limit": (int, "N", "Only the first N images. [default: all]"),
-    "seed": (int, "N", "What is random begins from this number: in a forward pass, and in each row. [default: 0]"),
-    "top_k": (int, "K", "Strongest images kept for each channel. [default: 9]"),
-    "effective_fields": (
-        str,
-        "|".join(EFFECTIVE_FIELDS),
-        "Measure effective receptive fields; auto does where it takes little of the run. [default: auto]",
-    ),
-    "max_failures": (
-        str,
-        "COUNT|SHARE",
-        "Failed images allowed, as 12 or 5%; a share counts from 200 images on. [default: 5%]",
-    ),
-    "key": (str, "COLUMN", "Column of a manifest that names the images. [default: key, else their paths]"),
-    "label": (
-        str,
-        "COLUMN|folder",
-        "Column of a manifest that labels the images, or folder: that which each lies in. [default: label]",
-    ),
-    "hidden": (bool, None, "Take hidden files and folders too, and what computers put beside photos (@eaDir)."),
-    "allow_outside": (bool, None, "Let a manifest name files that are not below its own folder."),
-    "recheck": (
-        bool,
-        None,
-        "Run some stored rows again before an earlier output is taken up or called complete. [default: recheck]",
-    ),
-    "ignore": (
-        list[str],
-        "FIELD",
-        "A field of an earlier run that may differ, as a refusal names it; repeatable. Stored rows are still compared.",
-    ),
-    "keep_failures": (bool, None, "Leave images that failed in an earlier run; else they are tried again."),
-    "overwrite": (bool, None, "Replace an earlier output of fmextract. Without it the same command resumes."),
-    "break_lock": (bool, None, "Take over an output that another run, which is surely dead, still holds."),
+# The other options of a run, by panel and by the field of `Config` that each of them sets: type, what to write, help.
+# Their defaults live in `Config`: what is not given here is not passed on.
+_OPTIONS: Mapping[str, Mapping[str, tuple[type, str | None, str]]] = {
+    WHAT: {
+        "weights": (
+            str,
+            "WEIGHTS",
+            "default, the name of a set of weights, random:SEED, or a file (.safetensors, .pth). [default: default]",
+        ),
+        "exif": (bool, None, "Turn photos as their EXIF orientation says."),
+        "limit": (int, "N", "Only the first N images. [default: all]"),
+        "key": (str, "COLUMN", "Column of a manifest that names the images. [default: key, else their paths]"),
+        "label": (
+            str,
+            "COLUMN|folder",
+            "Column of a manifest that labels the images, or folder: that which each lies in. [default: label]",
+        ),
+        "hidden": (bool, None, "Take hidden files and folders too, and what computers put beside photos (@eaDir)."),
+        "allow_outside": (bool, None, "Let a manifest name files that are not below its own folder."),
+        "seed": (int, "N", "What is random begins from this number: in a forward pass, and in each row. [default: 0]"),
+    },
+    EXACT: {
+        "precision": (
+            str,
+            "|".join(PRECISIONS),
+            "Of the forward pass; auto takes the fastest whose measured error stays under --max-error. [default: auto]",
+        ),
+        "max_error": (
+            str,
+            "SHARE",
+            "Relative L2 error against fp32, median of the layers, that auto may cost. [default: 2%]",
+        ),
+        "dtype": (
+            str,
+            "|".join(DTYPES),
+            "Type of the values on disk; not every reader opens float16. [default: float32]",
+        ),
+        "clip": (bool, None, "With --dtype float16: clip what would overflow, instead of stopping."),
+        "keep_bits": (int, "BITS", "Mantissa bits kept; the rest is rounded away. [default: all there are]"),
+        "memory_format": (
+            str,
+            "|".join(MEMORY_FORMATS),
+            "Of the forward pass; changes the last bits of a convolution. [default: auto]",
+        ),
+        "top_k": (int, "K", "Strongest images kept for each channel. [default: 9]"),
+        "effective_fields": (
+            str,
+            "|".join(EFFECTIVE_FIELDS),
+            "Measure effective receptive fields; auto does where it takes little of the run. [default: auto]",
+        ),
+    },
+    FAST: {
+        "batch_size": (str, "N|auto", "Images a batch; auto measures. [default: auto]"),
+        "device": (str, "DEVICE", "auto, cpu, cuda, cuda:0, mps. [default: auto]"),
+        "compile": (
+            bool,
+            None,
+            "Run the model through torch.compile: a wait at the start, then passes that are as fast or faster.",
+        ),
+        "codec": (
+            str,
+            "gzip|zstd|lz4|none",
+            "Compression; readers of zstd and lz4 need a plugin. [default: gzip]",
+        ),
+        "level": (str, "N|auto", "Level of the codec. [default: auto, its fastest]"),
+        "jpeg_decoder": (
+            str,
+            "|".join(JPEG_DECODERS),
+            "Where JPEGs become pixels; device: plain ones on CUDA (torchcodec, a few levels off). [default: cpu]",
+        ),
+        "num_workers": (str, "N|auto", "How many decode and compress at once. [default: auto, from the CPUs]"),
+        "worker_kind": (
+            str,
+            "|".join(WORKER_KINDS),
+            "Threads, or processes, which do not wait for each other; auto: from 5 on in long runs. [default: auto]",
+        ),
+        "dataset_workers": (
+            int,
+            "N",
+            "Processes that read a Dataset, and run a preprocessing of your own; 0: one thread does. [default: 0]",
+        ),
+        "shard_size": (
+            str,
+            "SIZE",
+            "Values, before compression, that one shard holds about, as 512MiB. [default: auto]",
+        ),
+    },
+    SAFE: {
+        "max_failures": (
+            str,
+            "COUNT|SHARE",
+            "Failed images allowed, as 12 or 5%; a share counts from 200 images on. [default: 5%]",
+        ),
+        "recheck": (
+            bool,
+            None,
+            "Run some stored rows again before an earlier output is taken up or called complete. [default: recheck]",
+        ),
+        "ignore": (
+            list[str],
+            "FIELD",
+            "A field of an earlier run that may differ, by the name in a refusal; repeatable. Rows are still compared.",
+        ),
+        "keep_failures": (bool, None, "Leave images that failed in an earlier run; else they are tried again."),
+        "overwrite": (bool, None, "Replace an earlier output of fmextract. Without it the same command resumes."),
+        "break_lock": (bool, None, "Take over an output that another run, which is surely dead, still holds."),
+    },
 }
 
 
 _SHORT = {"weights": ("-w",)}
+_COMPLETED = {
+    "weights": completion.one_of(("default", "random:0")),
+    "device": completion.one_of(("auto", "cpu", "cuda", "mps")),
+}
 
 
 def _run_options() -> Iterator[inspect.Parameter]:
-    """Every field of `Config` as a parameter that typer reads, and, hidden, those with former names."""
-    shared: dict[str, Any] = {"layers": Layers, "preprocess": Preprocessing, "size": Size}
-    for field in fields(Config):
-        name = field.name
-        kind, default = shared.get(name), None
-        if kind is None:
-            plain, metavar, help = _OPTIONS[name]
-            word = _word(name)
-            named = f"--{word}/--no-{word}" if field.default is True else f"--{word}"
-            option = _option(named, *_SHORT.get(name, ()), metavar=metavar, help=help)
-            kind = Annotated[bool, option] if plain is bool else Annotated[plain | None, option]
-            default = field.default if plain is bool else None
-        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=default)
-    for former, name in RENAMED.items():
-        plain, metavar, _ = _OPTIONS[name]
-        option = _option(f"--{former}", metavar=metavar, help=f"The former name of --{_word(name)}.", hidden=True)
-        yield inspect.Parameter(
-            former, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[plain | None, option], default=None
-        )
+    """Every field of `Config` as a parameter that typer reads, panel by panel."""
+    for name, kind in {"layers": Layers, "preprocess": Preprocessing, "size": Size}.items():
+        yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=None)
+    defaults = {field.name: field.default for field in fields(Config)}
+    for panel, options in _OPTIONS.items():
+        for name, (plain, metavar, help) in options.items():
+            word, default = word_of(name), defaults[name]
+            named = f"--{word}/--no-{word}" if default is True else f"--{word}"
+            option = _option(
+                named, *_SHORT.get(name, ()), metavar=metavar, panel=panel, complete=_COMPLETED.get(name), help=help
+            )
+            annotation: Any = Annotated[bool, option] if plain is bool else Annotated[plain | None, option]
+            default = default if plain is bool else None
+            yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
 
 
-def _word(name: str) -> str:
+def word_of(name: str) -> str:
     """A field of `Config` as the command line writes it."""
     return name.replace("_", "-")
 
@@ -230,11 +270,12 @@ Source = Annotated[
 ]
 
 
-Output = Annotated[Path, typer.Argument(metavar="OUT", help="A file name.h5, or a directory.", show_default=False)]
+File = Annotated[Path, typer.Argument(metavar="FILE", help="A file name.h5, or a directory.", show_default=False)]
 
 
 Out = Annotated[
-    Path, _option("--out", "-o", metavar="OUT", help="name.h5 for one file, name/ for a directory of shards.")
+    Path,
+    _option("--out", "-o", metavar="OUT", panel=WHAT, help="name.h5 for one file, name/ for a directory of shards."),
 ]
 
 
@@ -244,6 +285,7 @@ Stored = Annotated[
         "--layer",
         "-l",
         metavar="SELECTOR",
+        complete=completion.layers,
         help="A layer of the file: its name, or a selector as in `extract`; repeatable. [default: all]",
     ),
 ]
@@ -275,7 +317,7 @@ def _style(theme: str, dpi: int, cmap: str | None = None, out: Path | None = Non
 Weights = Annotated[str, _option("--weights", "-w", metavar="WEIGHTS", help="As in `extract`. [default: default]")]
 
 
-Picture = Annotated[Path, _option("--out", "-o", metavar="PICTURE", help="name.png, name.pdf or name.svg.")]
+Picture = Annotated[Path, _option("--out", "-o", metavar="OUT", help="name.png, name.pdf or name.svg.")]
 
 
 Images = Annotated[
@@ -285,5 +327,12 @@ Images = Annotated[
 
 
 OneLayer = Annotated[
-    str, _option("--layer", "-l", metavar="SELECTOR", help="A layer of the file: its name, or a selector.")
+    str,
+    _option(
+        "--layer",
+        "-l",
+        metavar="SELECTOR",
+        complete=completion.layers,
+        help="A layer of the file: its name, or a selector.",
+    ),
 ]

@@ -7,15 +7,15 @@ import typer
 
 from fmextract.cli import tables
 from fmextract.cli.app import _show, working
+from fmextract.cli.command import command
 from fmextract.cli.options import (
     Cmap,
-    Debug,
     Dpi,
+    File,
     Images,
     Json,
     Model,
     OneLayer,
-    Output,
     Picture,
     Preprocessing,
     Size,
@@ -37,7 +37,7 @@ show = typer.Typer(
 )
 
 
-@show.command("filters")
+@command(show, "filters")
 def show_filters(
     model: Model,
     layer: Annotated[str, _option("--layer", "-l", metavar="SELECTOR", help="A convolution: its path, or conv#N.")],
@@ -69,7 +69,6 @@ def show_filters(
     dpi: Dpi = 150,
     cmap: Cmap = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Draw the kernels of a convolution.
 
@@ -99,14 +98,14 @@ def show_filters(
     return 0
 
 
-@show.command("maps")
+@command(show, "maps")
 def show_maps(
     out: Annotated[
-        Path, _option("--out", "-o", metavar="DIR", help="A folder, one picture a layer; or name.png for all in one.")
+        Path, _option("--out", "-o", metavar="OUT", help="A folder, one picture a layer; or name.png for all in one.")
     ],
     acts: Annotated[
         Path | None,
-        typer.Argument(metavar="[OUT]", help="What `extract` made; or --model and --input.", show_default=False),
+        typer.Argument(metavar="[FILE]", help="What `extract` made; or --model and --input.", show_default=False),
     ] = None,
     image: Annotated[str | None, _option("--image", metavar="KEY", help="The image, by its key in the file.")] = None,
     layers: Stored = None,
@@ -143,7 +142,6 @@ def show_maps(
     dpi: Dpi = 150,
     cmap: Cmap = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Draw an image beside its feature maps.
 
@@ -171,17 +169,16 @@ def show_maps(
     return 0
 
 
-@show.command("depth")
+@command(show, "depth")
 def show_depth(
-    acts: Output,
+    acts: File,
     out: Annotated[
-        Path | None, _option("--out", "-o", metavar="PICTURE", help="Draw it, too: name.png, name.pdf or name.svg.")
+        Path | None, _option("--out", "-o", metavar="OUT", help="Draw it, too: name.png, name.pdf or name.svg.")
     ] = None,
     layers: Stored = None,
     theme: Theme = "dark",
     dpi: Dpi = 150,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Say how sparse and alive each layer is, in the order of execution.
 
@@ -202,9 +199,9 @@ def show_depth(
     return 0
 
 
-@show.command("top")
+@command(show, "top")
 def show_top(
-    acts: Output,
+    acts: File,
     layer: OneLayer,
     channels: Annotated[list[int], _option("--channel", metavar="N", help="A channel by its number; repeatable.")],
     out: Picture,
@@ -213,7 +210,6 @@ def show_top(
     theme: Theme = "dark",
     dpi: Dpi = 150,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Draw the images that drive a channel hardest.
 
@@ -231,9 +227,9 @@ def show_top(
     return 0
 
 
-@show.command("where")
+@command(show, "where")
 def show_where(
-    acts: Output,
+    acts: File,
     image: Annotated[str, _option("--image", metavar="KEY", help="The image, by its key in the file.")],
     layer: OneLayer,
     out: Picture,
@@ -243,7 +239,6 @@ def show_where(
     dpi: Dpi = 150,
     cmap: Cmap = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> int:
     """Draw where in an image a layer is strongest.
 

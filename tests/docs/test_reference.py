@@ -29,7 +29,6 @@ OPTIONS = [
     pytest.param(name, parameter, id=f"{name} {parameter.opts[0]}")
     for name, command in COMMANDS.items()
     for parameter in command.params
-    if not getattr(parameter, "hidden", False)
 ]
 REFERENCE = (ROOT / "docs/reference/cli.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
