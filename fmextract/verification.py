@@ -196,14 +196,14 @@ class _Check:
         self.files += 1
         self.bytes += path.stat().st_size
         with self._looking_at(path, rows), activations.open(path) as acts:
-            self.rows += len(acts)
+            self.rows += acts.num_rows
             self._same_run(path, acts, sound)
             start = acts._files[0].start
             before = len(self.problems)
             if chunks and set(chunks) != set(acts.layers):
                 self._wrong(path.with_suffix(".json"), "has the digests of other layers", rows=rows)
             with self._looking_at(path, rows):
-                self._columns(path, acts, record, range(start, start + len(acts)))
+                self._columns(path, acts, record, range(start, start + acts.num_rows))
             for name in acts.layers:
                 with self._looking_at(path, rows):
                     self._layer(path, acts[name], start, (chunks or {}).get(name))
@@ -224,7 +224,7 @@ class _Check:
             self._first = path, {**said, "layers": acts.layers}
         if self._first is not None and {**said, "layers": acts.layers} != self._first[1]:
             start = acts._files[0].start
-            rows = range(start, start + len(acts))
+            rows = range(start, start + acts.num_rows)
             self._wrong(path, f"is of another run than {self._first[0].name}", rows=rows)
 
     def _columns(self, path: Path, acts: activations.Activations, record: ShardRecord | None, rows: range) -> None:

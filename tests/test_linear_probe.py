@@ -32,7 +32,7 @@ def test_a_small_run(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
     accuracy = script.run(tmp_path, 240, 8)
     with fmextract.open(tmp_path / "acts.h5") as acts:
         assert list(accuracy) == list(acts.layers)
-        assert len(acts) == 240
+        assert acts.num_rows == 240
         assert not acts.status.any()
         assert acts["blocks.6=mean"].shape == (240, 320)
     assert all(set(shares) == {"photo", "noise", "light"} for shares in accuracy.values())

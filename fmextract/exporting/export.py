@@ -81,7 +81,7 @@ def export(
     names, told = tuple(select_layers(acts, layers or ())), progress or Quiet()
     job = Job(acts, names, to, metric or next(iter(METRICS)), told)
     with _published(target) as temporary:
-        told.start(len(acts) * len(names), 0)
+        told.start(acts.num_rows * len(names), 0)
         try:
             written = form.write(job, temporary)
         finally:
@@ -89,7 +89,7 @@ def export(
     return Exported(
         path=str(target),
         to=to,
-        rows=len(acts),
+        rows=acts.num_rows,
         failed=int((acts.status != 0).sum()),
         bytes=sum(path.stat().st_size for path in (target.iterdir() if target.is_dir() else [target])),
         metric=job.metric if to == "rdm" else None,

@@ -90,7 +90,7 @@ class Job(NamedTuple):
             {**asdict(one), "axes": self.acts[one.name].axes, "module": self.acts[one.name].module} for one in written
         ]
         head = {"format": MARK, "format_version": VERSION, "to": self.to, "source": str(self.acts.path)}
-        return {**head, **said, "rows": len(self.acts), "layers": layers}
+        return {**head, **said, "rows": self.acts.num_rows, "layers": layers}
 
 
 def _written(

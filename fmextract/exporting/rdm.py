@@ -27,7 +27,7 @@ def write_rdm(job: Job, path: Path) -> list[ExportedLayer]:
     pairs = len(rows) * (len(rows) - 1) // 2
     total = 8 * pairs * len(job.names)
     if not pairs:
-        raise ConfigError(f"{job.acts.path}: {len(rows)} of {len(job.acts)} images have values; an RDM needs two")
+        raise ConfigError(f"{job.acts.path}: {len(rows)} of {job.acts.num_rows} images have values; an RDM needs two")
     if total > MOST_RDM_BYTES:
         raise ConfigError(
             f"{len(rows):,} images make {pairs:,} pairs a layer, {byte_count(total)} for "

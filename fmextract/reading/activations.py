@@ -99,8 +99,9 @@ class Activations:
     def __reduce__(self) -> tuple[Any, ...]:
         return _opened_again, (self._place, self._given_threads, self._recent.nbytes, self._files.content())
 
-    def __len__(self) -> int:
-        """Rows, failed ones included."""
+    @property
+    def num_rows(self) -> int:
+        """Images, failed ones included."""
         return self._files.rows
 
     def __getitem__(self, name: str) -> Layer:
@@ -253,7 +254,7 @@ class Activations:
 
     def rows(self, include_failed: bool = False) -> Rows:
         """The rows with status 0, or all: int64, ascending."""
-        return np.arange(len(self)) if include_failed else np.flatnonzero(self.status == 0)
+        return np.arange(self.num_rows) if include_failed else np.flatnonzero(self.status == 0)
 
     def batches(
         self, names: Sequence[str] | None = None, size: int = 256, include_failed: bool = False
@@ -285,7 +286,7 @@ class Activations:
 
         layers = [self[name] for name in names or self.layers]
         targets, classes, there = self._targets(None if labels is True else labels) if labels is not False else _NONE
-        wanted = np.arange(len(self))
+        wanted = np.arange(self.num_rows)
         if rows is not None:
             chosen = np.asarray(rows)
             wanted = wanted[chosen if chosen.size else chosen.astype(np.int64)]  # numpy takes [] for floats
@@ -353,7 +354,7 @@ class Activations:
             "precision": self.attrs.get("precision"),
             "created": self.attrs.get("created"),
             "throughput": self.throughput,
-            "rows": len(self),
+            "rows": self.num_rows,
             "failed": len(failed),
             "failures": [
                 {"row": int(r), "key": self.keys[r], "status": int(self.status[r]), "message": self.messages[r]}
@@ -367,7 +368,7 @@ class Activations:
     def __repr__(self) -> str:
         if self._files.closed:
             return f"<Activations {str(self.path)!r}, closed>"
-        head = f"<Activations {str(self.path)!r}: {plural(len(self), 'row')}, {plural(len(self.layers), 'layer')}"
+        head = f"<Activations {str(self.path)!r}: {plural(self.num_rows, 'row')}, {plural(len(self.layers), 'layer')}"
         made_by = ", ".join(str(self.attrs[k]) for k in ("model", "precision") if k in self.attrs)
         wide = max((len(name) for name in self.layers), default=0)
         # A network has hundreds of layers, and each costs a look into the file: show the two ends.

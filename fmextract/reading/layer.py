@@ -119,7 +119,7 @@ class Layer:
         first = acts._files[0].stored(name)
         self.spec = first.spec
         self.attrs: Mapping[str, Any] = first.attrs
-        self.shape: tuple[int, ...] = (len(acts), *first.spec.shape)
+        self.shape: tuple[int, ...] = (acts.num_rows, *first.spec.shape)
         self.axes: tuple[str, ...] = ("sample", *first.spec.axes)
         self.chunks = first.spec.chunk
         self.dtype = np.dtype(first.spec.dtype)

@@ -159,7 +159,7 @@ def _batches_again(
     """What differs in the batches of the plan that hold these rows of `stored`, as far as it has them."""
     first, size = stored._files[0].start, work.plan.batch_size
     starts = {(first + int(row)) // size * size for row in at}
-    there = range(first, first + len(stored))
+    there = range(first, first + stored.num_rows)
     rows = [row for start in sorted(starts) for row in range(start, start + size) if row in there]
     good = [row for row in rows if stored.status[row - first] == Status.OK]
     return differences(work, stored, first, good, scratch, labels=True)
@@ -224,7 +224,7 @@ def _plan_of(acts: activations.Activations, device: str) -> Plan:
     info = {name: attrs.get(name) for name in ("title", "source", "history", "model", "weights_sha256", "created")}
     return Plan(
         run_id=str(config.get("run_id", "")),
-        rows=acts._files[0].start + len(acts),
+        rows=acts._files[0].start + acts.num_rows,
         # Every layer is copied in its hook: what was overwritten for some image alone, and was stored so, differs then.
         layers=tuple(replace(acts[name].spec, copied=True) for name in acts.layers),
         precision=str(attrs["precision"]),
@@ -239,7 +239,7 @@ def _plan_of(acts: activations.Activations, device: str) -> Plan:
         keep_bits=options["keep_bits"],
         clip=options["clip"],
         top_k=options["top_k"],
-        shard_rows=len(acts),
+        shard_rows=acts.num_rows,
         identity=config["identity"],
         config=options,
         info={**info, "preprocess": acts.preprocess}

@@ -14,7 +14,7 @@ from fmextract.records import LayerResult, LayerSpec, Result
 
 def result(acts: activations.Activations, target: Path, tally: Tally, seconds: float, resumed: int | None) -> Result:
     """What a finished output holds, and what this run did for it. `resumed` None: it was complete before."""
-    rows = len(acts)
+    rows = acts.num_rows
     with acts.held():
         layers = tuple(_layer_result(acts[name].spec, totals) for name, totals in acts.totals().items())
     config, chosen = acts.config, str(acts.attrs.get("precision"))

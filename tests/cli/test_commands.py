@@ -483,7 +483,7 @@ def test_a_quoted_home_means_the_home(
     assert fm("extract", *options, "-l", "conv1").code == 0
     assert fm("info", "~/acts.h5").code == 0
     with fmextract.open("~/acts.h5") as acts:
-        assert len(acts) == 5
+        assert acts.num_rows == 5
 
 
 @pytest.mark.parametrize("command", ["extract", "plan"])

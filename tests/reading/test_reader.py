@@ -335,7 +335,7 @@ def test_an_error_in_a_thread_is_raised_and_stops_the_others() -> None:
 def test_columns(failing: Path) -> None:
     with activations.open(failing) as acts:
         assert acts.layers == ("maps", "fc")
-        assert len(acts) == ROWS
+        assert acts.num_rows == ROWS
         assert acts.keys[4] == "img/00004.jpg"
         assert acts.row("img/00004.jpg") == 4
         assert np.flatnonzero(acts.status).tolist() == [3, 20]
@@ -640,7 +640,7 @@ def test_pipelines_that_are_not_ours_go_through_libhdf5(tmp_path: Path) -> None:
 
 SOME = ARRAYS["maps"]
 UNPICKLE = (
-    "import pickle, sys; acts, layer = pickle.load(sys.stdin.buffer); print(len(acts), layer[1].sum(), layer.name)"
+    "import pickle, sys; acts, layer = pickle.load(sys.stdin.buffer); print(acts.num_rows, layer[1].sum(), layer.name)"
 )
 
 

@@ -76,7 +76,7 @@ def run(acts: Activations) -> dict[str, Any]:
         "name": shown(acts.path.name),
         "model": shown(local_name(acts.attrs.get("model", ""))),
         "facts": [[name, shown(value)] for name, value in facts.items() if value not in (None, "")],
-        "rows": len(acts),
+        "rows": acts.num_rows,
         "failed": int(by_status[1:].sum()),
         "statuses": {name.replace("_", " "): n for name, n in zip(STATUS_MEANINGS, by_status.tolist(), strict=False)},
         "bytes_raw": info["bytes_raw"],
