@@ -12,6 +12,8 @@ from fmextract.records import Field
 
 Box = tuple[float, float, float, float]
 Span = tuple[int, int, int]
+SMALLEST_PATCH, MOST_APART = 4, 16
+"""Pixels of a patch's side, and how many tokens may stand before the patches (class token, registers)."""
 
 
 def cell_box(field: Field, cell: tuple[int, int], input_size: tuple[int, int] | None = None) -> Box:
@@ -75,3 +77,16 @@ def crop_span(resized: int, crop: int) -> Span:
         return 0, resized, (crop - resized) // 2
     start = round((resized - crop) / 2)
     return start, start + crop, 0
+
+
+def patch_grid(tokens: int, size: tuple[int, int] | None) -> tuple[tuple[int, int], int] | None:
+    """Return ((rows, columns), tokens before the patches), the fewest of these that make a grid of square patches.
+
+    Without the input's `size` the grid is taken to be square. None where there is no such grid.
+    """
+    height, width = size or (1024, 1024)
+    grids = {
+        (height // side) * (width // side): (height // side, width // side)
+        for side in range(SMALLEST_PATCH, min(height, width) + 1)
+    }
+    return next(((grids[tokens - n], n) for n in range(MOST_APART + 1) if tokens - n in grids and tokens - n > 1), None)

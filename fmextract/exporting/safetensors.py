@@ -50,8 +50,8 @@ def write_safetensors(job: Job, path: Path) -> list[ExportedLayer]:
     said += b" " * (-len(said) % 8)
     if len(said) > MOST_HEADER_BYTES:
         raise ConfigError(
-            f"the keys of {job.acts.num_rows:,} images take {byte_count(len(said))}, and safetensors reads a header of up "
-            f"to {byte_count(MOST_HEADER_BYTES)}: export to npy or parquet"
+            f"the keys of {job.acts.num_rows:,} images take {byte_count(len(said))}, and safetensors reads a header of "
+            f"up to {byte_count(MOST_HEADER_BYTES)}: export to npy or parquet"
         )
     with _durable(path) as file:
         file.write(len(said).to_bytes(8, "little") + said)

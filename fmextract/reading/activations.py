@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from fmextract.common.system import cores
 from fmextract.common.text import count as plural
-from fmextract.errors import ConfigError, FormatError
+from fmextract.errors import ConfigError, FmextractError, FormatError
 from fmextract.reading.chunks import RECENT_BYTES, Recent
 from fmextract.reading.counts import Totals, total_throughput
 from fmextract.reading.files import File, Files, _Part, listed_shards
@@ -36,6 +36,16 @@ from fmextract.storage.columns import Form, as_array, common_form, encode_column
 
 if TYPE_CHECKING:
     from fmextract.reading.dataset import LayerDataset
+
+
+class Keys(np.ndarray[Any, np.dtype[Any]]):
+    """An array of the keys of images, in the place where mappings have a method, which dict(acts) would call."""
+
+    def __call__(self) -> Any:
+        raise TypeError(
+            "acts.keys is the array of the images' keys, one per row. The layers: acts.layers, in order; "
+            "acts.items(), with their names; dict(acts.items())"
+        )
 
 
 def open(path: str | os.PathLike[str], *, threads: int | None = None, cache: int = RECENT_BYTES) -> Activations:
@@ -62,10 +72,15 @@ def _parts(place: Path) -> list[_Part]:
 
 
 class Activations:
-    """What `open` returns: the layers by name, and the columns with one entry a row (an image). A context manager.
+    """What `open` returns: the layers by name, and the columns with one entry per row (an image). A context manager.
+
+    A mapping of names to layers, in the order of execution: `len`, iteration and `in` are of the layers, `items` and
+    `values` go over them. Only `keys` is something else: the array of the keys of the images, of which there are
+    `num_rows`.
 
     Safe to use from several threads. Columns are numpy arrays, loaded when first asked for. It can be pickled, as can
-    its layers: the path travels, and the files are opened again on the other side.
+    its layers: the path travels, and the files are opened again on the other side. A notebook shows a table of the
+    layers.
     """
 
     def __init__(self, path: Path, parts: Sequence[_Part], threads: int | None, cache: int) -> None:
@@ -90,6 +105,11 @@ class Activations:
     def held(self) -> contextlib.AbstractContextManager[None]:
         """Keep an output of one file open in HDF5 within, for many small questions: each would open it anew."""
         return self._files.held()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._files.closed
 
     def close(self) -> None:
         """Close the files and forget what is kept of them; reading afterwards raises ConfigError."""
@@ -132,14 +152,26 @@ class Activations:
     def __contains__(self, name: object) -> bool:
         return name in self.layers
 
+    def __len__(self) -> int:
+        """Layers, as iteration gives them. Rows: `num_rows`."""
+        return len(self.layers)
+
     def __iter__(self) -> Iterator[str]:
         """The names of the layers, like `layers`."""
         return iter(self.layers)
 
+    def values(self) -> Iterator[Layer]:
+        """The layers, in the order of execution."""
+        return (self[name] for name in self.layers)
+
+    def items(self) -> Iterator[tuple[str, Layer]]:
+        """(name, layer) of each; `dict(acts.items())` is a dict of them."""
+        return ((name, self[name]) for name in self.layers)
+
     @functools.cached_property
     def keys(self) -> Array:
-        """Relative paths or tar keys, str (N) as objects."""
-        return self._column("key")
+        """Relative paths or tar keys of the images, str (N) as objects."""
+        return self._column("key").view(Keys)
 
     @functools.cached_property
     def samples(self) -> Rows:
@@ -366,15 +398,28 @@ class Activations:
         }
 
     def __repr__(self) -> str:
-        if self._files.closed:
+        if self.closed:
             return f"<Activations {str(self.path)!r}, closed>"
         head = f"<Activations {str(self.path)!r}: {plural(self.num_rows, 'row')}, {plural(len(self.layers), 'layer')}"
         made_by = ", ".join(str(self.attrs[k]) for k in ("model", "precision") if k in self.attrs)
         wide = max((len(name) for name in self.layers), default=0)
         # A network has hundreds of layers, and each costs a look into the file: show the two ends.
         shown = self.layers if len(self.layers) <= 24 else (*self.layers[:12], "…", *self.layers[-12:])
-        lines = (f"  {n:{wide}}  {self[n]._summary()}" if n in self.layers else f"  {n}" for n in shown)
+        lines = (f"  {n:{wide}}  {self._line(n)}" if n in self.layers else f"  {n}" for n in shown)
         return "\n".join([head + (f", {made_by}" if made_by else ""), *lines]) + ">"
+
+    def _line(self, name: str) -> str:
+        """What `repr` says of a layer, also of one that cannot be read."""
+        try:
+            return self[name]._summary()
+        except FmextractError as error:
+            return str(error)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from fmextract.reading.html import of_output
+
+        return of_output(self)
 
     @functools.cached_property
     def _row_of(self) -> dict[str, int]:

@@ -110,7 +110,8 @@ class Layer:
 
     Indexing is numpy's: integers, slices with any step, Ellipsis, lists, integer arrays and boolean masks on any axis
     (several arrays are paired, as in numpy). The result is a new array. Only the chunks that hold something wanted are
-    read. Raises IndexError and TypeError like numpy, DamagedError where the stored bytes are broken.
+    read. `len` counts rows and iteration reads them one by one, failed ones included. A notebook shows a strip of maps.
+    Raises IndexError and TypeError like numpy, DamagedError where the stored bytes are broken.
     """
 
     def __init__(self, acts: Activations, name: str) -> None:
@@ -179,6 +180,13 @@ class Layer:
 
     def __iter__(self) -> Iterator[Array]:
         return (self[row] for row in range(len(self)))
+
+    def __contains__(self, value: object) -> bool:
+        name = f"acts[{self.name!r}]"
+        raise NotInMemory(
+            f"{name} is read from its file when indexed, and `in` would read all of it. Of one image: value in "
+            f"{name}[row]. Which rows there are: acts.rows()"
+        )
 
     def _not_in_memory(self, *args: Any, **options: Any) -> Any:
         """What `numpy.mean(layer)` calls: it would read all of it at once, with failed rows, which are NaN."""
@@ -298,6 +306,12 @@ class Layer:
 
     def __repr__(self) -> str:
         return f"<Layer {self.name!r}: {self._summary()}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from fmextract.reading.html import of_layer
+
+        return of_layer(self)
 
     def _summary(self) -> str:
         return f"{self.dtype.name} {self.shape} ({', '.join(self.axes)})"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fmextract.common.boxes import Box, cell_box
+from fmextract.common.boxes import Box, cell_box, patch_grid
 from fmextract.errors import ConfigError
 from fmextract.reading.select import has_maps
 from fmextract.records import Field
@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from fmextract.reading.layer import Layer
 
 Array = npt.NDArray[Any]
-
-
-SMALLEST_PATCH, MOST_APART = 4, 16
-"""Pixels of a patch's side, and how many tokens may stand before the patches (class token, registers)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,19 +145,6 @@ def grid_of(acts: Activations, layer: Layer) -> Grid:
     raise ConfigError(
         f"{layer.name} has the axes ({', '.join(axes)}): no maps to draw. Layers with maps: {maps or 'none'}"
     )
-
-
-def patch_grid(tokens: int, size: tuple[int, int] | None) -> tuple[tuple[int, int], int] | None:
-    """Return ((rows, columns), tokens before the patches), the fewest of these that make a grid of square patches.
-
-    Without the input's `size` the grid is taken to be square. None where there is no such grid.
-    """
-    height, width = size or (1024, 1024)
-    grids = {
-        (height // side) * (width // side): (height // side, width // side)
-        for side in range(SMALLEST_PATCH, min(height, width) + 1)
-    }
-    return next(((grids[tokens - n], n) for n in range(MOST_APART + 1) if tokens - n in grids and tokens - n > 1), None)
 
 
 def read_maps(acts: Activations, layer: Layer, row: int) -> Maps:

@@ -16,6 +16,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from files import COLUMNS, make_file, make_shards
 from hypothesis import given, reject, settings
@@ -354,6 +355,32 @@ def test_columns(failing: Path) -> None:
             acts.row("img/0004.jpg")
         with pytest.raises(ConfigError, match=r"no layer 'map'.*closest are maps"):
             acts["map"]
+
+
+def test_an_output_is_a_mapping_of_names_to_layers(failing: Path) -> None:
+    with activations.open(failing) as acts:
+        assert len(acts) == len(list(acts)) == 2
+        assert all(name in acts for name in acts)
+        assert ROWS not in acts
+        assert dict(acts.items()) == {name: acts[name] for name in acts}
+        assert list(acts.values()) == [acts["maps"], acts["fc"]]
+        for use in (lambda: dict(acts), lambda: {**acts}, acts.keys):
+            with pytest.raises(TypeError, match=r"acts\.layers.*dict\(acts\.items\(\)\)"):
+                use()
+        keys = acts.keys
+        assert isinstance(keys, np.ndarray)
+        assert type(keys[3]) is str
+        assert pickle.loads(pickle.dumps(keys)).tolist() == keys.tolist()
+        assert keys[acts.status != 0].tolist() == ["img/00003.jpg", "img/00020.jpg"]
+        assert pd.Series(keys)[3] == "img/00003.jpg"
+
+
+def test_a_layer_is_a_sequence_of_rows(failing: Path) -> None:
+    with activations.open(failing) as acts:
+        layer = acts["fc"]
+        assert len(layer) == len(list(layer)) == ROWS
+        with pytest.raises(ConfigError, match=r"value in acts\['fc'\]\[row\]"):
+            _ = 5.0 in layer
 
 
 def test_names_with_slashes_and_their_order(tmp_path: Path) -> None:

@@ -494,7 +494,7 @@ def test_two_runs_at_once(photos: Path, tmp_path: Path) -> None:
     extract(photos, out, notes=Notes(second))
     assert all(f"process {os.getpid()} on {socket.gethostname()}" in message for message in refused)
     assert len(refused) == SHARDS
-    assert len(activations.open(out)) == ROWS
+    assert activations.open(out).num_rows == ROWS
 
 
 def test_a_lock_of_a_dead_process_is_taken_over(photos: Path, tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from PIL import Image
 
 import fmextract
 from fmextract.cli import main
+from fmextract.common.boxes import patch_grid
 from fmextract.errors import ConfigError, MissingExtra, OutputError, SourceError
 from fmextract.reading.select import select_layers
 from fmextract.records import Field
 from fmextract.visual import canvas, live
 from fmextract.visual.maps import show_maps
 from fmextract.visual.photos import as_seen, load_photo
-from fmextract.visual.places import Grid, grid_of, patch_grid, read_maps
+from fmextract.visual.places import Grid, grid_of, read_maps
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
+from fmextract.common.boxes import patch_grid
 from fmextract.reading.layer import Layer
-from fmextract.visual.places import patch_grid
 
 Array: TypeAlias = npt.NDArray[Any]
 
