@@ -71,7 +71,7 @@ def make_pooled(folder: Path, rows: int, codec: str) -> Path:
     return out
 
 
-def _extract(source: Any, model: Any, layers: tuple[str, ...], out: Path, codec: str, **options: Any) -> None:
+def _extract(source: Any, model: Any, layers: tuple[str, ...], out: Path, codec: Any, **options: Any) -> None:
     fm.extract(source, model, out, layers=layers, codec=codec, precision="fp32", top_k=0, progress=Quiet(), **options)
 
 

@@ -12,6 +12,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fmextract.api.files import compare, export, open, pack, report, verify
+from fmextract.api.pictures import show_depth, show_filters, show_maps, show_top, show_where
+from fmextract.api.running import bench, extract, layers, plan
 from fmextract.config import Config
 from fmextract.errors import (
     CaptureError,
@@ -32,41 +35,56 @@ from fmextract.errors import (
     SourceLost,
     TooManyFailures,
 )
-from fmextract.records import Field, FileInfo, LayerSpec, Preprocess, Result, Source, Status
+from fmextract.options import MapOptions, RunOptions
+from fmextract.records import (
+    Field,
+    FileInfo,
+    LayerSpec,
+    ModuleRow,
+    Preprocess,
+    Progress,
+    Result,
+    Source,
+    Status,
+)
 
 if TYPE_CHECKING:
-    from fmextract.comparison import compare, linear_cka
-    from fmextract.exporting.export import export
+    from fmextract.benchmark import Benchmark
+    from fmextract.comparison import Comparison, linear_cka
+    from fmextract.exporting.export import Exported
     from fmextract.planning import Plan
-    from fmextract.reading.activations import Activations, open
+    from fmextract.reading.activations import Activations
     from fmextract.reading.layer import Layer
-    from fmextract.run.describe import describe
-    from fmextract.run.extract import extract
-    from fmextract.run.extract import make_plan as plan
+    from fmextract.run.describe import ModelLayers
+    from fmextract.verification import Verification
+    from fmextract.visual.report.report import Report
 
 __version__ = "0.1.0"
 
 # What costs an import of HDF5 or torch is imported when it is first used.
 _LAZY = {
-    "Activations": ("fmextract.reading.activations", "Activations"),
-    "Layer": ("fmextract.reading.layer", "Layer"),
-    "Plan": ("fmextract.planning", "Plan"),
-    "compare": ("fmextract.comparison", "compare"),
-    "describe": ("fmextract.run.describe", "describe"),
-    "export": ("fmextract.exporting.export", "export"),
-    "extract": ("fmextract.run.extract", "extract"),
-    "linear_cka": ("fmextract.comparison", "linear_cka"),
-    "open": ("fmextract.reading.activations", "open"),
-    "plan": ("fmextract.run.extract", "make_plan"),
+    "Activations": "fmextract.reading.activations",
+    "Benchmark": "fmextract.benchmark",
+    "Comparison": "fmextract.comparison",
+    "Exported": "fmextract.exporting.export",
+    "Layer": "fmextract.reading.layer",
+    "ModelLayers": "fmextract.run.describe",
+    "Plan": "fmextract.planning",
+    "Report": "fmextract.visual.report.report",
+    "Verification": "fmextract.verification",
+    "linear_cka": "fmextract.comparison",
 }
 
 __all__ = [
     "Activations",
+    "Benchmark",
     "CaptureError",
+    "Comparison",
     "Config",
     "ConfigError",
     "DamagedError",
     "DeviceLost",
+    "Exported",
     "Field",
     "FileInfo",
     "FmextractError",
@@ -74,14 +92,20 @@ __all__ = [
     "Layer",
     "LayerError",
     "LayerSpec",
+    "MapOptions",
     "MissingExtra",
     "ModelError",
+    "ModelLayers",
+    "ModuleRow",
     "NoSpace",
     "OutputError",
     "OutputLost",
     "Plan",
     "Preprocess",
+    "Progress",
+    "Report",
     "Result",
+    "RunOptions",
     "RunStopped",
     "SampleError",
     "Source",
@@ -89,22 +113,32 @@ __all__ = [
     "SourceLost",
     "Status",
     "TooManyFailures",
+    "Verification",
     "__version__",
+    "bench",
     "compare",
-    "describe",
     "export",
     "extract",
+    "layers",
     "linear_cka",
     "open",
+    "pack",
     "plan",
+    "report",
+    "show_depth",
+    "show_filters",
+    "show_maps",
+    "show_top",
+    "show_where",
+    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'fmextract' has no attribute {name!r}")
-    module, attribute = _LAZY[name]
-    return getattr(import_module(module), attribute)
+    found = globals()[name] = getattr(import_module(_LAZY[name]), name)
+    return found
 
 
 def __dir__() -> list[str]:

@@ -71,7 +71,7 @@ class Stage:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Benchmark:
     """What `fmextract bench` found. `share` is the end-to-end rate over the limit, both in images a second.
 
     `host_limit` is what the cores allow, in images a second; on a CPU that is the limit. `flop` are the operations of
@@ -104,7 +104,7 @@ class Report:
         return asdict(self)
 
 
-def bench(source: Any, model: Any, config: Config, progress: Progress, *, repeats: int = 3) -> Report:
+def bench(source: Any, model: Any, config: Config, progress: Progress, *, repeats: int = 3) -> Benchmark:
     """Measure the stages and whole runs, by turns, `repeats` times; medians are reported.
 
     `source` None makes photographic JPEGs from the photos of the demo (extra `demo`). Raises as `run.run`.
@@ -155,7 +155,7 @@ def _median(turns: Sequence[Stage]) -> Stage:
 
 def _report(
     prepared: Prepared, made: Plan, stages: list[Stage], runs: list[float], stored: int, flop: int, speed: float
-) -> Report:
+) -> Benchmark:
     on_cpu = prepared.device.type == "cpu"
     cores = {s.name: _least(s, made.threads) for s in stages if s.part and (on_cpu or s.name in _OF_THE_HOST)}
     seconds = cores if on_cpu else {s.name: 1 / s.images_per_second for s in stages if s.part}
@@ -164,7 +164,7 @@ def _report(
     slowest = max(seconds, key=lambda name: seconds[name])
     least = sum(seconds.values()) if on_cpu else seconds[slowest]
     rate = statistics.median(runs)
-    return Report(
+    return Benchmark(
         model=prepared.loaded.name,
         device=made.device,
         precision=made.precision,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fmextract.common import text
 from fmextract.errors import FormatError
 from fmextract.records import FORMAT_VERSION, Field, LayerSpec
 from fmextract.storage import durable, schema
@@ -43,8 +44,8 @@ _LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerSpec))
 _TUPLES = {"shape", "axes", "chunk", "classes", "further_paths"}  # lists in JSON
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+@dataclass(frozen=True, slots=True, repr=False)
+class Plan(text.Tabled):
     """Everything that decides what the shards of a run hold, resolved: no `auto` is left.
 
     `threads` decode and encode; `forward_threads` are those of one operation of the model on a CPU, whose number
@@ -83,6 +84,41 @@ class Plan:
     def shards(self) -> list[range]:
         """The row ranges of the shards, in order."""
         return [range(a, min(a + self.shard_rows, self.rows)) for a in range(0, self.rows, self.shard_rows)]
+
+    def table(self, width: int | None = None) -> str:
+        """Return what the run will do and cost, and its layers, as `fmextract plan` shows it."""
+        cost = self.estimate
+        head = [
+            f"{text.count(self.rows, 'image')} in {text.count(len(self.shards), 'shard')} of up to {self.shard_rows:,}",
+            f"{self.precision} on {self.device}, batch size {self.batch_size}, {self.memory_format}"
+            + (", batch norm inside the convolutions" if self.fused else "")
+            + (", compiled" if self.config.get("compile") else "")
+            + (", JPEGs decoded on the device" if self.config.get("jpeg_decoder") == "device" else ""),
+            f"{text.count(self.threads, 'thread')}, {self.dtype} with {self.codec}, level {self.level}",
+            f"{text.byte_count(cost.bytes_raw)} of values, about {text.byte_count(cost.bytes_stored)} on disk"
+            + (f", about {text.duration(cost.seconds)}" if cost.seconds else "")
+            + (f", {text.byte_count(cost.bytes_peak)} of memory" if cost.bytes_peak else ""),
+        ]
+        rows = [
+            (
+                layer.name,
+                layer.module_type,
+                text.shape(layer.shape),
+                ", ".join(layer.axes),
+                layer.dtype,
+                layer.compute_dtype,
+                text.byte_count(cost.stored_per_image.get(layer.name, 0)),
+                text.share(layer.rel_error),
+            )
+            for layer in self.layers
+        ]
+        columns = ("layer", "type", "shape", "axes", "on disk", "computed in", "bytes/image", "error")
+        return "\n".join([*head, "", text.table(columns, rows, right=("bytes/image", "error"), width=width)])
+
+    def __repr__(self) -> str:
+        what = f"{text.count(self.rows, 'image')}, {text.count(len(self.layers), 'layer')}"
+        size = text.byte_count(self.estimate.bytes_stored)
+        return f"<Plan: {what}, {self.precision} on {self.device}, about {size} on disk>"
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `plan.json`; `from_json` is the inverse."""

@@ -296,6 +296,7 @@ class Result:
         return asdict(self)
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What a run tells a person while it goes. Every call comes from the thread that called the run, but for notes on
     what a run that does not move is waiting for, and on processes that ended."""

@@ -54,7 +54,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Verification:
     """What `verify` looked at and what it found. `largest_error` is that of the images run again, relative L2."""
 
     path: str
@@ -87,7 +87,7 @@ def verify(
     trust: bool = False,
     seed: int | None = None,
     progress: Progress | None = None,
-) -> Report:
+) -> Verification:
     """Compare a finished output with everything it says of itself, and `rerun` random images with the model.
 
     What `rerun` needs is what the file names, unless it is given here: `model`, `source`, `preprocess`, `weights`. Code
@@ -104,7 +104,7 @@ def verify(
     largest = None
     if rerun and not check.problems:
         largest = _rerun(check, rerun, (model, source, preprocess, weights, trust), seed, progress)
-    return Report(
+    return Verification(
         path=str(place),
         files=check.files,
         rows=check.rows,

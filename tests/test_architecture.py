@@ -20,6 +20,7 @@ PACKAGE = Path(__file__).parent.parent / "fmextract"
 ROOMS = [
     "errors",
     "records",
+    "options",
     "common",
     "config",
     "selector",
@@ -37,6 +38,7 @@ ROOMS = [
     "exporting",
     "visual",
     "demo",
+    "api",
     "__init__",
     "cli",
     "__main__",

@@ -22,12 +22,12 @@ from fmextract.visual.stages import draw_stages
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> benchmark.Report:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> benchmark.Benchmark:
     photos = make_photos(tmp_path_factory.mktemp("bench") / "photos", 8)
     return benchmark.bench(photos, Tiny(), Config.of(**OPTIONS | {"num_workers": 2}), Quiet(), repeats=1)
 
 
-def test_the_limit_is_that_of_the_stages(measured: benchmark.Report) -> None:
+def test_the_limit_is_that_of_the_stages(measured: benchmark.Benchmark) -> None:
     """On a CPU the stages share the cores: the least time of an image is the sum of theirs."""
     stages = {stage.name: stage for stage in measured.stages if stage.part}
     assert list(stages) == ["decode", "forward", "statistics", "encode", "write"]
@@ -50,7 +50,7 @@ def test_the_limit_is_that_of_the_stages(measured: benchmark.Report) -> None:
         assert stage.name in tables.benchmark(measured)
 
 
-def test_the_picture(measured: benchmark.Report, tmp_path: Path) -> None:
+def test_the_picture(measured: benchmark.Benchmark, tmp_path: Path) -> None:
     made = draw_stages(measured, tmp_path / "bench.png")
     with PIL.Image.open(made) as picture:
         assert min(picture.size) > 300

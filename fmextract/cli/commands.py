@@ -122,7 +122,7 @@ def _plan(
         made = make_plan(source, model, out, config, progress(), plan=given)
         if save is not None:
             made.save(save)
-    _show(made.as_json(), lambda: tables.plan(made), as_json)
+    _show(made.as_json(), lambda: made.table(tables.width()), as_json)
     check_space(made.estimate.bytes_needed, made.estimate.bytes_free, out)
     return 0
 
@@ -158,7 +158,7 @@ def layers(
             from fmextract.run.describe import describe
 
         rows = describe(model, preprocess=preprocess or "model", size=size, selectors=tuple(selectors or ()))
-    _show([asdict(row) for row in rows], lambda: tables.modules(rows), as_json)
+    _show([asdict(row) for row in rows], lambda: rows.table(tables.width()), as_json)
     return 0
 
 

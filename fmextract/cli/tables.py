@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmextract.common import text
-from fmextract.records import ModuleRow, Result
+from fmextract.records import Result
 
 if TYPE_CHECKING:
-    from fmextract.benchmark import Report as Measured
+    from fmextract.benchmark import Benchmark
     from fmextract.comparison import Comparison
     from fmextract.exporting.export import Exported
-    from fmextract.planning import Plan
-    from fmextract.verification import Report
+    from fmextract.verification import Verification
     from fmextract.visual.depth import LayerDepth
     from fmextract.visual.top import Example
     from fmextract.visual.where import Where
@@ -67,57 +66,6 @@ def failures(result: Result) -> str:
     if result.failed > len(result.failures):
         lines.append("  …")
     return "\n".join(lines)
-
-
-def plan(made: Plan) -> str:
-    """What a run would do, and its layers."""
-    cost = made.estimate
-    head = [
-        f"{text.count(made.rows, 'image')} in {text.count(len(made.shards), 'shard')} of up to {made.shard_rows:,}",
-        f"{made.precision} on {made.device}, batch size {made.batch_size}, {made.memory_format}"
-        + (", batch norm inside the convolutions" if made.fused else "")
-        + (", compiled" if made.config.get("compile") else "")
-        + (", JPEGs decoded on the device" if made.config.get("jpeg_decoder") == "device" else ""),
-        f"{text.count(made.threads, 'thread')}, {made.dtype} with {made.codec}, level {made.level}",
-        f"{text.byte_count(cost.bytes_raw)} of values, about {text.byte_count(cost.bytes_stored)} on disk"
-        + (f", about {text.duration(cost.seconds)}" if cost.seconds else "")
-        + (f", {text.byte_count(cost.bytes_peak)} of memory" if cost.bytes_peak else ""),
-    ]
-    rows = [
-        (
-            layer.name,
-            layer.module_type,
-            text.shape(layer.shape),
-            ", ".join(layer.axes),
-            layer.dtype,
-            layer.compute_dtype,
-            text.byte_count(cost.stored_per_image.get(layer.name, 0)),
-            text.share(layer.rel_error),
-        )
-        for layer in made.layers
-    ]
-    columns = ("layer", "type", "shape", "axes", "on disk", "computed in", "bytes/image", "error")
-    return "\n".join([*head, "", _table(columns, rows, right=("bytes/image", "error"))])
-
-
-def modules(rows: Sequence[ModuleRow]) -> str:
-    """A model's layers in the order of execution."""
-    head = ("index", "path", "number", "type", "calls", "shape", "bytes/image", "sees", "note")
-    lines = [
-        (
-            row.index if row.index >= 0 else "",
-            row.path,
-            row.number,
-            row.type,
-            row.calls if row.calls != 1 else "",
-            text.shape(row.shape),
-            text.byte_count(row.bytes) if row.bytes else "",
-            f"{text.shape([round(side) for side in row.field.size])} px" if row.field else "",
-            row.refused or ("overwritten later; kept as it was" if row.overwritten else ""),
-        )
-        for row in rows
-    ]
-    return _table(head, lines, right=("index", "calls", "bytes/image", "sees"))
 
 
 def _speed(said: Mapping[str, Any] | None) -> str | None:
@@ -173,7 +121,7 @@ def exported(made: Exported) -> str:
     return "\n".join([*lines, "", _table(("layer", "shape", "type", "place"), rows, right=())])
 
 
-def verification(report: Report) -> str:
+def verification(report: Verification) -> str:
     """Whole, or the problems found, the first SHOWN of them."""
     held = [text.count(report.files, "file"), f"{report.rows:,} rows", text.count(report.layers, "layer")]
     held += [text.count(report.chunks, "chunk"), text.byte_count(report.bytes)]
@@ -215,7 +163,7 @@ def comparison(found: Comparison) -> str:
     return "\n".join([*head, "", _table(columns, rows, right=columns[2:8])])
 
 
-def benchmark(found: Measured) -> str:
+def benchmark(found: Benchmark) -> str:
     """The stages alone, the limit they set, and how near a run comes."""
     head = ["stage", "images/s", "bare", "what is bare"]
     stages = [
@@ -247,7 +195,7 @@ def benchmark(found: Measured) -> str:
     )
 
 
-def _arithmetic(found: Measured) -> str:
+def _arithmetic(found: Benchmark) -> str:
     """What the forward pass would be at the speed of large matrix products."""
     (forward,) = (stage for stage in found.stages if stage.name == "forward")
     most = found.flop_per_second / found.flop
@@ -333,6 +281,9 @@ def _place(numbers: Sequence[float] | None) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[object]], right: Sequence[str]) -> str:
-    """Cut to the terminal; whole where stdout is a file or a pipe."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    return text.table(head, rows, right=right, width=width)
+    return text.table(head, rows, right=right, width=width())
+
+
+def width() -> int | None:
+    """Characters that a table is cut to: those of the terminal; None where stdout is a file or a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

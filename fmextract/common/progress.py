@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 from fmextract.common.text import count, duration, printable, rate
+from fmextract.errors import ConfigError
+from fmextract.records import Progress
+
+log = logging.getLogger("fmextract")
+"""INFO is what a person is told as well; DEBUG is more. Handlers are the program's that uses this package."""
+log.addHandler(logging.NullHandler())
 
 BAR = "{percentage:3.0f}% {bar} {n:,}/{total:,}{unit}, {rate_noinv_fmt}, {remaining} left, ends {eta:%H:%M}{postfix}"
 FIRST_BAR = "{percentage:3.0f}% {bar} {n:,}/{total:,}{unit}{postfix}"  # tqdm calls an end that is not known 00:00
@@ -24,6 +32,53 @@ class Quiet:
     def start(self, total: int, done: int) -> None: ...
     def advance(self, images: int, failed: int) -> None: ...
     def finish(self) -> None: ...
+
+
+def shown(progress: bool | Progress, unit: str = "image") -> Progress:
+    """What `progress=` of a public function stands for: True is a bar and notes on stderr, False nothing.
+
+    The logger `fmextract` hears the notes either way. Raises ConfigError for what is no Progress.
+    """
+    if isinstance(progress, bool):
+        return Logged(TerminalProgress(unit=unit) if progress else Quiet())
+    if not isinstance(progress, Progress):
+        raise ConfigError(f"progress={progress!r:.80}: expected True, False, or an object with the methods of Progress")
+    return Logged(progress)
+
+
+class Logged:
+    """A `records.Progress` that tells another one, and the logger."""
+
+    def __init__(self, told: Progress) -> None:
+        self._told = told
+        self.step, self.start, self.advance, self.finish = told.step, told.start, told.advance, told.finish
+
+    def note(self, text: str) -> None:
+        log.info("%s", text)
+        self._told.note(text)
+
+
+@contextlib.contextmanager
+def verbose(progress: Progress) -> Iterator[None]:
+    """What the logger hears beyond the notes is told to `progress` too, while the block lasts."""
+    handler, before = _Telling(progress), log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeHandler(handler)
+
+
+class _Telling(logging.Handler):
+    def __init__(self, progress: Progress) -> None:
+        super().__init__()
+        self._progress = progress
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.INFO:  # the notes are told already
+            self._progress.note(record.getMessage())
 
 
 class TerminalProgress:
@@ -70,17 +125,16 @@ class TerminalProgress:
 
     def _new_bar(self, total: int, done: int) -> Any:
         """Return a bar of tqdm where there is something to draw it on, else None."""
-        # tqdm not at the top: `--help` and `info` answer without it.
-        if self._stream is sys.stderr and _in_notebook():
-            with warnings.catch_warnings():  # without ipywidgets it warns, and draws a bar of letters, which will do
-                warnings.simplefilter("ignore")
-                from tqdm.auto import tqdm as notebook_bar
-
-            return notebook_bar(total=total, initial=done, unit=f" {self._unit}s", smoothing=0)
-        if not self._stream.isatty():
+        in_notebook = self._stream is sys.stderr and _in_notebook()
+        if not in_notebook and not self._stream.isatty():
             return None
-        from tqdm import tqdm
+        # tqdm not at the top: `--help` and `info` answer without it.
+        with warnings.catch_warnings():  # without ipywidgets it warns, and draws a bar of letters, which will do
+            warnings.simplefilter("ignore")
+            from tqdm.auto import tqdm
 
+        if in_notebook:
+            return tqdm(total=total, initial=done, unit=f" {self._unit}s", smoothing=0)
         self._stream.write("")  # raises where it is closed; tqdm would leave half a bar, which complains at its end
         # smoothing 0: the rate since the start. The first batches warm up and the last drain; a moving average would
         # swing with both.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import unicodedata
 from collections.abc import Collection, Sequence
 
@@ -82,6 +83,22 @@ def table(
         for i, column, wide in zip(kept, columns, widths, strict=True)
     ]
     return "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True))
+
+
+class Tabled:
+    """A result that `print` shows as the command line does, and a notebook as well."""
+
+    __slots__ = ()
+
+    def table(self, width: int | None = None) -> str:
+        """Return lines of text, cut to `width` characters where it is given."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.table())}</pre>"
 
 
 def _fitted(widths: list[int], may_shrink: list[bool], width: int) -> list[int]:

@@ -9,14 +9,43 @@ from typing import Any
 import torch
 
 from fmextract.capture import probe, resolve, survey, taps
+<<<<<<< HEAD
 from fmextract.capture.inspection import failing_on, noise, reduction, surveyed
 from fmextract.capture.untouched import untouched
+=======
+from fmextract.common import text
+>>>>>>> 2aa093a (The public functions stand in one room, typed: every option with its choices, an output by its path or open)
 from fmextract.errors import SourceError
 from fmextract.inputs import preprocessing
 from fmextract.model import loading, run_mode
 from fmextract.records import ModuleRow, Preprocess
 
 # --------------------------------------------------------------------------------------------- describe
+
+
+class ModelLayers(tuple[ModuleRow, ...], text.Tabled):
+    """A model's layers in the order of execution: a tuple of `ModuleRow`, which `print` shows as a table."""
+
+    __slots__ = ()
+
+    def table(self, width: int | None = None) -> str:
+        """Return one line per layer, as `fmextract layers` shows it."""
+        head = ("index", "path", "number", "type", "calls", "shape", "bytes/image", "sees", "note")
+        lines = [
+            (
+                row.index if row.index >= 0 else "",
+                row.path,
+                row.number,
+                row.type,
+                row.calls if row.calls != 1 else "",
+                text.shape(row.shape),
+                text.byte_count(row.bytes) if row.bytes else "",
+                f"{text.shape([round(side) for side in row.field.size])} px" if row.field else "",
+                row.refused or ("overwritten later; kept as it was" if row.overwritten else ""),
+            )
+            for row in self
+        ]
+        return text.table(head, lines, right=("index", "calls", "bytes/image", "sees"), width=width)
 
 
 def describe(
@@ -26,7 +55,7 @@ def describe(
     preprocess: Any = "model",
     size: str | None = None,
     selectors: Sequence[str] = (),
-) -> list[ModuleRow]:
+) -> ModelLayers:
     """Every module of a model as a forward pass uses it: what `fmextract layers` shows. Downloads nothing by default.
 
     `model`: a name, built with random weights unless `weights` names others, or a module as it is, whose input is
@@ -44,7 +73,7 @@ def describe(
         wanted = resolve.resolve(selectors or ["**", "."], seen)
         with failing_on(shape, loaded.module):
             probed, refused = probe.probe(loaded.module, loaded.forward, wanted, shape, cpu)
-    return _module_rows(seen, wanted, probed, refused, everything=not selectors)
+    return ModelLayers(_module_rows(seen, wanted, probed, refused, everything=not selectors))
 
 
 def survey_model(loaded: loading.LoadedModel, shape: Sequence[int]) -> survey.Survey:

@@ -39,8 +39,7 @@ RECHECKED, RECHECKED_IN_DOUBT = 2, 512
 """Stored rows that are run again, each with its batch, before an output is called complete."""
 
 
-__all__ = ["extract", "make_plan", "run"]
-
+__all__ = ["extracted", "make_plan", "run"]
 
 Saved = Plan | str | os.PathLike[str]
 """A plan, or where one was saved."""
@@ -62,34 +61,11 @@ def make_plan(
         )
 
 
-def extract(
-    source: Any,
-    model: Any,
-    out: Any,
-    *,
-    layers: Sequence[str] | str = (),
-    progress: Progress | None = None,
-    plan: Saved | None = None,
-    **options: Any,
+def extracted(
+    source: Any, model: Any, out: Any, config: Config, progress: Progress, *, plan: Saved | None = None
 ) -> activations.Activations:
-    """Run `source` through `model` and store the activations of `layers` in `out`; gives what `open(out)` gives.
-
-    `source`: a folder, a manifest, a map-style Dataset or a sequence of images. `model`: a name (`resnet50`), or an
-    `nn.Module`, which is left exactly as it was. `out`: `name.h5` or a directory of shards. Options are those of the
-    command line (`batch_size=`, `precision=`, `keep_bits=` …; see `Config`). `plan`: one that `plan` made for the same
-    arguments, or a file that it was saved to: the run does what it says, and measures nothing.
-
-    Raises ConfigError and its kin for what cannot be done, RunStopped for a run that ended early and can be resumed.
-    Failed images are no exception: they are rows with a status.
-    """
-    config = Config.of(layers=layers, **options)
-    return _done(source, model, out, config, progress or _default_progress(), plan=plan)[1]
-
-
-def _default_progress() -> Progress:
-    from fmextract.common.progress import TerminalProgress
-
-    return TerminalProgress()
+    """Do what `fm.extract` does, and leave the output open. Raises as it does."""
+    return _done(source, model, out, config, progress, plan=plan)[1]
 
 
 def run(

@@ -17,9 +17,13 @@ from torch import nn
 from fmextract.capture import resolve, survey
 from fmextract.common.text import shape
 from fmextract.errors import ConfigError, LayerError
-from fmextract.inputs.preprocessing import Preprocessing
 from fmextract.model import loading
+<<<<<<< HEAD
 from fmextract.run import describe
+=======
+from fmextract.options import HowToPreprocess
+from fmextract.run import prepare
+>>>>>>> 2aa093a (The public functions stand in one room, typed: every option with its choices, an output by its path or open)
 from fmextract.visual import canvas
 from fmextract.visual.canvas import Array, Style, short, styled
 from fmextract.visual.live import activations_of
@@ -72,7 +76,7 @@ def show_filters(
     out: str | os.PathLike[str],
     *,
     weights: str = "default",
-    preprocess: str | Preprocessing | None = "model",
+    preprocess: HowToPreprocess = "model",
     size: str | int | None = None,
     image: str | os.PathLike[str] | None = None,
     count: int | None = None,

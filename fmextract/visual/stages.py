@@ -11,11 +11,11 @@ from fmextract.visual import canvas
 from fmextract.visual.canvas import Style, cut, styled
 
 if TYPE_CHECKING:
-    from fmextract.benchmark import Report
+    from fmextract.benchmark import Benchmark
 
 
 @styled
-def draw_stages(found: Report, out: str | os.PathLike[str], *, style: Style = canvas.PLAIN) -> Path:
+def draw_stages(found: Benchmark, out: str | os.PathLike[str], *, style: Style = canvas.PLAIN) -> Path:
     """Draw a benchmark into `out` (.png, .pdf, .svg); returns the path. Raises MissingExtra, OutputError.
 
     One bar a stage, milliseconds an image through the code of a run and by the bare library call; below them the limit

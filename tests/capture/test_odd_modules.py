@@ -142,7 +142,7 @@ def test_an_odd_module_is_left_out_by_name_and_the_rest_is_taken(name: str, tmp_
     assert all(getattr(module, "training", None) in (modes[path], False) for path, module in model.named_modules())
     with pytest.raises(LayerError, match=f"'odd'.*{why}"):
         fm.extract(IMAGES, model, tmp_path / "odd.h5", layers=["odd"], preprocess="none")
-    rows = {row.path: row for row in fm.describe(model, preprocess="size=8,mean=0,std=1")}
+    rows = {row.path: row for row in fm.layers(model, preprocess="size=8,mean=0,std=1")}
     assert re.search(why, rows["odd"].refused)
 
 

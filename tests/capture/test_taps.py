@@ -220,7 +220,7 @@ def test_names_with_letters_of_the_grammar() -> None:
 
 @pytest.mark.parametrize("model", ["resnet18", "mobilenet_v3_small", "squeezenet1_1"])
 def test_the_table_of_layers_and_the_selectors_agree(model: str) -> None:
-    rows = fm.describe(model, size="64")
+    rows = fm.layers(model, size="64")
     seen = surveyed(torchvision.models.get_model(model), 64)
     called = [row for row in rows if row.index >= 0]
     assert [row.index for row in called] == list(range(len(called)))
@@ -365,20 +365,20 @@ def test_shapes_at_two_batch_sizes_propose_layouts(two: Any, three: Any, expecte
 
 def test_a_module_is_described_by_default_as_by_its_name() -> None:
     module = torchvision.models.resnet18()
-    assert [(row.path, row.shape) for row in fm.describe(module)] == [
-        (row.path, row.shape) for row in fm.describe("resnet18")
+    assert [(row.path, row.shape) for row in fm.layers(module)] == [
+        (row.path, row.shape) for row in fm.layers("resnet18")
     ]
     assert not any(parameter.grad_fn for parameter in module.parameters())
 
 
 def test_a_module_says_by_itself_how_many_channels_it_takes() -> None:
     module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
-    assert fm.describe(module)[0].shape == (4, 222, 222)
-    assert fm.describe(module, size="32")[0].shape == (4, 30, 30)
+    assert fm.layers(module)[0].shape == (4, 222, 222)
+    assert fm.layers(module, size="32")[0].shape == (4, 30, 30)
 
 
 @pytest.mark.parametrize("given", [torchvision.models.resnet18, nn.ReLU, 7])
 def test_what_is_no_model_is_refused_with_what_to_do(given: Any) -> None:
     with pytest.raises(fm.ModelError, match="expected a model's name or a torch module") as refused:
-        fm.describe(given)
+        fm.layers(given)
     assert ("Call it first" in str(refused.value)) == callable(given)

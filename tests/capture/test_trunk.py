@@ -100,5 +100,5 @@ def test_a_file_tells_the_numbers(tmp_path: Path) -> None:
         assert describe_field(acts["other.1"]).startswith("conv#3  ·  trunk#2")
         with pytest.raises(ConfigError, match="no layer that is trunk#1; it has trunk#0, trunk#2"):
             select_layers(acts, ["trunk#1"])
-    rows = fm.describe(model, preprocess="size=8,mean=0,std=1")
+    rows = fm.layers(model, preprocess="size=8,mean=0,std=1")
     assert {row.path: row.number for row in rows}["other.1"] == "conv#3 trunk#2"

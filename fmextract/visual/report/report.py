@@ -34,7 +34,7 @@ from fmextract.visual.report import numbers
 from fmextract.visual.report.photos import Photos
 from fmextract.visual.report.views import drawn, view_of
 
-__all__ = ["Made", "write_report"]
+__all__ = ["Report", "write_report"]
 
 MAX_SIZE = 20_000_000
 IMAGES = 24
@@ -57,7 +57,7 @@ MARK = '<meta name="generator" content="fmextract">'
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class Report:
     """A written report. `images` have maps in it, `photos` a photo; `left_out` says what it does not hold, and why."""
 
     path: str
@@ -82,7 +82,7 @@ def write_report(
     *,
     images: str | os.PathLike[str] | None = None,
     max_size: int = MAX_SIZE,
-) -> Made:
+) -> Report:
     """Write a page about the output at `path` to `out`, else report.html beside it, of at most `max_size` bytes.
 
     Photos come from the folder `images`, else from the source that the file names; without them the rest is there all
@@ -99,7 +99,7 @@ def write_report(
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    return Made(
+    return Report(
         str(target), len(page), len(said.data["layers"]), len(said.data["maps"]), len(said.data["photos"]),
         tuple(said.left_out),
     )  # fmt: skip
