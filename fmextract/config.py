@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fmextract.errors import ConfigError
+from fmextract.options import (
+    Dtype,
+    EffectiveFields,
+    JpegDecoder,
+    MemoryFormat,
+    Precision,
+    WorkerKind,
+    written_size,
+)
 
-PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
-DTYPES = ("float32", "float16")
-JPEG_DECODERS = ("cpu", "device")
-MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
-EFFECTIVE_FIELDS = ("auto", "always", "never")
-WORKER_KINDS = ("auto", "threads", "processes")
+PRECISIONS = get_args(Precision)
+DTYPES = get_args(Dtype)
+JPEG_DECODERS = get_args(JpegDecoder)
+MEMORY_FORMATS = get_args(MemoryFormat)
+EFFECTIVE_FIELDS = get_args(EffectiveFields)
+WORKER_KINDS = get_args(WorkerKind)
 RENAMED = {"decode": "jpeg_decoder", "store": "dtype", "top": "top_k", "workers": "num_workers"}
 """Options that had another name before: still accepted under it, and read so in files of then."""
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -135,6 +146,7 @@ class Config:
         _one_of("--memory-format", self.memory_format, MEMORY_FORMATS)
         _one_of("--effective-fields", self.effective_fields, EFFECTIVE_FIELDS)
         _one_of("--worker-kind", self.worker_kind, WORKER_KINDS)
+        self._check_types()
         for option, value, least in (
             ("--batch-size", self.batch_size, 1),
             ("--num-workers", self.num_workers, 1),
@@ -151,6 +163,15 @@ class Config:
         if self.clip and self.dtype != "float16":
             raise ConfigError("--clip only means something with --dtype float16: float32 holds every value as it is")
 
+    def _check_types(self) -> None:
+        """Raise ConfigError for `"no"` where a truth is expected, and for 2.5 where a whole number is."""
+        for field in dataclasses.fields(self):
+            value, option = getattr(self, field.name), "--" + field.name.replace("_", "-")
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ConfigError(f"{option} {value!r}: expected True or False")
+            if field.type in ("int", "int | None") and value is not None and not _is_whole(value):
+                raise ConfigError(f"{option} {value!r}: expected a whole number")
+
     @classmethod
     def of(cls, **options: Any) -> Config:
         """From options as users give them (`shard_size="512MiB"`, `max_failures="5%"`, `batch_size="auto"`).
@@ -161,7 +182,7 @@ class Config:
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = set(options) - known
         if unknown:
-            raise ConfigError(f"unknown option {sorted(unknown)[0]!r}; expected one of {', '.join(sorted(known))}")
+            raise ConfigError(_unknown(sorted(unknown)[0], known))
         made = {name: _PARSERS.get(name, _same)(value) for name, value in options.items()}
         return cls(**made)
 
@@ -184,20 +205,45 @@ def _shown(value: Any) -> str | None:
     return f"a function {getattr(value, '__name__', '')}".strip() if callable(value) else f"a list of {len(value)}"
 
 
+def _unknown(option: str, known: Collection[str]) -> str:
+    """What is wrong, with the closest names: those that begin or end alike where nothing is spelled alike."""
+    plain = option.lower().replace("-", "_")
+    close = difflib.get_close_matches(plain, known, n=3) or [n for n in sorted(known) if plain in n or n in plain]
+    if close:
+        return f"unknown option {option!r}; the closest: {', '.join(close[:3])}"
+    return f"unknown option {option!r}; expected one of {', '.join(sorted(known))}"
+
+
 def _same(value: Any) -> Any:
     return value
+
+
+def _is_whole(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _whole(value: Any) -> Any:
+    """A number as plain Python, of numpy's and of text; what is none stays, and is refused as it was given."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
+        return int(value)
+    return operator.index(value) if _is_whole(value) else value
 
 
 def _auto_int(option: str) -> Any:
     def parse(value: Any) -> int | None:
         if value is None or value == "auto":
             return None
-        try:
-            return int(value)
-        except (TypeError, ValueError):
-            raise ConfigError(f"{option} {value!r}: expected a whole number or 'auto'") from None
+        number = _whole(value)
+        if not _is_whole(number):
+            raise ConfigError(f"{option} {value!r}: expected a whole number or 'auto'")
+        return int(number)
 
     return parse
+
+
+def _type_name(value: Any) -> Any:
+    """`float16` of numpy's and torch's types too."""
+    return getattr(value, "__name__", str(value)).removeprefix("torch.")
 
 
 def _fields(value: Any) -> tuple[str, ...]:
@@ -206,7 +252,12 @@ def _fields(value: Any) -> tuple[str, ...]:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value or ())
+    if value is None or isinstance(value, str):
+        return () if value is None else (value,)
+    texts = tuple(value) if isinstance(value, Iterable) else ()
+    if not isinstance(value, Iterable) or not all(isinstance(text, str) for text in texts):
+        raise ConfigError(f"expected a text or several, got {value!r:.80}")
+    return texts
 
 
 _PARSERS: Mapping[str, Any] = {
@@ -219,7 +270,13 @@ _PARSERS: Mapping[str, Any] = {
     "shard_size": lambda value: None if value in (None, "auto") else parse_size(value),
     "max_error": lambda value: parse_share(value, "--max-error"),
     "max_failures": FailureBudget.parse,
-    "size": lambda value: None if value is None else str(value),
+    "keep_bits": _whole,
+    "limit": _whole,
+    "seed": _whole,
+    "top_k": _whole,
+    "size": written_size,
+    "dtype": _type_name,
+    "device": str,
     "weights": str,
 }
 

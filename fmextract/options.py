@@ -209,11 +209,17 @@ def as_parameters(options: type, defaults: Callable[[str], Any]) -> list[inspect
     """Every key of a TypedDict as a keyword-only parameter with its type, choices spelled out, and its default."""
     kinds = {name: kind.__forward_arg__ for name, kind in options.__annotations__.items()}
     return [
-        inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, annotation=globals().get(kind, kind), default=defaults(name)
-        )
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=_spelled_out(kind), default=defaults(name))
         for name, kind in kinds.items()
     ]
+
+
+def _spelled_out(kind: str) -> Any:
+    """A type by its name; the name itself where that speaks of torch or PIL, which are not imported for it."""
+    try:
+        return eval(kind, globals())
+    except NameError:
+        return kind
 
 
 def with_options(function: _Function, options: Iterable[inspect.Parameter]) -> _Function:
@@ -223,5 +229,5 @@ def with_options(function: _Function, options: Iterable[inspect.Parameter]) -> _
     assert last.kind is last.VAR_KEYWORD
     positional = [parameter for parameter in before if parameter.kind is not parameter.KEYWORD_ONLY]
     keywords = [parameter for parameter in before if parameter.kind is parameter.KEYWORD_ONLY]
-    function.__signature__ = own.replace(parameters=[*positional, *options, *keywords])  # type: ignore[attr-defined]
+    function.__signature__ = own.replace(parameters=[*positional, *keywords, *options])  # type: ignore[attr-defined]
     return function
