@@ -243,10 +243,25 @@ def _unbiased(k: Array, m: Array) -> float:
 
 
 def linear_cka(a: Any, b: Any) -> float:
-    """Linear CKA of two representations of the same images: arrays (n, features…), or layers of files.
+    """Return linear CKA of two representations of the same images.
 
-    Row i of both must be the same image; `compare` matches rows by key. Read batch by batch, see `LinearCKA`. Raises
-    ConfigError for unlike numbers of rows.
+    As S. Kornblith et al. define it ("Similarity of Neural Network Representations Revisited", ICML 2019); wide
+    representations of many images are read batch by batch and estimated (see `LinearCKA`).
+
+    Args:
+        a: An array (image, feature…), or a layer of an output.
+        b: The same for the other network; row i of both must be the same image (`compare` matches them by key).
+
+    Returns:
+        0 to 1; NaN where a side does not vary.
+
+    Raises:
+        ConfigError: For unlike numbers of rows.
+
+    Examples:
+        >>> x = np.random.default_rng(0).standard_normal((50, 8))
+        >>> round(fm.linear_cka(x, 3 * x), 6)  # a scale does not matter
+        1.0
     """
     if len(a) != len(b):
         raise ConfigError(f"expected as many rows on both sides, got {len(a)} and {len(b)}")

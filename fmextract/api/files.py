@@ -41,8 +41,8 @@ def open(path: PathLike, *, threads: int | None = None, cache: int = 64 << 20) -
 
     Examples:
         >>> with fm.open("acts.h5") as acts:
-        ...     acts.layers, acts["layer4"][0, :3].shape
-        (('conv1', 'layer4'), (3, 7, 7))
+        ...     acts.layers, acts["conv5"][0, :3].shape
+        (('conv1', 'conv5'), (3, 7, 7))
     """
     from fmextract.reading import activations
 
@@ -124,9 +124,9 @@ def pack(
         OutputError: Where `out` exists, or `directory` is none of shards.
 
     Examples:
-        >>> acts = fm.extract("photos/", "resnet18", "shards/", layers="layer4=mean", weights="random:0")
-        >>> fm.pack("shards/", "packed.h5")["layer4=mean"].shape
-        (4, 512)
+        >>> acts = fm.extract("photos/", "shufflenet_v2_x0_5", "shards/", layers="conv5=mean", weights="random:0")
+        >>> fm.pack("shards/", "packed.h5")["conv5=mean"].shape
+        (4, 1024)
     """
     from fmextract.reading import activations
     from fmextract.run import packing
@@ -170,9 +170,9 @@ def export(
         MissingExtra: Where the format's library is not installed.
 
     Examples:
-        >>> written = fm.export("acts.h5", to="npy", out="arrays/", layers="layer4")
+        >>> written = fm.export("acts.h5", to="npy", out="arrays/", layers="conv5")
         >>> np.load("arrays/" + written.layers[0].place).shape
-        (4, 512, 7, 7)
+        (4, 1024, 7, 7)
     """
     from fmextract.exporting import export as exporting
     from fmextract.reading.opened import opened
@@ -217,11 +217,11 @@ def compare(
         ConfigError: Where the two have no image, or no layer of the same shape, in common.
 
     Examples:
-        >>> acts = fm.extract("photos/", "resnet18", "bf16.h5", layers=["conv1", "layer4"], weights="random:0",
+        >>> acts = fm.extract("photos/", "shufflenet_v2_x0_5", "bf16.h5", layers=["conv1", "conv5"], weights="random:0",
         ...                   precision="bf16")
         >>> found = fm.compare("acts.h5", "bf16.h5")
         >>> [(one.layer, one.error < 0.02, one.cka > 0.99) for one in found.layers]
-        [('conv1', True, True), ('layer4', True, True)]
+        [('conv1', True, True), ('conv5', True, True)]
     """
     from fmextract import comparison
     from fmextract.reading.opened import opened

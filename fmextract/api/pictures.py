@@ -79,9 +79,9 @@ def show_filters(
         MissingExtra: Without matplotlib.
 
     Examples:
-        >>> drawn = fm.show_filters("resnet18", "conv#0", "filters.png", weights="random:0", count=8)
+        >>> drawn = fm.show_filters("shufflenet_v2_x0_5", "conv#0", "filters.png", weights="random:0", count=8)
         >>> drawn.layer, drawn.filters
-        ('conv1', (0, 1, 2, 3, 4, 5, 6, 7))
+        ('conv1.0', (0, 1, 2, 3, 4, 5, 6, 7))
     """
     from fmextract.visual import canvas
     from fmextract.visual import filters as drawing
@@ -159,10 +159,10 @@ def show_maps(
         MissingExtra: Without matplotlib.
 
     Examples:
-        >>> drawn = fm.show_maps("acts.h5", "a.png", "maps/", layers="layer4", count=4)
+        >>> drawn = fm.show_maps("acts.h5", "a.png", "maps/", layers="conv5", count=4)
         >>> drawn[0].layer, len(drawn[0].channels)
-        ('layer4', 4)
-        >>> drawn = fm.show_maps(model="resnet18", input="photos/a.png", out="maps.png", layers="layer4",
+        ('conv5', 4)
+        >>> drawn = fm.show_maps(model="shufflenet_v2_x0_5", input="photos/a.png", out="maps.png", layers="conv5",
         ...                      weights="random:0")
     """
     from fmextract.visual import canvas
@@ -218,8 +218,8 @@ def show_depth(
         MissingExtra: Without matplotlib, where `out` is given.
 
     Examples:
-        >>> [(one.layer, one.channels, one.dead) for one in fm.show_depth("acts.h5", "depth.png")]
-        [('conv1', 64, 0), ('layer4', 512, 0)]
+        >>> [(one.layer, one.channels, one.zeros > 0) for one in fm.show_depth("acts.h5", "depth.png")]
+        [('conv1', 24, True), ('conv5', 1024, True)]
     """
     from fmextract.reading.opened import opened
     from fmextract.visual import canvas, depth
@@ -264,7 +264,7 @@ def show_top(
         MissingExtra: Without matplotlib.
 
     Examples:
-        >>> found = fm.show_top("acts.h5", "layer4", 17, "top.png", k=2)
+        >>> found = fm.show_top("acts.h5", "conv5", 17, "top.png", k=2)
         >>> [(one.channel, one.key in "a.png b.png c.png d.png") for one in found]
         [(17, True), (17, True)]
     """
@@ -310,7 +310,7 @@ def show_where(
         MissingExtra: Without matplotlib.
 
     Examples:
-        >>> found = fm.show_where("acts.h5", "a.png", "layer4", "where.png", k=3)
+        >>> found = fm.show_where("acts.h5", "a.png", "conv5", "where.png", k=3)
         >>> len(found.peaks), found.heat.shape
         (3, (7, 7))
     """

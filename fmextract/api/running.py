@@ -66,11 +66,11 @@ def extract(
         RunStopped: For a run that ended early; the same call resumes it.
 
     Examples:
-        >>> acts = fm.extract("photos/", "resnet18", "acts.h5", layers=["conv#0", "layer4"], weights="random:0")
-        >>> acts["layer4"].shape  # (image, channel, y, x)
-        (4, 512, 7, 7)
-        >>> pooled = fm.extract("photos/", "resnet18", "pooled.h5", layers="layer4=mean", weights="random:0")
-        >>> pooled["layer4=mean"][:].dtype, pooled.keys[0]
+        >>> acts = fm.extract("photos/", "shufflenet_v2_x0_5", "acts.h5", layers=["conv1", "conv5"], weights="random:0")
+        >>> acts["conv5"].shape  # (image, channel, y, x)
+        (4, 1024, 7, 7)
+        >>> pooled = fm.extract("photos/", "shufflenet_v2_x0_5", "pooled.h5", layers="conv5=mean", weights="random:0")
+        >>> pooled["conv5=mean"][:].dtype, pooled.keys[0]
         (dtype('float32'), 'a.png')
     """
     from fmextract.run.extract import extracted
@@ -110,13 +110,13 @@ def plan(
         ConfigError: For what cannot be done, or its kin, as in `extract`.
 
     Examples:
-        >>> plan = fm.plan("photos/", "resnet18", layers=["conv1", "layer4"], weights="random:0", precision="fp32")
+        >>> asked = {"layers": ["conv1", "conv5"], "weights": "random:0", "precision": "fp32"}
+        >>> plan = fm.plan("photos/", "shufflenet_v2_x0_5", **asked)
         >>> plan
-        <Plan: 4 images, 2 layers, fp32 on cpu, about 3.2 MiB on disk>
+        <Plan: 4 images, 2 layers, fp32 on ..., about ... MiB on disk>
         >>> plan.layers[1].shape
-        (512, 7, 7)
-        >>> acts = fm.extract("photos/", "resnet18", "planned.h5", layers=["conv1", "layer4"], weights="random:0",
-        ...                   precision="fp32", plan=plan)
+        (1024, 7, 7)
+        >>> acts = fm.extract("photos/", "shufflenet_v2_x0_5", "planned.h5", plan=plan, **asked)
     """
     from fmextract.run.extract import make_plan
 
@@ -151,10 +151,10 @@ def layers(
         SourceError: Where the size of the input is not known.
 
     Examples:
-        >>> for row in fm.layers("resnet18", layers=["conv#0", "layer4=mean"]):
+        >>> for row in fm.layers("shufflenet_v2_x0_5", layers=["conv#0", "conv5=mean"]):
         ...     print(row.path, row.type, row.shape)
-        conv1 Conv2d (64, 112, 112)
-        layer4=mean Sequential (512,)
+        conv1.0 Conv2d (24, 112, 112)
+        conv5=mean Sequential (1024,)
     """
     from fmextract.run.describe import describe
 
@@ -193,9 +193,9 @@ def bench(
         ConfigError: For what cannot be done, or its kin, as in `extract`.
 
     Examples:
-        >>> found = fm.bench("photos/", "resnet18", weights="random:0", layers="layer4", repeats=1)  # doctest: +SKIP
-        >>> found.limiting_stage, f"{found.share:.0%}"  # doctest: +SKIP
-        ('forward', '97%')
+        >>> found = fm.bench("photos/", "shufflenet_v2_x0_5", weights="random:0", layers="conv5", repeats=1)
+        >>> [stage.name for stage in found.stages if stage.part]
+        ['decode', 'forward', 'statistics', 'encode', 'write']
     """
     from fmextract import benchmark
 
