@@ -9,12 +9,9 @@ from typing import Any
 import torch
 
 from fmextract.capture import probe, resolve, survey, taps
-<<<<<<< HEAD
 from fmextract.capture.inspection import failing_on, noise, reduction, surveyed
 from fmextract.capture.untouched import untouched
-=======
 from fmextract.common import text
->>>>>>> 2aa093a (The public functions stand in one room, typed: every option with its choices, an output by its path or open)
 from fmextract.errors import SourceError
 from fmextract.inputs import preprocessing
 from fmextract.model import loading, run_mode

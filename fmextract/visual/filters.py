@@ -18,12 +18,8 @@ from fmextract.capture import resolve, survey
 from fmextract.common.text import shape
 from fmextract.errors import ConfigError, LayerError
 from fmextract.model import loading
-<<<<<<< HEAD
-from fmextract.run import describe
-=======
 from fmextract.options import HowToPreprocess
-from fmextract.run import prepare
->>>>>>> 2aa093a (The public functions stand in one room, typed: every option with its choices, an output by its path or open)
+from fmextract.run import describe
 from fmextract.visual import canvas
 from fmextract.visual.canvas import Array, Style, short, styled
 from fmextract.visual.live import activations_of
