@@ -191,7 +191,7 @@ def test_from_the_command_line_and_from_python(tmp_path: Path, capsys: pytest.Ca
     assert decided(tmp_path / "acts")[1] == 2
     model = Tiny()
     options = {"layers": ["conv"], "preprocess": AUTO["preprocess"]}
-    shown = fm.plan(photos, model, tmp_path / "b.h5", Config.of(**options))
+    shown = fm.plan(photos, model, tmp_path / "b.h5", progress=False, **options)
     acts = fm.extract(photos, model, tmp_path / "b.h5", plan=shown, progress=Notes(), **options)
     assert acts.attrs["precision"] == shown.precision
     acts.close()
