@@ -1,1 +1,1 @@
-"""What lies on the disk: the schema of a file; in time its writer, its checks and the set of files of a run."""
+"""What lies on the disk: the schema, the writer and the checks of a file, and the set of files of a run."""

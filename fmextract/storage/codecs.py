@@ -1,9 +1,9 @@
-"""One chunk of values to bytes and back. Each codec is equal to an HDF5 filter pipeline, so that libhdf5 can undo it.
+"""Encode a chunk of values to bytes and decode it. Each codec equals an HDF5 filter pipeline, so libhdf5 can undo it.
 
 The way of a chunk: pieces of arrays → the words of the type on disk (widened, narrowed, rounded) → byte planes (what
 HDF5 calls shuffle: first byte of every value, then second byte of every value, …) → one compressed stream. Where the
 channels of a piece lie side by side in memory, they are put in their order on the way to the planes. Nothing here calls
-HDF5; `store.py` writes the stream as it is. All heavy steps release the GIL: numpy on whole planes, `kernels`, and the
+HDF5; `writer` writes the stream as it is. All heavy steps release the GIL: numpy on whole planes, `kernels`, and the
 compressors.
 """
 
@@ -34,7 +34,7 @@ SHUFFLE, DEFLATE, LZ4, ZSTD = 2, 1, 32004, 32015
 FLETCHER32, LZF = 3, 32000
 """Filters of h5py that fmextract does not write, and leaves to libhdf5."""
 MOST_CHUNK_BYTES = 1 << 30
-"""Of the values of a chunk."""
+"""Bytes of the values of a chunk, at most."""
 
 MANTISSA = {"float16": 10, "float32": 23, "float64": 52}
 BFLOAT16_MANTISSA = 7
@@ -46,8 +46,8 @@ _WORDS: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.
 class Codec:
     """A compressor and the HDF5 filter that undoes it.
 
-    `compress(planes, level, zeros)` takes the byte planes, uint8 (itemsize, values), of which the first `zeros` stand
-    for zeros whatever they hold, and returns the stream.
+    `compress(planes, level, zeros)` takes the byte planes, uint8 (itemsize, values), of which the first `zeros` count
+    as zeros, whatever is in them, and returns the stream.
     `decompress(stream, nbytes)` returns what it holds, and never makes more than `nbytes + 1` bytes of it.
     `options(level)` are the client data of the filter.
     """
@@ -74,7 +74,7 @@ class Codec:
         return (SHUFFLE, (itemsize,)), (self.filter, self.options(self.checked_level(level)))
 
     def checked_level(self, level: int | None) -> int:
-        """`level`, or the default for None. Raises ConfigError for a level that the codec does not have."""
+        """Return `level`, or the default for None. Raises ConfigError for a level that the codec does not have."""
         if level is None:
             return self.default_level
         if level not in self.levels:
@@ -198,9 +198,7 @@ def fill_value(dtype: npt.DTypeLike) -> Any:
 
 
 def _words(values: Array, kind: np.dtype[Any], keep_bits: int | None, bfloat16: bool) -> Array:
-    """Return the bit patterns of `values` as `kind`, unsigned, in the same shape; narrower words are the upper parts of
-    the values.
-    """
+    """Return the bit patterns of `values` as `kind`, unsigned, same shape; narrower words are their upper parts."""
     if bfloat16:
         if values.dtype != np.uint16 or kind.name not in ("float32", "float16"):
             raise ValueError(f"expected bfloat16 as uint16 for float32 or float16, got {values.dtype} for {kind}")
@@ -271,7 +269,7 @@ def round_mantissa(array: Array, bits: int) -> Array:
 
 
 def _round_words(words: Array, mantissa: int, bits: int) -> Array:
-    """Round bit patterns of floats with `mantissa` explicit bits to `bits` of them: a new array."""
+    """Round the bit patterns of floats with `mantissa` explicit bits to `bits` of them, into a new array."""
     if bits < 1:
         raise ConfigError(f"expected at least 1 mantissa bit to keep, got {bits}")
     word = words.dtype.type
@@ -292,11 +290,10 @@ def _round_words(words: Array, mantissa: int, bits: int) -> Array:
 
 
 def decode(payload: bytes, *, codec: str, dtype: str, values: int, out: Array | None = None) -> Array:
-    """Return the `values` values of a stored chunk, 1-d of type `dtype`, in `out` where given (C-contiguous, same
-    size).
+    """Return the `values` values of a stored chunk, 1-d of type `dtype`, in `out` (C-contiguous, same size) if given.
 
-    Raises DamagedError for a stream that is broken or holds anything but exactly so many bytes; never inflates past
-    them. ConfigError for an unknown codec, MissingExtra.
+    Raises DamagedError for a stream that is broken or does not hold exactly so many bytes; never inflates past them.
+    Raises ConfigError for an unknown codec, MissingExtra.
     """
     kind = np.dtype(dtype)
     result = np.empty(values, kind) if out is None else out.reshape(-1)
@@ -313,9 +310,7 @@ def decode(payload: bytes, *, codec: str, dtype: str, values: int, out: Array | 
 
 
 def unpack(payload: bytes, *, codec: str, nbytes: int) -> bytes:
-    """Return the first half of `decode`: what was compressed, `nbytes` of byte planes or values. Raises what `decode`
-    does.
-    """
+    """Do the first half of `decode`: return the `nbytes` of byte planes or values. Raises what `decode` does."""
     raw = codec_named(codec).decompress(payload, nbytes)
     if len(raw) != nbytes:
         raise DamagedError(f"a {codec} chunk of {nbytes} bytes holds {'more' if len(raw) > nbytes else len(raw)}")
@@ -323,9 +318,9 @@ def unpack(payload: bytes, *, codec: str, nbytes: int) -> bytes:
 
 
 def pick(raw: bytes, *, codec: str, dtype: str, shape: Sequence[int], at: tuple[Any, ...] = ()) -> Array:
-    """Return the second half of `decode`: the values at the index `at` of a chunk of `shape`, from what `unpack` gave.
+    """Do the second half of `decode`: return the values at the index `at` of a chunk of `shape`, from `unpack`'s bytes.
 
-    Of a row or two it costs little, where joining the bytes of all values takes as long as lz4 does.
+    For a row or two it costs little; joining the bytes of all values would take as long as lz4 does.
     """
     kind = np.dtype(dtype)
     if not codec_named(codec).shuffled or kind.itemsize == 1:
@@ -338,7 +333,7 @@ def pick(raw: bytes, *, codec: str, dtype: str, shape: Sequence[int], at: tuple[
 
 
 def _gather(planes: Array, words: Array) -> None:
-    """The inverse of `_scatter`: planes, uint8 (itemsize, n), to unsigned words (n,)."""
+    """Undo `_scatter`: join planes, uint8 (itemsize, n), to unsigned words (n,)."""
     if len(planes) == 1:
         words[:] = planes[0]
         return
@@ -359,22 +354,21 @@ _LOOK_BACK_BITS = 2
 """ISA-L looks for repetitions 4 bytes back, not 32 KiB: for runs. What else repeats in activations does so by
 chance, and a long distance costs bits. The header states the full window, which every reader has."""
 _BLOCKS = igzip_lib.MEM_LEVEL_MEDIUM
-"""Room for the symbols of a block, hence how often the Huffman codes are made anew: so often that the planes of a chunk
-have their own, and not so often that it costs time. docs/measurements has what both bring."""
+"""Room for the symbols of a block, which decides how often new Huffman codes are made: often enough that each plane of
+a chunk has its own, not so often that it costs time (docs/measurements)."""
 _STRETCH_BITS = 9  # the least that ISA-L's streams allow
 _STORED_MOST = 65535
 _STORED_BLOCK = struct.Struct("<BHH")
 _SAMPLE = 4096
 _FEW = 256
 _NOISE_ENTROPY = 7.85
-"""Bits a byte from which deflate gains under 2 %; the low mantissa bytes of dense maps measure 7.9 to 8.0."""
+"""Bits per byte from which deflate gains under 2 %; the low mantissa bytes of dense maps measure 7.9 to 8.0."""
 _NOISE_NONZERO = 0.9
 """With a tenth of zeros the entropy is at most 0.9 · log2(255) + 0.47 = 7.66 bits."""
 
 
 def _deflate(planes: Array, level: int, zeros: int = 0) -> bytes:
-    """Return a zlib stream by ISA-L, in which planes of noise are stored blocks and planes of zeros are not compressed
-    again.
+    """Compress to a zlib stream by ISA-L; planes of noise become stored blocks, planes of zeros are known streams.
 
     The low mantissa bytes of dense activations do not compress, yet would cost as much time as those that do
     (benchmark on smooth dense maps, same ratio: float32 1.9 times, bfloat16 1.5 times as fast; inflating 2 to 3 times).
@@ -409,7 +403,7 @@ def deflate(data: Any, level: int) -> bytes:
 
 
 def _any(plane: Array) -> bool:
-    """Return whether a byte is not zero. Of few bytes numpy tells it with the GIL held, and mostly they suffice."""
+    """Return whether a byte is not zero. The first bytes mostly suffice; numpy looks at few with the GIL held."""
     return bool(plane[:_FEW].any() or plane.view(bool).any())
 
 
@@ -421,7 +415,7 @@ def _stretch(data: Any, level: int) -> tuple[bytes, bytes]:
 
 @functools.lru_cache(maxsize=256)
 def _zeros(length: int, level: int) -> bytes:
-    """`length` zeros as such a stretch; the chunks of a run have few lengths."""
+    """Return `length` zeros as such a stretch; the chunks of a run have few lengths."""
     return b"".join(_stretch(bytes(length), level)) if length else b""
 
 
@@ -440,7 +434,7 @@ def _is_noise(plane: Array) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _weights() -> Array:
-    """n log2(n) of every number of times that a byte can stand in a sample: an entropy is then one sum."""
+    """Return n log2(n) for each number of times that a byte can stand in a sample: an entropy is then one sum."""
     counts = np.arange(2 * _SAMPLE, dtype=np.float64)
     return counts * np.log2(np.maximum(counts, 1))
 
@@ -460,7 +454,7 @@ def _stored_header(length: int, *, last: bool) -> bytes:
 def _inflate(stream: bytes, nbytes: int) -> bytes:
     inflater = isal_zlib.decompressobj()
     try:
-        # One byte more than there may be: so the end of the stream is reached, and too long a one is seen.
+        # Asking for one byte more than there may be reaches the end of the stream, and shows one that is too long.
         raw = inflater.decompress(stream, nbytes + 1)
     except _IsalError as error:
         raise DamagedError(f"a gzip chunk does not inflate: {error}") from error
@@ -478,7 +472,7 @@ def _zstandard() -> Any:
 
 
 _per_thread = threading.local()
-"""Contexts of zstandard are not safe to share between threads, and dear to make for every chunk."""
+"""Contexts of zstandard must not be shared between threads, and take long to make for every chunk."""
 
 
 def _zstd_compress(planes: Array, level: int, zeros: int = 0) -> bytes:
@@ -492,7 +486,7 @@ def _zstd_compress(planes: Array, level: int, zeros: int = 0) -> bytes:
 def _zstd_decompress(stream: bytes, nbytes: int) -> bytes:
     zstandard = _zstandard()
     try:
-        # A size that the frame states is believed by the library whatever `max_output_size` says: look first.
+        # The library believes the size that a frame states, despite `max_output_size`: look first.
         stated = zstandard.get_frame_parameters(stream).content_size
         if stated not in (nbytes, zstandard.CONTENTSIZE_UNKNOWN):
             raise DamagedError(f"a zstd chunk of {nbytes} bytes says that it holds {stated}")

@@ -1,4 +1,4 @@
-"""Columns that a source brings along, labels and others: which form they take in a file. Values only, no HDF5.
+"""Give the columns of a source, labels and others, the form that they take in a file. Values only, no HDF5.
 
 A column is int64 where each value is a whole number, float64 where each is a number, with a second axis where each is
 a list of as many of them; else text, or, where lists are ragged or hold other things, text that is JSON.
@@ -33,7 +33,7 @@ _NAME_BYTES = 200
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """`kind` is int, float, text or json; `length` of the second axis, None where there is none.
+    """The form of a column. `kind` is int, float, text or json; `length` is that of the second axis, None without one.
 
     `missing` stands for no value in a column of integers. (In others it is NaN, or an empty text.)
     """
@@ -134,8 +134,7 @@ def _loaded(text: str, where: str) -> Any:
 
 
 def as_array(values: Sequence[Label], form: Form, *, whole: bool = False) -> Array:
-    """Return a column for people: numbers, NaN where there is none; text, empty where there is none; objects of what
-    was JSON.
+    """Return a column for people: numbers, NaN where there is none; text, else empty; the objects that JSON held.
 
     `whole`: -1 where there is none among integers, unless one of them is -1.
     """
@@ -149,7 +148,7 @@ def as_array(values: Sequence[Label], form: Form, *, whole: bool = False) -> Arr
 
 
 def stored_names(columns: Iterable[str]) -> dict[str, str]:
-    """For the columns of a source the names of their datasets: their own, `column_NAME` where that cannot be had."""
+    """Return the names of a source's columns in a file: their own, or `column_NAME` where that is taken."""
     made: dict[str, str] = {}
     taken = set(RESERVED)
     for column in columns:

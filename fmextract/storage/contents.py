@@ -1,4 +1,4 @@
-"""What a file holds, as typed values, after its structure was found sound."""
+"""Read what a file holds as typed values, after checking its structure."""
 
 from __future__ import annotations
 
@@ -72,11 +72,11 @@ class Contents:
 
 
 def validate(file: h5py.File) -> Contents:
-    """Raise FormatError unless the file is of our format and version, and safe to read: then, what stands in it.
+    """Return what stands in a file. Raises FormatError unless it is of our format and version, and safe to read.
 
     Safe: nothing in it points outside (external or soft links, external storage, virtual datasets), no object is
-    reached twice, every chunk is of bounded size, the shapes are ones that the file has room for, and everything that
-    is read of it, but for the values of datasets, is what `storage.schema` says. Damaged structures are DamagedError.
+    reached twice, every chunk is of bounded size, the file has room for the shapes, and everything except the values
+    of datasets is what `storage.schema` says. Damaged structures raise DamagedError.
     """
     with reading(file):
         validate_version(file)
@@ -126,7 +126,7 @@ def _found_layers(file: h5py.File, seen: set[int], group: Node, sample: int, row
 
 
 def _brought_by(file: str, columns: Mapping[str, Node], rows: int | None) -> Iterator[tuple[str | None, Brought]]:
-    """Yield the label, and what says of itself that it is a `column`."""
+    """Yield the labels, and the datasets that say that they are a `column`."""
     for name, node in columns.items():
         if name in schema.COLUMNS and name != "label":
             continue
@@ -146,7 +146,7 @@ def _form(node: Node, attrs: Mapping[str, Any]) -> Form:
 def _check_column(file: str, name: str, column: Node | None, kind: schema.Column, rows: int | None) -> None:
     shape = column.id.shape if column is not None else ()
     if column is None or shape[:1] != (rows,) or len(shape) > kind.axes or 0 in shape:
-        raise FormatError(f"{file}: expected /{name} with one value a row")
+        raise FormatError(f"{file}: expected /{name} with one value per row")
     has = "text" if h5py.check_string_dtype(column.id.dtype) else column.id.dtype.name
     if has not in kind.types or (has == "text" and len(shape) > 1):
         raise FormatError(f"{file}: expected /{name} of {' or '.join(kind.types)}, got {has}")
@@ -170,7 +170,7 @@ def read_info(file: h5py.File) -> FileInfo:
 
 
 def info_of(attrs: Mapping[str, Any], said: Mapping[str, Any]) -> FileInfo:
-    """Return the same, of attributes that were read, and of what those of them mean that hold JSON."""
+    """Return the root attributes that were read, and the values of those that hold JSON."""
     names = ("title", "source", "history", "model", "weights_sha256", "precision", "created")
     loaded = {"fmextract_config", "preprocess", "versions"}
     fixed = {*names, *loaded, "format", "format_version", "Conventions", "content_digest"}
@@ -184,9 +184,7 @@ def info_of(attrs: Mapping[str, Any], said: Mapping[str, Any]) -> FileInfo:
 
 
 def read_text(path: Path, group: str, name: str) -> str:
-    """Return an attribute of an HDF5 file that may be anybody's. Raises OSError, RuntimeError, KeyError or ValueError
-    where there is no such text.
-    """
+    """Return a text attribute of any HDF5 file. Raises OSError, RuntimeError, KeyError or ValueError if it is none."""
     with h5py.File(path, "r", locking=False) as file:
         return schema.text(schema.attribute(h5py.h5o.open(file.id, group.encode()), name.encode()))
 
@@ -208,7 +206,7 @@ def _layer_contents(file: str, group: Node, children: Sequence[Node], sample: in
     where, escaped = f"{file}: {group.path}", group.path.rpartition("/")[2]
     own = {node.path.rpartition("/")[2]: node for node in children}
     if group.is_dataset or "activation" not in own:
-        raise FormatError(f"{where}: expected activation, chunked, with one value a row")
+        raise FormatError(f"{where}: expected activation, chunked, with one value per row")
     name = unescape_name(escaped)
     name.encode()  # UnicodeEncodeError, which is a ValueError, where it is no text
     if escape_name(name) != escaped:
@@ -268,7 +266,7 @@ def _activation(where: str, data: Node, rows: int | None) -> tuple[tuple[int, ..
         raise FormatError(f"{where}/activation is no dataset")
     shape, plist = data.id.shape, data.id.get_create_plist()
     if not shape or (rows is not None and shape[0] != rows) or plist.get_layout() != h5py.h5d.CHUNKED:
-        raise FormatError(f"{where}: expected activation, chunked, with one value a row")
+        raise FormatError(f"{where}: expected activation, chunked, with one value per row")
     dtype = data.id.dtype.name
     if dtype not in schema.ACTIVATION or 0 in shape:
         raise FormatError(f"{where}/activation has values of type {dtype}, shape {shape}")
@@ -276,9 +274,7 @@ def _activation(where: str, data: Node, rows: int | None) -> tuple[tuple[int, ..
 
 
 def _axes(where: str, own: Mapping[str, Node], sample: int) -> tuple[str, ...]:
-    """Return the names of the axes behind the first: of the scales attached to them, which lie in the layer's own
-    group.
-    """
+    """Return the names of the axes behind the first: those of their scales, which lie in the layer's own group."""
     data, names = own["activation"].id, {node.address: name for name, node in own.items()}
     first, *others = schema.scales(data, f"{where}/activation")
     if first != [sample]:

@@ -1,6 +1,6 @@
-"""`content_digest`: BLAKE2b over everything that a reader of a file sees, in a canonical order.
+"""Compute `content_digest`: BLAKE2b over everything that a reader of a file sees, in a canonical order.
 
-HDF5's own checksums leave flipped bits in strings and attributes unseen.
+HDF5's own checksums do not see flipped bits in strings and attributes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fmextract.storage.objects import Values
 from fmextract.storage.validation import Node, _top, reading, walk
 
 _NOT_CONTENT = ("content_digest", "throughput")
-"""Root attributes that say nothing of what is stored: two runs that store the same differ in their speed."""
+"""Root attributes that say nothing of what is stored: two runs that store the same values differ in speed."""
 
 
 def chunk_digest(payload: Stored) -> bytes:
     """Return XXH3 (128 bits) of one stored chunk.
 
-    It tells damage, not forgery, and takes no time: BLAKE2b of the same bytes would be a fifth of the work of the
+    It shows damage, not forgery, and takes no time: BLAKE2b of the same bytes would be a fifth of the work of the
     encoder (docs/measurements). The SHA-256 of a shard of a directory stands in its record.
     """
     import xxhash  # here, so that reading a file needs nothing but numpy and h5py
@@ -42,7 +42,7 @@ def chunk_digest(payload: Stored) -> bytes:
 
 
 def content_digest(path: Path) -> str:
-    """Return BLAKE2b, in hex, over everything a reader of the file sees; what `ShardWriter.finish` returned for it.
+    """Return the BLAKE2b, in hex, of everything a reader of the file sees: what `ShardWriter.finish` returned for it.
 
     It covers, in the order of creation: the path of every object; its attributes by name, with type, shape and value;
     of every dataset the type, shape, greatest shape, chunk shape, filters, fill value and the path of the scale on
@@ -55,7 +55,7 @@ def content_digest(path: Path) -> str:
 
 
 def _content_digest(file: h5py.File, written: Mapping[str, Layer]) -> str:
-    """`written` are layers, by path, that this process has just written: what they hold is not read again."""
+    """Compute it. `written` are layers, by path, that this process has just written: they are not read again."""
     hasher = hashlib.blake2b(digest_size=32)
     nodes = list(walk(file, _top(file), set(), written))
     paths = {node.address: node.path for node in nodes}
@@ -80,7 +80,7 @@ def _content_digest(file: h5py.File, written: Mapping[str, Layer]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer as it stands in a file, as data: it is written from here, and the digest made of the same.
+    """A layer as it stands in a file, as data: written to the file, and taken into the digest, from here.
 
     `filters` are those of the activations, `digests` those of their chunks, `scales` those of their axes behind the
     first; `stats` None: there is no such group.
@@ -122,7 +122,7 @@ class Layer:
         return ["/sample", *(f"{self.path}/{axis}" for axis in self.spec.axes)]
 
     def put(self, hasher: Any) -> None:
-        """What `_content_digest` takes in of the file, without reading it."""
+        """Put into a digest what `_content_digest` would read of the file."""
         framed = objects.framed
         attributes = [framed(*parts) for parts in objects.attributes_parts(self.attrs)]
         scales = [self._dataset(f"{self.path}/{scale.name}", scale) for scale in self.scales]

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: a temporary name, fsync, rename; and what a disk's errors mean."""
+"""Write files that appear whole or not at all: a temporary name, fsync, rename. Explain the errors of a disk."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def is_temporary(name: str) -> bool:
-    """Return whether a file of this name is what a run that died left unfinished."""
+    """Return whether a name is that of a file that a dead run left unfinished."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
@@ -91,7 +91,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def disk_error(path: Path, error: BaseException) -> FmextractError:
-    """Return what an error of the operating system or of libhdf5 while writing `path` means to the user."""
+    """Turn an error of the operating system or of libhdf5 while writing `path` into one for the user."""
     code = getattr(error, "errno", None)
     if code is None and (stated := re.search(r"errno = (\d+)", str(error))):
         code = int(stated[1])
@@ -162,7 +162,7 @@ class SteadyFile:
             raise self.error
 
     def drop(self) -> None:
-        """Nothing that comes from now on is written."""
+        """Write nothing from now on."""
         self._dropping = True
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Statistics of a layer as they lie in `stats/`: their names, and how those of several shards become one. No torch.
+"""Name the statistics of a layer in `stats/`, and merge those of several shards. No torch.
 
 Counts add up; means, squared deviations and covariances are merged by the pairwise update of T. F. Chan, G. H. Golub
 and R. J. LeVeque, "Algorithms for computing the sample variance", The American Statistician 37 (1983), so that nothing
@@ -28,8 +28,8 @@ MOMENTS = ("count", "mean", "std", "min", "max", "zero_fraction", "nonfinite")
 NEAR_ZERO = "near_zero_fraction"
 TOP = ("top_value", "top_sample", "top_y", "top_x")
 COVARIANCE = ("covariance", "covariance_mean", "covariance_count")
-"""(components, components), (components,) and (components,): over the images without a value that is not finite, of
-each image's vector of channel means. A component is a channel, of more than MOST_COMPONENTS channels see `folding`."""
+"""(components, components), (components,) and (components,): over the images whose values are all finite, of each
+image's vector of channel means. A component is a channel; for more than MOST_COMPONENTS channels see `folding`."""
 MOST_COMPONENTS = 1024
 """8 MiB of covariance in float64."""
 
@@ -79,7 +79,7 @@ def _merge_moments(a: Stats, b: Stats) -> dict[str, Array]:
 
 
 def _counted(part: Stats, share: str) -> Array:
-    """Return how many values a share is of: a whole number, which the stored share gives back exactly."""
+    """Return how many values a share is: a whole number, which the stored share gives back exactly."""
     counted: Array = np.rint(np.where(part["count"] > 0, part[share], 0.0) * part["count"])
     return counted
 
@@ -89,7 +89,7 @@ def _merge_top(parts: Sequence[Stats]) -> dict[str, Array]:
         return {}
     k = min(part["top_value"].shape[1] for part in parts)
     together = {name: np.concatenate([part[name] for part in parts], axis=1) for name in TOP}
-    # Higher value first (NaN, an empty place, sorts last), then lower row; a row has one entry a channel.
+    # Higher value first (NaN, an empty place, sorts last), then lower row; a row has one entry per channel.
     order = np.lexsort((together["top_sample"], -together["top_value"]), axis=1)[:, :k]
     return {name: np.take_along_axis(values, order, axis=1) for name, values in together.items()}
 
@@ -118,7 +118,7 @@ def _join_covariance(a: Stats, b: Stats) -> dict[str, Array]:
 
 @dataclass(frozen=True, slots=True)
 class EffectiveDimension:
-    """The participation ratio of a layer over `rows` images: from 1 to `rows` - 1, NaN for fewer than 2 images.
+    """Compute the participation ratio of a layer over `rows` images: from 1 to `rows` - 1, NaN for fewer than 2 images.
 
     `estimated`: of more than MOST_COMPONENTS channels, by `folding`. NaN too where no image differs from the others.
     """
@@ -128,13 +128,13 @@ class EffectiveDimension:
     estimated: bool
 
     def as_attrs(self) -> dict[str, Any]:
-        """As attributes of the layer; `of_attrs` is the inverse."""
+        """Return it as attributes of the layer; `of_attrs` is the inverse."""
         made = {"effective_dimension": np.float64(self.value), "effective_dimension_rows": np.int64(self.rows)}
         return made | ({"effective_dimension_estimated": True} if self.estimated else {})
 
     @classmethod
     def of_attrs(cls, attrs: Mapping[str, Any]) -> EffectiveDimension | None:
-        """Return None where the attributes are not there."""
+        """Return it from attributes of a layer; None where they are missing."""
         if "effective_dimension" not in attrs:
             return None
         estimated = "effective_dimension_estimated" in attrs
@@ -142,7 +142,7 @@ class EffectiveDimension:
 
 
 def effective_dimension(stats: Stats) -> EffectiveDimension | None:
-    """Of statistics with COVARIANCE; None of those without."""
+    """Return that of statistics with COVARIANCE; None without."""
     if "covariance" not in stats:
         return None
     covariance, rows, channels = stats["covariance"], int(stats["covariance_count"][0]), len(stats["count"])
@@ -164,8 +164,7 @@ def settled(stats: Stats) -> tuple[dict[str, Array], dict[str, Any]]:
 
 
 def folding(channels: int) -> tuple[Array, Array]:
-    """Return (order int64, signs float64), each (channels,), by which more than MOST_COMPONENTS channels become as
-    many.
+    """Return (order int64, signs float64), each (channels,), that fold more channels than MOST_COMPONENTS to so many.
 
     Component j is the sum of signs[i] times channel order[i] over all i ≡ j: a count sketch (M. Charikar, K. Chen,
     M. Farach-Colton, "Finding frequent items in data streams", ICALP 2002) whose components hold equally many channels,

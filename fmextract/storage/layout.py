@@ -1,4 +1,4 @@
-"""The layout of a file, version 1: names, attributes and columns, written and read."""
+"""Describe the layout of a file, version 1: names, attributes and columns, written and read."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _layer_attrs(spec: LayerSpec) -> dict[str, Any]:
 
 
 def _scales(spec: LayerSpec) -> list[Values]:
-    """Of the axes behind the first."""
+    """Return the scales of the axes behind the first."""
     made = []
     for role, size in zip(spec.axes, spec.shape, strict=True):
         values, attrs = coordinate(spec.field, role, size)

@@ -1,4 +1,4 @@
-"""One run at a time on an output: a file in its directory that names the process at work there.
+"""Let one run at a time work on an output: a file in its directory names the process at work there.
 
 The processes of one launch carry the same FMEXTRACT_RUN_ID and share the lock of the first of them.
 """
@@ -56,7 +56,7 @@ class Owner:
         return self.host == socket.gethostname()
 
     def is_dead(self) -> bool:
-        """Return whether it surely works no more: only this host's processes can be looked at."""
+        """Return whether it has surely ended: only this host's processes can be looked at."""
         return self.is_here and started(self.pid) != self.started
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Owner:
 
 
 class Lock:
-    """Held from `acquire` to `release`. A process that dies leaves it behind, and the next one takes it over."""
+    """A lock, held from `acquire` to `release`. A process that dies leaves it behind, and the next takes it over."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / NAME
@@ -76,7 +76,7 @@ class Lock:
         return self._me is not None
 
     def acquire(self, *, break_lock: bool) -> Owner | None:
-        """Take the lock; returns the dead owner it was taken from, if any.
+        """Take the lock, and return the dead owner that it was taken from, if any.
 
         Raises OutputError, naming the other process, where that one is alive, or of another host and not `break_lock`.
         """
@@ -115,7 +115,7 @@ def _refusal(directory: Path, owner: Owner) -> str:
 
 
 def _create(path: Path, owner: Owner) -> None:
-    """The lock appears with its content or not at all, and never over another. Raises FileExistsError."""
+    """Create the lock with its content or not at all, and never over another. Raises FileExistsError."""
     content = strict_json.dumps(asdict(owner)).encode()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -133,7 +133,7 @@ def _create(path: Path, owner: Owner) -> None:
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[None]:
-    """No other process of this host is between looking at a lock and taking it over, as far as the system can tell."""
+    """Keep other processes of this host from looking at a lock and taking it over, as far as the system can."""
     try:
         import fcntl
     except ImportError:  # Windows

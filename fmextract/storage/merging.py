@@ -1,4 +1,4 @@
-"""Several shards as one file, raw chunk by raw chunk."""
+"""Merge several shards into one file, raw chunk by raw chunk."""
 
 from __future__ import annotations
 

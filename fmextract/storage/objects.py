@@ -1,14 +1,14 @@
-"""Small HDF5 objects by the thousand: written with few calls, and said to the digest without reading them again.
+"""Write small HDF5 objects by the thousand with few calls, and put them into the digest without reading them again.
 
-A layer is about fifteen small datasets and as many attributes, so that of many layers these are the work, not the
-activations. Here types, spaces and property lists are made once and shared, nothing is wrapped in h5py's classes, and
-the scales of all datasets are attached at the end, at once: `H5DSattach_scale` writes the whole list of what a scale
-is attached to for every one that is added. Datasets that are open are not looked up by their paths.
+A layer is about fifteen small datasets and as many attributes; for many layers these are the work, not the activations.
+Here types, spaces and property lists are made once and shared, nothing is wrapped in h5py's classes, and the scales of
+all datasets are attached at once, at the end: `H5DSattach_scale` would write the whole list of what a scale is attached
+to each time one is added. Datasets that are open are not looked up by their paths.
 
     Values      a dataset of fixed shape, as data            set_attributes   name → value, of an object
     create      Values → dataset                             attach_scales    dataset → its scales, for many
     create_group    a group in it                            add_attributes   the same, of one that has none yet
-    *_parts     what the digest takes in of an attribute or of Values: `store` says the same of what it reads
+    *_parts     what the digest takes in of an attribute or of Values: `digest` reads the same from a file
     framed      parts as the bytes that the digest takes in
 """
 
@@ -29,7 +29,7 @@ from fmextract.errors import FormatError
 Array: TypeAlias = npt.NDArray[Any]
 Node: TypeAlias = "h5py.h5g.GroupID | h5py.h5d.DatasetID"
 Parts: TypeAlias = "list[str | bytes]"
-"""What the digest takes in, one after the other."""
+"""What the digest takes in, in order."""
 
 TEXT = h5py.string_dtype("utf-8")
 _ENTRY = np.dtype(
@@ -78,7 +78,7 @@ def _creation() -> h5py.h5p.PropDCID:
 
 
 def creation() -> h5py.h5p.PropDCID:
-    """Return what all datasets have in common."""
+    """Return the properties that all datasets share."""
     plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     plist.set_obj_track_times(False)
     # More than 64 kB of scale references need attributes in a tree of their own, which tracking their order brings.
@@ -88,7 +88,7 @@ def creation() -> h5py.h5p.PropDCID:
 
 @functools.cache
 def _group_creation() -> h5py.h5p.PropGCID:
-    """Return what h5py has of `create_group(…, track_order=True)`."""
+    """Return the properties of h5py's `create_group(…, track_order=True)`."""
     plist, order = h5py.h5p.create(h5py.h5p.GROUP_CREATE), h5py.h5p.CRT_ORDER_TRACKED | h5py.h5p.CRT_ORDER_INDEXED
     plist.set_link_creation_order(order)
     plist.set_attr_creation_order(order)
@@ -104,7 +104,7 @@ def _utf8() -> h5py.h5p.PropLCID:
 
 
 def create_group(group: h5py.h5g.GroupID, name: str) -> h5py.h5g.GroupID:
-    """Return an empty group that keeps the order in which things are put into it."""
+    """Create an empty group that keeps the order in which things are put into it."""
     return h5py.h5g.create(group, name.encode(), None if name.isascii() else _utf8(), _group_creation())
 
 
@@ -114,7 +114,7 @@ def _space(shape: tuple[int, ...]) -> h5py.h5s.SpaceID:
 
 
 def create(group: h5py.h5g.GroupID, made: Values) -> h5py.h5d.DatasetID:
-    """Return the dataset, a scale where it has none itself; those of others are attached by `attach_scales`."""
+    """Create the dataset: a scale where it has none itself; `attach_scales` attaches those of others."""
     kind, memory = kind_of(made.values.dtype)
     name, values = made.name.encode(), np.ascontiguousarray(made.values)
     data = h5py.h5d.create(group, name, kind, _space(values.shape), _creation())
@@ -137,7 +137,7 @@ def _scale_attributes(name: bytes) -> tuple[tuple[bytes, Array, Kind], ...]:
 
 @functools.cache
 def _fixed_text(size: int) -> Kind:
-    """Text of C, which ends at NUL."""
+    """Return the type of a C text, which ends at NUL."""
     kind = h5py.h5t.C_S1.copy()
     kind.set_size(size)
     kind.set_strpad(h5py.h5t.STR_NULLTERM)
@@ -145,7 +145,7 @@ def _fixed_text(size: int) -> Kind:
 
 
 def add_attributes(node: Node, attrs: Mapping[str, Any]) -> None:
-    """`set_attributes` where none of the names is there yet."""
+    """Do what `set_attributes` does, where no attribute has any of the names yet."""
     for name, value in attrs.items():
         if value is not None:
             array = _attribute(value)
@@ -153,7 +153,7 @@ def add_attributes(node: Node, attrs: Mapping[str, Any]) -> None:
 
 
 def set_attributes(node: Node, attrs: Mapping[str, Any]) -> None:
-    """Write attributes of types that every netCDF-4 reader knows, over those of the same names; None is left out."""
+    """Write attributes of types that every netCDF-4 reader knows, over those of the same names; leave out None."""
     for name, value in attrs.items():
         if value is None:
             continue
@@ -181,7 +181,7 @@ def _attribute(value: Any) -> Array:
 
 
 def text(said: str) -> str:
-    """HDF5 ends a string at NUL, and holds only what UTF-8 can say."""
+    """Return what HDF5 can hold of a text: it ends at NUL, and is UTF-8."""
     said = said.replace("\0", "\\x00")
     return said.encode("utf-8", "backslashreplace").decode()
 
@@ -192,7 +192,7 @@ def attach_scales(
     opened: Mapping[str, h5py.h5d.DatasetID] = MappingProxyType({}),
     later: Mapping[str, Entries] = MappingProxyType({}),
 ) -> None:
-    """Attach scales to the axes of datasets: of each its path, and the paths of the scales, which have nothing yet.
+    """Attach scales to the axes of datasets. For each: its path and those of its scales, all still unattached.
 
     `opened` are those that need not be looked up, by their paths. What the scales in `later` are attached to is put
     there, for `write_references` once it is all known.
@@ -257,13 +257,13 @@ def array_parts(value: Array) -> Parts:
 
 
 def attribute_values(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """Attributes that `set_attributes` wrote, as `schema.attributes` reads them: texts, numbers and arrays, by name."""
+    """Return what `schema.attributes` reads of attributes that `set_attributes` wrote: texts, numbers, arrays."""
     arrays = {name: _attribute(attrs[name]) for name in sorted(attrs) if attrs[name] is not None}
     return {name: array if array.shape else array.item() for name, array in arrays.items()}
 
 
 def attributes_parts(attrs: Mapping[str, Any]) -> Iterator[Parts]:
-    """Of attributes that `set_attributes` wrote."""
+    """Yield what the digest takes in of attributes that `set_attributes` wrote."""
     for name in sorted(name for name, value in attrs.items() if value is not None):
         yield ["attribute", name, *array_parts(_attribute(attrs[name]))]
 
@@ -277,7 +277,7 @@ def dataset_parts(
     fill: bytes,
     scales: Sequence[Sequence[str]],
 ) -> Parts:
-    """Return what there is to say of a dataset beside its values; the `scales` are the paths of those on each axis."""
+    """Describe a dataset, except its values; `scales` are the paths of the scales on each axis."""
     named = [part for axis, paths in enumerate(scales) for part in (f"axis {axis}", *paths)]
     return [type_name(dtype), str((shape, greatest, chunk, list(filters))), fill, *named]
 
@@ -300,5 +300,5 @@ def _scale_framed(name: str) -> bytes:
 
 @functools.lru_cache(1024)
 def _described(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """Return what there is to say of a dataset of fixed shape, but for the scales."""
+    """Describe a dataset of fixed shape, except its scales."""
     return framed(*dataset_parts(dtype, shape, shape, None, (), bytes(dtype.itemsize), ()))

@@ -1,13 +1,13 @@
-"""What stands where in a file of fmextract, and in the JSON beside it, as tables; and the one way to HDF5's attributes.
+"""Tables of what stands where in a file of fmextract and in the JSON beside it; the one way to HDF5's attributes.
 
-A file is never to be trusted: each of its bytes may be sound, and what they say anything. Whatever is read of a file is
-checked here against a table and comes out as Python's own types, within ranges that the rest of the program was made
-for. libhdf5 is asked for the value of an attribute only when its type is one that it reads safely, and never through
+A file is never to be trusted: each of its bytes may be sound, and yet say anything. All that is read of a file is
+checked here against a table and comes out as Python's own types, within ranges that the rest of the program expects.
+libhdf5 is asked for the value of an attribute only when its type is one that it reads safely, and never through
 its own functions for dimension scales, which take an attribute's type for granted (a `DIMENSION_LIST` of another type
 is a segmentation fault).
 
     ROOT, LAYER         attributes: name → Attribute(kind, required)         attributes()  node → checked values
-    COLUMNS             one entry a row: name → Column(types, required)      scales()      dataset → its axes' scales
+    COLUMNS             one entry per row: name → Column(types, required)      scales()      dataset → its axes' scales
     ACTIVATION          the types of activations                             parse()       text → checked JSON
     STATISTICS          what the values of a statistic can be                statistics()  arrays → checked arrays
     RECORD, PLAN        the JSON files of a directory                        checked()     JSON → checked JSON
@@ -34,12 +34,12 @@ from fmextract.storage.layer_stats import COVARIANCE, NEAR_ZERO, TOP
 
 Array: TypeAlias = npt.NDArray[Any]
 Kind: TypeAlias = Callable[[Any], Any]
-"""Gives a value back, perhaps as another type, or raises Wrong."""
+"""Returns the value, perhaps as another type, or raises Wrong."""
 
 LARGEST = 2**62
 """Sums and differences of two such numbers still fit into int64."""
 SIDE, PIXELS = 2**16, 2**28
-"""Of an input: a file that claims a larger one would have pictures of it fill the memory."""
+"""Of an input: pictures of a larger one, which a file may claim, would fill the memory."""
 DEPTH = 32
 """Levels of JSON within JSON: fmextract writes six."""
 _BOOKKEEPING = (b"DIMENSION_LIST", b"REFERENCE_LIST")
@@ -54,7 +54,7 @@ class Wrong(ValueError):
         self.expected, self.got, self.place = expected, got, place
 
     def within(self, name: str | int) -> Wrong:
-        """Return the same, of something that lies at `name` of a larger value."""
+        """Return the same error, about something that lies at `name` of a larger value."""
         place = f"{name}.{self.place}" if self.place else str(name)
         return Wrong(self.expected, self.got, place)
 
@@ -131,7 +131,7 @@ def pair(kind: Kind) -> Kind:
 
 
 def optional(kind: Kind) -> Kind:
-    """Or null."""
+    """Take null, too."""
     return lambda value: None if value is None else kind(value)
 
 
@@ -193,7 +193,7 @@ def fields(required: Sequence[str] = (), /, **kinds: Kind) -> Kind:
 
 
 def renamed(kind: Kind) -> Kind:
-    """A JSON object in which options may have the names that earlier versions gave them: gives those of today."""
+    """A JSON object in which options may have the names of earlier versions: returns those of today."""
 
     def check(value: Any) -> Any:
         is_object = isinstance(value, dict)
@@ -210,7 +210,7 @@ def _within(name: str, kind: Kind, value: Any) -> Any:
 
 
 def _size(value: Any) -> list[int]:
-    """[height, width] of an input or a photo."""
+    """Return [height, width] of an input or a photo."""
     height, width = many(whole(1, SIDE), 2)(value)
     if height * width > PIXELS:
         raise Wrong(f"at most {PIXELS} pixels", value)
@@ -218,7 +218,7 @@ def _size(value: Any) -> list[int]:
 
 
 def _largest(kind: Kind) -> Kind:
-    """Return a number, or several of which the largest counts."""
+    """Return a number, or of several the largest."""
     return lambda value: kind(max(value.tolist()) if isinstance(value, np.ndarray) and value.size else value)
 
 
@@ -240,7 +240,7 @@ class Attribute:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A dataset with one entry a row, of one of these types (numpy's names, or `text`), numbers with up to `axes`."""
+    """A dataset with one entry per row, of one of these types (numpy's names, or `text`), numbers with up to `axes`."""
 
     types: tuple[str, ...]
     required: bool = True
@@ -503,7 +503,7 @@ RECORD = fields(
     batch_size=whole(),
     extra=fields(chunks=table_of(text)),
 )
-"""Of one shard, in its own JSON file and in the index."""
+"""The record of a shard, in its own JSON file and in the index."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
@@ -553,9 +553,9 @@ def checked(value: Any, kind: Kind, where: str) -> Any:
 def attributes(
     node: h5py.h5g.GroupID | h5py.h5d.DatasetID, table: Mapping[str, Attribute], where: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the attributes of an object by name, checked against a table, and what they mean: of JSON, what it holds.
+    """Return the attributes of an object by name, checked against a table, and what they mean: for JSON, what it holds.
 
-    Those that are in no table come along where they are texts or numbers. `where` names the file and the object.
+    Those in no table come along if they are texts or numbers. `where` names the file and the object.
     Raises DamagedError for an attribute that is missing or is not what the table says.
     """
     values: dict[str, Any] = {}
@@ -584,7 +584,7 @@ def as_read(values: Mapping[str, Any], table: Mapping[str, Attribute]) -> dict[s
 
 
 def _as_kind(value: Any, known: Attribute) -> tuple[Any, Any]:
-    """Return (the value of an attribute, what it means: another thing where it holds JSON)."""
+    """Return (the value of an attribute, what it means), which differ where it holds JSON."""
     if not known.json:
         made = known.kind(value)
         return made, made
@@ -598,7 +598,7 @@ def _as_kind(value: Any, known: Attribute) -> tuple[Any, Any]:
 
 
 def attribute_names(node: h5py.h5g.GroupID | h5py.h5d.DatasetID) -> list[bytes]:
-    """In alphabetical order, without HDF5's bookkeeping of scales."""
+    """Return the names in alphabetical order, without HDF5's bookkeeping of scales."""
     names: list[bytes] = []
     if h5py.h5a.get_num_attrs(node):
         h5py.h5a.iterate(node, lambda name, *_: names.append(name))
@@ -644,7 +644,7 @@ class _Type(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _type(encoded: bytes) -> _Type | None:
-    """Of a type as HDF5 encodes it, None for others: a file has a handful of them, and each takes long to make.
+    """Return the type that HDF5 encodes so, None for others: a file has a handful of them, and each takes long to make.
 
     Raises TypeError for numbers that numpy has not.
     """
@@ -692,7 +692,7 @@ def is_scale(dataset: h5py.h5d.DatasetID) -> bool:
 
 
 def scales(dataset: h5py.h5d.DatasetID, where: str) -> list[list[int]]:
-    """For each axis of a dataset the addresses of the scales attached to it.
+    """Return the addresses of the scales attached to each axis of a dataset.
 
     Raises DamagedError where `DIMENSION_LIST` is not what HDF5 writes, or points to nothing.
     """
@@ -706,7 +706,7 @@ def scales(dataset: h5py.h5d.DatasetID, where: str) -> list[list[int]]:
         or not kind.get_super().equal(h5py.h5t.STD_REF_OBJ)
         or stored.shape != (axes,)
     ):
-        raise DamagedError(f"{where}: its DIMENSION_LIST is not one list of references an axis")
+        raise DamagedError(f"{where}: its DIMENSION_LIST is not one list of references per axis")
     lists = np.empty(axes, stored.dtype)
     stored.read(lists)
     return [[_address(reference, dataset, where) for reference in one] for one in lists]

@@ -1,6 +1,6 @@
-"""The set of files of a run: which rows lie in which file, what is missing, what has changed.
+"""Keep the set of files of a run: which rows lie in which file, what is missing, what has changed.
 
-    shard-00000.h5    a file of `store` over a fixed range of rows
+    shard-00000.h5    a file of `writer` over a fixed range of rows
     shard-00000.json  its record (ShardRecord), written after it: the truth about what is done
     index.json        all records, folded when the last shard is there: only now is the output complete
 
@@ -48,7 +48,7 @@ def shard_name(i: int) -> str:
 
 
 def remove_dead(path: Path, *, directories: bool) -> None:
-    """Remove what processes that surely run no more left unfinished of `path`; folders only if `directories`."""
+    """Remove what processes that have surely ended left unfinished of `path`; folders only if `directories`."""
     begin = f".{path.name}."
     for left in path.parent.glob(f"{glob.escape(begin)}*"):
         if is_temporary(left.name) and processes.is_dead(left.name.removeprefix(begin)):
@@ -59,13 +59,13 @@ def remove_dead(path: Path, *, directories: bool) -> None:
 
 
 def write_sealed(path: Path, obj: Mapping[str, Any]) -> None:
-    """As `write_json`, with a digest of what it says beside it, which `read_sealed` compares."""
+    """Write as `write_json` does, with a digest of the content, which `read_sealed` compares."""
     said = strict_json.plain(obj)
     write_json(path, {**said, DIGEST: _seal(said)})
 
 
 def read_sealed(path: Path) -> Any:
-    """Return what `write_sealed` wrote, and without a comparison what earlier versions did. Raises as `read_json`."""
+    """Read what `write_sealed` wrote, and without a comparison what earlier versions wrote. Raises as `read_json`."""
     said = read_json(path)
     if not isinstance(said, dict):
         return said
@@ -94,7 +94,7 @@ def _seal(said: Mapping[str, Any]) -> str:
 class ShardRecord:
     """One finished shard: the rows `start` .. `stop`-1, its size in bytes and its digests (hex).
 
-    `sha256` is empty of a shard that is about to become the output by its new name, where nobody would read it.
+    `sha256` is empty for a shard that is about to become the output by its new name, where it would never be read.
     `statuses` counts its rows by status code, as text ("0": ok, see `records.Status`). `batch_size` is the smallest
     that was used: less than the plan's where memory forced that. `extra` is JSON-able; its `chunks` holds, by layer,
     the first 16 hex digits of the digest of every chunk, one after the other in C order.
@@ -156,10 +156,10 @@ def record_shard(
     extra: Mapping[str, Any] | None = None,
     sha256: str | None = None,
 ) -> ShardRecord:
-    """Record a published shard: writes `shard-NNNNN.json` beside it, which is what makes it count as done.
+    """Record a published shard: write `shard-NNNNN.json` beside it, which makes it count as done.
 
-    `statuses` is the status code of each row. The SHA-256 is of the file as it can be read back: `file_sha256`, where
-    that is None.
+    `statuses` is the status code of each row. The SHA-256 is that of the file as it can be read back; if None, it is
+    computed.
     """
     record = ShardRecord(
         name=path.name,
@@ -188,8 +188,8 @@ def file_sha256(path: Path) -> str:
 def load_records(directory: Path, tell: Callable[[str], None] = lambda text: None) -> list[ShardRecord]:
     """Return the shards that are done, in row order: every record whose file is there with the recorded size.
 
-    This is what a resume asks; a record without its file, or with a file of another size, is not done. Nor is one
-    that cannot be read or is damaged, of which `tell` is told.
+    A resume asks this. A record without its file, or with a file of another size, is not done. Nor is one that cannot
+    be read or is damaged: `tell` is called with the reason.
     """
     records = []
     for path in sorted(directory.glob("shard-*.json")):
@@ -246,7 +246,7 @@ def fold_index(directory: Path, plan: Mapping[str, Any]) -> list[ShardRecord]:
 
 
 def plan_digest(directory: Path) -> str | None:
-    """Return the SHA-256 that plan.json had when the output was complete; None of one that an earlier version wrote."""
+    """Return the SHA-256 that plan.json had when the output was complete; None if an earlier version wrote it."""
     found = read_json(directory / INDEX).get("plan_sha256")
     if found is not None and not (isinstance(found, str) and _SHA256.fullmatch(found)):
         raise FormatError(f"{directory / INDEX} is damaged: expected plan_sha256 of 64 hex digits")
@@ -286,7 +286,7 @@ def load_index(directory: Path) -> list[ShardRecord]:
 
 
 def read_index(directory: Path) -> list[ShardRecord]:
-    """Return the records in index.json, in row order, whatever has become of their files. Raises FormatError."""
+    """Return the records in index.json, in row order, without looking at their files. Raises FormatError."""
     records, rows = _parse_index(directory)
     _check_rows(directory, records, rows)
     return records

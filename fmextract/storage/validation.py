@@ -1,4 +1,4 @@
-"""What is checked before a file is trusted: layout, chunks and heaps, before libhdf5 is asked for values."""
+"""Check a file before it is trusted: layout, chunks and heaps, before libhdf5 is asked for values."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def _walkable(window: bytes, heap: int) -> bool:
 
 
 _CHUNK_RECORD_BYTES = 24
-"""What one chunk takes at the least in an HDF5 index: so a small file cannot claim a huge shape."""
+"""The fewest bytes that a chunk takes in an HDF5 index: so a small file cannot claim a huge shape."""
 _TEXT_BYTES = 16
-"""What a text of variable length takes in a chunk: its length, and its place in a heap."""
+"""Bytes that a text of variable length takes in a chunk: its length, and its place in a heap."""
 
 
 @contextlib.contextmanager
 def reading(file: h5py.File, place: str | Callable[[], str] = "") -> Iterator[None]:
-    """What libhdf5 raises on damaged bytes, in many types, becomes DamagedError."""
+    """Turn what libhdf5 raises on damaged bytes, in many types, into DamagedError."""
     try:
         yield
     except FmextractError:
@@ -120,8 +120,7 @@ def _top(file: h5py.File) -> Node:
 
 
 class Node(NamedTuple):
-    """An object of a file. By its identifier alone: what h5py wraps around it is most of the time where there are
-    many."""
+    """An object of a file, by its identifier alone: with many objects h5py's wrappers would take most of the time."""
 
     path: str
     id: h5py.h5g.GroupID | h5py.h5d.DatasetID
@@ -163,9 +162,7 @@ def _children(file: h5py.File, group: Node) -> Iterator[Node]:
 
 
 def _links(group: h5py.h5g.GroupID) -> list[tuple[bytes, int, Any]]:
-    """Return (name, type, address of the object) of each link: in the order of creation where that is kept, else by
-    name.
-    """
+    """Return (name, type, address of the object) of each link, in the order of creation if kept, else by name."""
     links: list[tuple[bytes, int, Any]] = []
     kept = group.get_create_plist().get_link_creation_order() & h5py.h5p.CRT_ORDER_TRACKED
     order = h5py.h5.INDEX_CRT_ORDER if kept else h5py.h5.INDEX_NAME
@@ -174,11 +171,10 @@ def _links(group: h5py.h5g.GroupID) -> list[tuple[bytes, int, Any]]:
 
 
 def _is_plain(data: h5py.h5d.DatasetID) -> bool:
-    """Return whether a dataset is what nearly all are: numbers or texts, one after the other in the file, all of them
-    there.
+    """Return whether a dataset is as nearly all are: numbers or texts, in one piece in the file, all of them there.
 
-    Then `_validate_dataset` has nothing to say, and its creation properties, which are slow to get, need not be asked.
-    Only what lies in the file itself, in one piece, has an offset (in a file without a user block).
+    `_validate_dataset` would find nothing wrong; its creation properties, which are slow to get, need not be read. Only
+    what lies in the file itself, in one piece, has an offset (in a file without a user block).
     """
     if data.get_offset() is None:
         return False

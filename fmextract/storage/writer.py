@@ -1,4 +1,4 @@
-"""One HDF5 file: the activations of a range of rows, and everything a reader needs to make sense of them.
+"""Write one HDF5 file: the activations of a range of rows, and everything a reader needs to make sense of them.
 
 This is the only module that writes HDF5. Chunks arrive compressed (`codecs.encode`) and are put into the file as they
 are, past libhdf5's filters and its global lock; what lies in the file is plain HDF5 and valid netCDF-4. The layout is
@@ -47,7 +47,7 @@ from fmextract.storage.objects import Values
 from fmextract.storage.validation import _top, walk
 
 Forms: TypeAlias = Mapping[str | None, Form | None]
-"""Of the columns that a source brought along, by their names; None is the labels'. A form of None: it has no value."""
+"""The forms of a source's columns, by their names; the labels' name is None. A form of None: it has no value."""
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -56,7 +56,7 @@ Forms: TypeAlias = Mapping[str | None, Form | None]
 class ShardWriter:
     """Writes one file. `write_chunk` for every chunk of every layer, then `finish`; `abort` at any time.
 
-    `path` is a temporary name: publishing it is `index.publish`. Any error leaves no file.
+    `path` is a temporary name, which `durable.publish` replaces by the final one. Any error leaves no file.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ShardWriter:
 
     @classmethod
     def reopened(cls, left: Unfinished) -> ShardWriter:
-        """Go on where another left, with all chunks written. Raises NoSpace, OutputError."""
+        """Go on where another writer left, with all chunks written. Raises NoSpace, OutputError."""
         self = cls.__new__(cls)
         self.path, self.rows, self.layers = left.path, left.rows, left.layers
         self._grids = [chunk_grid((len(left.rows), *spec.shape), spec.chunk) for spec in left.layers]
@@ -128,8 +128,8 @@ class ShardWriter:
     ) -> str:
         """Write what stands beside the activations, close, make durable. Returns the content digest, in hex.
 
-        `stats` and `layer_attrs` are by the layer's name; `root_attrs` is what only the end of a shard knows of it.
-        `durable` False leaves the last to whoever gives the file its name (`index.publish`).
+        `stats` and `layer_attrs` are by the layer's name; `root_attrs` is what is known only at the end of a shard.
+        `durable` False leaves the last step to `durable.publish`.
         Raises ValueError where a chunk is missing, or the columns do not fit the rows.
         """
         if len(samples) != len(self.rows) or samples.start != self.rows.start:
@@ -173,7 +173,7 @@ class ShardWriter:
     def _write_layers(
         self, file: h5py.File, stats: Stats, layer_attrs: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Layer]:
-        """Return what stands beside the activations of each layer; gives what is there now, by path."""
+        """Write what stands beside the activations of each layer; return what is there now, by path."""
         names = {spec.name for spec in self.layers}
         if unknown := [name for name in (*stats, *layer_attrs) if name not in names]:
             raise ValueError(f"expected statistics and attributes of the layers of this file, got {unknown[0]!r}")
@@ -206,14 +206,14 @@ class ShardWriter:
         return Unfinished(self.path, self.rows, self.layers, self._digests, codec.name, level)
 
     def chunk_digests(self) -> dict[str, str]:
-        """By layer: the first 16 hex digits of the digest of every chunk, one after the other in C order."""
+        """Return, by layer, the first 16 hex digits of the digest of every chunk, one after the other in C order."""
         return {
             spec.name: "".join(done[place].hex()[:16] for place in np.ndindex(grid))
             for spec, grid, done in zip(self.layers, self._grids, self._digests, strict=True)
         }
 
     def abort(self) -> None:
-        """Close and remove the file, if it is not finished. May be called again."""
+        """Close and remove the file, unless it is finished. May be called again."""
         file, self._file = self._file, None
         disk, self._disk = self._disk, None
         if disk is None:
@@ -259,7 +259,7 @@ class ShardWriter:
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """A file that holds its chunks and lacks what stands beside them; nothing has it open."""
+    """A closed file that holds its chunks and lacks what stands beside them."""
 
     path: Path
     rows: range
@@ -275,9 +275,7 @@ class Unfinished:
         layer_attrs: Mapping[str, Mapping[str, Any]] | None = None,
         root_attrs: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return what `ShardWriter.finish` does, but for making it durable. Raises as that does, and leaves no file
-        then.
-        """
+        """Do what `ShardWriter.finish` does, except make it durable. Raises as that does, and then leaves no file."""
         with ShardWriter.reopened(self) as writer:
             return writer.finish(samples, stats, layer_attrs, root_attrs, durable=False)
 
@@ -290,9 +288,7 @@ def _create_dataset(
     chunk: tuple[int, ...],
     filters: Sequence[tuple[int, tuple[int, ...]]],
 ) -> h5py.h5d.DatasetID:
-    """Return a chunked dataset with an unlimited first axis. Low level, since a filter need not be installed to be
-    named.
-    """
+    """Create a chunked dataset with an unlimited first axis; at low level, where a filter need not be installed."""
     plist = objects.creation()
     plist.set_chunk(chunk)
     if h5py.check_string_dtype(np.dtype(dtype)) is None:
@@ -304,7 +300,7 @@ def _create_dataset(
 
 
 def _create_column(file: h5py.File, name: str, rows: int, dtype: Any, each: tuple[int, ...] = ()) -> h5py.Dataset:
-    """One value a row, or values of the shape `each`."""
+    """Create a column: one value per row, or values of the shape `each`."""
     kind = np.dtype(dtype)
     # netCDF knows no filters on strings of variable length.
     filters = () if h5py.check_string_dtype(kind) else CODECS["gzip"].filters(kind.itemsize)
@@ -325,14 +321,14 @@ def _create_sample_scale(file: h5py.File, rows: range) -> None:
 
 
 def _create_layer(group: h5py.Group, spec: LayerSpec, rows: int, codec: Codec, level: int) -> h5py.h5d.DatasetID:
-    """Return the group of a layer with its activations."""
+    """Create the group of a layer with its activations."""
     layer = objects.create_group(group.id, escape_name(spec.name))
     filters = codec.filters(np.dtype(spec.dtype).itemsize, level)
     return _create_dataset(layer, "activation", (rows, *spec.shape), spec.dtype, spec.chunk, filters)
 
 
 def _forms_of(samples: SampleTable) -> Forms:
-    """Of the columns that the source brought along."""
+    """Return the forms of the columns that the source brought along."""
     return {name: form_of(values) for name, values in _brought(samples)}
 
 
@@ -384,7 +380,7 @@ def _write_columns(file: h5py.File, rows: int, tables: Iterable[SampleTable], fo
 
 
 def _create_brought(file: h5py.File, rows: int, forms: Forms) -> dict[str | None, tuple[h5py.Dataset, Form]]:
-    """Return the datasets of the columns that the source brought along, by their names; None is the labels'."""
+    """Create the datasets of the columns that the source brought along, by their names; the labels' name is None."""
     names = stored_names(name for name in forms if name is not None)
     made: dict[str | None, tuple[h5py.Dataset, Form]] = {}
     for title, form in forms.items():
@@ -405,7 +401,7 @@ def _create_brought(file: h5py.File, rows: int, forms: Forms) -> dict[str | None
 
 
 def _statistics(layer: str, spec: LayerSpec, arrays: Mapping[str, Any]) -> Iterator[Values]:
-    """`stats/`: one dataset a statistic, over the channels, or over the channels and a second axis.
+    """Yield `stats/`: one dataset per statistic, over the channels, or over the channels and a second axis.
 
     The second axis of `top_…` is `k`, that of any other statistic is its own `<name>_bin`. Of the covariance the first
     axis is not the channel, but the `component`. `layer` is the path of the layer's group.
@@ -443,9 +439,9 @@ def write_rdms(
     descriptors: Mapping[str, str],
     patterns: Mapping[str, Array | Sequence[str]],
 ) -> None:
-    """Dissimilarity matrices as rsatoolbox's `RDMs.save` lays them out, and its `load_rdm` reads them.
+    """Write dissimilarity matrices as rsatoolbox's `RDMs.save` lays them out and its `load_rdm` reads them.
 
-    `layers` gives, by name, the `pairs` values of one matrix in parts, float64; `patterns` one entry an image. `path`
+    `layers` gives, by name, the `pairs` values of one matrix in parts, float64; `patterns` one entry per image. `path`
     is a temporary name. Texts are attributes: in datasets rsatoolbox would take them for ASCII. Raises NoSpace,
     OutputError.
     """
@@ -493,7 +489,7 @@ def write_rdms(
 
 
 _last_written: list[tuple[tuple[int, ...], Contents]] = []
-"""What the file is that this process finished last, and what it put there: at most one."""
+"""The file that this process finished last, and what it wrote there: at most one."""
 
 
 def file_identity(have: os.stat_result) -> tuple[int, ...]:
@@ -502,15 +498,13 @@ def file_identity(have: os.stat_result) -> tuple[int, ...]:
 
 
 def take_written(identity: tuple[int, ...]) -> Contents | None:
-    """Return what `validate` would find in the file that this process finished last, once; None where it is another
-    file.
-    """
+    """Return, once, what `validate` would find in the file that this process finished last; None for another file."""
     known = dict(_last_written)
     _last_written.clear()
     return known.get(identity)
 
 
 def _contents_of_own(file: h5py.File, written: Mapping[str, Layer]) -> Contents:
-    """Return the same of a file that this process has just written: its layers are not read again."""
+    """Return the same for a file that this process has just written: its layers are not read again."""
     nodes = {node.path: node for node in walk(file, _top(file), set(), {"/layers"})}
     return _contents(file, nodes, lambda *_: [layer.contents() for layer in written.values()])
