@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "input shape of texts": (said("fmextract_config", identity={"input_shape": ["a"]}), r"identity\.input_shape\.0"),
     "column of another type": (dataset("status", np.zeros(6)), "/status of uint8, got float64"),
     "column of numbers for texts": (dataset("key", np.zeros(6)), "/key of text"),
-    "column of two axes": (dataset("height", np.zeros((6, 2), np.int32)), "/height with one value a row"),
+    "column of two axes": (dataset("height", np.zeros((6, 2), np.int32)), "/height with one value per row"),
     "column that is a group": (lambda file: (file.pop("message"), file.create_group("message")), "/message"),
     "label of another type": (dataset("label", np.zeros(6, np.complex64)), "/label"),
     "layer that is a dataset": (lambda file: (file.pop(LAYER), file.create_dataset(LAYER, data=1)), "/layers/maps"),
