@@ -26,7 +26,7 @@ from PIL import Image
 import fmextract as fm
 from fmextract.config import RENAMED
 
-MAY_DIFFER = ("source", "created", "history", "content_digest", "throughput")
+MAY_DIFFER = ("source", "images", "created", "history", "content_digest", "throughput")
 """Root attributes that hold a place, a moment, a run's id, or a digest over those."""
 CONFIG_MAY_DIFFER = ("run_id", "identity", "notes")
 """Parts of `fmextract_config`. The names of its options may differ, too, as far as `RENAMED` says."""
