@@ -1,4 +1,4 @@
-"""From what a user names to a network, its weights and its preprocessing.
+"""Load the network that a user names, with its weights and its preprocessing.
 
 `PROVIDERS` holds where networks come from, by the prefix of their name. No pickle is ever executed: weight files are
 safetensors, or are read with `weights_only=True`.
@@ -41,7 +41,7 @@ class LoadedModel:
     `preprocess` is None where the images must be the model's inputs already (float tensors). `weights` says where the
     values came from, `weights_sha256` what they are. `origin` is JSON-able: provider, name, library.
     `input_dtype`: what inputs are cast to, the type of the first floating-point parameter. `unready`: modules whose
-    parameters are lazy and not initialised; a pass ends before the first of them, since what follows has no values yet.
+    parameters are lazy and not initialised; a pass ends before the first of them, since what follows has no values.
     """
 
     module: nn.Module
@@ -74,7 +74,7 @@ class LoadedModel:
 
 
 class _UnreadyError(BaseException):
-    """A pass has come to a module without weights. Not an Exception, since models swallow those."""
+    """A forward pass came to a module without weights. Not an Exception, since models swallow those."""
 
 
 def _end(module: nn.Module, args: Any) -> None:
@@ -130,17 +130,13 @@ _INPUTS = (torch.float16, torch.bfloat16, torch.float64)
 
 
 def _input_dtype(module: nn.Module) -> torch.dtype:
-    """Return the type that a model computes in: that of its first floating-point parameter, where it is a type of
-    images.
-    """
+    """Return the type that a model computes in: that of its first floating-point parameter, if images can have it."""
     first = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     return first if first in _INPUTS else torch.float32
 
 
 def guessed_input(module: nn.Module) -> Preprocess:
-    """Return the inputs that a module of the caller's most likely takes: by timm's configuration, else photos of 224 x
-    224.
-    """
+    """Return the inputs that a caller's module most likely takes: by timm's configuration, else photos of 224 x 224."""
     config = getattr(module, "pretrained_cfg", None)
     said = config.get("input_size") if isinstance(config, Mapping) else None
     first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
@@ -204,7 +200,5 @@ def _find_provider(model: str) -> tuple[str, str]:
 
 
 def is_code(model: str) -> bool:
-    """Return whether a text names code of somebody's own, as a model or as its preprocessing (where it is not in
-    words).
-    """
+    """Return whether a text names a user's own code, as a model or as its preprocessing (unless that is inline)."""
     return "=" not in model and _find_provider(model)[0] == "python"

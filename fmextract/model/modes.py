@@ -1,9 +1,9 @@
-"""Which faster ways of running a model give what it gives as it is written: tried on images, compared layer by layer.
+"""Find the fastest way to run a model that gives the same values as its code: try each on images, layer by layer.
 
-What is written is the truth: contiguous memory, every module by its own forward, weights as they are. A network may
-assume that memory (a view, a stride, a pointer), read a weight of its neighbour, or amplify rounding by a threshold. So
-each way is tried, the fastest first, and the first one in which nothing differs by more than rounding is taken. One
-that fails or differs is left, with the reason.
+The model as written is the truth: contiguous memory, every module by its own forward, weights as they are. A network
+may assume that memory (a view, a stride, a pointer), read a weight of its neighbour, or amplify rounding by a
+threshold. So each way is tried, the fastest first, and the first one in which nothing differs by more than rounding is
+taken. One that fails or differs is not used, and the reason is reported.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LEAST_ERROR = 5e-3
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model on trial: what runs, and what is taken of it."""
+    """A model on trial: what runs, and what is captured of it."""
 
     module: nn.Module
     forward: taps.Forward
@@ -53,7 +53,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A model in one precision and mode: what one pass over a sample captured, copied, and its seconds an image.
+    """A model in one precision and mode: a copy of what one pass over a sample captured, and its seconds per image.
 
     `overwritten`: taps that are written in place later, in this precision and mode.
     """
@@ -67,7 +67,7 @@ class Trial:
 
 
 Judge = Callable[[Trial], str]
-"""Why what a trial captured is not what it should be; "" where it is."""
+"""Says why what a trial captured is not what it should be; "" if it is."""
 
 
 def run(
@@ -79,7 +79,7 @@ def run(
     kind: type[hooks.Capture] = hooks.Capture,
     passes: int = 1,
 ) -> tuple[float, tuple[torch.Tensor, ...]]:
-    """Run passes over `inputs`: (least seconds of one with its captures, what the last one captured, copied)."""
+    """Run passes over `inputs`. Returns the least seconds of a pass with its captures, and a copy of the last."""
     probed = [replace(p, overwritten=i in overwritten) for i, p in enumerate(subject.probed)]
     inputs = precision.to_memory_format(inputs, run_mode.mode.memory_format)
     times = []
@@ -98,13 +98,13 @@ def run(
 
 
 def as_written(subject: Subject, name: str, inputs: torch.Tensor, readers: norm_fusion.Readers | None = None) -> Trial:
-    """Try the model as it is written, watched by `readers`. Raises whatever the model raises."""
+    """Try the model as it is written, watched by `readers`. Raises what the model raises."""
     return _settled(subject, name, PLAIN, inputs, lambda trial: "", readers)
 
 
 def formats(asked: str, model: nn.Module) -> tuple[str, ...]:
-    """Return memory formats to try; `auto`: channels_last first for convolutional networks, where it is the faster one
-    by half on CPUs and GPUs alike.
+    """Return the memory formats to try; `auto`: channels_last first for convolutional networks, which are then faster
+    by half on CPUs and GPUs.
     """
     if asked != "auto":
         return (asked,)
@@ -113,7 +113,7 @@ def formats(asked: str, model: nn.Module) -> tuple[str, ...]:
 
 
 def candidates(name: str, formats: Sequence[str], pairs: tuple[norm_fusion.Pair, ...], pooling: bool) -> list[Mode]:
-    """Return modes to try in a precision, the fastest first; each memory format ends with itself alone."""
+    """Return the modes to try in a precision, the fastest first; each memory format ends with itself alone."""
     half = name in precision.AUTOCAST
     found = []
     for memory_format in formats:
@@ -127,9 +127,9 @@ def candidates(name: str, formats: Sequence[str], pairs: tuple[norm_fusion.Pair,
 def first_right(
     subject: Subject, name: str, modes: Sequence[Mode], inputs: torch.Tensor, judge: Judge
 ) -> tuple[Trial | None, str]:
-    """Return (the first of `modes` that `judge` has nothing against, or None; what was left before it, and why).
+    """Return (the first of `modes` that `judge` accepts, or None; the modes before it, and why they are not used).
 
-    Raises an error of memory: that says nothing of the mode.
+    Raises errors of memory: they say nothing of the mode.
     """
     told = ""
     for mode in modes:
@@ -157,10 +157,10 @@ def _settled(
     judge: Judge,
     readers: norm_fusion.Readers | None = None,
 ) -> Trial:
-    """Return a trial that `judge` has nothing against. Raises _Differs, or whatever the model raises.
+    """Return a trial that `judge` accepts. Raises _Differs, or what the model raises.
 
     The probe ran as written, in fp32: what a precision or a layout copies, or does not, shows only in itself. Taps that
-    are written in place here alone are looked for where something is wrong.
+    are written in place only here are looked for if something is wrong.
     """
     run_mode = RunMode(subject.module, subject.device, name, mode)
     overwritten = subject.overwritten
@@ -196,8 +196,9 @@ def _in_words(mode: Mode) -> str:
 
 
 def within_rounding(subject: Subject, reference: Trial) -> Judge:
-    """In fp32: every layer of every image is what `reference` has, but for rounding. Without another layout or other
-    weights there is none."""
+    """Judge in fp32: every layer of every image equals `reference`'s up to rounding; exactly, without another layout or
+    other weights.
+    """
 
     def judge(trial: Trial) -> str:
         for i, (rows, others) in enumerate(zip(trial.tensors, reference.tensors, strict=True)):
@@ -217,7 +218,7 @@ def within_rounding(subject: Subject, reference: Trial) -> Judge:
 
 
 def _apart(row: torch.Tensor, other: torch.Tensor, most: float) -> str:
-    """Return how far the values of one image are from what they should be; "" where it is rounding at most."""
+    """Say how far the values of one image are from what they should be; "" if by rounding at most."""
     if (row.dtype, row.shape) != (other.dtype, other.shape):
         return f"{row.dtype} {tuple(row.shape)} for {other.dtype} {tuple(other.shape)}"
     if torch.equal(row, other):
@@ -241,7 +242,7 @@ def _apart(row: torch.Tensor, other: torch.Tensor, most: float) -> str:
 
 
 def no_rougher(subject: Subject, reference: Sequence[torch.Tensor], plain: Trial) -> Judge:
-    """In a lower precision: no layer is much farther from fp32, the `reference`, than it is in the model as written."""
+    """Judge in a lower precision: no layer is much farther from fp32, the `reference`, than in the model as written."""
     pairs = list(zip(plain.tensors, reference, strict=True))
     allowed = [max(LEAST_ERROR, ROUGHER * (relative_error(rows, exact) or 0.0)) for rows, exact in pairs]
     beyond = [overflown(rows, exact) for rows, exact in pairs]
@@ -259,5 +260,5 @@ def no_rougher(subject: Subject, reference: Sequence[torch.Tensor], plain: Trial
 
 
 def overflown(rows: torch.Tensor, exact: torch.Tensor) -> int:
-    """Return how many values are not finite that are in `exact`."""
+    """Return how many values are not finite where those of `exact` are."""
     return int((exact.isfinite() & ~rows.isfinite()).sum())

@@ -1,10 +1,10 @@
-"""Batch norm fused into the convolution before it, where nobody can tell.
+"""Fold batch norm into the convolution before it, where no other code reads what the convolution gives.
 
-Of a network that is not in training, batch norm is a scale and a shift of each channel, and both can be in the weights
-of the convolution before it: a pass over the activations less, and one rounding less in half precision. What is lost is
-what the convolution itself gave. So it is done only where one batch norm alone reads that, which is found out by
-watching every operation of a forward pass, those of the hooks on the wanted layers included. What no dispatch mode
-sees (an alias, another thread, a call of `forward` itself) shows in the wanted layers, which whoever fuses compares.
+Outside of training, batch norm is a scale and a shift of each channel, and both can be in the weights of the
+convolution before it: this saves a pass over the activations, and in half precision one rounding. The output of the
+convolution itself is lost. So it is done only where one batch norm alone reads that output, which is found out by
+watching every operation of a forward pass, including those of the hooks on the wanted layers. What no dispatch mode
+sees (an alias, another thread, a call of `forward` itself) shows in the wanted layers, which the caller compares.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fmextract.model.prepacked import has_weight
 
 
 class Pair(NamedTuple):
-    """A convolution and the one reader of its output."""
+    """A convolution and the batch norm that alone reads its output."""
 
     conv: nn.Conv2d
     norm: nn.BatchNorm2d
@@ -61,7 +61,7 @@ def pairs_at(model: nn.Module, paths: Sequence[tuple[str, str]]) -> tuple[Pair, 
 
 
 def readers(model: nn.Module, probed: Sequence[Probed]) -> Readers | None:
-    """Return what watches a forward pass of `model`, with hooks on `probed`, for pairs; None where there cannot be one.
+    """Return what watches a forward pass of `model`, with hooks on `probed`, for pairs; None if there can be none.
 
     The pass must run as a run does: in evaluation mode, to the same stop.
     """
@@ -81,13 +81,13 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Return whether somebody else looks at what goes in or out, or has replaced what is done."""
+    """Return whether other code sees what goes in or out (a hook), or has replaced the forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 @dataclass(slots=True)
 class _Output:
-    """What a convolution gave: how many operations read it, and how many of them in the batch norm that was first."""
+    """An output of a convolution: how many operations read it, and how many of those in the first batch norm."""
 
     conv: nn.Conv2d
     reads: int = 0
@@ -128,7 +128,7 @@ class Readers(TorchDispatchMode):
             handle.remove()
 
     def pairs(self) -> tuple[Pair, ...]:
-        """Return those of which each was called once, the norm right on the output, which nothing else has read."""
+        """Return the pairs that were called once each, the norm right on the output, which nothing else has read."""
         return tuple(
             Pair(output.conv, output.norm)
             for output in self._outputs

@@ -1,4 +1,4 @@
-"""What `fp32`, `tf32`, `bf16` and `fp16` mean on a device, and the memory format of a run."""
+"""Define `fp32`, `tf32`, `bf16` and `fp16` on a device, and the memory format of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check(precision: str, device: torch.device) -> None:
 
 @contextmanager
 def numerics(precision: str, device: torch.device) -> Iterator[None]:
-    """Forward passes inside the block run in `precision`: no gradients, autocast where it is needed, TF32 as asked."""
+    """Run forward passes inside the block in `precision`: no gradients, autocast where it is needed, TF32 as asked."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(_tf32(precision == "tf32"))
@@ -55,7 +55,7 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 
 def to_memory_format(batch: torch.Tensor, memory_format: str) -> torch.Tensor:
-    """`batch` (B, channel, y, x) laid out as asked; other ranks stay."""
+    """Return `batch` (B, channel, y, x) laid out as asked; other ranks stay."""
     if memory_format == "channels_last" and batch.dim() == 4:
         return batch.contiguous(memory_format=torch.channels_last)
     return batch.contiguous()

@@ -1,9 +1,9 @@
-"""Convolutions and linear layers in bfloat16 on a CPU, whose weights are laid out for the kernel once, not every pass.
+"""Prepack the weights of convolutions and linear layers in bfloat16 on a CPU: lay them out for the kernel once.
 
-torch keeps weights in the order of their axes and lays them out anew in every call: with small batches that is a tenth
-of a network's time. The operators that take weights which are laid out already give the same bits, but for the last one
-where a linear layer's sums are taken in another order; torch's own compiler uses them. They are private: so they are
-tried once, and where they are not what they were, nothing is packed.
+torch keeps weights in the order of their axes and lays them out again in every call: with small batches that is a tenth
+of a network's time. The operators that take prepacked weights give the same bits, except the last one where a linear
+layer's sums are taken in another order; torch's own compiler uses them. They are private: so they are tried once, and
+if they have changed, nothing is prepacked.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ Forward = Callable[[Tensor], Tensor]
 
 
 def fits(module: nn.Module) -> bool:
-    """Return whether what `module` does with its weights is known: torch's own convolution or linear layer, as it is
-    written.
+    """Return whether `module` is torch's own convolution or linear layer, whose use of its weights is known.
 
     A subclass may standardise its weights first, and a module whose forward was replaced may do anything.
     """
@@ -32,9 +31,9 @@ def fits(module: nn.Module) -> bool:
 
 
 def has_kernel(module: nn.Module, memory_format: str) -> bool:
-    """Return whether `forward` can make one for a `module` that fits, in a model that is laid out so.
+    """Return whether `forward` works for a `module` that `fits`, in a model of this memory format.
 
-    Convolutions give what is channels-last, as they do beside weights that are.
+    Convolutions give channels-last outputs, as they do with channels-last weights.
     """
     return not isinstance(module, nn.Conv2d) or (
         memory_format == "channels_last" and not isinstance(module.padding, str)
@@ -42,9 +41,7 @@ def has_kernel(module: nn.Module, memory_format: str) -> bool:
 
 
 def has_weight(module: nn.Module) -> bool:
-    """Return whether the weight is a parameter in float32, not something that a hook or a parent computes for every
-    pass.
-    """
+    """Return whether the weight is a parameter in float32, not computed for every pass by a hook or a parent."""
     weight = getattr(module, "weight", None)
     return (
         isinstance(weight, nn.Parameter)
@@ -77,9 +74,7 @@ def _works() -> bool:
 
 
 def forward(module: nn.Module) -> Forward:
-    """Return the forward of a module that `fits`. Its own one runs where it is not in half precision, or has been
-    changed.
-    """
+    """Return the forward of a module that `fits`. Its own runs outside of half precision, and after a change."""
     if isinstance(module, nn.Conv2d):
         return convolution(module, module.weight.detach(), _cast(module.bias), module.forward)
     assert isinstance(module, nn.Linear)
@@ -100,8 +95,9 @@ def cast_once(half: torch.dtype, layout: torch.memory_format, module: nn.Module)
 def convolution(
     conv: nn.Conv2d, weight: Tensor, bias: Tensor | None, otherwise: Forward, *others: nn.Module
 ) -> Forward:
-    """Return the forward of `conv` with `weight` and `bias`, made of its own and those of `others`; the bias may be
-    wider.
+    """Return the forward of `conv` with `weight` and `bias`, made of its own and those of `others`.
+
+    The bias may be wider.
 
     `otherwise` runs where the model does not compute in half precision, gives one image without a batch, or has other
     weights or settings than now, as a model may that shares one convolution between several.
@@ -118,7 +114,7 @@ def _guarded(unchanged: Callable[[], bool], fast: Forward, otherwise: Forward, h
 
 
 def watching(*modules: nn.Module) -> Callable[[], bool]:
-    """Tell whether what the forwards of `modules` depend on is what it is now."""
+    """Return a function that says whether all that the forwards of `modules` depend on is still as it is now."""
     given = list(map(_state, modules))
     return lambda: list(map(_state, modules)) == given
 
@@ -128,14 +124,14 @@ _SETTINGS = ("stride", "padding", "dilation", "groups", "eps")
 
 
 def _state(module: nn.Module) -> tuple[Any, ...]:
-    """As far as it can be seen without looking at values."""
+    """Return the state of a module, as far as it shows without looking at values."""
     tensors = (getattr(module, name, None) for name in _TENSORS)
     seen = [(id(t), t._version, t.data_ptr()) for t in tensors if isinstance(t, Tensor)]
     return (*seen, *(getattr(module, name, None) for name in _SETTINGS))
 
 
 def _cast(bias: Tensor | None, half: torch.dtype = HALF) -> Tensor | None:
-    """As autocast gives it to a layer."""
+    """Return a bias as autocast gives it to a layer."""
     return None if bias is None else bias.detach().to(half)
 
 
@@ -160,7 +156,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> Forward:
 
 
 class _Once:
-    """Weights, laid out at the first call, since the images decide how; what they were made of is let go then."""
+    """Weights that the first call lays out, since the images decide how; then what they were made of is dropped."""
 
     def __init__(self, pack: Forward) -> None:
         self._pack: Forward | None = pack

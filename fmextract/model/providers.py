@@ -1,4 +1,4 @@
-"""Where networks come from, by the prefix of their name: torchvision, timm, Python."""
+"""Provide networks by the prefix of their name: from torchvision, timm, Python."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _build_torchvision(name: str, weights: Weights) -> Built:
 
 @contextlib.contextmanager
 def _weights_only() -> Iterator[None]:
-    """Torchvision would unpickle whatever lies in torch's cache under the name of its weights."""
+    """Load weights only, within the block: torchvision would unpickle a file in torch's cache that has their name."""
     names = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
@@ -128,7 +128,7 @@ def _torchvision_weights(name: str, sets: Any, weights: Weights) -> Any:
 
 
 def _torchvision_preprocess(name: str, chosen: Any = None) -> Preprocess | None:
-    """That of the chosen weights, else of the default ones."""
+    """Return the preprocessing of the chosen weights, else of the default ones."""
     sets = torchvision.models.get_model_weights(name)
     if chosen is None and not list(sets):
         return None
@@ -192,9 +192,9 @@ def _build_timm(name: str, weights: Weights) -> Built:
 
 @contextlib.contextmanager
 def _hub_asked_once() -> Iterator[None]:
-    """Where its hub does not answer, huggingface_hub looks into its cache alone, instead of trying for a minute.
+    """Let huggingface_hub, within the block, look only into its cache if its hub does not answer, not try for a minute.
 
-    So it does where downloads are not allowed, without being asked.
+    The same where downloads are not allowed, without asking the hub.
     """
     try:
         from huggingface_hub import constants
@@ -209,7 +209,7 @@ def _hub_asked_once() -> Iterator[None]:
     else:
         try:
             utils.get_session().head(constants.ENDPOINT, timeout=5)
-        except Exception as error:  # whatever its HTTP library raises; an answer of any kind raises nothing
+        except Exception as error:  # its HTTP library may raise anything; an answer of any kind raises nothing
             print(
                 f"{constants.ENDPOINT} does not answer ({error}): only weights that are here already", file=sys.stderr
             )
@@ -250,7 +250,7 @@ def _timm_name(name: str) -> str:
 
 
 def _timm_preprocess(config: Mapping[str, Any], origin: str) -> Preprocessing:
-    """Return what timm's own evaluation transform does; that transform itself where it is none of our forms."""
+    """Return what timm's own evaluation transform does; that transform itself if no form of ours describes it."""
     _, height, width = config["input_size"]
     mode, share, kind = config["crop_mode"], config["crop_pct"], config["interpolation"]
     ours = kind in ("nearest", "bilinear", "bicubic") and len(config["mean"]) == 3
@@ -276,9 +276,7 @@ def _timm_preprocess_of(name: str) -> Preprocessing:
 
 
 def _build_python(text: str, weights: Weights) -> Built:
-    """Return a module, or (module, preprocessing), that a function of the user's returns; or a module that has that
-    name.
-    """
+    """Return the module, or (module, preprocessing), that a user's function returns; or the module of that name."""
     found = import_object(text, ModelError, "--model")
     given = isinstance(found, nn.Module)
     if weights.kind == "name" or (given and weights.kind == "random"):

@@ -1,12 +1,12 @@
-"""Whether anything in a model may draw a random number in evaluation mode: what only a look at its code can tell."""
+"""Find out whether anything in a model may draw a random number in evaluation mode, by a look at its code."""
 
 from __future__ import annotations
 
 from torch import nn
 
 _LIBRARIES = ("torch.nn.", "torchvision.", "timm.")
-"""Whose modules draw nothing for single images: they draw in training mode, for every image, or never. What runs a
-program of the user's, as a scripted or a traced module does, is none of them."""
+"""Packages whose modules draw nothing for single images: they draw in training mode, for every image, or never. Modules
+that run a user's program, as scripted and traced ones do, do not count."""
 
 
 def may_draw(model: nn.Module) -> bool:

@@ -1,10 +1,10 @@
-"""What `fp32`, `tf32`, `bf16` and `fp16` mean for a model on a device, and how a model is made ready for it, unharmed.
+"""Make a model ready for a precision and mode on a device, and put it back as it was.
 
 fp32 is IEEE: TF32 and reduced-precision kernels are off while a run lasts, and as before afterwards. bf16 and fp16 run
 under autocast. A `Mode` says in which faster ways some modules run for as long as the model is in it: convolutions and
-linear layers in half precision with weights that are cast once, not once a batch, on a CPU laid out for the kernel as
-well; max pooling on a CPU through channels-last, on which torch is several times as fast; convolutions with the batch
-norm behind them. Which of them a model bears is found out by whoever asks for them (`model.modes`).
+linear layers in half precision with weights that are cast once, not once per batch, and on a CPU prepacked for the
+kernel; max pooling on a CPU through channels-last, on which torch is several times as fast; convolutions with the batch
+norm behind them. Which of them give the right values for a model `model.modes` finds out.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _POOLED = 8  # channels from which max pooling gains from channels-last
 class Mode:
     """How a model runs, beside its precision. The default is as it is written.
 
-    `fused`: pairs of this model that run as one (`fusion`). `pooling`: max pooling through channels-last. `prepacked`:
-    in half precision, weights of convolutions and linear layers cast and laid out once, not in every pass.
+    `fused`: pairs of this model that run as one (`norm_fusion`). `pooling`: max pooling through channels-last.
+    `prepacked`: in half precision, weights of convolutions and linear layers cast and laid out once, not in every pass.
     """
 
     memory_format: str = "contiguous"
@@ -58,7 +58,7 @@ PLAIN = Mode()
 
 @contextmanager
 def as_written(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
-    """For passes over the model as it is written, in fp32 on `device`; it is as it was on every way out."""
+    """Make the model ready for passes as it is written, in fp32 on `device`; put it back on every way out."""
     with RunMode(model, device), numerics("fp32", device):
         yield model
 
@@ -66,9 +66,9 @@ def as_written(model: nn.Module, device: torch.device) -> Iterator[nn.Module]:
 class RunMode:
     """A model in evaluation mode on `device`, ready for a precision and mode, for as long as a `with` block lasts.
 
-    What that takes is made once, so that two of them can take turns. Parameters and buffers keep their identity
-    (`.data` is swapped and swapped back) and their type, so that ties, optimisers, views of the caller's, and whatever
-    else reads a weight go on working; nothing is copied where nothing has to change.
+    The copies that this needs are made once, so that two run modes can take turns. Parameters and buffers keep their
+    identity (`.data` is swapped and swapped back) and their type: ties, optimisers, the caller's views, and all other
+    code that reads a weight go on working. Nothing is copied where nothing has to change.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, precision: str = "fp32", mode: Mode = PLAIN) -> None:
@@ -149,8 +149,8 @@ class RunMode:
 
 
 def _set_mode(module: nn.Module, training: bool) -> None:
-    """Set its mode where that is another. What has none, or one that cannot be set, stays as it is: if that makes its
-    rows random or dependent on each other, the probe finds it.
+    """Set its mode if that differs. A module without a mode, or with one that cannot be set, stays as it is: if that
+    makes its rows random or dependent on each other, the probe finds it.
     """
     if getattr(module, "training", training) == training:
         return
@@ -190,9 +190,9 @@ def is_plain_pool(module: nn.Module) -> bool:
 
 
 def _pooling(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the forward of an nn.MaxPool2d, bit for bit, with the vectorised kernel that torch has for channels-last
-    alone: mostly four to eight times as fast, both ways of laying out included (docs/measurements). In float32: in
-    bfloat16 that kernel gives another NaN.
+    """Return the forward of an nn.MaxPool2d, bit for bit, with the vectorised kernel that torch has only for
+    channels-last: mostly four to eight times as fast, changing the layout and back included (docs/measurements). Only
+    in float32: in bfloat16 that kernel gives another NaN.
     """
 
     def pool(input: torch.Tensor) -> torch.Tensor:

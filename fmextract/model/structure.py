@@ -1,4 +1,4 @@
-"""What decides the values of a network beside its weights: its modules, their settings and code, and hooks on them."""
+"""Describe what decides a network's values beside its weights: its modules, their settings and code, and hooks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _INTERNAL = re.compile(
 
 
 def structure(module: nn.Module) -> Told:
-    """Tell the facts of a network: how many modules of which class, how they are nested, settings, code, hooks."""
+    """Collect the facts of a network: how many modules of which class, how they are nested, settings, code, hooks."""
     modules = list(module.named_modules(remove_duplicate=False))
     first: dict[int, str] = {}
     for path, one in modules:
@@ -45,7 +45,7 @@ def structure(module: nn.Module) -> Told:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return what a module holds beside parameters and what is told of it elsewhere."""
+    """Return what a module holds beside parameters and what is described elsewhere."""
     held = {name: value for name, value in vars(module).items() if not _INTERNAL.fullmatch(name)}
     return held | {name: module._buffers[name] for name in module._non_persistent_buffers_set}
 

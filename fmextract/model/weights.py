@@ -1,4 +1,4 @@
-"""Weights: what `--weights` says, files of them, and their digest.
+"""Read what `--weights` says and files of weights, and compute their digest.
 
 No pickle is ever executed: files are safetensors, or are read with `weights_only=True`.
 """
@@ -63,7 +63,7 @@ def _digest_tensor(digest: Any, name: str, value: Tensor) -> None:
         return
     digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
     flatten = getattr(value, "__tensor_flatten__", None)
-    if flatten is not None:  # a tensor of several: its values are theirs
+    if flatten is not None:  # a tensor made of several: its values are theirs
         inner, context = flatten()
         digest.update(f"{context!r}\0".encode())
         parts = {part: getattr(value, part) for part in inner}

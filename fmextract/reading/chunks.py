@@ -1,4 +1,4 @@
-"""Chunks that hold more than was asked for, kept for the next reader."""
+"""Keep chunks that hold more than was asked for, for the next reader."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ RECENT_BYTES = 16 * 2**20
 
 
 SEEK_BYTES = 32 * 2**10
-"""What one more read of a stretch of a chunk costs, in bytes read (3 µs at 10 GB/s, from the page cache)."""
+"""What one more read within a chunk costs, in bytes read (3 µs at 10 GB/s, from the page cache)."""
 
 
 # --------------------------------------------------------------------------------------------------- threads and torch
 
 
 class Recent:
-    """The chunks met last, decoded or as `codecs.unpack` gives them: up to `nbytes` of them, at least one."""
+    """The chunks used last, decoded or as `codecs.unpack` gives them: up to `nbytes` of them, at least one."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes

@@ -1,4 +1,4 @@
-"""Counts and seconds, summed over the shards of an output."""
+"""Sum counts and seconds over the shards of an output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COUNTED = ("count", "zero_fraction", "nonfinite")
 
 
 def total_throughput(files: Iterable[Mapping[str, Any] | None]) -> dict[str, Any] | None:
-    """Return the sum of what some files say in `throughput`; None where none of them does."""
+    """Return the sum of the `throughput` of some files; None where none has it."""
     images, seconds, busy = 0, 0.0, Counter[str]()
     for said in files:
         if said is not None:

@@ -1,8 +1,8 @@
-"""Layers as a map-style torch Dataset, and batches in an order that suits the chunks: see `Activations.dataset`.
+"""Give layers as a map-style torch Dataset, and batches in an order that suits the chunks: see `Activations.dataset`.
 
-Where the time goes when a DataLoader is fed row by row (benchmarks/reading.py): a chunk of many rows is decoded for
-every row wanted of it, each row becomes a tensor of its own, and the rows are copied together again. So what fits into
-memory is read once, of all else whole batches are read, and a shuffle may take its rows from a few chunks at a time.
+A DataLoader that reads row by row is slow (benchmarks/reading.py): a chunk of many rows is decoded for each of them,
+each row becomes a tensor of its own, and the rows are copied together again. So what fits into memory is read once,
+all else in whole batches, and a shuffle may take its rows from a few chunks at a time.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Rows: TypeAlias = npt.NDArray[np.int64]
 
 
 class LayerDataset(Dataset[tuple[Any, ...]]):
-    """Items (row, one tensor a name), and perhaps a label; item i is row `rows[i]` of the file.
+    """Items (row, one tensor per name), and perhaps a label; item i is row `rows[i]` of the file.
 
-    A list of items gives them at once: (rows int64 (n), one tensor (n, …) a name). It pickles, and opens the files
-    anew in every process: once in each worker of a DataLoader.
+    A list of items gives them at once: (rows int64 (n), one tensor (n, …) per name). It pickles, and opens the files
+    again in every process: once in each worker of a DataLoader.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class LayerDataset(Dataset[tuple[Any, ...]]):
         targets: npt.NDArray[Any] | None = None,
         classes: Sequence[str] = (),
     ) -> None:
-        """`opened(n)` gives the layers by name to one of n processes that read at once.
+        """Read through `opened(n)`, which gives the layers by name to one of n processes that read at once.
 
-        Where all of it `fits` into memory, it is read by the first batch. `together` rows lie in the same chunks,
+        If all of it `fits` into memory, the first batch reads it. `together` rows lie in the same chunks,
         counted from row 0; a shuffle takes its rows from `window` such stretches at a time. `targets`, one entry for
         each row of the file, come last in every item; `classes` are what their numbers stand for, if they are texts.
         """
@@ -82,11 +82,11 @@ class LayerDataset(Dataset[tuple[Any, ...]]):
     def batches(
         self, size: int, *, shuffle: bool = False, seed: int = 0, workers: int = 0, drop_last: bool = False
     ) -> Sampler[list[int]]:
-        """Batches of items as a sampler: `DataLoader(data, sampler=data.batches(64, shuffle=True), batch_size=None)`.
+        """Return batches as a sampler: `DataLoader(data, sampler=data.batches(64, shuffle=True), batch_size=None)`.
 
-        A shuffle is another one on every pass, and the same again for the same seed. It is uniform where the dataset
-        fits into its cache, or where each chunk holds one row. Else it mixes the rows of as many chunks as half the
-        cache holds, from anywhere in the file, and goes on with others: so every chunk is decoded once a pass. With the
+        Each pass shuffles differently, and equally for the same seed. The shuffle is uniform if the dataset fits into
+        its cache, or if each chunk holds one row. Otherwise it mixes the rows of as many chunks as half the cache
+        holds, from anywhere in the file, and goes on with others: every chunk is decoded once per pass. With the
         DataLoader's `num_workers` as `workers`, each worker has chunks of its own. Raises ConfigError for a size < 1.
         """
         if size < 1:
@@ -94,7 +94,7 @@ class LayerDataset(Dataset[tuple[Any, ...]]):
         return _Batches(self, size, seed if shuffle else None, max(1, workers if shuffle else 1), drop_last)
 
     def _read(self, rows: int | Rows) -> list[torch.Tensor]:
-        """One tensor a name. The files are opened once in each process; a DataLoader's workers share the CPUs."""
+        """Read one tensor per name. Each process opens the files once; a DataLoader's workers share the CPUs."""
         if self._here is None or self._here[0] != os.getpid():
             worker = get_worker_info()
             self._here = os.getpid(), self._opened(1 if worker is None else worker.num_workers)

@@ -1,4 +1,4 @@
-"""The HDF5 files behind an output: opened once, checked, and read chunk by chunk."""
+"""Open and check the HDF5 files behind an output once, and read them chunk by chunk."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
 FILES_OPEN = 32
-"""Open shards: each costs one file descriptor and 20 bytes a chunk."""
+"""Open shards: each costs one file descriptor and 20 bytes per chunk."""
 
 
 # ----------------------------------------------------------------------------------------------------------- the files
@@ -58,7 +58,7 @@ class Stored:
 
     @functools.cached_property
     def chunk_bytes(self) -> int:
-        """Of a chunk's values."""
+        """Bytes of a chunk's values."""
         return math.prod(self.spec.chunk) * np.dtype(self.spec.dtype).itemsize
 
     @functools.cached_property
@@ -70,7 +70,7 @@ class Stored:
 class _Part(NamedTuple):
     """One file of an output: its rows (all that are there, if None), and its content's digest as the index knows it.
 
-    `own`: what this process knows of the file, since it has just written it, is trusted.
+    `own`: this process has just written the file, and trusts what it knows of it.
     """
 
     path: Path
@@ -80,7 +80,7 @@ class _Part(NamedTuple):
 
 
 class File:
-    """One open .h5 file: a descriptor, its names and root attributes, and the layers met so far.
+    """One open .h5 file: a descriptor, its names and root attributes, and the layers used so far.
 
     `rows` are its rows among all that are open. HDF5 itself is open only inside `hdf5()`.
     """
@@ -116,9 +116,9 @@ class File:
 
     @contextlib.contextmanager
     def hdf5(self) -> Iterator[h5py.File]:
-        """The file in HDF5, for a moment. Whatever it raises within comes out as a FormatError or DamagedError.
+        """Open the file in HDF5 for the block. All errors within come out as a FormatError or DamagedError.
 
-        Within another it is the same: the one around many small questions keeps the file from being opened for each.
+        A block within a block uses the same opening: one around many reads opens the file once.
         """
         with damage(self.path):
             with self._opening:
@@ -143,7 +143,7 @@ class File:
         return file
 
     def column(self, name: str) -> Array:
-        """One entry a row; strings as objects."""
+        """Return a column with one entry per row; strings as objects."""
         with self.hdf5() as file:
             dataset = file[name]
             if dataset.chunks is not None:
@@ -155,16 +155,14 @@ class File:
         return values
 
     def brought(self, name: str | None) -> list[Label]:
-        """Return a column that the source brought along, None where there is no value, and for every row without a
-        column.
-        """
+        """Return a column that the source brought along; None where there is no value, or no such column."""
         found = self.contents.brought.get(name)
         if found is None:
             return [None] * len(self.rows)
         return decode_column(self.column(found.name), found.form, f"{self.path}: /{found.name}")
 
     def totals(self, layer: str) -> Totals:
-        """Return what is counted of a layer. Raises DamagedError where its statistics are missing."""
+        """Return the counts of a layer. Raises DamagedError where its statistics are missing."""
         stored = self.stored(layer)
         if stored.spec.channel_axis is None:
             return Totals(stored.nbytes, nonfinite=int(stored.attrs.get("nonfinite", 0)))
@@ -176,10 +174,9 @@ class File:
         return Totals(stored.nbytes, float(count.sum()), zeros, int(np.sum(stats["nonfinite"])))
 
     def stats(self, layer: str, covariance: bool = False, only: Iterable[str] | None = None) -> dict[str, Array]:
-        """Return the statistics of a layer by name, empty where it has none; its covariance, of megabytes, only on
-        demand.
+        """Return the statistics of a layer by name, empty where it has none; its covariance, megabytes, only on demand.
 
-        Where `only` some are wanted, the others are not read.
+        With `only` the others are not read.
         """
         with self.hdf5() as file:
             path, spec = f"/layers/{layout.escape_name(layer)}/stats", self.contents.layers[layer].spec
@@ -200,7 +197,7 @@ class File:
         return contents.info_of(self.contents.attrs, self.contents.said)
 
     def stored(self, layer: str) -> Stored:
-        """Where the chunks of a layer lie; looked up once."""
+        """Return where the chunks of a layer lie; looked up once."""
         with self._lock:
             if layer not in self._stored:
                 with self.hdf5() as file:
@@ -219,7 +216,7 @@ class File:
                 codecs.decode(payload, codec=stored.codec, dtype=stored.spec.dtype, values=out.size, out=out)
 
     def unpack(self, stored: Stored, place: tuple[int, ...]) -> bytes | Array:
-        """One chunk as `codecs.unpack` gives it, or its values where libhdf5 must read it. Raises as `read` does."""
+        """Return a chunk as `codecs.unpack` gives it, or its values if libhdf5 must read it. Raises as `read` does."""
         if stored.codec is None or stored.masks[place]:
             return self._through_hdf5(stored, place)
         payload = self._payload(stored, place)
@@ -227,14 +224,14 @@ class File:
             return codecs.unpack(payload, codec=stored.codec, nbytes=stored.chunk_bytes)
 
     def read_rows(self, stored: Stored, place: tuple[int, ...], rows: Sequence[range], out: Array) -> None:
-        """Stretches of rows of a chunk that is stored as it is, one after the other. Raises as `read` does."""
+        """Read stretches of rows of an uncompressed chunk, in order. Raises as `read` does."""
         one, at = stored.chunk_bytes // stored.spec.chunk[0], 0
         for some in rows:
             self._read_at(out[at : at + len(some)], stored, place, some.start * one)
             at += len(some)
 
     def _read_at(self, out: Array, stored: Stored, place: tuple[int, ...], start: int = 0) -> None:
-        """Fill `out` with what lies `start` bytes into a chunk that is stored as it is."""
+        """Fill `out` with the bytes from `start` on of an uncompressed chunk."""
         size = int(stored.sizes[place])
         if size != stored.chunk_bytes:
             raise DamagedError(f"a chunk of {stored.chunk_bytes} bytes has {size}")
@@ -251,7 +248,7 @@ class File:
         return payload
 
     def _through_hdf5(self, stored: Stored, place: tuple[int, ...]) -> Array:
-        """Return a chunk that is not of our making; what lies beyond the last row is not defined."""
+        """Return a chunk with foreign filters, by libhdf5; what lies beyond the last row is not defined."""
         if stored.sizes[place] > codecs.most_stored(stored.chunk_bytes):
             raise DamagedError(f"a chunk of {stored.chunk_bytes} bytes has {stored.sizes[place]}")
         region = tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, stored.spec.chunk, strict=True))
@@ -262,7 +259,7 @@ class File:
         return out
 
     def _look_up(self, file: h5py.File, layer: str) -> Stored:
-        # Not by `file[…]`: what h5py asks on the way is most of the time where there are many layers.
+        # Not by `file[…]`: with many layers h5py's own questions would take most of the time.
         dataset = h5py.h5d.open(file.id, f"/layers/{layout.escape_name(layer)}/activation".encode())
         spec, attrs = self.contents.layers[layer]
         plist, kind = dataset.get_create_plist(), dataset.dtype
@@ -282,9 +279,7 @@ class File:
     def _complete(
         self, dataset: h5py.h5d.DatasetID, shape: tuple[int, ...], chunk: tuple[int, ...], name: str
     ) -> tuple[int, ...]:
-        """Return the grid of chunks of a dataset. Raises DamagedError where one is not there: HDF5 would show fill
-        values.
-        """
+        """Return the grid of chunks of a dataset. Raises DamagedError for a missing one: HDF5 gives fill values."""
         grid = layout.chunk_grid(shape, chunk)
         there = dataset.get_num_chunks()
         if there != math.prod(grid):
@@ -316,7 +311,7 @@ class Files:
                 self._open[number] = File(self._parts[number])
             self._open.move_to_end(number)
             if len(self._open) > FILES_OPEN:
-                self._open.popitem(last=False)  # closed when the last thread that reads from it lets go of it
+                self._open.popitem(last=False)  # closed when the last thread that reads from it has dropped it
             return self._open[number]
 
     def __iter__(self) -> Iterator[File]:
@@ -327,9 +322,7 @@ class Files:
         return self[bisect.bisect_right(self.starts, row) - 1]
 
     def content(self) -> str:
-        """Return what tells this output from another one at its place: the digests in it. ConfigError where it is
-        closed.
-        """
+        """Return the digests that tell this output from another one at its path. Raises ConfigError if it is closed."""
         first = self[0].contents.attrs.get("content_digest")
         return hashlib.sha256(repr([first, *(part.digest for part in self._parts)]).encode()).hexdigest()
 
@@ -365,7 +358,7 @@ def _descriptor(path: Path) -> int:
 
 
 def _hdf5_file(path: Path) -> h5py.File:
-    """Opened without a lock, since locks fail on network file systems, and nobody changes a finished file."""
+    """Open without a lock, since locks fail on network file systems, and a finished file does not change."""
     try:
         return h5py.File(path, "r", locking=False)
     except OSError as error:
@@ -381,7 +374,7 @@ def _identity(fd: int) -> tuple[int, ...]:
 
 @contextlib.contextmanager
 def damage(path: Path) -> Iterator[None]:
-    """The boundary to libraries that read bytes which may be anything: whatever they raise is a DamagedError."""
+    """Turn what libraries raise on bytes that may be anything into DamagedError."""
     try:
         yield
     except FmextractError:
@@ -402,7 +395,7 @@ def listed_shards(folder: Path) -> list[_Part]:
 
 
 def _in_progress(folder: Path, output: Path) -> FormatError:
-    """Return what to say of a run that is at work, or was ended: how many rows are stored, not only how many shards."""
+    """Return the words for a run in progress, or one that was ended: how many rows are stored, not only shards."""
     with damage(folder):
         records = load_records(folder)
         shards = [range(*ends) for ends in read_sealed(folder / PLAN)["shards"]]

@@ -1,6 +1,6 @@
-"""numpy's indexing of an array that lies in chunks: which chunks are wanted, and what of each goes where.
+"""Index an array that lies in chunks as numpy does: which chunks are wanted, and what of each goes where.
 
-An index becomes one entry an axis (`per_axis`), each axis is cut by the chunks it touches (`cut`), and the crossing of
+An index becomes one entry per axis (`per_axis`), each axis is cut by the chunks it touches (`cut`), and the crossing of
 those cuts are the chunks to read. Pure arithmetic: nothing here reads anything.
 """
 
@@ -26,7 +26,7 @@ Selection: TypeAlias = "range | Places"
 
 
 def per_axis(key: Any, shape: tuple[int, ...]) -> tuple[list[AxisIndex], int]:
-    """One entry an axis, and the place that numpy gives the axes of index arrays in the result (0 without arrays).
+    """Return one entry per axis, and the place of the axes of index arrays in numpy's result (0 without arrays).
 
     Raises IndexError and TypeError like numpy.
     """
@@ -102,7 +102,7 @@ def selection_of(one: AxisIndex) -> Selection:
 
 
 def _place_of_arrays(axes: Sequence[AxisIndex], gap: int | None) -> int:
-    """Asked of numpy, on an array of two values an axis. `gap` is where an Ellipsis for no axis at all parts arrays."""
+    """Ask numpy, with an array of two values per axis. `gap` is where an Ellipsis for no axis at all parts arrays."""
     if not any(isinstance(one, np.ndarray) for one in axes):
         return 0
     key: list[Any] = [
@@ -163,7 +163,7 @@ def _as_slice(places: Places) -> slice | Places:
 
 
 def crossing(places: Sequence[slice | Places], shape: Sequence[int]) -> tuple[Any, ...]:
-    """Return an index for the crossing of one selection an axis; numpy would pair two arrays."""
+    """Return an index for the crossing of one selection per axis; numpy would pair two arrays."""
     if sum(isinstance(one, np.ndarray) for one in places) < 2:
         return tuple(places)
     return np.ix_(*(np.arange(n)[one] for one, n in zip(places, shape, strict=True)))

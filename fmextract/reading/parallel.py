@@ -18,10 +18,10 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def in_parallel(work: Callable[[Any], None], tasks: Iterable[Any], count: int, threads: int) -> None:
-    """work(task) for every one of `count` tasks, on this thread and `threads` - 1 shared ones.
+    """Call work(task) for each of `count` tasks, on this thread and `threads` - 1 shared ones.
 
-    Returns, or raises the first error, when no thread works any more. This thread takes tasks too: so a pool that is
-    busy for others costs time only, and a single task costs no pool.
+    Returns, or raises the first error, when all threads are done. This thread takes tasks too: a pool that is busy for
+    others costs only time, and a single task needs no pool.
     """
     todo = iter(tasks)
     lock = threading.Lock()

@@ -1,4 +1,4 @@
-"""Which of a file's layers a selector means: those that the run would have taken by it, of those that it holds."""
+"""Find the layers of a file that a selector means: of those it holds, what the run would have taken by it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 MOST_TOLD = 12
-"""Names that a message tells, where none is close to the one that was asked for."""
+"""Names that a message lists, where none is close to the one that was asked for."""
 
 
 class UnknownName(ConfigError, KeyError):
@@ -31,7 +31,7 @@ class UnknownName(ConfigError, KeyError):
 def select_layers(acts: Activations, selectors: Sequence[str], *, with_maps: bool = False) -> list[str]:
     """Return the names of the selected layers, in their order; without selectors all (`with_maps`: all that have maps).
 
-    Raises UnknownName, a ConfigError, for a selector that means no stored layer, or of which the file does not say it.
+    Raises UnknownName, a ConfigError, for a selector that means no stored layer, or if the file cannot tell.
     """
     if not selectors:
         found = [name for name in acts.layers if not with_maps or has_maps(acts[name])]
@@ -85,7 +85,7 @@ def _is_asked_for(selector: Selector, spec: LayerSpec) -> bool:
 
 
 def _unsaid(selector: Selector, modules: Collection[Module]) -> str:
-    """Return what an older file would have to say of its layers to tell which are meant, "" where it can tell."""
+    """Return what an older file does not say of its layers, so that it cannot tell which are meant; "" if it can."""
     if any(selector.base in module.paths for module in modules) or all(module.classes for module in modules):
         return ""
     if selector.numbered is not None:

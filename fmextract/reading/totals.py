@@ -1,4 +1,4 @@
-"""Statistics and counts of several shards as those of one output."""
+"""Merge the statistics and counts of several shards into those of one output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fmextract.reading import activations
 from fmextract.storage.layer_stats import merge, settled
 
 COUNTED = ("clipped", "nonfinite")
-"""Attributes of a layer that count values of a shard: those of an output are their sums."""
+"""Attributes of a layer that count the values of a shard; an output's are their sums."""
 
 
 def _joined_stats(path: Path, layer: str, before: Any, part: dict[str, Any]) -> dict[str, Any]:
