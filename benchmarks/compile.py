@@ -51,7 +51,7 @@ def compare(model: torch.nn.Module, shape: tuple[int, ...], batch_size: int, dev
         def one_pass(kind: type[hooks.Capture]) -> float:
             # Hooked for one pass at a time: both kinds have hooks on the same model, and each must see its own alone.
             capture = captures[kind]
-            with capture._hooks.on(model):
+            with capture.on(model):
                 return seconds_of(lambda: capture.forward(model, inputs), device)
 
         captures = {kind: kind(probed, [None] * len(probed), stop) for kind in (hooks.Capture, CompiledCapture)}

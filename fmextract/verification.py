@@ -198,7 +198,7 @@ class _Check:
         with self._looking_at(path, rows), activations.open(path) as acts:
             self.rows += acts.num_rows
             self._same_run(path, acts, sound)
-            start = acts._files[0].start
+            start = acts.first_row
             before = len(self.problems)
             if chunks and set(chunks) != set(acts.layers):
                 self._wrong(path.with_suffix(".json"), "has the digests of other layers", rows=rows)
@@ -223,14 +223,14 @@ class _Check:
         if self._first is None and sound:
             self._first = path, {**said, "layers": acts.layers}
         if self._first is not None and {**said, "layers": acts.layers} != self._first[1]:
-            start = acts._files[0].start
+            start = acts.first_row
             rows = range(start, start + acts.num_rows)
             self._wrong(path, f"is of another run than {self._first[0].name}", rows=rows)
 
     def _columns(self, path: Path, acts: activations.Activations, record: ShardRecord | None, rows: range) -> None:
         if record and rows != record.rows:
             self._wrong(path, f"holds the rows {rows.start} to {rows.stop - 1}", rows=record.rows)
-        if not np.array_equal(acts._column("sample"), np.arange(rows.start, rows.stop)):
+        if not np.array_equal(acts.samples, np.arange(rows.start, rows.stop)):
             self._wrong(path, "/sample does not count its rows", rows=rows)
         status, messages = acts.status, acts.messages
         if not np.isin(status, [int(code) for code in Status]).all():
@@ -256,7 +256,7 @@ class _Check:
 
     def _layer(self, path: Path, layer: Layer, start: int, digests: str | None) -> None:
         self._coordinates(path, layer)
-        file = layer._acts._files[0]
+        file = layer.acts.files[0]
         stored = file.stored(layer.name)
         self.chunks += stored.sizes.size
         recount = _Recount(layer)
@@ -296,7 +296,7 @@ class _Check:
         return range(start + at, start + min(at + step, len(layer)))
 
     def _coordinates(self, path: Path, layer: Layer) -> None:
-        there = layer._acts._files[0].coordinates(layer.name)
+        there = layer.acts.files[0].coordinates(layer.name)
         for role, size in zip(layer.axes[1:], layer.shape[1:], strict=True):
             expected, _ = layout.coordinate(layer.field, role, size)
             if not np.array_equal(there[role], expected):
@@ -307,12 +307,12 @@ class _Recount:
     """The statistics of a layer, counted again from what is stored, against those in the file."""
 
     def __init__(self, layer: Layer) -> None:
-        self._layer, self._ok = layer, layer._acts.status == Status.OK
-        self._stats = layer._acts._files[0].stats(layer.name)
+        self._layer, self._ok = layer, layer.acts.status == Status.OK
+        self._stats = layer.acts.files[0].stats(layer.name)
         self._axis = layer.spec.channel_axis
         self._seen: dict[str, Array] = {}
         self._nonfinite = 0
-        options = layer._acts.config.get("options", {})
+        options = layer.acts.config.get("options", {})
         # An export to netCDF widens what the run had narrowed.
         kind = options.get("dtype") if layer.spec.dtype == "float32" else layer.spec.dtype
         narrowed = kind == "float16" and layer.spec.compute_dtype != "float16"
@@ -342,7 +342,7 @@ class _Recount:
     def _top_is_there(self, values: Array, at: int) -> bool:
         """Whether each of the strongest in these rows is stored in its place."""
         value, sample, y, x = (self._stats[f"top_{name}"] for name in ("value", "sample", "y", "x"))
-        first = at + self._layer._acts._files[0].start
+        first = at + self._layer.acts.first_row
         channel, k = np.nonzero((sample >= first) & (sample < first + len(values)))
         row = sample[channel, k] - first
         if not self._ok[at + row].all():

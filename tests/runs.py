@@ -141,7 +141,7 @@ def chunks(out: Path) -> dict[tuple[str, int, tuple[int, ...]], bytes]:
     """Every stored chunk, by layer, first row of its file, and place."""
     held = {}
     with activations.open(out) as acts:
-        for file in acts._files:
+        for file in acts.files:
             for name in acts.layers:
                 stored = file.stored(name)
                 for place in np.ndindex(stored.sizes.shape):

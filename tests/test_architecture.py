@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from files import make_file
+from torch import nn
 
 PACKAGE = Path(__file__).parent.parent / "fmextract"
 
@@ -99,6 +100,38 @@ def test_imports_go_one_way(name: str) -> None:
 def test_there_are_no_circles() -> None:
     graph = {name: set(imported(at_runtime(tree))) - {name} for name, tree in MODULES.items()}
     TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+
+
+def private_names(tree: ast.Module) -> set[str]:
+    """What begins with an underscore and belongs to a class of this module: its attributes, methods and fields."""
+    found = set()
+    for cls in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for node in ast.walk(cls):
+            if isinstance(node, ast.FunctionDef):
+                found.add(node.name)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found.add(node.target.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found.add(node.attr)
+    return {name for name in found if name.startswith("_") and not name.endswith("__")}
+
+
+PRIVATE = {name: private_names(tree) for name, tree in MODULES.items()}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_what_is_private_is_used_at_home(name: str) -> None:
+    """What a class keeps to itself, in its module; what a module keeps to itself, in its room."""
+    torchs = {attribute for attribute in vars(nn.Module()) if attribute.startswith("_")}
+    foreign = set().union(*(names for other, names in PRIVATE.items() if other != name)) - PRIVATE[name] - torchs
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fmextract."):
+            private = [alias.name for alias in node.names if alias.name.startswith("_")]
+            at_home = room(str(node.module).removeprefix("fmextract.")) == room(name)
+            assert at_home or not private, f"{name}.py line {node.lineno} imports {private} from {node.module}"
+        elif isinstance(node, ast.Attribute) and node.attr in foreign:
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            assert own, f"{name}.py line {node.lineno} uses .{node.attr} of another module's class"
 
 
 def test_no_module_at_the_top_has_the_name_of_a_function() -> None:

@@ -24,7 +24,7 @@ from fmextract.errors import ConfigError, FormatError, OutputError
 from fmextract.reading import activations
 from fmextract.run import make_plan, packing, provenance
 from fmextract.storage import shards
-from fmextract.storage.digest import _content_digest
+from fmextract.storage.digest import digest_of_open
 from fmextract.verification import verify
 
 ROWS = 14
@@ -68,7 +68,7 @@ def flip(file: Path, byte: int, bit: int = 0) -> None:
 def chunk_at(file: Path, layer: str, place: tuple[int, ...] = (0, 0, 0, 0)) -> tuple[int, int]:
     """Offset and size of a stored chunk."""
     with activations.open(file) as acts:
-        stored = acts._files[0].stored(layer)
+        stored = acts.files[0].stored(layer)
         return int(stored.offsets[place]), int(stored.sizes[place])
 
 
@@ -236,7 +236,7 @@ def test_a_changed_value_with_a_mended_checksum_is_found_by_the_statistics(
     with h5py.File(shard, "r+", locking=False) as file:
         file["layers/conv/activation"][2, 1, 0, 0] = 100.0
     with h5py.File(shard, "r+", locking=False) as file:
-        digest = _content_digest(file, {})
+        digest = digest_of_open(file, {})
         file.attrs["content_digest"] = digest
     record = json.loads(shard.with_suffix(".json").read_text())
     record |= {
@@ -259,7 +259,7 @@ def edit_columns(edit: Callable[[h5py.File], None], whole_file: Path, place: Pat
     out = copied(whole_file, place)
     with h5py.File(out, "r+", locking=False) as file:
         edit(file)
-        file.attrs["content_digest"] = _content_digest(file, {})
+        file.attrs["content_digest"] = digest_of_open(file, {})
     return out
 
 
@@ -328,7 +328,7 @@ def test_images_that_were_stored_in_another_place_are_found(photos: Path, tmp_pa
     with h5py.File(tmp_path / "out.h5", "r+", locking=False) as file:
         for layer in file["layers"].values():
             layer["activation"][[2, 3]] = layer["activation"][[2, 3]][::-1]
-        file.attrs["content_digest"] = _content_digest(file, {})
+        file.attrs["content_digest"] = digest_of_open(file, {})
     assert verify(tmp_path / "out.h5").ok
     problems = verify(tmp_path / "out.h5", rerun=ROWS, model=MODEL).problems
     assert {problem.rows for problem in problems} == {"2-2", "3-3"}

@@ -25,18 +25,18 @@ from fmextract.capture.spans import (
     Seen,
     Span,
     Window,
-    _map,
-    _moves,
-    _parts,
     absorbed,
     aligned,
     expect,
     is_whole,
     join,
+    mapped,
+    moves_along,
+    parts_of,
 )
 
 
-class _Operation(Operation):
+class TracedOperation(Operation):
     """One executed operation, and what its tensors saw before it ran."""
 
     def __init__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], tracer: FieldTracer) -> None:
@@ -67,10 +67,10 @@ class _Operation(Operation):
         return {d % ndim for d in ([value] if isinstance(value, int) else value)}
 
 
-Rule = Callable[[_Operation], Seen | None]
+Rule = Callable[[TracedOperation], Seen | None]
 
 
-def _union(operation: _Operation, out: Axes | None, skip: int | None = None) -> Seen:
+def _union(operation: TracedOperation, out: Axes | None, skip: int | None = None) -> Seen:
     if not all(aligned(source, out, skip) for source in operation.sources):
         raise LostError
     return join([source.seen for source in operation.sources if source.seen is not None])
@@ -81,14 +81,14 @@ def _union(operation: _Operation, out: Axes | None, skip: int | None = None) -> 
 Windows = tuple[list[Window | None], float]
 
 
-def _windowed(name: str, windows: Callable[[_Operation, int, int, int], Windows | None]) -> Rule:
+def _windowed(name: str, windows: Callable[[TracedOperation, int, int, int], Windows | None]) -> Rule:
     """A rule for an operation on argument `name`, (batch, channel, …, y, x).
 
     `windows(operation, axis, cells, out)` gives the cells that each of the `out` output cells reads along `axis`, -2 or
     -1, and the stride; None where all of them read the same.
     """
 
-    def rule(operation: _Operation) -> Seen:
+    def rule(operation: TracedOperation) -> Seen:
         seen, axes = operation.seen_of(name)
         shape = operation.out[0].shape
         count = len(shape) - 2
@@ -114,7 +114,7 @@ def _sliding(kernel: int, stride: int, padding: int, dilation: int, out: int) ->
     return [(start, start + dilation * (kernel - 1)) for start in starts], stride
 
 
-def _convolution(operation: _Operation, axis: int, cells: int, out: int) -> Windows:
+def _convolution(operation: TracedOperation, axis: int, cells: int, out: int) -> Windows:
     args = operation.args
     kernel = int(args["weight"].shape[axis])
     stride, padding, dilation = (_along(args[name], axis) for name in ("stride", "padding", "dilation"))
@@ -126,23 +126,23 @@ def _convolution(operation: _Operation, axis: int, cells: int, out: int) -> Wind
     return [(min(row), max(row)) if row else None for row in sources], 1 / stride
 
 
-def _pool(operation: _Operation, axis: int, cells: int, out: int) -> Windows:
+def _pool(operation: TracedOperation, axis: int, cells: int, out: int) -> Windows:
     args = operation.args
     kernel, padding = (_along(args[name], axis) for name in ("kernel_size", "padding"))
     stride = _along(args["stride"] or args["kernel_size"], axis)
     return _sliding(kernel, stride, padding, _along(args.get("dilation", [1]), axis), out)
 
 
-def _adaptive_pool(operation: _Operation, axis: int, cells: int, out: int) -> Windows | None:
+def _adaptive_pool(operation: TracedOperation, axis: int, cells: int, out: int) -> Windows | None:
     if out == 1 < cells:
         return None
     return [(i * cells // out, -(-(i + 1) * cells // out) - 1) for i in range(out)], cells / out
 
 
-def _interpolation(reach: float, exact: bool) -> Callable[[_Operation, int, int, int], Windows | None]:
+def _interpolation(reach: float, exact: bool) -> Callable[[TracedOperation, int, int, int], Windows | None]:
     """`reach`: how far from its centre a kernel takes, in cells; 0 is the nearest, at pixel centres where `exact`."""
 
-    def windows(operation: _Operation, axis: int, cells: int, out: int) -> Windows | None:
+    def windows(operation: TracedOperation, axis: int, cells: int, out: int) -> Windows | None:
         args = operation.args
         if cells == 1 < out:
             return None
@@ -165,12 +165,12 @@ def _interpolation(reach: float, exact: bool) -> Callable[[_Operation, int, int,
     return windows
 
 
-def _pixel_shuffle(operation: _Operation, axis: int, cells: int, out: int) -> Windows:
+def _pixel_shuffle(operation: TracedOperation, axis: int, cells: int, out: int) -> Windows:
     factor = operation.args["upscale_factor"]
     return [(i // factor, i // factor) for i in range(out)], 1 / factor
 
 
-def _pixel_unshuffle(operation: _Operation, axis: int, cells: int, out: int) -> Windows:
+def _pixel_unshuffle(operation: TracedOperation, axis: int, cells: int, out: int) -> Windows:
     factor = operation.args["downscale_factor"]
     return _sliding(factor, factor, 0, 1, out)
 
@@ -182,7 +182,7 @@ def _change_axis(seen: Seen, axes: Axes, at: int, change: Callable[[Span], Span]
     """`change` the span along the axis `at`, where that is one direction in order; positions elsewhere stay."""
 
     def one(role: str, span: Span) -> Span:
-        if not _moves(span, axes, at, role):
+        if not moves_along(span, axes, at, role):
             return span
         if not is_whole(axes[at], role, span.cells):
             if span.whole:
@@ -191,17 +191,17 @@ def _change_axis(seen: Seen, axes: Axes, at: int, change: Callable[[Span], Span]
         expect(span, axes, at, role)
         return change(span)
 
-    return _map(seen, one)
+    return mapped(seen, one)
 
 
-def _slice(operation: _Operation) -> Seen:
+def _slice(operation: TracedOperation) -> Seen:
     seen, axes = operation.seen_of("self")
     at = operation.args["dim"] % len(axes)
     taken = range(*slice(*(operation.args[name] for name in ("start", "end", "step"))).indices(length(axes[at])))
     return _change_axis(seen, axes, at, lambda span: span.read([(i, i) for i in taken], taken.step))
 
 
-def _pad(operation: _Operation) -> Seen:
+def _pad(operation: TracedOperation) -> Seen:
     """Padding shifts the cells; a negative one crops. What is filled with other cells makes the field a bound: at the
     border it is of pixels that stand elsewhere.
     """
@@ -218,7 +218,7 @@ def _pad(operation: _Operation) -> Seen:
     return seen
 
 
-def _roll(operation: _Operation) -> Seen:
+def _roll(operation: TracedOperation) -> Seen:
     """Cells that go out on one side come in on the other: everything may be seen, and rolling back restores places."""
     seen, axes = operation.seen_of("self")
     if not operation.args["dims"]:
@@ -235,48 +235,48 @@ def _shifted(span: Span, by: int, cells: int, bound: bool = False) -> Span:
     return replace(moved, bound=moved.bound or bound)
 
 
-def _part(operation: _Operation) -> Seen:
+def _part(operation: TracedOperation) -> Seen:
     """split, unbind, select: other axes stay as they are; pieces of a direction are not followed."""
     seen, axes = operation.seen_of("self")
 
     return _change_axis(seen, axes, operation.args["dim"] % len(axes), _only_whole)
 
 
-def _reduce(operation: _Operation) -> Seen:
+def _reduce(operation: TracedOperation) -> Seen:
     """mean, sum, amax, var … over given axes: what is taken over a whole direction is the same for every cell."""
     name = "self" if "self" in operation.args else "input"
     seen, axes = operation.seen_of(name)
     dims = operation.dims("dim", len(axes)) if "dim" in operation.args else set(range(len(axes)))
 
     def one(role: str, span: Span) -> Span | None:
-        parts = _parts(axes, role)
+        parts = parts_of(axes, role)
         gone = [size for i, size in parts if i in dims]
-        if not any(_moves(span, axes, i, role) for i in dims):
+        if not any(moves_along(span, axes, i, role) for i in dims):
             return span
         if len(gone) < len(parts):
             raise LostError
         return None
 
-    return _map(seen, one)
+    return mapped(seen, one)
 
 
-def _expand(operation: _Operation) -> Seen:
+def _expand(operation: TracedOperation) -> Seen:
     """One cell that is spread over many is the same for all of them."""
     seen, axes = operation.seen_of("self")
     sizes = operation.out[0].shape[-len(axes) :] if axes else ()
     spread = {atom.role for axis, size in zip(axes, sizes, strict=True) for atom in axis if atom.size == 1 < size}
-    return _map(seen, lambda role, span: None if role in spread else span)
+    return mapped(seen, lambda role, span: None if role in spread else span)
 
 
 # ------------------------------------------------------------------------------- rules: same positions
 
 
-def pointwise(operation: _Operation) -> Seen:
+def pointwise(operation: TracedOperation) -> Seen:
     """Element by element, broadcast: the union of the operands."""
     return _union(operation, operation.out_axes)
 
 
-def _copy(operation: _Operation) -> Seen | None:
+def _copy(operation: TracedOperation) -> Seen | None:
     """copy_(self, src): what was there is gone."""
     source = operation.operand("src")
     if source.seen is None:
@@ -286,7 +286,7 @@ def _copy(operation: _Operation) -> Seen | None:
     return source.seen
 
 
-def _cat(operation: _Operation) -> Seen:
+def _cat(operation: TracedOperation) -> Seen:
     out = operation.out_axes
     at = operation.args["dim"] % operation.out[0].dim()
     seen = _union(operation, out, skip=at)
@@ -303,13 +303,13 @@ def _only_whole(span: Span) -> Span:
     return span
 
 
-def _stack(operation: _Operation) -> Seen:
+def _stack(operation: TracedOperation) -> Seen:
     at = operation.args["dim"] % operation.out[0].dim()
     out = operation.out_axes
     return _union(operation, None if out is None else (*out[:at], *out[at + 1 :]))
 
 
-def _view(operation: _Operation) -> Seen:
+def _view(operation: TracedOperation) -> Seen:
     """A view keeps positions. It may split a direction into parts, and merge them where they are in order."""
     seen, axes = operation.seen_of("self")
     out = operation.out_axes
@@ -317,17 +317,17 @@ def _view(operation: _Operation) -> Seen:
         raise LostError
 
     def one(role: str, span: Span) -> Span:
-        old, new = ([size for _, size in _parts(some, role)] for some in (axes, out))
+        old, new = ([size for _, size in parts_of(some, role)] for some in (axes, out))
         if old == new:
             return span
         if span.order != tuple(sorted(span.order)):
             raise LostError
         return replace(span, order=tuple(range(max(1, len(new)))))
 
-    return _map(seen, one)
+    return mapped(seen, one)
 
 
-def _permute(operation: _Operation) -> Seen:
+def _permute(operation: TracedOperation) -> Seen:
     """permute, transpose, t: the parts of a direction may change their order."""
     seen, axes = operation.seen_of("self")
     order = list(range(len(axes)))
@@ -338,7 +338,7 @@ def _permute(operation: _Operation) -> Seen:
         order[a], order[b] = order[b], order[a]
 
     def one(role: str, span: Span) -> Span:
-        parts, own = _parts(axes, role), len(span.order)
+        parts, own = parts_of(axes, role), len(span.order)
         if len(parts) < 2:
             return span
         moved = [k for j in order for k, (i, _) in enumerate(parts) if i == j]
@@ -347,10 +347,10 @@ def _permute(operation: _Operation) -> Seen:
             raise LostError
         return replace(span, order=tuple(span.order[k] for k in moved[:own]))
 
-    return _map(seen, one)
+    return mapped(seen, one)
 
 
-def _same_shape(operation: _Operation) -> Seen:
+def _same_shape(operation: TracedOperation) -> Seen:
     """as_strided keeps positions only where it keeps the axes."""
     seen, axes = operation.seen_of("self")
     if operation.out_axes != axes:
@@ -358,7 +358,7 @@ def _same_shape(operation: _Operation) -> Seen:
     return seen
 
 
-def _first(operation: _Operation) -> Seen:
+def _first(operation: TracedOperation) -> Seen:
     """Everything stays where it is."""
     return operation.seen_of("self" if "self" in operation.args else "input")[0]
 
@@ -366,7 +366,7 @@ def _first(operation: _Operation) -> Seen:
 # ------------------------------------------------------------------------------------- rules: all positions
 
 
-def _norm(operation: _Operation) -> Seen:
+def _norm(operation: TracedOperation) -> Seen:
     """Batch norm uses statistics of its own; by those of the batch, as in an instance norm, everything has a part."""
     seen = operation.seen_of("input")[0]
     spatial = operation.name == "native_group_norm" or operation.args.get("training", operation.name.endswith("legit"))
@@ -377,12 +377,12 @@ def _is_spread(seen: Seen) -> bool:
     return any(span.cells > 1 for span in seen.placed)
 
 
-def _layer_norm(operation: _Operation) -> Seen:
+def _layer_norm(operation: TracedOperation) -> Seen:
     seen, axes = operation.seen_of("input")
     return _over(seen, axes, range(len(axes) - len(operation.args["normalized_shape"]), len(axes)))
 
 
-def _softmax(operation: _Operation) -> Seen:
+def _softmax(operation: TracedOperation) -> Seen:
     seen, axes = operation.seen_of("self")
     return _over(seen, axes, [operation.args["dim"] % len(axes)])
 
@@ -391,14 +391,14 @@ def _over(seen: Seen, axes: Axes, dims: Iterable[int]) -> Seen:
     """Divided by a statistic over `dims`: a global part, where these hold all of a direction."""
     inside = set(dims)
     for role in ROLES:
-        span, parts = seen.span(role), _parts(axes, role)
-        if any(_moves(span, axes, i, role) for i in inside) and all(i in inside for i, _ in parts):
+        span, parts = seen.span(role), parts_of(axes, role)
+        if any(moves_along(span, axes, i, role) for i in inside) and all(i in inside for i, _ in parts):
             seen = replace(seen, has_global=True)
     return seen
 
 
 def _matrix_product(left: str, right: str) -> Rule:
-    def rule(operation: _Operation) -> Seen:
+    def rule(operation: TracedOperation) -> Seen:
         made = _product(operation.operand(left), operation.operand(right))
         others = [s.seen for s in operation.sources if s not in (operation.operand(left), operation.operand(right))]
         if made.seen is None or others:
@@ -408,7 +408,7 @@ def _matrix_product(left: str, right: str) -> Rule:
     return rule
 
 
-def _linear(operation: _Operation) -> Seen:
+def _linear(operation: TracedOperation) -> Seen:
     seen, axes = operation.seen_of("input")
     return absorbed(seen, axes, len(axes) - 1)[0]
 
@@ -425,8 +425,8 @@ def _product(left: Operand, right: Operand) -> Operand:
     has_global = left.seen.has_global or right.seen.has_global
     for role in ROLES:
         one, other = left.seen.span(role), right.seen.span(role)
-        in_rows, in_columns = _moves(one, a, -2, role), _moves(other, b, -1, role)
-        contracted = _moves(one, a, -1, role) or _moves(other, b, -2, role)
+        in_rows, in_columns = moves_along(one, a, -2, role), moves_along(other, b, -1, role)
+        contracted = moves_along(one, a, -1, role) or moves_along(other, b, -2, role)
         if contracted or (in_rows and in_columns):
             # Windows stand in the axes before the last two.
             windowed = any(atom.role == role for axis in a[:-2] for atom in axis if atom.size > 1)
@@ -440,7 +440,7 @@ def _product(left: Operand, right: Operand) -> Operand:
     return Operand(Seen(spans["y"], spans["x"], has_global), axes, shape)
 
 
-def _attention(operation: _Operation) -> Seen:
+def _attention(operation: TracedOperation) -> Seen:
     """softmax(q k^T) v."""
     query, key, value = (operation.operand(name) for name in ("query", "key", "value"))
     axes = key.known_axes
@@ -451,10 +451,10 @@ def _attention(operation: _Operation) -> Seen:
     return made
 
 
-def _self_attention(operation: _Operation) -> Seen:
+def _self_attention(operation: TracedOperation) -> Seen:
     """The fused layers: (batch, token, feature), query, key and value all the same."""
     seen, axes = operation.seen_of("query" if "query" in operation.args else "src")
-    return _map(seen, lambda role, span: replace(span, whole=True) if _moves(span, axes, -2, role) else span)
+    return mapped(seen, lambda role, span: replace(span, whole=True) if moves_along(span, axes, -2, role) else span)
 
 
 CONSTANTS = frozenset(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fmextract.capture.independence import kinds, leaking, same
-from fmextract.capture.survey import _inputs, _member, named_modules
+from fmextract.capture.survey import inputs_of, member_of, named_modules
 from fmextract.capture.taps import Event, Forward, Probed, Reduce, Tap, is_plain, without
 from fmextract.errors import CaptureError
 
@@ -79,7 +79,7 @@ class Hooks:
                 handle.remove()
 
     def _before(self, path: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: self._fire((path, "in"), _inputs(args, kwargs))
+        return lambda module, args, kwargs: self._fire((path, "in"), inputs_of(args, kwargs))
 
     def _after(self, path: str) -> Callable[..., None]:
         return lambda module, args, output: self._fire((path, "out"), output)
@@ -90,7 +90,7 @@ class Hooks:
         self.counts[key] += 1
         for i, tap in self._taps[key]:
             if tap.number == self.counts[key]:
-                self._take(i, _member(value, tap.path))
+                self._take(i, member_of(value, tap.path))
 
     def _maybe_stop(self, module: nn.Module, args: Any) -> None:
         if self._stop is None or self._over:
@@ -123,6 +123,10 @@ class Capture:
         self._undecided = {i for i, p in enumerate(taps) if asking and p.undecided}
         self._usual: dict[int, torch.Tensor] = {}
         self._asked: Counter[int] = Counter()
+
+    def on(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Hook the model for as long as the block lasts."""
+        return self._hooks.on(model)
 
     def forward(self, forward: Forward, batch: torch.Tensor) -> list[torch.Tensor]:
         """One forward pass over `batch` (B, …); one tensor (B, …) a tap, in the order of the taps.
@@ -260,5 +264,5 @@ def tapped(
     `asking`: of undecided layers it is asked whether their rows are of one image each as soon as they are unlike.
     """
     capture = kind(taps, reducers or [None] * len(taps), stop, asking)
-    with capture._hooks.on(model):
+    with capture.on(model):
         yield capture

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fmextract.capture.atoms import Axes, image_axes
 from fmextract.capture.axes import AxisTracer
-from fmextract.capture.field_rules import CONSTANTS, RULES, _Operation, pointwise
+from fmextract.capture.field_rules import CONSTANTS, RULES, TracedOperation, pointwise
 from fmextract.capture.hooks import tapped
 from fmextract.capture.spans import LOST, ROLES, LostError, Operand, Seen, Span, absorbed, expect
 from fmextract.capture.taps import Event, Forward, Probed, Reduce
@@ -111,7 +111,7 @@ class FieldTracer(AxisTracer):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        operation = _Operation(func, args, kwargs or {}, self)
+        operation = TracedOperation(func, args, kwargs or {}, self)
         out = func(*args, **(kwargs or {}))
         self.follow(operation, out)
         for tensor in operation.out:
@@ -140,7 +140,7 @@ def _storage(tensor: torch.Tensor, keep: dict[int, StorageWeakRef] | None = None
     return int(reference.cdata)
 
 
-def _result(operation: _Operation, tensor: torch.Tensor) -> Seen | None:
+def _result(operation: TracedOperation, tensor: torch.Tensor) -> Seen | None:
     """What an output of `operation` sees."""
     sources = operation.sources
     if not sources or operation.name in CONSTANTS:

@@ -124,16 +124,16 @@ def _roles(axis: Axis) -> set[str]:
     return set(ROLES) if wide & {TOKEN, UNKNOWN} else wide & set(ROLES)
 
 
-def _moves(span: Span | None, axes: Axes, at: int, role: str) -> bool:
+def moves_along(span: Span | None, axes: Axes, at: int, role: str) -> bool:
     """Whether one moves in a direction along the axis `at`, or may do so: it is not known, and the rest stands nowhere
     else."""
     if span is None or role not in _roles(axes[at]):
         return False
     explicit = any(atom.role == role for atom in axes[at])
-    return explicit or math.prod(size for _, size in _parts(axes, role)) < span.cells
+    return explicit or math.prod(size for _, size in parts_of(axes, role)) < span.cells
 
 
-def _parts(axes: Axes, role: str) -> list[tuple[int, int]]:
+def parts_of(axes: Axes, role: str) -> list[tuple[int, int]]:
     """(axis, size) of every part into which views have split a direction, as they come in memory order of the axes."""
     return [(i, atom.size) for i, axis in enumerate(axes) for atom in axis if atom.role == role and atom.size > 1]
 
@@ -143,7 +143,7 @@ def is_whole(axis: Axis, role: str, cells: int) -> bool:
     return len(axis) == 1 and axis[0].role == role and length(axis) == cells
 
 
-def _map(seen: Seen, change: Callable[[str, Span], Span | None]) -> Seen:
+def mapped(seen: Seen, change: Callable[[str, Span], Span | None]) -> Seen:
     """`seen` with another span along the axes that are placed."""
     y, x = (change(role, span) if (span := seen.span(role)) is not None else None for role in ROLES)
     return replace(seen, y=y, x=x)
@@ -153,7 +153,7 @@ def expect(span: Span | None, axes: Axes, at: int, role: str) -> None:
     """Make sure that the axis `at` is the whole of a direction, in order."""
     if span is None:
         return
-    if not is_whole(axes[at], role, span.cells) or len(_parts(axes, role)) > 1 or span.order != (0,):
+    if not is_whole(axes[at], role, span.cells) or len(parts_of(axes, role)) > 1 or span.order != (0,):
         raise LostError
 
 
@@ -183,7 +183,7 @@ def aligned(operand: Operand, out: Axes | None, skip: int | None = None) -> bool
         return operand.seen.everything
     axes, seen = operand.axes, operand.seen
     for at in range(-1, -1 - min(len(axes), len(out)), -1):
-        moves = any(_moves(seen.span(role), axes, at, role) for role in ROLES)
+        moves = any(moves_along(seen.span(role), axes, at, role) for role in ROLES)
         own, their = (tuple(atom for atom in axis if _roles((atom,))) for axis in (axes[at], out[at]))
         if moves and own != their and len(axes) + at != skip:
             return False
@@ -192,9 +192,9 @@ def aligned(operand: Operand, out: Axes | None, skip: int | None = None) -> bool
 
 def _absorb(span: Span, axes: Axes, at: int, role: str) -> Span:
     """The span after the values along axis `at` were mixed: all of a direction, its fast part, or nothing of it."""
-    parts = _parts(axes, role)
+    parts = parts_of(axes, role)
     inside = [k for k, (i, _) in enumerate(parts) if i == at]
-    if not _moves(span, axes, at, role):
+    if not moves_along(span, axes, at, role):
         return span
     if len(inside) == len(parts):
         return replace(span, whole=True)
@@ -210,5 +210,5 @@ def absorbed(seen: Seen, axes: Axes, at: int) -> tuple[Seen, Axes]:
 
     Pixels that a view has put beside the channels (space to depth, patch merging) become part of the span.
     """
-    mixed = _map(seen, lambda role, span: _absorb(span, axes, at, role))
+    mixed = mapped(seen, lambda role, span: _absorb(span, axes, at, role))
     return mixed, (*axes[:at], plain(CHANNEL, length(axes[at])), *axes[at + 1 :])

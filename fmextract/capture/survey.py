@@ -146,14 +146,14 @@ def _tensors_in(value: Any, path: tuple[str, ...] = (), names: tuple[str, ...] =
         yield from _tensors_in(item, (*path, key), (*names, name))
 
 
-def _member(value: Any, path: tuple[str, ...]) -> torch.Tensor | None:
+def member_of(value: Any, path: tuple[str, ...]) -> torch.Tensor | None:
     """The tensor at `path`; None where this value has none."""
     for step in path:
         value = next((item for key, _, item in _parts(value) if key == step), None)
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def inputs_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {**{str(i): arg for i, arg in enumerate(args)}, **kwargs}
 
 
@@ -176,7 +176,7 @@ def survey(model: nn.Module, forward: Forward, batch: torch.Tensor) -> Survey:
         tensors[Event(path, counts[path, side], side)] = tuple(_tensors_in(value))
 
     def before(path: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: note(path, "in", _inputs(args, kwargs))
+        return lambda module, args, kwargs: note(path, "in", inputs_of(args, kwargs))
 
     def after(path: str) -> Callable[..., None]:
         return lambda module, args, output: note(path, "out", output)

@@ -93,7 +93,7 @@ class Job(NamedTuple):
         return {**head, **said, "rows": self.acts.num_rows, "layers": layers}
 
 
-def _written(
+def exported_layers(
     layers: Sequence[Layer], places: Sequence[str], dtypes: Sequence[str] | None = None
 ) -> list[ExportedLayer]:
     dtypes = dtypes or [layer.dtype.name for layer in layers]
@@ -125,7 +125,7 @@ def distinct(names: Sequence[str], taken: Sequence[str] = ()) -> list[str]:
 
 
 @contextlib.contextmanager
-def _durable(path: Path) -> Iterator[BinaryIO]:
+def durable_file(path: Path) -> Iterator[BinaryIO]:
     with path.open("xb") as file:
         yield file
         file.flush()

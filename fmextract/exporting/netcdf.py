@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fmextract.exporting.job import ABOUT, Array, ExportedLayer, Job, _written
+from fmextract.exporting.job import ABOUT, Array, ExportedLayer, Job, exported_layers
 from fmextract.reading import totals
 from fmextract.reading.layer import Layer
 from fmextract.records import FileStamp, LayerSpec, SampleTable
@@ -29,10 +29,10 @@ def write_netcdf(job: Job, path: Path) -> list[ExportedLayer]:
     float16, on which netCDF-C crashes, becomes float32. Columns and statistics come along, those of shards merged.
     """
     acts = job.acts
-    parts = [file.path for file in acts._files]
+    parts = [file.path for file in acts.files]
     stats, attrs, smaller = totals.merged(parts, job.names)
-    info = acts._files[0].info()
-    written = _written(
+    info = acts.files[0].info()
+    written = exported_layers(
         job.layers,
         [f"/layers/{layout.escape_name(name)}" for name in job.names],
         [_netcdf_spec(layer).dtype for layer in job.layers],
@@ -48,7 +48,7 @@ def write_netcdf(job: Job, path: Path) -> list[ExportedLayer]:
     table = SampleTable(rows.start, acts.keys.tolist(), job.labels, status, message, height, width, files, brought)
     with (
         ShardWriter(path, rows, specs, replace(info, extra=extra), "gzip", None) as writer,
-        ThreadPoolExecutor(acts._threads) as pool,
+        ThreadPoolExecutor(acts.threads) as pool,
     ):
         for number, (layer, spec) in enumerate(zip(job.layers, specs, strict=True)):
             for block in job.blocks([layer]):

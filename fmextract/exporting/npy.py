@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fmextract.common import strict_json
-from fmextract.exporting.job import ExportedLayer, Job, _durable, _written, cell, distinct, file_name
+from fmextract.exporting.job import ExportedLayer, Job, cell, distinct, durable_file, exported_layers, file_name
 from fmextract.storage import schema
 
 # --------------------------------------------------------------------------------------------------------------- npy
@@ -24,20 +24,20 @@ def write_npy(job: Job, folder: Path) -> list[ExportedLayer]:
     """
     folder.mkdir()
     files = [f"{place}.npy" for place in distinct([file_name(name) for name in job.names])]
-    written = _written(job.layers, files)
+    written = exported_layers(job.layers, files)
     for layer, name in zip(job.layers, files, strict=True):
-        with _durable(folder / name) as file:
+        with durable_file(folder / name) as file:
             header = {"descr": layer.dtype.str, "fortran_order": False, "shape": layer.shape}
             np.lib.format.write_array_header_1_0(file, header)
             for rows in job.blocks([layer]):
                 file.write(layer[rows].data)
     columns: dict[str, Any] = {"sample": job.acts.samples, "key": job.acts.keys, "status": job.acts.status}
     columns |= {name: list(map(cell, values)) for name, values in job.columns.items()}
-    with _durable(folder / "rows.csv") as file:
+    with durable_file(folder / "rows.csv") as file:
         text = io.TextIOWrapper(file, "utf-8", newline="")
         csv.writer(text, lineterminator="\n").writerows(itertools.chain([columns], zip(*columns.values(), strict=True)))
         text.detach()
-    with _durable(folder / "index.json") as file:
+    with durable_file(folder / "index.json") as file:
         file.write(strict_json.dumps(job.about(written), indent=1).encode())
     return written
 

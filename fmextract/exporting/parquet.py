@@ -11,7 +11,7 @@ import numpy as np
 
 from fmextract.common import strict_json
 from fmextract.errors import MissingExtra
-from fmextract.exporting.job import ABOUT, ExportedLayer, Job, _durable, _written, cell, distinct
+from fmextract.exporting.job import ABOUT, ExportedLayer, Job, cell, distinct, durable_file, exported_layers
 from fmextract.records import Label
 from fmextract.storage import schema
 from fmextract.storage.columns import form_of
@@ -33,7 +33,7 @@ def write_parquet(job: Job, path: Path) -> list[ExportedLayer]:
     for name, values in job.columns.items():
         columns[name], kinds[name] = _arrow_column(arrow, values)
     places = distinct(job.names, list(columns))
-    written = _written(layers, places, dtypes)
+    written = exported_layers(layers, places, dtypes)
     fields = [arrow.field(name, kind) for name, kind in kinds.items()]
     for layer, dtype, place in zip(layers, dtypes, places, strict=True):
         kind = arrow.list_(arrow.from_numpy_dtype(dtype), math.prod(layer.shape[1:]))
@@ -45,7 +45,7 @@ def write_parquet(job: Job, path: Path) -> list[ExportedLayer]:
         fields.append(arrow.field(place, kind, metadata={"layer": layer.name} | said))
     table = arrow.schema(fields, metadata={ABOUT: strict_json.dumps(job.about(written))})
     with (
-        _durable(path) as file,
+        durable_file(path) as file,
         parquet.ParquetWriter(file, table, compression="zstd", use_dictionary=False) as writer,
     ):
         for rows in job.blocks(layers):

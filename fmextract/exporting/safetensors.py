@@ -8,7 +8,7 @@ from typing import Any
 from fmextract.common import strict_json
 from fmextract.common.text import byte_count
 from fmextract.errors import ConfigError
-from fmextract.exporting.job import ABOUT, ExportedLayer, Job, _durable, _written, distinct
+from fmextract.exporting.job import ABOUT, ExportedLayer, Job, distinct, durable_file, exported_layers
 from fmextract.storage import schema
 
 MOST_HEADER_BYTES = 100_000_000
@@ -29,7 +29,7 @@ def write_safetensors(job: Job, path: Path) -> list[ExportedLayer]:
     """
     layers = sorted(job.layers, key=lambda layer: -layer.dtype.itemsize)
     places = dict(zip(job.names, distinct(job.names, ["__metadata__"]), strict=True))
-    written = _written(job.layers, list(places.values()))
+    written = exported_layers(job.layers, list(places.values()))
     columns: dict[str, Any] = {
         "keys": job.acts.keys.tolist(),
         "status": job.acts.status.tolist(),
@@ -53,7 +53,7 @@ def write_safetensors(job: Job, path: Path) -> list[ExportedLayer]:
             f"the keys of {job.acts.num_rows:,} images take {byte_count(len(said))}, and safetensors reads a header of "
             f"up to {byte_count(MOST_HEADER_BYTES)}: export to npy or parquet"
         )
-    with _durable(path) as file:
+    with durable_file(path) as file:
         file.write(len(said).to_bytes(8, "little") + said)
         for layer in layers:
             for rows in job.blocks([layer]):

@@ -26,7 +26,7 @@ from fmextract.common.text import count as plural
 from fmextract.errors import ConfigError, FmextractError, FormatError
 from fmextract.reading.chunks import RECENT_BYTES, Recent
 from fmextract.reading.counts import Totals, total_throughput
-from fmextract.reading.files import File, Files, _Part, listed_shards
+from fmextract.reading.files import File, Files, Part, listed_shards
 from fmextract.reading.indexing import Array, Rows, batched
 from fmextract.reading.layer import DATASET_BYTES, Layer
 from fmextract.reading.parallel import _pool
@@ -67,8 +67,8 @@ def just_written(path: Path) -> Activations:
     return Activations(path, [part._replace(own=True) for part in _parts(path)], None, RECENT_BYTES)
 
 
-def _parts(place: Path) -> list[_Part]:
-    return listed_shards(place.absolute()) if place.is_dir() else [_Part(place.absolute())]
+def _parts(place: Path) -> list[Part]:
+    return listed_shards(place.absolute()) if place.is_dir() else [Part(place.absolute())]
 
 
 class Activations:
@@ -83,15 +83,18 @@ class Activations:
     layers.
     """
 
-    def __init__(self, path: Path, parts: Sequence[_Part], threads: int | None, cache: int) -> None:
+    def __init__(self, path: Path, parts: Sequence[Part], threads: int | None, cache: int) -> None:
         self.path = path
         self._place = path.absolute()  # the working directory may be another one later
-        self._files = Files(parts)
+        self.files = Files(parts)
+        """The .h5 files that it is read from, in the order of their rows."""
         self._given_threads = threads
-        self._threads = threads or cores()
-        self._recent = Recent(cache)
+        self.threads = threads or cores()
+        """How many threads read and decode at once."""
+        self.recent = Recent(cache)
+        """Chunks that were read lately, decoded."""
         self._made: dict[str, Layer] = {}
-        first = self._files[0]
+        first = self.files[0]
         self.layers: tuple[str, ...] = tuple(first.contents.layers)
         self.attrs: Mapping[str, Any] = first.contents.attrs
         """The root attributes; see `config`, `preprocess` and `versions` for those that hold JSON."""
@@ -104,25 +107,25 @@ class Activations:
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """Keep an output of one file open in HDF5 within, for many small questions: each would open it anew."""
-        return self._files.held()
+        return self.files.held()
 
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._files.closed
+        return self.files.closed
 
     def close(self) -> None:
         """Close the files and forget what is kept of them; reading afterwards raises ConfigError."""
-        self._files.close()
-        self._recent.clear()
+        self.files.close()
+        self.recent.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened_again, (self._place, self._given_threads, self._recent.nbytes, self._files.content())
+        return _opened_again, (self._place, self._given_threads, self.recent.nbytes, self.files.content())
 
     @property
     def num_rows(self) -> int:
         """Images, failed ones included."""
-        return self._files.rows
+        return self.files.rows
 
     def __getitem__(self, name: str) -> Layer:
         """Return a layer by name, or by a selector that means just one: `conv#20`. Raises UnknownName, a KeyError."""
@@ -145,7 +148,7 @@ class Activations:
 
         A selector means what it meant to the run. Raises UnknownName, a KeyError, for one that means none.
         """
-        layers = {name: layer.spec for name, layer in self._files[0].contents.layers.items()}
+        layers = {name: layer.spec for name, layer in self.files[0].contents.layers.items()}
         wanted = {name for text in selectors for name in meant_layers(text, layers, self.path)}
         return tuple(name for name in self.layers if name in wanted)
 
@@ -172,6 +175,11 @@ class Activations:
     def keys(self) -> Array:
         """Relative paths or tar keys of the images, str (N) as objects."""
         return self._column("key").view(Keys)
+
+    @property
+    def first_row(self) -> int:
+        """The number of its first row in the whole source: 0, but for one shard opened alone."""
+        return self.files[0].start
 
     @functools.cached_property
     def samples(self) -> Rows:
@@ -204,12 +212,12 @@ class Activations:
 
         Outputs of before there were digests do not say.
         """
-        return np.concatenate([_column_or(file, "file_size", np.int64(-1)) for file in self._files])
+        return np.concatenate([_column_or(file, "file_size", np.int64(-1)) for file in self.files])
 
     @functools.cached_property
     def file_digests(self) -> Array:
         """XXH3 (128 bits, in hex) of that file, str (N) as objects; empty where `file_sizes` is -1."""
-        return np.concatenate([_column_or(file, "file_digest", "") for file in self._files])
+        return np.concatenate([_column_or(file, "file_digest", "") for file in self.files])
 
     @functools.cached_property
     def labels(self) -> Array | None:
@@ -229,7 +237,7 @@ class Activations:
         """One of `columns`, or the labels, as plain Python, None where there is none; None for what is not there."""
         if name not in self._brought:
             return None
-        return [value for file in self._files for value in file.brought(name)]
+        return [value for file in self.files for value in file.brought(name)]
 
     def row(self, key: str) -> int:
         """The row of an image; raises UnknownName, a KeyError."""
@@ -259,13 +267,13 @@ class Activations:
     @property
     def label_names(self) -> Sequence[str]:
         """What the labels 0, 1, … are called, as the `classes` of a Dataset say; empty where nobody says it."""
-        return tuple(self._files[0].contents.said.get("label_names", ()))
+        return tuple(self.files[0].contents.said.get("label_names", ()))
 
     @property
     def throughput(self) -> Mapping[str, Any] | None:
         """How fast the run was, over all its shards: `images`, `seconds`, `images_per_second`, and `busy_seconds` of
         each stage, summed over its threads. None where the file does not say."""
-        total = total_throughput(file.contents.said.get("throughput") for file in self._files)
+        total = total_throughput(file.contents.said.get("throughput") for file in self.files)
         if total is None or not total["seconds"]:
             return None
         return {**total, "images_per_second": round(total["images"] / total["seconds"], 3)}
@@ -330,7 +338,7 @@ class Activations:
         shared = [layer for layer in layers if layer.chunks[0] > 1]
         together = max((layer.chunks[0] for layer in shared), default=1)
         return LayerDataset(
-            functools.partial(_open_shared, self._place, self._threads, cache, self._files.content()),
+            functools.partial(_open_shared, self._place, self.threads, cache, self.files.content()),
             [layer.name for layer in layers],
             wanted,
             fits=len(wanted) * sum(of_a_row.values()) <= cache,
@@ -367,7 +375,7 @@ class Activations:
     def totals(self) -> dict[str, Totals]:
         """What is counted of every layer, over all rows. Each file is opened once, however many there are."""
         totals = dict.fromkeys(self.layers, Totals())
-        for file in self._files:
+        for file in self.files:
             with file.hdf5():
                 totals = {name: known.plus(file.totals(name)) for name, known in totals.items()}
         return totals
@@ -380,7 +388,7 @@ class Activations:
         return {
             "path": str(self.path),
             "format": f"{self.attrs.get('format')} {self.attrs.get('format_version')}",
-            "files": len(self._files),
+            "files": len(self.files),
             "model": self.attrs.get("model"),
             "weights_sha256": self.attrs.get("weights_sha256"),
             "precision": self.attrs.get("precision"),
@@ -428,10 +436,10 @@ class Activations:
     @functools.cached_property
     def _brought(self) -> Mapping[str | None, Form]:
         """The forms of the columns that the source brought along, over all files; None is the labels'."""
-        titles = dict.fromkeys(title for file in self._files for title in file.contents.brought)
+        titles = dict.fromkeys(title for file in self.files for title in file.contents.brought)
         found: dict[str | None, Form] = {}
         for title in titles:
-            there = [file.contents.brought[title] for file in self._files if title in file.contents.brought]
+            there = [file.contents.brought[title] for file in self.files if title in file.contents.brought]
             form = common_form(one.form for one in there)
             assert form is not None
             found[title] = form
@@ -439,26 +447,26 @@ class Activations:
 
     def _brought_array(self, name: str | None) -> Array:
         form, whole = self._brought[name], name is None
-        there = [file.contents.brought.get(name) for file in self._files]
+        there = [file.contents.brought.get(name) for file in self.files]
         as_stored = form.kind != "json" and (form.kind != "int" or not form.gaps or (whole and form.missing == -1))
         if as_stored and all(one is not None and one.form.kind == form.kind for one in there):
-            return np.concatenate([file.column(one.name) for file, one in zip(self._files, there, strict=True) if one])
+            return np.concatenate([file.column(one.name) for file, one in zip(self.files, there, strict=True) if one])
         return as_array(self.listed(name) or [], form, whole=whole)
 
     def _column(self, name: str) -> Array:
-        return np.concatenate([file.column(name) for file in self._files])
+        return np.concatenate([file.column(name) for file in self.files])
 
     def _stored_bytes(self) -> Counter[str]:
         """Of every layer, over all files, each of them opened once."""
         total: Counter[str] = Counter()
-        for file in self._files:
+        for file in self.files:
             with file.hdf5():
                 total.update({name: file.stored(name).nbytes for name in self.layers})
         return total
 
     def _said(self, name: str) -> Mapping[str, Any]:
         """What a root attribute that holds JSON means."""
-        return self._files[0].contents.said.get(name, {})  # type: ignore[no-any-return]
+        return self.files[0].contents.said.get(name, {})  # type: ignore[no-any-return]
 
 
 _NONE: tuple[None, tuple[str, ...], None] = (None, (), None)
@@ -479,7 +487,7 @@ if hasattr(os, "register_at_fork"):
 def _opened_again(path: Path, threads: int | None, cache: int, content: str) -> Activations:
     """What was pickled. Raises FormatError where the files are others by now."""
     acts = open(path, threads=threads, cache=cache)
-    if acts._files.content() != content:
+    if acts.files.content() != content:
         acts.close()
         raise FormatError(f"{path} is not the output that was opened first: it was replaced since. Open it again")
     return acts

@@ -67,7 +67,7 @@ class Stored:
         return self.spec.shape, self.spec.dtype, self.spec.chunk, self.codec
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """One file of an output: its rows (all that are there, if None), and its content's digest as the index knows it.
 
     `own`: this process has just written the file, and trusts what it knows of it.
@@ -85,7 +85,7 @@ class File:
     `rows` are its rows among all that are open. HDF5 itself is open only inside `hdf5()`.
     """
 
-    def __init__(self, part: _Part) -> None:
+    def __init__(self, part: Part) -> None:
         path, rows, digest, own = part
         self.path = path
         self._lock = threading.Lock()
@@ -290,7 +290,7 @@ class File:
 class Files:
     """The files of an output in the order of their rows; a bounded number of them is open at a time."""
 
-    def __init__(self, parts: Sequence[_Part]) -> None:
+    def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = list(parts)
         self._open: OrderedDict[int, File] = OrderedDict()
         self._lock = threading.Lock()
@@ -384,14 +384,14 @@ def damage(path: Path) -> Iterator[None]:
         raise DamagedError(f"{path} cannot be read, it is damaged: {str(error) or type(error).__name__}") from error
 
 
-def listed_shards(folder: Path) -> list[_Part]:
+def listed_shards(folder: Path) -> list[Part]:
     """Return the shards of a finished directory. Raises FormatError for one that is not finished, or not ours."""
     if not (folder / INDEX).exists() and (folder / PLAN).exists():
         raise _in_progress(folder, folder)
     records = load_index(folder)
     if not records:
         raise FormatError(f"{folder}: index.json lists no shards")
-    return [_Part(folder / record.name, record.rows, record.content_digest) for record in records]
+    return [Part(folder / record.name, record.rows, record.content_digest) for record in records]
 
 
 def _in_progress(folder: Path, output: Path) -> FormatError:

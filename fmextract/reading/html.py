@@ -57,8 +57,8 @@ def of_layer(layer: Layer) -> str:
     parts = [f"Layer {_cut(layer.name)}", f"{_cut(layer.module_type)} {_cut(layer.module)}", layer.dtype.name]
     parts.append(" × ".join(f"{size:,} {axis}" for size, axis in zip(layer.shape, layer.axes, strict=True)))
     try:
-        with layer._acts.held():
-            if _is_quick(layer._acts):
+        with layer.acts.held():
+            if _is_quick(layer.acts):
                 parts.append(f"{byte_count(_stored(layer))} stored of {byte_count(layer.nbytes)}")
             below = _strip(layer)
     except FmextractError as error:
@@ -85,7 +85,7 @@ def _output(acts: Activations) -> str:
 
 def _is_quick(acts: Activations) -> bool:
     """Whether all files can be looked into while somebody waits. Of one file, only the layers that are shown are."""
-    files = len(acts._files)
+    files = len(acts.files)
     return files == 1 or (files <= FILES_OPEN and files * len(acts) <= MOST_LOOKS)
 
 
@@ -100,7 +100,7 @@ def _line(acts: Activations, name: str, counted: bool) -> list[str]:
 
 
 def _stored(layer: Layer) -> int:
-    return sum(file.stored(layer.name).nbytes for file in layer._acts._files)
+    return sum(file.stored(layer.name).nbytes for file in layer.acts.files)
 
 
 def _cut(text: str) -> str:
@@ -140,7 +140,7 @@ class _Maps:
 
 
 def _strip(layer: Layer) -> str:
-    found = _first_good(layer._acts)
+    found = _first_good(layer.acts)
     if found is None:
         return _paragraph("No maps: of the images that were looked at, every one failed.")
     row, key = found
@@ -154,8 +154,8 @@ def _strip(layer: Layer) -> str:
 
 def _first_good(acts: Activations) -> tuple[int, str] | None:
     """The row of the first image that did not fail, and its key."""
-    for number in range(min(len(acts._files), MOST_FILES)):
-        file = acts._files[number]
+    for number in range(min(len(acts.files), MOST_FILES)):
+        file = acts.files[number]
         good = np.flatnonzero(file.column("status") == 0)
         if len(good):
             row = file.rows.start + int(good[0])
@@ -167,8 +167,8 @@ def _read(layer: Layer, row: int) -> _Maps | str:
     """Some maps of an image; where there are none, or they are too large to be read for this, a sentence about it."""
     axes = layer.axes[1:]
     grid = None
-    if set(axes) == {"token", "feature"} and layer._acts.input_size is not None:
-        grid = patch_grid(layer.shape[1 + axes.index("token")], layer._acts.input_size)
+    if set(axes) == {"token", "feature"} and layer.acts.input_size is not None:
+        grid = patch_grid(layer.shape[1 + axes.index("token")], layer.acts.input_size)
     if grid is None and set(axes) != {"channel", "y", "x"}:
         return f"No maps: its axes are {', '.join(axes)}."
     axis = axes.index("feature" if grid else "channel")

@@ -115,9 +115,10 @@ class Layer:
     """
 
     def __init__(self, acts: Activations, name: str) -> None:
-        self._acts = acts
+        self.acts = acts
+        """The output that it is a layer of."""
         self.name = name
-        first = acts._files[0].stored(name)
+        first = acts.files[0].stored(name)
         self.spec = first.spec
         self.attrs: Mapping[str, Any] = first.attrs
         self.shape: tuple[int, ...] = (acts.num_rows, *first.spec.shape)
@@ -129,7 +130,7 @@ class Layer:
         self._chunk_bytes = math.prod(self.chunks) * self.dtype.itemsize
         self._as_it_is = first.codec == "none" and self.chunks[1:] == self.shape[1:]
         self._last = -2  # the chunk along the rows that was read last
-        for start in acts._files.starts:
+        for start in acts.files.starts:
             if start % self.chunks[0]:
                 raise FormatError(
                     f"{acts.path}: a file starts at row {start}, within a chunk of {self.chunks[0]} rows of {name}"
@@ -173,7 +174,7 @@ class Layer:
         return self.spec.field
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return operator.getitem, (self._acts, self.name)
+        return operator.getitem, (self.acts, self.name)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -239,7 +240,7 @@ class Layer:
 
         Rows with a status other than 0 are left out unless asked for. Memory is one batch and a few chunks.
         """
-        for rows in batched(self._acts.rows(include_failed), size):
+        for rows in batched(self.acts.rows(include_failed), size):
             first, last = int(rows[0]), int(rows[-1])
             yield rows, self[first : last + 1] if last - first == len(rows) - 1 else self[rows]
 
@@ -248,8 +249,8 @@ class Layer:
         """Statistics per channel over the rows with status 0; ConfigError where the layer has none."""
         merged = _merged_stats(self)
         if not merged:
-            raise ConfigError(f"{self._acts.path}: no statistics for {self.name}: its channel axis is not known")
-        return Stats(f"{self.name} of {self._acts.path}", merged)
+            raise ConfigError(f"{self.acts.path}: no statistics for {self.name}: its channel axis is not known")
+        return Stats(f"{self.name} of {self.acts.path}", merged)
 
     @functools.cached_property
     def effective_dimension(self) -> layer_stats.EffectiveDimension | None:
@@ -260,7 +261,7 @@ class Layer:
         known = layer_stats.EffectiveDimension.of_attrs(self.attrs)
         if known is not None:
             return known
-        with damage(self._acts.path):
+        with damage(self.acts.path):
             return layer_stats.effective_dimension(_merged_stats(self, covariance=True))
 
     def top(self, channel: int, k: int = 9) -> list[Top]:
@@ -270,14 +271,12 @@ class Layer:
         """
         stats = self.stats
         if "top_value" not in stats.names:
-            raise ConfigError(
-                f"{self._acts.path}: no strongest images were kept for {self.name} (extract with --top-k)"
-            )
+            raise ConfigError(f"{self.acts.path}: no strongest images were kept for {self.name} (extract with --top-k)")
         channels = len(stats.top_value)
         if not -channels <= channel < channels:
             raise IndexError(f"channel {channel} is out of bounds for {self.name} with {channels} channels")
         value, sample, y, x = (getattr(stats, f"top_{part}")[channel][:k] for part in ("value", "sample", "y", "x"))
-        first = self._acts._files[0].start
+        first = self.acts.first_row
         return [
             self._one_top(int(s) - first, float(v), int(b), int(a))
             for v, s, b, a in zip(value, sample, y, x, strict=True)
@@ -286,7 +285,7 @@ class Layer:
 
     def info(self) -> dict[str, Any]:
         """A summary as plain data."""
-        return self._info(sum(file.stored(self.name).nbytes for file in self._acts._files))
+        return self._info(sum(file.stored(self.name).nbytes for file in self.acts.files))
 
     def _info(self, stored: int) -> dict[str, Any]:
         return {
@@ -318,11 +317,11 @@ class Layer:
 
     def _one_top(self, row: int, value: float, y: int, x: int) -> Top:
         if not 0 <= row < len(self):
-            raise DamagedError(f"{self._acts.path}: the statistics of {self.name} name row {row} of {len(self)}")
-        key = str(self._acts.keys[row])
+            raise DamagedError(f"{self.acts.path}: the statistics of {self.name} name row {row} of {len(self)}")
+        key = str(self.acts.keys[row])
         if y < 0 or x < 0:
             return Top(row, key, value, None, None, None)
-        box = _seen(self.field, (y, x), self._acts.input_size) if self.field else None
+        box = _seen(self.field, (y, x), self.acts.input_size) if self.field else None
         return Top(row, key, value, y, x, box)
 
     def _stretch(self, rows: range) -> Array:
@@ -338,7 +337,7 @@ class Layer:
             with self._chunk_at((chunk, *(0,) * (self.ndim - 1))) as (file, stored, place):
                 file.read_rows(stored, place, [range(begin - first, end - first)], room)
 
-        in_parallel(read, chunks, len(chunks), min(self._acts._threads, 1 + out.nbytes // ALONE_BYTES))
+        in_parallel(read, chunks, len(chunks), min(self.acts.threads, 1 + out.nbytes // ALONE_BYTES))
         return out
 
     def _block(self, selections: Sequence[Selection]) -> Array:
@@ -348,7 +347,7 @@ class Layer:
         number = math.prod(map(len, parts))
         ahead = self._ahead(parts, number)
         work = functools.partial(self._fill, out)
-        in_parallel(work, itertools.chain(itertools.product(*parts), ahead), number + len(ahead), self._acts._threads)
+        in_parallel(work, itertools.chain(itertools.product(*parts), ahead), number + len(ahead), self.acts.threads)
         return out
 
     def _ahead(self, parts: Sequence[Sequence[Part]], number: int) -> list[tuple[Part, ...]]:
@@ -356,15 +355,15 @@ class Layer:
 
         Where reading goes in order and comes to a chunk that must be decoded: so small batches are decoded in parallel.
         """
-        idle = self._acts._threads - number
+        idle = self.acts.threads - number
         if idle <= 0 or not number or self.codec in (None, "none"):
             return []
         first, last = parts[0][0].chunk, parts[0][-1].chunk
         in_order, self._last = first - self._last in (0, 1), last
         wanted = itertools.product(*([part.chunk for part in one] for one in parts))
-        if not in_order or all((self.name, coords) in self._acts._recent for coords in wanted):
+        if not in_order or all((self.name, coords) in self.acts.recent for coords in wanted):
             return []
-        room = self._acts._recent.nbytes // (2 * self._chunk_bytes)
+        room = self.acts.recent.nbytes // (2 * self._chunk_bytes)
         rows = min(idle, room) // math.prod(map(len, parts[1:]))
         stop = min(last + 1 + rows, -(-len(self) // self.chunks[0]))
         nothing = slice(0, 0, 1)
@@ -374,7 +373,7 @@ class Layer:
         """Read what is wanted of one chunk, and put it where it belongs in `out`."""
         coords, theres, heres = zip(*parts, strict=True)
         there = crossing(theres, out.shape)
-        kept = self._acts._recent.get((self.name, coords))
+        kept = self.acts.recent.get((self.name, coords))
         if kept is None and all(map(_is_whole, heres, self.chunks)) and all(isinstance(one, slice) for one in there):
             room = out[there]
             if room.flags.c_contiguous:
@@ -401,11 +400,11 @@ class Layer:
                         return part
                 kept = file.unpack(stored, place)
             if isinstance(kept, bytes) and 0 < FEW * math.prod(counts) <= math.prod(self.chunks):
-                self._acts._recent.put(key, kept)
+                self.acts.recent.put(key, kept)
                 return self._pick(kept, at)
         if isinstance(kept, bytes):
             kept = self._pick(kept, ())
-            self._acts._recent.put(key, kept)
+            self.acts.recent.put(key, kept)
         return kept[at]  # type: ignore[no-any-return]
 
     def _pick(self, unpacked: bytes, at: tuple[Any, ...]) -> Array:
@@ -415,7 +414,7 @@ class Layer:
     def _chunk_at(self, coords: tuple[int, ...]) -> Iterator[tuple[File, Stored, tuple[int, ...]]]:
         """The file with the chunk at `coords` of the grid over all files, and its place there; damage gets its rows."""
         row = coords[0] * self.chunks[0]
-        file = self._acts._files.holding(row)
+        file = self.acts.files.holding(row)
         stored = file.stored(self.name)
         if stored.alike != self._alike:
             raise FormatError(
@@ -462,9 +461,9 @@ def _merged_stats(layer: Layer, covariance: bool = False) -> dict[str, Array]:
 
     Those of several shards are joined one by one, in their order.
     """
-    path = layer._acts.path
+    path = layer.acts.path
     merged: dict[str, Array] = {}
-    for file in layer._acts._files:
+    for file in layer.acts.files:
         part = file.stats(layer.name, covariance)
         if not part:
             return {}

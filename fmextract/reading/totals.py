@@ -37,11 +37,11 @@ def merged(
     smaller: dict[str, int] = {}
     for path in shards:
         with activations.open(path) as acts:
-            smaller |= acts._files[0].contents.said.get("smaller_batches", {})
+            smaller |= acts.files[0].contents.said.get("smaller_batches", {})
             for name in acts.layers if layers is None else layers:
                 layer = acts[name]
                 counts.update({(name, key): int(layer.attrs[key]) for key in COUNTED if key in layer.attrs})
-                if part := acts._files[0].stats(name, covariance=True):
+                if part := acts.files[0].stats(name, covariance=True):
                     stats[name] = _joined_stats(path, name, stats.get(name), part)
                 if len(shards) == 1 and (known := layer.effective_dimension):
                     attrs[name] = known.as_attrs()

@@ -18,7 +18,7 @@ from fmextract.planning import PLAN_FORMAT, Plan
 from fmextract.reading import activations
 from fmextract.records import Progress
 from fmextract.run import same_run
-from fmextract.run.packing import _pack, check_ours
+from fmextract.run.packing import check_ours, pack_parts
 from fmextract.run.same_run import Asked
 from fmextract.storage import digest, durable
 from fmextract.storage.durable import writing
@@ -192,7 +192,7 @@ class Output:
             if self.is_one_shard(plan):
                 durable.publish(shards[0], self._target)
             else:
-                _pack(shards, self._target, self.directory)
+                pack_parts(shards, self._target, self.directory)
             self._remove(_shards_of(plan))
 
     # ---- what is there

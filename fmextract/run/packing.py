@@ -48,7 +48,7 @@ def pack(directory: Path, out: Path, *, leave_out: Sequence[range] = (), overwri
     parts = _parts(directory, leave_out)
     with writing(out):
         remove_dead(out, directories=False)
-        _pack(parts, out, out.parent)
+        pack_parts(parts, out, out.parent)
 
 
 def row_ranges(texts: Iterable[str]) -> list[range]:
@@ -93,7 +93,7 @@ def _said(ranges: Sequence[range]) -> str:
     return ", ".join(f"{rows.start}-{rows.stop - 1}" for rows in ranges) or "no rows"
 
 
-def _pack(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
+def pack_parts(parts: Sequence[Path | range], target: Path, scratch: Path) -> None:
     """One file of all parts, published under its name at once. `scratch` is a directory beside or below it."""
     shards = [part for part in parts if isinstance(part, Path)]
     temporary = durable.temporary_name(scratch / target.name)
@@ -137,4 +137,4 @@ def _throughput(shards: Sequence[Path]) -> Mapping[str, Any] | None:
     """That of all shards together."""
     with contextlib.ExitStack() as stack:
         opened = (stack.enter_context(activations.open(path)) for path in shards)
-        return counts.total_throughput(acts._files[0].contents.said.get("throughput") for acts in opened)
+        return counts.total_throughput(acts.files[0].contents.said.get("throughput") for acts in opened)

@@ -157,7 +157,7 @@ def _batches_again(
     work: Work, stored: activations.Activations, at: np.ndarray, scratch: Path | None = None
 ) -> list[Difference]:
     """What differs in the batches of the plan that hold these rows of `stored`, as far as it has them."""
-    first, size = stored._files[0].start, work.plan.batch_size
+    first, size = stored.first_row, work.plan.batch_size
     starts = {(first + int(row)) // size * size for row in at}
     there = range(first, first + stored.num_rows)
     rows = [row for start in sorted(starts) for row in range(start, start + size) if row in there]
@@ -182,7 +182,7 @@ def _judge(found: Sequence[Difference], plan: Plan, place: Path, advice: str, pr
 
 def recovered(work: Work, stored: activations.Activations) -> list[int]:
     """Of the rows that failed, and that `stored` holds, those that would not fail now, as global numbers."""
-    first = stored._files[0].start
+    first = stored.first_row
     status = stored.status
     failed = [(first + int(at), Status(status[at])) for at in np.flatnonzero(status != Status.OK)]
     found = [row for row, what in failed if what != Status.FORWARD_FAILED and _is_decoded(work, row)]
@@ -224,7 +224,7 @@ def _plan_of(acts: activations.Activations, device: str) -> Plan:
     info = {name: attrs.get(name) for name in ("title", "source", "history", "model", "weights_sha256", "created")}
     return Plan(
         run_id=str(config.get("run_id", "")),
-        rows=acts._files[0].start + acts.num_rows,
+        rows=acts.first_row + acts.num_rows,
         # Every layer is copied in its hook: what was overwritten for some image alone, and was stored so, differs then.
         layers=tuple(replace(acts[name].spec, copied=True) for name in acts.layers),
         precision=str(attrs["precision"]),

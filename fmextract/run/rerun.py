@@ -48,7 +48,7 @@ def rerun(
     acts: activations.Activations, count: int, said: Said, seed: int | None, progress: Progress | None
 ) -> list[recheck.Difference]:
     """Run `count` random images again, which `seed` chooses; gives what differs. Raises ConfigError where it cannot."""
-    first = acts._files[0].start
+    first = acts.first_row
     there = np.flatnonzero(acts.keys != "")
     chosen = np.random.default_rng(seed).choice(there, min(count, len(there)), replace=False)
     with (

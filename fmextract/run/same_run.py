@@ -288,7 +288,7 @@ def _rows_of(stored: Sequence[Path]) -> Iterator[tuple[int, str, int, str]]:
     for path in stored:
         try:
             with activations.open(path) as acts:
-                first = acts._files[0].start
+                first = acts.first_row
                 columns = zip(acts.keys, acts.status, acts.file_digests, strict=True)
                 for at, (key, status, digest) in enumerate(columns):
                     yield first + at, str(key), int(status), str(digest)

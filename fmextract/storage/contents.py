@@ -18,7 +18,7 @@ from fmextract.storage import schema
 from fmextract.storage.codecs import Array
 from fmextract.storage.columns import Form, decode_column
 from fmextract.storage.layout import FIELD_FLAGS, escape_name, unescape_name
-from fmextract.storage.validation import Node, _children, _root, _top, reading, sound, validate_version
+from fmextract.storage.validation import Node, children, reading, root_group, sound, top_node, validate_version
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
@@ -81,15 +81,15 @@ def validate(file: h5py.File) -> Contents:
     with reading(file):
         validate_version(file)
         seen: set[int] = set()
-        nodes = {node.path: node for node in sound(file, _top(file), seen, {"/layers"})}
-        return _contents(file, nodes, partial(_found_layers, file, seen))
+        nodes = {node.path: node for node in sound(file, top_node(file), seen, {"/layers"})}
+        return contents_of(file, nodes, partial(_found_layers, file, seen))
 
 
 _WITHIN_LAYER = 3
 """Slashes in the path of what lies in the group of a layer. What lies deeper, its statistics, is read on demand."""
 
 
-def _contents(
+def contents_of(
     file: h5py.File, nodes: Mapping[str, Node], layers_in: Callable[[Node, int, int | None], list[LayerContents]]
 ) -> Contents:
     """Return what a file holds, checked. What lies beside its layers, by path in `nodes`, is sound.
@@ -118,7 +118,7 @@ def _found_layers(file: h5py.File, seen: set[int], group: Node, sample: int, row
     One after the other, so that libhdf5 still has at hand what it found when it is asked again.
     """
     layers = []
-    for layer in _children(file, group):
+    for layer in children(file, group):
         below = [node for node in sound(file, layer, seen) if node.path.count("/") <= _WITHIN_LAYER]
         with reading(file, layer.path):
             layers.append(_layer_contents(file.filename, layer, below[1:], sample, rows))
@@ -166,7 +166,7 @@ def row_range(file: h5py.File) -> range:
 def read_info(file: h5py.File) -> FileInfo:
     """Return the root attributes of a file."""
     with reading(file):
-        return info_of(*schema.attributes(_root(file), schema.ROOT, file.filename))
+        return info_of(*schema.attributes(root_group(file), schema.ROOT, file.filename))
 
 
 def info_of(attrs: Mapping[str, Any], said: Mapping[str, Any]) -> FileInfo:
@@ -195,7 +195,7 @@ def read_layer(group: h5py.Group) -> LayerSpec:
     with reading(file):
         node = Node(path, group.id, 0)
         sample = h5py.h5o.get_info(file["sample"].id).addr
-        return _layer_contents(file.filename, node, list(_children(file, node)), sample, None).spec
+        return _layer_contents(file.filename, node, list(children(file, node)), sample, None).spec
 
 
 def _layer_contents(file: str, group: Node, children: Sequence[Node], sample: int, rows: int | None) -> LayerContents:
@@ -216,10 +216,10 @@ def _layer_contents(file: str, group: Node, children: Sequence[Node], sample: in
     for together in schema.TOGETHER:
         if 0 < sum(one in attrs for one in together) < len(together):
             raise DamagedError(f"{where}: expected the attributes {', '.join(together)}, or none of them")
-    return LayerContents(_spec(name, shape, dtype, chunk, _axes(where, own, sample), attrs), attrs)
+    return LayerContents(spec_of(name, shape, dtype, chunk, _axes(where, own, sample), attrs), attrs)
 
 
-def _spec(
+def spec_of(
     name: str,
     shape: Sequence[int],
     dtype: str,
@@ -307,7 +307,7 @@ def read_samples(file: h5py.File, part: slice = slice(None)) -> SampleTable:
 
 
 def brought_in(file: h5py.File) -> dict[str | None, Brought]:
-    nodes = {node.path[1:]: node for node in _children(file, _top(file)) if node.is_dataset}
+    nodes = {node.path[1:]: node for node in children(file, top_node(file)) if node.is_dataset}
     return dict(_brought_by(file.filename, nodes, len(file["sample"])))
 
 

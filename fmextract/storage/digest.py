@@ -18,10 +18,10 @@ from fmextract.errors import FormatError
 from fmextract.records import LayerSpec
 from fmextract.storage import objects, schema
 from fmextract.storage.codecs import Stored, fill_value
-from fmextract.storage.contents import LayerContents, _spec, open_shard, read_chunk, read_values
+from fmextract.storage.contents import LayerContents, open_shard, read_chunk, read_values, spec_of
 from fmextract.storage.layout import COLUMN_CHUNK, chunk_grid
 from fmextract.storage.objects import Values
-from fmextract.storage.validation import Node, _top, reading, walk
+from fmextract.storage.validation import Node, reading, top_node, walk
 
 _NOT_CONTENT = ("content_digest", "throughput")
 """Root attributes that say nothing of what is stored: two runs that store the same values differ in speed."""
@@ -51,13 +51,13 @@ def content_digest(path: Path) -> str:
     that scales are made of: they enter as the scales' paths.
     """
     with open_shard(path) as file, reading(file):
-        return _content_digest(file, {})
+        return digest_of_open(file, {})
 
 
-def _content_digest(file: h5py.File, written: Mapping[str, Layer]) -> str:
+def digest_of_open(file: h5py.File, written: Mapping[str, Layer]) -> str:
     """Compute it. `written` are layers, by path, that this process has just written: they are not read again."""
     hasher = hashlib.blake2b(digest_size=32)
-    nodes = list(walk(file, _top(file), set(), written))
+    nodes = list(walk(file, top_node(file), set(), written))
     paths = {node.address: node.path for node in nodes}
     for node in nodes:
         path = node.path
@@ -116,13 +116,13 @@ class Layer:
         attrs = schema.as_read(objects.attribute_values(self.attrs), schema.LAYER)
         spec = self.spec
         shape, dtype = (self.rows, *spec.shape), np.dtype(spec.dtype).name
-        return LayerContents(_spec(spec.name, shape, dtype, tuple(spec.chunk), tuple(spec.axes), attrs), attrs)
+        return LayerContents(spec_of(spec.name, shape, dtype, tuple(spec.chunk), tuple(spec.axes), attrs), attrs)
 
     def _axes(self) -> list[str]:
         return ["/sample", *(f"{self.path}/{axis}" for axis in self.spec.axes)]
 
     def put(self, hasher: Any) -> None:
-        """Put into a digest what `_content_digest` would read of the file."""
+        """Put into a digest what `digest_of_open` would read of the file."""
         framed = objects.framed
         attributes = [framed(*parts) for parts in objects.attributes_parts(self.attrs)]
         scales = [self._dataset(f"{self.path}/{scale.name}", scale) for scale in self.scales]

@@ -70,7 +70,7 @@ def pack(
             else:
                 with open_shard(part) as file:
                     _copy_chunks(file, writer, span.start - rows.start)
-        return writer._finish(_tables(parts), _common_forms(forms), stats, layer_attrs)
+        return writer.finish_parts(_tables(parts), _common_forms(forms), stats, layer_attrs)
 
 
 def _layout(file: h5py.File) -> tuple[list[LayerSpec], str, int]:

@@ -93,7 +93,7 @@ def sound(file: h5py.File, top: Node, seen: set[int], closed: Container[str] = (
 
 
 def validate_version(file: h5py.File) -> None:
-    name, root = file.filename, _root(file)
+    name, root = file.filename, root_group(file)
     said = {}
     for attribute in ("format", "format_version"):
         with contextlib.suppress(schema.Wrong, KeyError):
@@ -110,12 +110,12 @@ def validate_version(file: h5py.File) -> None:
         )
 
 
-def _root(file: h5py.File) -> h5py.h5g.GroupID:
+def root_group(file: h5py.File) -> h5py.h5g.GroupID:
     return h5py.h5o.open(file.id, b"/")
 
 
-def _top(file: h5py.File) -> Node:
-    root = _root(file)
+def top_node(file: h5py.File) -> Node:
+    root = root_group(file)
     return Node("/", root, h5py.h5o.get_info(root).addr)
 
 
@@ -145,10 +145,10 @@ def walk(file: h5py.File, top: Node, seen: set[int], closed: Container[str] = ()
         seen.add(node.address)
         yield node
         if not node.is_dataset and node.path not in closed:
-            stack.extend(reversed(list(_children(file, node))))
+            stack.extend(reversed(list(children(file, node))))
 
 
-def _children(file: h5py.File, group: Node) -> Iterator[Node]:
+def children(file: h5py.File, group: Node) -> Iterator[Node]:
     """Yield what lies in a group, in the order of creation. Raises FormatError for links that are not hard."""
     prefix = group.path.rstrip("/")
     for name, kind, address in _links(group.id):

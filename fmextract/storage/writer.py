@@ -28,8 +28,8 @@ from fmextract.records import STATUS_MEANINGS, FileInfo, Label, LayerSpec, Sampl
 from fmextract.storage import objects
 from fmextract.storage.codecs import CODECS, Array, Codec, Stored, codec_named, fill_value
 from fmextract.storage.columns import Form, encode_column, form_of, stored_names
-from fmextract.storage.contents import Contents, _contents
-from fmextract.storage.digest import Layer, _content_digest
+from fmextract.storage.contents import Contents, contents_of
+from fmextract.storage.digest import Layer, digest_of_open
 from fmextract.storage.durable import SteadyFile, _fsync, disk_error
 from fmextract.storage.layer_stats import COVARIANCE
 from fmextract.storage.layout import (
@@ -44,7 +44,7 @@ from fmextract.storage.layout import (
     escape_name,
 )
 from fmextract.storage.objects import Values
-from fmextract.storage.validation import _top, walk
+from fmextract.storage.validation import top_node, walk
 
 Forms: TypeAlias = Mapping[str | None, Form | None]
 """The forms of a source's columns, by their names; the labels' name is None. A form of None: it has no value."""
@@ -136,9 +136,9 @@ class ShardWriter:
             raise ValueError(f"expected columns for rows {self.rows}, got {len(samples)} from {samples.start}")
         with self._whole_or_nothing():
             objects.set_attributes(self._open_file().id, root_attrs or {})
-        return self._finish([samples], _forms_of(samples), stats, layer_attrs, durable)
+        return self.finish_parts([samples], _forms_of(samples), stats, layer_attrs, durable)
 
-    def _finish(
+    def finish_parts(
         self,
         tables: Iterable[SampleTable],
         forms: Forms,
@@ -146,6 +146,7 @@ class ShardWriter:
         layer_attrs: Mapping[str, Mapping[str, Any]] | None,
         durable: bool = True,
     ) -> str:
+        """Finish as `finish` does, with columns that come a table at a time, in the forms that all of them share."""
         with self._whole_or_nothing():
             file = self._open_file()
             for spec, grid, done in zip(self.layers, self._grids, self._digests, strict=True):
@@ -155,7 +156,7 @@ class ShardWriter:
                     )
             written = self._write_layers(file, stats or {}, layer_attrs or {})
             _write_columns(file, len(self.rows), tables, forms)
-            digest = _content_digest(file, written)
+            digest = digest_of_open(file, written)
             file.attrs["content_digest"] = digest
             contents = _contents_of_own(file, written)
             self._activations.clear()
@@ -506,5 +507,5 @@ def take_written(identity: tuple[int, ...]) -> Contents | None:
 
 def _contents_of_own(file: h5py.File, written: Mapping[str, Layer]) -> Contents:
     """Return the same for a file that this process has just written: its layers are not read again."""
-    nodes = {node.path: node for node in walk(file, _top(file), set(), {"/layers"})}
-    return _contents(file, nodes, lambda *_: [layer.contents() for layer in written.values()])
+    nodes = {node.path: node for node in walk(file, top_node(file), set(), {"/layers"})}
+    return contents_of(file, nodes, lambda *_: [layer.contents() for layer in written.values()])

@@ -221,7 +221,7 @@ def test_only_touched_chunks_are_read(
         ((slice(0, 0),), set()),
     ):
         seen.clear()
-        acts._recent.clear()
+        acts.recent.clear()
         acts["maps"][key]
         assert set(seen) == touched
         assert len(seen) == len(touched)
@@ -314,7 +314,7 @@ def test_open_files_are_bounded(
     monkeypatch.setattr(files, "FILES_OPEN", 1)
     with activations.open(outputs["shards", "gzip"].path) as acts:
         np.testing.assert_array_equal(acts["maps"][::-1], ARRAYS["maps"][::-1])
-        assert len(acts._files._open) == 1
+        assert len(acts.files._open) == 1
 
 
 def test_an_error_in_a_thread_is_raised_and_stops_the_others() -> None:
@@ -679,8 +679,8 @@ def test_what_is_open_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         sent = pickle.dumps((acts, acts["maps"]))
         assert len(sent) < 1000
         again, layer = pickle.loads(sent)
-        assert layer._acts is again
-        assert (again._threads, again._recent.nbytes) == (1, 77)
+        assert layer.acts is again
+        assert (again.threads, again.recent.nbytes) == (1, 77)
         np.testing.assert_array_equal(layer[:], SOME)
     ran = subprocess.run([sys.executable, "-c", UNPICKLE], input=sent, capture_output=True, cwd="/", check=True)
     rows, total, name = ran.stdout.decode().split()

@@ -24,7 +24,7 @@ from fmextract.common.imports import import_object
 from fmextract.common.trust import names_from_a_file
 from fmextract.errors import ConfigError, ModelError
 from fmextract.model import loading
-from fmextract.storage.digest import _content_digest
+from fmextract.storage.digest import digest_of_open
 from fmextract.verification import verify
 
 EVIL = """
@@ -159,7 +159,7 @@ def rewritten(out: Path, config: Callable[[dict[str, Any]], None]) -> None:
         said = json.loads(file.attrs["fmextract_config"])
         config(said)
         file.attrs["fmextract_config"] = json.dumps(said)
-        file.attrs["content_digest"] = _content_digest(file, {})
+        file.attrs["content_digest"] = digest_of_open(file, {})
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".txt", ""])

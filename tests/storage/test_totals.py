@@ -35,7 +35,7 @@ def test_all_shards_are_counted_and_each_is_opened_once(tmp_path: Path, monkeypa
     opened: list[Path] = []
     opening = files.File.__init__
 
-    def note(self: files.File, part: files._Part) -> None:
+    def note(self: files.File, part: files.Part) -> None:
         opened.append(part.path)
         opening(self, part)
 
@@ -44,7 +44,7 @@ def test_all_shards_are_counted_and_each_is_opened_once(tmp_path: Path, monkeypa
         images, tmp_path / "out", model=_Model(), layers=["relu", "log"], preprocess="none", shard_size=1, batch_size=2
     )
     with activations.open(tmp_path / "out") as acts:
-        shards = len(acts._files)
+        shards = len(acts.files)
         assert shards > 2
         said = {layer.name: layer for layer in result.layers}
         stored = {layer["name"]: layer["bytes_stored"] for layer in acts.info()["layers"]}

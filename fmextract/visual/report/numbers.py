@@ -313,7 +313,7 @@ def channels(layer: Layer, chosen: Sequence[int], featured: int) -> Channels | N
     if "top_value" not in stats.names:
         return Channels(data, [])
     value, row, y, x = (getattr(stats, f"top_{part}")[numbers, :TOP] for part in ("value", "sample", "y", "x"))
-    row = np.where(row >= 0, row - layer._acts._files[0].start, -1)  # of a lone shard, whose rows begin later
+    row = np.where(row >= 0, row - layer.acts.first_row, -1)  # of a lone shard, whose rows begin later
     row = np.where(row < len(layer), row, -1)
     data |= {
         "k": value.shape[1],
