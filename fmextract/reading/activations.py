@@ -85,7 +85,7 @@ class Activations:
 
     def __init__(self, path: Path, parts: Sequence[Part], threads: int | None, cache: int) -> None:
         self.path = path
-        self._place = path.absolute()  # the working directory may be another one later
+        self.place = path.absolute()  # the working directory may be another one later
         self.files = Files(parts)
         """The .h5 files that it is read from, in the order of their rows."""
         self._given_threads = threads
@@ -120,7 +120,7 @@ class Activations:
         self.recent.clear()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened_again, (self._place, self._given_threads, self.recent.nbytes, self.files.content())
+        return _opened_again, (self.place, self._given_threads, self.recent.nbytes, self.files.content())
 
     @property
     def num_rows(self) -> int:
@@ -338,7 +338,7 @@ class Activations:
         shared = [layer for layer in layers if layer.chunks[0] > 1]
         together = max((layer.chunks[0] for layer in shared), default=1)
         return LayerDataset(
-            functools.partial(_open_shared, self._place, self.threads, cache, self.files.content()),
+            functools.partial(_open_shared, self.place, self.threads, cache, self.files.content()),
             [layer.name for layer in layers],
             wanted,
             fits=len(wanted) * sum(of_a_row.values()) <= cache,
@@ -384,7 +384,7 @@ class Activations:
         """A summary as plain data: what `fmextract info` shows."""
         failed = np.flatnonzero(self.status)
         stored = self._stored_bytes()
-        layers = [self[name]._info(stored[name]) for name in self.layers]
+        layers = [self[name].described(stored[name]) for name in self.layers]
         return {
             "path": str(self.path),
             "format": f"{self.attrs.get('format')} {self.attrs.get('format_version')}",
@@ -419,7 +419,7 @@ class Activations:
     def _line(self, name: str) -> str:
         """What `repr` says of a layer, also of one that cannot be read."""
         try:
-            return self[name]._summary()
+            return self[name].summary()
         except FmextractError as error:
             return str(error)
 

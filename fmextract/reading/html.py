@@ -197,7 +197,7 @@ def _cost(layer: Layer, axis: int, channels: Sequence[int]) -> int:
     """Bytes of the chunks that hold these channels of one image."""
     grid = [-(-size // chunk) for size, chunk in zip(layer.shape[1:], layer.chunks[1:], strict=True)]
     grid[axis] = len({channel // layer.chunks[1 + axis] for channel in channels})
-    return math.prod(grid) * layer._chunk_bytes
+    return math.prod(grid) * layer.chunk_bytes
 
 
 def _spread(number: int, most: int) -> list[int]:

@@ -127,7 +127,7 @@ class Layer:
         self.dtype = np.dtype(first.spec.dtype)
         self.codec = first.codec
         self._alike = first.alike
-        self._chunk_bytes = math.prod(self.chunks) * self.dtype.itemsize
+        self.chunk_bytes = math.prod(self.chunks) * self.dtype.itemsize
         self._as_it_is = first.codec == "none" and self.chunks[1:] == self.shape[1:]
         self._last = -2  # the chunk along the rows that was read last
         for start in acts.files.starts:
@@ -285,9 +285,9 @@ class Layer:
 
     def info(self) -> dict[str, Any]:
         """A summary as plain data."""
-        return self._info(sum(file.stored(self.name).nbytes for file in self.acts.files))
+        return self.described(sum(file.stored(self.name).nbytes for file in self.acts.files))
 
-    def _info(self, stored: int) -> dict[str, Any]:
+    def described(self, stored: int) -> dict[str, Any]:
         return {
             "name": self.name,
             "module": self.module,
@@ -304,7 +304,7 @@ class Layer:
         }
 
     def __repr__(self) -> str:
-        return f"<Layer {self.name!r}: {self._summary()}>"
+        return f"<Layer {self.name!r}: {self.summary()}>"
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
@@ -312,7 +312,7 @@ class Layer:
 
         return of_layer(self)
 
-    def _summary(self) -> str:
+    def summary(self) -> str:
         return f"{self.dtype.name} {self.shape} ({', '.join(self.axes)})"
 
     def _one_top(self, row: int, value: float, y: int, x: int) -> Top:
@@ -363,7 +363,7 @@ class Layer:
         wanted = itertools.product(*([part.chunk for part in one] for one in parts))
         if not in_order or all((self.name, coords) in self.acts.recent for coords in wanted):
             return []
-        room = self.acts.recent.nbytes // (2 * self._chunk_bytes)
+        room = self.acts.recent.nbytes // (2 * self.chunk_bytes)
         rows = min(idle, room) // math.prod(map(len, parts[1:]))
         stop = min(last + 1 + rows, -(-len(self) // self.chunks[0]))
         nothing = slice(0, 0, 1)
@@ -394,7 +394,7 @@ class Layer:
             with self._chunk_at(coords) as (file, stored, place):
                 if stored.codec == "none" and counts[1:] == list(self.chunks[1:]):
                     rows = stretches(heres[0], self.chunks[0])
-                    if len(rows) * SEEK_BYTES <= self._chunk_bytes:
+                    if len(rows) * SEEK_BYTES <= self.chunk_bytes:
                         part = np.empty((counts[0], *self.chunks[1:]), self.dtype)
                         file.read_rows(stored, place, rows, part)
                         return part

@@ -25,7 +25,7 @@ def opened(acts: str | os.PathLike[str] | Activations) -> Iterator[Activations]:
 def place(acts: str | os.PathLike[str] | Activations) -> Path:
     """Where it is, whatever the working directory is by now. Raises ConfigError for what is none."""
     if isinstance(acts, Activations):
-        return acts._place
+        return acts.place
     if not isinstance(acts, (str, os.PathLike)):
         raise ConfigError(
             f"expected the path of an output, or what open() returned, got {type(acts).__name__} {acts!r:.80}"
