@@ -1,1 +1,1 @@
-"""Where images come from, and from bytes to pixels."""
+"""Open sources of images, and decode them to the inputs of a model."""

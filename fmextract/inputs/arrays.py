@@ -1,7 +1,7 @@
-"""Arrays of other libraries than numpy and torch: zarr, xarray, dask, h5py, and whatever is like them. No torch.
+"""Take arrays of other libraries than numpy and torch: zarr, xarray, dask, h5py and the like. No torch.
 
-An array is what has a shape and a type and gives its parts by number. Of one that lies on a disk a row is read when it
-is asked for, and nothing else of it. Imports none of the libraries.
+An array has a shape and a type, and gives its parts by number. One on a disk is read row by row, when a row is asked
+for. Imports none of the libraries.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names and labels that a Dataset keeps as attributes: taken where they fit its items exactly, else said. No torch.
+"""Take names and labels that a Dataset keeps as attributes where they fit its items exactly, else say so. No torch.
 
 Other people's attributes of the same name may mean something else. What is taken has one entry for each item, of the
 right kind, and, where it names items, none twice.
@@ -26,7 +26,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a Dataset keeps for each of its items: a key, the path of its file, a label. None: it does not."""
+    """What a Dataset keeps for each of its items: a key, the path of its file, a label. None: it keeps none."""
 
     keys: list[str] | None = None
     paths: list[bytes] | None = None
@@ -36,7 +36,7 @@ class Kept:
 
 
 def kept_by(data: Any, count: int, say: Say) -> Kept:
-    """Of a Dataset with `count` items; `say` is told of attributes that look as if they were meant, and do not fit."""
+    """Return what a Dataset with `count` items keeps; `say` reports attributes that look right and do not fit."""
     if _is_torchs(data, "Subset"):
         return _of_subset(data, count, say)
     if _is_torchs(data, "ConcatDataset"):
@@ -96,7 +96,7 @@ def _below_common_folder(paths: Sequence[bytes]) -> list[str] | None:
 
 
 def _files_of(data: Any, count: int, say: Say) -> Kept | None:
-    """Of torchvision's folders (`samples` of (path, label), and `root`), or of a list of paths."""
+    """Return the files of torchvision's folders (`samples` of (path, label), and `root`), or of a list of paths."""
     for name in _FILES:
         column = _column(data, name)
         if column is None:
@@ -146,7 +146,7 @@ def _labels_of(data: Any, count: int) -> Sequence[Any] | None:
 
 
 def _classes_of(data: Any, labels: Sequence[Any] | None) -> tuple[str, ...]:
-    """`classes`, where they are texts of which none comes twice, and each label is the number of one, or None."""
+    """Return `classes`, if they are different texts and each label is the number of one, or None."""
     classes = _column(data, "classes")
     if labels is None or classes is None or not all(isinstance(one, str) for one in classes):
         return ()
@@ -163,7 +163,7 @@ def _column(data: Any, name: str) -> Sequence[Any] | None:
     """Return an attribute that is a sequence; methods (as `dict.keys`), text and mappings are none."""
     try:
         column: Any = listed(getattr(data, name, None))
-    except Exception:  # a property of the user's may raise anything, and is then nothing that an item could be told by
+    except Exception:  # a user's property may raise anything, and then names no item
         return None
     if isinstance(column, (str, bytes, dict)) or not (hasattr(column, "__getitem__") and hasattr(column, "__len__")):
         return None

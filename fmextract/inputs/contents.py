@@ -1,4 +1,4 @@
-"""What a Dataset or a sequence holds, as facts: the content of what lies in memory, else its code and attributes."""
+"""Describe a Dataset or a sequence by facts: the content of what lies in memory, else its code and attributes."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ __all__ = ["Before", "contents_at_first", "fingerprint_of", "labels_digest", "st
 
 _ENTRIES = ("__getitem__", "__getitems__", "__len__", "__call__", "__getattr__")
 MOST_PARTS = 64
-"""Of what lies in memory so many parts are told by themselves."""
+"""So many parts of what lies in memory are described one by one."""
 _FOLDERS = frozenset({"root", "samples", "imgs", "targets", "classes", "class_to_idx"})
-"""Attributes of torchvision's folder Datasets that say which files there are: told by keys, labels, sizes and times."""
+"""Attributes of torchvision's folder Datasets that list their files, which keys, labels, sizes and times describe."""
 
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """What a Dataset held before it was used, and of the files that it names size and time."""
+    """What a Dataset held before it was used, and the sizes and times of the files that it names."""
 
     told: Told = field(default_factory=Told)
     files: Mapping[str, Stamp] = field(default_factory=dict)
 
 
 def contents_at_first(data: Any, pick: Callable[[int, Any], Any] | None = None) -> Before:
-    """Tell the facts of a Dataset before it was used, and of the function that takes the labels out of its items.
+    """Collect the facts of a Dataset before it was used, and of the function that takes the labels out of its items.
 
     What lies in memory is left out: it is looked at once.
     """
@@ -60,7 +60,7 @@ def _joined(one: Told, other: Told) -> Told:
 
 
 def _of_dataset(data: Any) -> Told:
-    """Tell the facts of code that nobody here knows, as far as they can be told."""
+    """Collect the facts of a user's Dataset, as far as it can be described."""
     parts = _parts(data)
     facts = Facts({id(part): f"part {number}" for number, part in enumerate(parts)})
     groups: dict[type, list[tuple[str, Mapping[str, Any]]]] = {}
@@ -105,7 +105,7 @@ def fingerprint_of(
 
 
 def _of_memory(data: Any, rows: int) -> Told:
-    """Tell the facts of what lies in memory: row by row, or of so many parts, so that a message can say which."""
+    """Collect the facts of what lies in memory: row by row, or in parts, so that a message can say which."""
     facts = Facts()
     if type(data).__module__.partition(".")[0] in ("pandas", "datasets"):
         facts.value("content", facts.digest("content", _first(data, rows)))

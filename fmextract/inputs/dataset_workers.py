@@ -1,12 +1,12 @@
-"""Processes that run a user's Dataset side by side, each with a copy of its own: rows come back in order.
+"""Run a user's Dataset in several processes, each with a copy of its own; rows come back in order.
 
-They are spawned, not forked: forked ones share the position of every open file, and whatever lock a thread holds. To a
-Dataset they look like the workers of torch's DataLoader (`get_worker_info()`, one torch thread). They are not those,
-which send through one pipe, where one that is killed can leave half an item for the others to wait behind; wait for
-ever for an item that cannot be sent; and die as an exception anywhere in the caller's main thread. Here each has a pipe
-of its own.
+The processes are spawned, not forked: forked ones share the position of every open file, and the locks that threads
+hold. To a Dataset they look like the workers of torch's DataLoader (`get_worker_info()`, one torch thread). They are
+not those: DataLoader's workers send through one pipe, where a killed one can leave half an item that blocks the others;
+they wait for ever for an item that cannot be sent; and they die as an exception anywhere in the caller's main thread.
+Here each has a pipe of its own.
 
-A process takes some rows at a time, and holds no more than those: memory is bounded, whatever the length of the source.
+A process takes some rows at a time, and holds no more than those: memory is bounded, however long the source is.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ class DatasetWorkers:
         self._message: tuple[dict[str, str], bytes] | None = message
 
     def each(self, rows: Iterable[int], watch: Callable[[], bool]) -> Iterator[Any]:
-        """Yield what `make` gives for each of `rows`, in order. Raises SourceLost where a process ended before its
-        time.
-        """
+        """Yield what `make` gives for each of `rows`, in order. Raises SourceLost where a process died."""
         self._give_copies()
         for worker in self._workers:
             worker.forget()
@@ -84,7 +82,7 @@ class DatasetWorkers:
             yield item
 
     def close(self) -> None:
-        """End them, also those in the middle of something."""
+        """End them, also those at work."""
         for worker in self._workers:
             worker.leave()
         deadline = time.monotonic() + PATIENCE
@@ -123,7 +121,7 @@ class DatasetWorkers:
 
 
 class _Worker:
-    """One process, as the run sees it. What asks it something raises EOFError or OSError where it is gone."""
+    """One process, as the run sees it. Its methods raise EOFError or OSError where it is gone."""
 
     def __init__(self, number: int, count: int) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -159,11 +157,11 @@ class _Worker:
         """Return (what `make` raised, what it made) of the first row that it was asked for and has not answered."""
         message = self._channel.recv_bytes()
         self._owed -= 1
-        raised, item = pickle.loads(message)  # from a process of ours, which none else can reach
+        raised, item = pickle.loads(message)  # from our own process, which no other can reach
         return raised, item
 
     def forget(self) -> None:
-        """Drop what it was asked for before."""
+        """Drop earlier requests."""
         while self._owed:
             self._channel.recv_bytes()
             self._owed -= 1
@@ -195,7 +193,7 @@ def _refuse_in_import() -> None:
 
 
 def _settings() -> tuple[Any, ...]:
-    """Of libraries, for the whole process: what images and tensors become depends on them."""
+    """Settings of libraries for the whole process, on which images and tensors depend."""
     return PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES, torch.get_default_dtype()
 
 
@@ -210,7 +208,7 @@ def _pickled(what: Any, count: int) -> tuple[dict[str, str], bytes]:
     pickler = _Pickler(file, pickle.HIGHEST_PROTOCOL)
     try:
         pickler.dump(what)
-    except Exception as error:  # whatever a class may raise that cannot be copied
+    except Exception as error:  # a class that cannot be copied may raise anything
         raise ConfigError(
             f"--dataset-workers {count}: {_culprit(what)} cannot be sent to another process ({type(error).__name__}:"
             f" {error}). Open files when the first item is asked for, and put functions at the top of a module; without"
@@ -221,7 +219,7 @@ def _pickled(what: Any, count: int) -> tuple[dict[str, str], bytes]:
 
 
 class _Pickler(pickle.Pickler):
-    """Notes the modules of what it pickles."""
+    """A pickler that notes the modules of what it pickles."""
 
     def __init__(self, file: io.BytesIO, protocol: int) -> None:
         super().__init__(file, protocol)
@@ -256,7 +254,7 @@ def _culprit(what: Any) -> str:
             if callable(what) and hasattr(what, "__qualname__"):
                 kind = f"{kind} {what.__qualname__}"
             return f"{'.'.join(path)} ({kind})" if path else kind
-        if not type(what).__module__.startswith("fmextract."):  # where it lies in ours says nothing to anybody
+        if not type(what).__module__.startswith("fmextract."):  # its address in this process would say nothing
             path.append(name)
         what = member
 
@@ -287,7 +285,7 @@ def _serve(channel: Connection, at: Any, number: int, count: int) -> None:
         (files, settings), message = channel.recv(), channel.recv_bytes()
         try:
             make = _Unpickler(io.BytesIO(message), files).load()
-            _set(settings)  # after the imports, which may have a mind of their own
+            _set(settings)  # after the imports, which may change them
         except Exception as error:  # for the run, which refuses
             channel.send(f"{type(error).__name__}: {error}")
             return
@@ -297,7 +295,7 @@ def _serve(channel: Connection, at: Any, number: int, count: int) -> None:
 
 
 def _work(channel: Connection, make: Make, at: Any) -> None:
-    """Rows, one after the other; a thread sends what they gave, so that the next is made meanwhile."""
+    """Make rows one after the other; a thread sends them, so that the next is made meanwhile."""
     made: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     ended = threading.Event()
 
@@ -306,7 +304,7 @@ def _work(channel: Connection, make: Make, at: Any) -> None:
             while True:
                 channel.send_bytes(made.get())
         except OSError:
-            ended.set()  # the run has, whatever it still asked for
+            ended.set()  # the run has ended, too
 
     threading.Thread(target=send, name="fmextract-send", daemon=True).start()
     while not ended.is_set():
@@ -327,7 +325,7 @@ def _made(make: Make, row: int, watch: bool) -> bytes:
 
 
 class _ItemPickler(pickle.Pickler):
-    """Tensors go as arrays, which takes a seventh of the time."""
+    """A pickler that sends tensors as arrays, which takes a seventh of the time."""
 
     def reducer_override(self, obj: Any) -> Any:
         if type(obj) is torch.Tensor and obj.dtype in _AS_ARRAYS and obj.layout is torch.strided:

@@ -1,4 +1,4 @@
-"""Datasets and sequences of Python: what their items, keys and labels are. No torch."""
+"""Open Datasets and sequences of Python: their items, keys and labels. No torch."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from fmextract.records import Label, Status
 class DatasetSource:
     """A map-style Dataset or a sequence; see `items` for what an item is.
 
-    A label comes with its item, free of charge once the row has been loaded; `labels` are those that the Dataset lists
+    A label comes with its item, at no cost once the row has been loaded; `labels` are those that the Dataset lists
     beside its items, for rows that fail, or whose item has none. `pick` takes the label out of (row, item) instead.
-    `given`: the labels are the caller's, whatever the items say.
+    `given`: the caller's labels replace those of the items.
     """
 
     name: str
@@ -73,13 +73,11 @@ class DatasetSource:
         return () if "other labels" in self.looked_at else self.classes
 
     def learnt(self, row: int) -> tuple[Label, Sequence[str], frozenset[str]]:
-        """Return what loading a row showed beside its image; for `learn`, of this source or of one that it is a copy
-        of.
-        """
+        """Return what loading a row showed beside its image, for `learn` of this source or of its original."""
         return self.seen.pop(row, None), tuple(self.notes), frozenset(self.looked_at)
 
     def learn(self, row: int, learnt: tuple[Label, Sequence[str], frozenset[str]]) -> None:
-        """As if the row had been loaded here."""
+        """Take what loading a row elsewhere showed, as if it had been loaded here."""
         self.seen[row], notes, looked_at = learnt
         self.notes.extend(note for note in notes if note not in self.notes)
         self.looked_at.update(looked_at)
@@ -87,13 +85,13 @@ class DatasetSource:
     def load(self, row: int) -> Any:
         """Return the image of an item. Raises SampleError(Status.UNREADABLE) with what `__getitem__` raised.
 
-        Raises SourceError where the very first item is none that an image could be found in.
+        Raises SourceError if no image can be found in the very first item.
         """
         image = self.fetch(row)
         return image.read() if isinstance(image, OnDisk) else image
 
     def fetch(self, row: int) -> Any:
-        """As `load`, but where the item is a path, the file that any thread or process may read."""
+        """Return what `load` does, or, where the item is a path, the file that any thread or process may read."""
         if not 0 <= row < len(self):
             raise IndexError(f"expected a row from 0 to {len(self) - 1}, got {row}")
         self.seen[row] = None
@@ -132,7 +130,7 @@ class DatasetSource:
             ) from error
 
     def _look_at(self, row: int, rest: Sequence[str]) -> None:
-        """Once the first item has come: say what of it is not taken; see whether the Dataset's list has its label."""
+        """Look at the first item: report what of it is not taken; see whether the Dataset's list has its label."""
         if self.given:
             return
         if rest and self.pick is None:
@@ -153,9 +151,7 @@ class DatasetSource:
             return None
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Return count, digests of the keys and labels, type of the Dataset, and what it holds, as far as that can be
-        told; sizes and times of the files that it lists.
-        """
+        """Return count, digests of the keys and labels, type and content of the Dataset; its files' sizes and times."""
         keys = Names(key.encode("utf-8", "backslashreplace") for key in self.keys)
         kind = f"{plain_name(type(self.data).__module__)}.{type(self.data).__qualname__}"
         told = fingerprint_of(self.data, len(self), self.before, self.pick)
@@ -165,7 +161,7 @@ class DatasetSource:
 
 
 def open_python(data: Any, name: str, options: Options) -> FileSource | DatasetSource:
-    """Whatever holds images or paths by position. Raises SourceError, before anything is read, for all else."""
+    """Open what holds images or paths by position. Raises SourceError, before anything is read, for all else."""
     table = columns_of(data)
     if table is not None:
         return _of_table(table, name, options)
@@ -180,14 +176,12 @@ def open_python(data: Any, name: str, options: Options) -> FileSource | DatasetS
 
 
 def _may_be_files(values: Sequence[Any]) -> bool:
-    """Return whether to look at all items: a sequence of the user's may load an image for each, which is for the run to
-    do.
-    """
+    """Return whether to look at all items before the run; a user's sequence may load an image for each."""
     if type(values) in (list, tuple):
         return True
     try:
         first = values[0]
-    except Exception:  # whatever it was, its row will say so
+    except Exception:  # its row will report the error
         return False
     return is_path(first) or is_pair(first)
 
@@ -242,7 +236,7 @@ def _of_table(table: dict[str, list[Any]], name: str, options: Options) -> FileS
 
 
 def _image_column(table: Mapping[str, Sequence[Any]], name: str) -> str:
-    """Return the column of paths, or of images. Raises SourceError where none is called so, or several may be it."""
+    """Return the column of paths, or of images. Raises SourceError where there is none, or several may be it."""
     called = named(list(table), ("path",)) or named(list(table), (*IMAGE_NAMES, *PATH_NAMES))
     if len(called) == 1:
         return str(called[0])
@@ -283,7 +277,7 @@ def _of_dataset(data: Any, name: str, count: int, rows: int, options: Options) -
 
 
 def _part(name: str, row: int, item: Any) -> Any:
-    """Of an item that is a dict; a function of the module, for another process to have it too."""
+    """Return a part of an item that is a dict; a function of the module, so that pickle can send it."""
     return item[name]
 
 

@@ -1,4 +1,4 @@
-"""From encoded bytes, arrays, tensors and PIL images to the input of a model.
+"""Turn encoded bytes, arrays, tensors and PIL images into the input of a model.
 
 `inputs.pictures` decodes; resize and crop agree with torchvision's transforms on a PIL image, bilinear within one level
 of 255, the others exactly. Heavy work releases the GIL, so that threads scale.
@@ -50,7 +50,7 @@ class Image:
 
 
 class Decoded(NamedTuple):
-    """What was decoded elsewhere: the size of an image before it was resized, and the file that it was read from."""
+    """What a device decoded: the size of an image before it was resized, and the file that it was read from."""
 
     height: int
     width: int
@@ -58,7 +58,7 @@ class Decoded(NamedTuple):
 
 
 def decode(data: Any, preprocess: Preprocessing | None, *, exif: bool = False) -> Image:
-    """One image, ready for a batch. Safe to call from several threads at once.
+    """Decode one image for a batch. Safe to call from several threads at once.
 
     `data` is the bytes of a file; a PIL image; an array or tensor, grey or with 1, 3 or 4 channels, of uint8, uint16,
     bool, whole numbers from 0 to 255, or, as an array, floats from 0 to 1; or a float tensor (channels, height, width),
@@ -83,9 +83,9 @@ def decode(data: Any, preprocess: Preprocessing | None, *, exif: bool = False) -
 
 
 def snapshot(data: Any) -> Any:
-    """`data` as nothing can change it any more: a Dataset may use its buffer, or an open file, for the next item.
+    """Return `data` as nothing can change it: a Dataset may use its buffer, or an open file, for the next item.
 
-    Raises SampleError(Status.UNDECODABLE) for a picture that only now is read, and cannot be, and what is no image.
+    Raises SampleError(Status.UNDECODABLE) for a picture that is read only now and is damaged, and for what is no image.
     """
     if isinstance(data, PIL.Image.Image):
         with undecodable():
@@ -115,7 +115,7 @@ def _picture(data: Any, exif: bool) -> tuple[Pixels, str]:
     if isinstance(data, (bytes, bytearray, memoryview)):
         return decode_file(data if isinstance(data, bytes) else bytes(data), exif)
     if isinstance(data, PIL.Image.Image):
-        # One may be read only now, and share its open file, or all of itself, with another row.
+        # A picture may be read only now, and share its open file, or all of itself, with another row.
         with _LOADING if isinstance(data, PIL.ImageFile.ImageFile) else nullcontext():
             return from_pil(data, exif), "array"
     if isinstance(data, Tensor):
@@ -222,7 +222,7 @@ def _resize_part(picture: Pixels, size: tuple[int, int], rows: Span, columns: Sp
 
 
 def _padded(part: Pixels, size: tuple[int, int], above: int, before: int) -> Pixels:
-    """Black around an image that is smaller than the crop."""
+    """Pad an image that is smaller than the crop with black."""
     made = np.zeros((*size, 3), np.uint8)
     made[above : above + part.shape[0], before : before + part.shape[1]] = part
     return made

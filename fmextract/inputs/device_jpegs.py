@@ -1,6 +1,6 @@
-"""JPEGs that the device decodes, resizes and crops (`--jpeg-decoder device`): the plain ones, in one call a task.
+"""Decode, resize and crop plain JPEGs on the device (`--jpeg-decoder device`), in one call per task.
 
-Everything else goes the way of the CPU, so that what a row becomes depends on its bytes alone.
+The CPU decodes everything else, so that what a row becomes depends on its bytes alone.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ DeviceDecode = Callable[[list[bytes]], list[Tensor]]
 """Encoded JPEGs to uint8 (3, height, width) tensors on a device, turned as EXIF says. Raises RuntimeError."""
 
 
-# A larger photo is left to the CPU, and of smaller ones no more are decoded at once than have so many pixels.
+# The CPU decodes larger photos; smaller ones are decoded in groups of at most so many pixels.
 _LARGE = 1 << 25
 
 
 def device_decoder(device: torch.device) -> DeviceDecode:
-    """torchcodec's decoder of JPEGs on `device`. Raises ConfigError where there is none, MissingExtra without it."""
+    """Return torchcodec's decoder of JPEGs on `device`. Raises ConfigError if it has none, MissingExtra without it."""
     if device.type != "cuda":
         raise ConfigError(
             f"--jpeg-decoder device: JPEGs are decoded on CUDA only, and this run is on {device}; --jpeg-decoder cpu"
@@ -48,7 +48,7 @@ def device_decoder(device: torch.device) -> DeviceDecode:
         from torchcodec.decoders import decode_jpeg
     except ImportError as error:
         raise MissingExtra("torchcodec", "torchcodec", "--jpeg-decoder device") from error
-    except (OSError, RuntimeError) as error:  # its native part does not go with this torch or system
+    except (OSError, RuntimeError) as error:  # its native part does not fit this torch or system
         raise ConfigError(
             f"--jpeg-decoder device: torchcodec does not load ({one_line(error)}); --jpeg-decoder cpu"
         ) from error
@@ -82,9 +82,9 @@ class DeviceJpegs:
     def decode(self, data: Sequence[Any], preprocess: Preprocessing | None, into: Tensor) -> list[Decoded | None]:
         """Fill the rows of `into`, uint8 (at least len(data), 3, h, w) on the host, that are plain JPEGs.
 
-        Gives for each of `data` what was decoded, or None where the CPU is to decode it: anything else,
-        what EXIF would turn, and what the device refuses; such rows of `into` are not touched. Raises DeviceLost where
-        the memory of the device does not suffice: falling back would make values depend on what else runs there.
+        Returns for each of `data` what was decoded, or None where the CPU is to decode it: anything else, what EXIF
+        would turn, and what the device refuses; such rows of `into` are not touched. Raises DeviceLost where the device
+        has too little memory: decoding on the CPU instead would make values depend on what else runs there.
         """
         if not isinstance(preprocess, Preprocess):
             return [None] * len(data)
@@ -126,7 +126,7 @@ class DeviceJpegs:
         return [None] if len(encoded) == 1 else [self._pictures([one])[0] for one in encoded]
 
     def _stream(self) -> AbstractContextManager[Any]:
-        """This thread's own stream, made once: the decoder waits for all of a stream, and the forward has another."""
+        """Return this thread's own stream, made once: the decoder waits for a whole stream; the forward has another."""
         if self._device.type == "cpu":
             return nullcontext()
         if not hasattr(self._own, "stream"):
@@ -136,7 +136,7 @@ class DeviceJpegs:
 
 
 def _by_pixels(rows: Sequence[int], sizes: Sequence[tuple[int, int] | None]) -> Iterator[list[int]]:
-    """`rows` in groups of at most _LARGE pixels: so much lies on the device at once, for each thread."""
+    """Yield `rows` in groups of at most _LARGE pixels: so much lies on the device at once, for each thread."""
     some: list[int] = []
     pixels = 0
     for row in rows:
@@ -151,10 +151,8 @@ def _by_pixels(rows: Sequence[int], sizes: Sequence[tuple[int, int] | None]) -> 
 
 
 def _plain_jpeg(data: Any, preprocess: Preprocess, size: tuple[int, ...]) -> tuple[int, int] | None:
-    """Return (height, width) of a JPEG that needs nothing but decoding, and gives an input of `size` without an odd
-    resize.
-    """
-    # The end marker: a device may decode half a photo without a word.
+    """Return (height, width) of a JPEG that only needs decoding, and gives an input of `size` without an odd resize."""
+    # The end marker: a device may decode half a photo and report no error.
     if not isinstance(data, bytes) or not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Image files on disk: a folder, or files named one by one. No torch.
+"""Open image files on disk: a folder, or files named one by one. No torch.
 
 Every row has a key that is unique and never shortened. Bytes of a file name that are not UTF-8, and NUL, show as
 `\\xHH`.
@@ -103,9 +103,7 @@ class FileSource:
         return None if self.labels is None else self.labels[row]
 
     def load(self, row: int) -> FileBytes:
-        """Return the whole file. Raises SampleError(Status.UNREADABLE) for anything that is not a readable regular
-        file.
-        """
+        """Return the whole file. Raises SampleError(Status.UNREADABLE) unless it is a readable regular file."""
         return read_file(os.path.join(self.root, self.paths[row]))  # noqa: PTH118  bytes: pathlib knows only str
 
     def fingerprint(self) -> Mapping[str, Any]:
@@ -133,7 +131,7 @@ class OnDisk:
 
 
 class FileBytes(bytes):
-    """All that is in a file: so is known, wherever it comes from, that a row was made of one."""
+    """The bytes of a file, marked as such: a row was made of one file."""
 
     def stamp(self) -> FileStamp:
         import xxhash  # here, so that opening a source needs no more than it did
@@ -142,13 +140,13 @@ class FileBytes(bytes):
 
 
 def stamp_of(loaded: Any) -> FileStamp:
-    """Of what a source loaded: the size and digest of a file; of anything else, that it is none."""
+    """Return the size and digest of a file that a source loaded; of anything else, that it is no file."""
     return loaded.stamp() if isinstance(loaded, FileBytes) else FileStamp()
 
 
 def read_file(path: bytes) -> FileBytes:
     try:
-        # O_NONBLOCK: opening a FIFO that nobody writes to would block for ever; for a regular file it means nothing.
+        # O_NONBLOCK: opening a FIFO without a writer would block for ever; for a regular file it means nothing.
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(handle, "rb", buffering=0) as file:
             status = os.fstat(handle)

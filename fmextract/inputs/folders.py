@@ -1,4 +1,4 @@
-"""The images of a folder, and what of it is passed over. No torch."""
+"""Find the images of a folder, and say what of it is passed over. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Passed", "image_among", "is_hidden", "open_folder"]
 _NOT_THE_USERS = frozenset(
     {b"@eaDir", b"__MACOSX", b"Thumbs.db", b"desktop.ini", b"$RECYCLE.BIN", b"System Volume Information", b"lost+found"}
 )
-"""What computers put beside photos: previews, copies, what was deleted."""
+"""Names of what computers put beside photos: previews, copies, what was deleted."""
 
 
 def open_folder(folder: Path, options: Options) -> FileSource:
@@ -56,7 +56,7 @@ def is_hidden(name: bytes) -> bool:
 
 
 class Passed:
-    """What was passed over, counted by reason, and what was taken though its name does not say that it is an image."""
+    """Counts what was passed over, by reason, and what was taken though its name is not an image's."""
 
     def __init__(self) -> None:
         self._hidden: list[bytes] = []
@@ -71,11 +71,11 @@ class Passed:
             self._hidden.append(path)
 
     def link(self) -> None:
-        """A link to a folder above, or to one that is being walked."""
+        """Count a link to a folder above, or to one that is being walked."""
         self._links += 1
 
     def photo(self, kind: str) -> None:
-        """One in a format that is not decoded here."""
+        """Count a photo in a format that is not decoded here."""
         self._photos[kind] += 1
 
     def other(self, path: bytes) -> None:
@@ -130,7 +130,7 @@ def _is_wanted(path: bytes, extensions: frozenset[bytes], passed: Passed) -> boo
 
 @dataclass(frozen=True, slots=True)
 class _Directory:
-    """A directory being walked: what is left of it, and who it is, to see when a link leads back up."""
+    """A directory being walked: what is left of it, and its identity, to see when a link leads back up."""
 
     prefix: bytes
     identity: tuple[int, int]
@@ -138,7 +138,7 @@ class _Directory:
 
 
 def _walk(root: bytes, hidden: bool, passed: Passed) -> Iterator[bytes]:
-    """Yield relative paths of the images below `root`, in the order of their keys, found directory by directory.
+    """Yield the relative paths of the images below `root`, in the order of their keys, found directory by directory.
 
     `passed` counts what is passed over. Links to directories are followed, but never to one that is being walked, nor
     to one above the root, which would bring in its neighbours.

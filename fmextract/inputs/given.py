@@ -1,4 +1,4 @@
-"""Keys and labels that the caller gives for the rows of a source: `key=` and `label=`. No torch."""
+"""Take the keys and labels that the caller gives for the rows of a source: `key=` and `label=`. No torch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def given_keys(options: Options, count: int, item: Callable[[int], Any] | None =
 
 
 def given_labels(options: Options, count: int, item: Callable[[int], Any] | None = None) -> list[Label] | None:
-    """Return a label for each row, by `options.label`, as `given_keys`."""
+    """Return a label for each row, by `options.label`, as `given_keys` does a key."""
     values = _values(options.label, "label", count, options.limit, item)
     if values is None:
         return None
@@ -60,7 +60,7 @@ def function_of(option: Any, name: str) -> int:
         return 0
     try:
         parameters = inspect.signature(option).parameters.values()
-    except ValueError:  # one written in C
+    except ValueError:  # a function in C
         return 1
     needed = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty for p in parameters)
     if needed not in (1, 2):
@@ -90,7 +90,7 @@ def _values(
 
 
 def _folders(source: FileSource) -> list[Label]:
-    """In a folder the first one below it, as ImageFolder has it; of files one by one the one that each lies in."""
+    """Return the folder of each image: within a folder the first one below it, as in ImageFolder; else its own."""
     parts = [source.paths[row].split(b"/")[:-1] for row in range(len(source))]
     at = 0 if source.is_folder else -1
     return [shown_name(folders[at]) if folders and folders[at] else None for folders in parts]

@@ -1,4 +1,4 @@
-"""What an item of a Dataset holds: which part of it is the image, which the label. No torch.
+"""Find the image and the label in an item of a Dataset. No torch.
 
 An item is an image, (image, label …), or a dict that names its parts. An image is encoded bytes, a path, a PIL image,
 an array or a tensor.
@@ -30,7 +30,7 @@ _NESTED = "an image of nested lists is given as an array, numpy.asarray(lists)"
 
 
 class UnclearItem(SampleError):
-    """An item of which nobody can say where its image is; what to give instead."""
+    """An item in which no image can be found; the message says what to give instead."""
 
     def __init__(self, message: str) -> None:
         super().__init__(Status.UNREADABLE, f"{message}. {_WANTED}")
@@ -71,7 +71,7 @@ def is_pair(value: Any) -> bool:
 
 
 def named(names: Sequence[Any], wanted: Sequence[str]) -> list[Any]:
-    """Return those of `names` that are `wanted`, in that order, whatever their case and the blanks around them."""
+    """Return those of `names` that are `wanted`, in that order, regardless of case and surrounding blanks."""
     plain = [(str(name).strip().lower(), name) for name in names]
     return [name for want in wanted for text, name in plain if text == want]
 

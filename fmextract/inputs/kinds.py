@@ -1,4 +1,4 @@
-"""What a file is, by its name and its first bytes: an image, or what else and what to give instead. No torch."""
+"""Tell what a file is by its name and its first bytes: an image, or what else, and what to give instead. No torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BMP_HEADERS = tuple(size.to_bytes(4, "little") for size in (12, 40, 52, 56, 64,
 
 
 def _looks_like_extension(path: bytes) -> bool:
-    """`.nef` may be the name of a format; `.jpg?width=300`, `.2019` and nothing at all are none."""
+    """Return whether it may be an extension, as `.nef`; `.jpg?width=300`, `.2019` and "" are none."""
     return extension(path)[1:].isalpha()
 
 
@@ -56,7 +56,7 @@ def needs_decoder(path: bytes) -> str:
 
 
 def is_surely_none(path: bytes) -> bool:
-    """By its name: worth no look at its first bytes."""
+    """Return whether a file's name says that it is no image, so that its first bytes need not be read."""
     return extension(path) in _OTHERS or path.endswith(b"~")
 
 
@@ -130,4 +130,4 @@ _OTHERS = frozenset(
     | {b".wav", b".mp3", b".flac", b".ogg", b".db", b".lnk", b".exe", b".dll", b".so", b".pyc", b".c", b".h", b".js"}
     | {b".tmp", b".bak", b".part", b".crdownload", b".xmp", b".aae", b".thm", b".lock", b".doc", b".docx", b".ppt"}
 )
-"""Extensions of what is surely no image to be decoded: such a file is not looked into."""
+"""Extensions of files that are surely no images to be decoded: they are not looked into."""

@@ -1,4 +1,4 @@
-"""What a label may be: plain Python of whatever a Dataset, a table or a manifest gives. No torch."""
+"""Turn what a Dataset, a table or a manifest gives as a label into plain Python. No torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fmextract.records import Label
 __all__ = ["NotALabel", "as_column", "as_label", "read_cells"]
 
 MOST_VALUES = 4096
-"""In one label: a mask or an embedding is no label of an image."""
+"""Most values in one label: a mask or an embedding is no label of an image."""
 
 
 class NotALabel(Exception):
@@ -30,7 +30,7 @@ def as_label(value: Any) -> Label:
 
 
 def _plain(value: Any, room: list[int]) -> Any:
-    """`room` holds how many more values there may be."""
+    """Return it as plain Python; `room` holds how many more values there may be."""
     room[0] -= 1
     if room[0] < 0:
         raise NotALabel(f"more than {MOST_VALUES:,} values")
@@ -73,7 +73,7 @@ def _of_array(value: Any, room: list[int]) -> Any:
 
 
 def as_column(values: Sequence[Any]) -> list[Label] | None:
-    """One label for each of `values`, None where no value is one. NaN among values that are not numbers is none.
+    """Return one label for each of `values`, None where there is none. NaN among values that are not numbers is none.
 
     Raises NotALabel.
     """
@@ -96,11 +96,10 @@ _MISSING = frozenset({"", "nan", "NaN", "NA"})
 
 
 def read_cells(cells: Sequence[str | None]) -> list[Label] | None:
-    """Return a column of text: integers where each cell reads as one, else numbers where each does, else text as it
-    stands.
+    """Return a column of text: as integers if each cell reads as one, else as numbers if each does, else as it stands.
 
     Cells that differ stay different: "07" and "1_000" are text, and so is a column that has both "1.1" and "1.10".
-    An empty cell is None, and so are NaN and NA in a column of numbers; the whole column is where all are empty.
+    An empty cell is None, and so are NaN and NA in a column of numbers; a column of empty cells is None itself.
     """
     given = {cell for cell in cells if cell}
     if not given:

@@ -1,4 +1,4 @@
-"""Manifests: files and tables that name images, one a row, with a key, a label and whatever else. No torch."""
+"""Read manifests: files and tables that name one image per row, with a key, a label and other columns. No torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from fmextract.inputs.labels import NotALabel, as_column, read_cells
 from fmextract.records import Label
 
 Row: TypeAlias = tuple[str, Mapping[str, Any]]
-"""Where a row stands, for a message, and its cells by the names of their columns."""
+"""Where a row stands, for messages, and its cells by the names of their columns."""
 
 
 def open_manifest(manifest: Path, options: Options) -> FileSource:
-    """Return a manifest with a column `path` and, if wanted, `key` and `label`. Paths are relative to the manifest's
-    folder.
+    """Open a manifest with a column `path` and, if wanted, `key` and `label`. Paths are relative to its folder.
 
     The key is the path (`./` and `//` taken out) where there is no `key`. Other columns are kept under their own names.
     """
@@ -40,7 +39,7 @@ def open_manifest(manifest: Path, options: Options) -> FileSource:
 
 
 def open_table(table: Mapping[str, Sequence[Any]], path: str, name: str, options: Options) -> FileSource:
-    """As a manifest, of columns in memory, whose column `path` names the files, relative to the working directory."""
+    """Open columns in memory as a manifest; their column `path` names files relative to the working directory."""
     columns = _Columns(options, True, as_column, path)
     count = len(table[path])
     for row in range(min(count, options.limit or count)):
@@ -68,7 +67,7 @@ class _Columns:
         read: Callable[[Sequence[Any]], list[Label] | None],
         table: str | None = None,
     ) -> None:
-        """`read` makes the values of a column of its cells; `table` is the column of paths, where it is no manifest."""
+        """Begin with no rows. `read` makes a column's values of its cells; `table` is a table's column of paths."""
         self._options, self._outside, self._read = options, allow_outside, read
         self._path, self._numbers = table or "path", table is not None
         self.paths, self.keys = Names(), Names()
@@ -78,7 +77,7 @@ class _Columns:
         self._roles: dict[tuple[str, ...], _Roles] = {}
 
     def add(self, where: str, cells: Mapping[str, Any]) -> None:
-        """One row. Raises SourceError that says where."""
+        """Add one row. Raises SourceError that says where."""
         names = tuple(cells)
         roles = self._roles.get(names) or self._roles.setdefault(names, self._roles_of(where, names))
         path = _checked_path(_text(cells[roles.path], where), where, self._outside)
@@ -180,7 +179,7 @@ def _csv_rows(name: str, lines: Iterable[str]) -> Iterator[Row]:
 
 
 def _header(line: str) -> tuple[str, list[str]]:
-    """Return what the cells are separated by, a comma unless `path` is found with another mark, and the titles."""
+    """Return the separator of the cells, a comma unless `path` is found with another one, and the titles."""
     cells = {mark: next(csv.reader([line], delimiter=mark), []) for mark in ",;\t"}
     return next(((mark, titles) for mark, titles in cells.items() if named(titles, ("path",))), (",", cells[","]))
 

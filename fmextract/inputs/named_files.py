@@ -1,6 +1,6 @@
-"""Files that a Dataset names, or holds open: its items may come out of them, and they may be written anew. No torch.
+"""Describe files that a Dataset names or holds open: its items may come from them, and they may change. No torch.
 
-Few and small ones are told by their content, so that a copy or a touched one is the same; others by sizes and times.
+Few and small ones are described by their content, so that a copy or a touched one is the same; others by size and time.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ __all__ = ["Stamp", "facts_of_files", "folder_digest", "stamps_of"]
 Stamp = tuple[int, int]
 """Size, and time of the last change in nanoseconds."""
 MOST_READ = 64 << 20
-"""Bytes of all files that are told by their content."""
+"""Bytes of all files that are described by their content."""
 MOST_NAMED = 20
-"""Files that are told one by one, for a message to name the one that differs."""
+"""Files that are described one by one, so that a message can name the one that differs."""
 MOST_IN_FOLDERS = 10_000
 
 
@@ -39,7 +39,7 @@ def stamps_of(paths: Iterable[str]) -> dict[str, Stamp]:
 def facts_of_files(paths: Iterable[str], before: Mapping[str, Stamp]) -> dict[str, Any]:
     """Return what `source` facts say of the files and folders among `paths`; as JSON.
 
-    Files that were others `before` the Dataset was used are its own affair: a log, a cache.
+    Files that changed since `before` the Dataset was used are left out: a log, a cache.
     """
     paths = set(paths)
     files = {path: stamp for path, stamp in stamps_of(paths).items() if before.get(path, stamp) == stamp}
@@ -69,10 +69,9 @@ def _content(path: str) -> str:
 
 
 def folder_digest(path: str, leave_out: Iterable[Path] = ()) -> str:
-    """Return a digest of the names, sizes and times of the files in a folder, and in those in it; "" where there is
-    none.
+    """Return a digest of the names, sizes and times of the files in a folder and below; "" where there is none.
 
-    Hidden ones are passed over. Of a folder with very many files, those that are met first are told.
+    Hidden ones are passed over. Of very many files, only the first ones count.
     """
     others = {os.path.realpath(other) for other in leave_out}
     status = _status(path)
@@ -94,7 +93,7 @@ def folder_digest(path: str, leave_out: Iterable[Path] = ()) -> str:
 
 
 def _is_passed_over(entry: os.DirEntry[str], others: set[str]) -> bool:
-    """Hidden; or of an output of ours, which another run may make meanwhile."""
+    """Return whether it is hidden, or belongs to an output of ours, which another run may be writing."""
     ours = entry.name.endswith(".partial") or (entry.is_dir() and (Path(entry.path) / LOCK).exists())
     return entry.name.startswith(".") or ours or (bool(others) and os.path.realpath(entry.path) in others)
 

@@ -1,8 +1,8 @@
-"""From the bytes of an image file, or a PIL image, to RGB pixels: the one decoder of runs and of pictures. No torch.
+"""Decode the bytes of an image file, or a PIL image, to RGB pixels, for runs and for pictures alike. No torch.
 
 Ordinary JPEGs are decoded by libjpeg-turbo (simplejpeg), everything else, and every JPEG with anything odd about it, by
-Pillow, whose verdict then counts. Both give the same pixels. The list of formats is closed: what a file is called says
-nothing, and no other program is started for one.
+Pillow, whose verdict then counts. Both give the same pixels. The list of formats is closed: a file's name does not
+matter, and no other program is started for one.
 
 What becomes of pixels that are not 8-bit RGB:
 
@@ -48,7 +48,7 @@ for _category in (UserWarning, PIL.Image.DecompressionBombWarning):
 def decode_file(data: bytes, exif: bool) -> tuple[Pixels, str]:
     """Return the pixels of an image file, and who decoded them: simplejpeg or pillow. `exif` turns them upright.
 
-    Raises whatever a decoder raises, in `undecodable` SampleError alone.
+    Raises what a decoder raises; within `undecodable` only SampleError.
     """
     if not data:
         raise SampleError(Status.UNDECODABLE, "the file is empty")
@@ -61,7 +61,7 @@ def decode_file(data: bytes, exif: bool) -> tuple[Pixels, str]:
 
 @contextlib.contextmanager
 def undecodable() -> Iterator[None]:
-    """Whatever is raised within becomes a SampleError(Status.UNDECODABLE)."""
+    """Turn all errors within into a SampleError(Status.UNDECODABLE)."""
     try:
         yield
     except SampleError:
@@ -89,7 +89,7 @@ def fast_jpeg(data: bytes) -> Pixels | None:
 
 
 def _formats() -> list[str]:
-    """Computed for every file, as a plug-in for another format may be registered at any time."""
+    """Return the formats, for every file again, as a plug-in for another format may be registered at any time."""
     return [name for name in PIL.Image.ID if name not in NOT_DECODED]
 
 
@@ -206,6 +206,6 @@ def _tag(image: PIL.Image.Image) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """One line, the same in every run: the address of the buffer says nothing to anybody."""
+    """Return an error's words on one line, the same in every run: without the address of the buffer."""
     text = re.sub(r"\s*<_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)).strip().partition("\n")[0][:200]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""From a decoded photo to a model's input: resizing, cropping and normalising, and how people say which."""
+"""Turn a decoded photo into a model's input: resize, crop and normalise; and read how people say which."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def normalise(batch: Tensor, preprocess: Preprocess, dtype: torch.dtype = torch.
 
 @functools.lru_cache(maxsize=32)
 def _constants(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and std as (C, 1, 1) on the device: made once, for each upload would wait for the device."""
+    """Return mean and std as (C, 1, 1) on the device: made once, since each upload would wait for the device."""
     made = torch.tensor([mean, std], dtype=torch.float32).to(device)[..., None, None]
     return made[0], made[1]
 
@@ -66,8 +66,8 @@ def parse_preprocess(text: str, default: Preprocess | None = None) -> Preprocess
     """Return the inline form of --preprocess: `key=value` separated by commas, the parts of a value by slashes.
 
     size: N, the shorter side, or HxW, both sides. crop: N or HxW; where it is not given, N x N after size=N, none after
-    size=HxW. mean and std: one number, or one a channel, on the scale 0..1. interpolation: nearest, bilinear, bicubic.
-    What is not given but size and crop is taken from `default`. Raises ConfigError.
+    size=HxW. mean and std: one number, or one per channel, from 0 to 1. interpolation: nearest, bilinear, bicubic.
+    What is not given comes from `default`, except size and crop. Raises ConfigError.
     """
     fields = _fields(text)
     if "resize" not in fields and default is None:
@@ -132,7 +132,7 @@ def apply_size(preprocess: Preprocess, size: str | int) -> Preprocess:
     """Return the same preprocessing with inputs of exactly `size`: N (square) or HxW.
 
     Where there is a centre crop, the shorter side grows in the same proportion (232 and 224 become 298 and 288); where
-    there is none, the image is resized to that size, whatever its own proportions. Raises ConfigError.
+    there is none, the image is resized to that size, without keeping its proportions. Raises ConfigError.
     """
     try:
         height, width = _read_crop(str(size))
@@ -165,7 +165,7 @@ def _listed(value: Any) -> Any:
 
 
 def as_preprocessing(value: Any, origin: str = "") -> Preprocessing | None:
-    """Any form that Python code may give: ours, one of torchvision's presets, or a callable."""
+    """Return as preprocessing what Python code may give: ours, one of torchvision's presets, or a callable."""
     if value is None or isinstance(value, (Preprocess, CustomPreprocess)):
         return value
     if type(value).__name__ in PRESETS and type(value).__module__.startswith("torchvision."):
@@ -180,9 +180,9 @@ PRESETS = ("ImageClassification", "SemanticSegmentation", "ObjectDetection", "Vi
 
 
 def from_preset(preset: Any, origin: str) -> Preprocess | None:
-    """One of torchvision's presets, which `weights.transforms()` makes, as a Preprocess. Optical flow takes two images.
+    """Return a torchvision preset, as `weights.transforms()` gives it, as a Preprocess. Optical flow takes two images.
 
-    The video preset resizes with antialias=False, whatever it is asked.
+    The video preset resizes with antialias=False, even if asked for True.
     """
     kind = type(preset).__name__
     if kind == "OpticalFlow":
@@ -200,7 +200,7 @@ def from_preset(preset: Any, origin: str) -> Preprocess | None:
 
 
 def measured(custom: CustomPreprocess) -> CustomPreprocess:
-    """With the size that it gives, which one grey picture tells."""
+    """Return it with the size that it gives, measured with one grey picture."""
     if custom.size is not None:
         return custom
     try:

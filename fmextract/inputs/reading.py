@@ -1,9 +1,9 @@
-"""Rows of a source become inputs: what is the user's code runs in one place, seeded by row; all else in any thread.
+"""Make inputs of the rows of a source: the user's code runs in one place, seeded by row; all else in any thread.
 
-A Dataset, and a function that preprocesses, may hold what two threads must not use at once: an open file, a position, a
-buffer. So the thread that called the run does all of it, row after row, unless the code is known to bear threads or
-says so (`thread_safe = True`). Processes (`--dataset-workers`) do it side by side, each with a copy of its own. What
-none of it is needed for, decoding and resizing, goes on in threads.
+A Dataset, and a preprocessing function, may hold what two threads must not use at once: an open file, a position, a
+buffer. So the thread that called the run does all of it, row after row, unless the code is known to be thread-safe or
+says so (`thread_safe = True`). Processes (`--dataset-workers`) do it in parallel, each with a copy of its own. Decoding
+and resizing, which need none of it, go on in threads.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from fmextract.inputs.sources import unlimited
 from fmextract.records import FileStamp, Source, Status
 
 WATCHED = 16
-"""Rows of which it is looked whether they draw random numbers."""
+"""Rows of which it is checked whether they draw random numbers."""
 LOOKED_AT = 4
-"""Rows of which code that says it bears threads is asked before a run."""
+"""Rows that code which says it is thread-safe loads before a run."""
 LOADING, PREPROCESSING = 0, 1
-"""What is seeded by itself: the same numbers whether both happen in one place or not."""
+"""The parts that are seeded by themselves: the numbers are the same whether both run in one place or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,8 @@ class Preprocessed:
 class Item:
     """What the user's code made of a row.
 
-    `data`: what `images.decode` takes, or Preprocessed where preprocessing is the user's, or the SampleError that says
-    why there is none. `learnt` is what a Dataset shows beside the image. `drew`: which of the two parts drew random
+    `data`: what `decode` takes, or Preprocessed where preprocessing is the user's, or the SampleError that says why
+    there is none. `learnt` is what a Dataset shows beside the image. `drew`: which of the two parts drew random
     numbers.
     """
 
@@ -59,7 +59,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """A Dataset's very first item was none; `otherwise`, had another one been the first, just this row has failed."""
+    """A Dataset's very first item was no image. `otherwise`: this row's error, had another been the first."""
 
     error: SourceError
     otherwise: SampleError | None
@@ -67,7 +67,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class OwnCode:
-    """Loads a row, and preprocesses it where `preprocess` is a function of the user's; None: that happens elsewhere."""
+    """Loads a row, and preprocesses it if `preprocess` is a user's function; None: that happens elsewhere."""
 
     source: Source
     preprocess: CustomPreprocess | None
@@ -105,7 +105,7 @@ class OwnCode:
             return decoding.snapshot(source.load(row))
         except SampleError:
             raise
-        except Exception as error:  # a Source of the user's, which may raise anything, and that is one row's failure
+        except Exception as error:  # a user's Source may raise anything, which fails one row
             raise SampleError(Status.UNREADABLE, f"{type(error).__name__}: {error}") from error
 
     def _preprocessed(self, data: Any) -> Preprocessed:
@@ -119,7 +119,7 @@ class OwnCode:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """As in a process: a sum over several threads has other last bits."""
+    """Use one torch thread within the block, as a process does: a sum over several has other last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -129,9 +129,7 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 def content(data: Any) -> Any:
-    """Return what a Reader decodes, read where it is a file. Raises the SampleError that stands in the place of an
-    image.
-    """
+    """Return what a Reader decodes, after reading a file. Raises the SampleError that stands in place of an image."""
     if isinstance(data, SampleError):
         raise data
     return data.read() if isinstance(data, OnDisk) else data
@@ -147,7 +145,7 @@ class Reader:
 
     `serial`: the user's code runs in one place, and rows come from `ahead`, in the thread that called the run; else any
     thread may `load` them. `workers` are the processes that it runs in, 0 for that thread. `notes` are worth keeping;
-    `seconds` are those that waiting for the user's code took so far.
+    `seconds` is the time spent waiting for the user's code so far.
     """
 
     def __init__(
@@ -211,7 +209,7 @@ class Reader:
         return self.decode(content(data))
 
     def first(self, row: int) -> decoding.Image:
-        """As `image`; a row that does not come out alike a second time, from the same seeds, is worth a note."""
+        """Return what `image` does; note a row that differs a second time, from the same seeds."""
         image = self.image(row)
         if all(code is None for code in self._users.values()):
             return image
@@ -230,7 +228,7 @@ class Reader:
         return image
 
     def _look_at_others(self) -> None:
-        """Whether code that says it bears threads draws random numbers, which not every row may do."""
+        """See whether code that says it is thread-safe draws random numbers, which not every row may do."""
         count = len(self._source)
         for _ in self._items(range(0, count, -(-count // LOOKED_AT)), self._all):
             if self.serial:
@@ -262,7 +260,7 @@ class Reader:
 
     def _tell_random(self, name: str) -> None:
         self._drew.add(name)
-        # Threads share the generators: whatever it says of itself, they would draw from each other's.
+        # Threads share the generators: even thread-safe code would draw from those of other rows.
         self.serial, self._own = True, self._all
         self._note(
             f"{name} is random, as for training: the numbers that it draws for a row, where it does not seed them"
@@ -300,7 +298,7 @@ class Reader:
 
 @contextmanager
 def reading(source: Source, preprocess: Preprocessing | None, **options: Any) -> Iterator[Reader]:
-    """A Reader, whose processes end with the block."""
+    """Give a Reader, whose processes end with the block."""
     reader = Reader(source, preprocess, **options)
     try:
         yield reader
@@ -309,7 +307,7 @@ def reading(source: Source, preprocess: Preprocessing | None, **options: Any) ->
 
 
 def _code(user: Any) -> Any:
-    """Return what the user wrote, in what we made of it."""
+    """Return what the user wrote, from within what we made of it."""
     if isinstance(user, CustomPreprocess):
         return user.function
     user = unlimited(user) if user is not None else None
@@ -317,7 +315,7 @@ def _code(user: Any) -> Any:
 
 
 def _sendable(own: OwnCode) -> OwnCode:
-    """Without the keys, of which a process needs none: they may be many."""
+    """Return the source without its keys: a process needs none, and they may be many."""
     source = unlimited(own.source)
     if isinstance(source, DatasetSource):
         source = replace(source, keys=range(len(source)))  # type: ignore[arg-type]

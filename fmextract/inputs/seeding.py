@@ -1,4 +1,4 @@
-"""Random numbers of a row: what the user's code draws for it begins from (seed, row), wherever and whenever it runs."""
+"""Seed the random numbers of a row: the user's code draws from (seed, row), wherever and whenever it runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 OWN = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
-"""Generators of random numbers that an object may have for itself."""
+"""Generators of random numbers that an object may keep."""
 _LOOKED_AT = 2000  # objects, when generators are looked for
 _MEMBERS = 100  # of a container
 _LEAVES = (str, bytes, bytearray, int, float, complex, type, types.ModuleType, np.ndarray, torch.Tensor)
@@ -23,14 +23,14 @@ _LEAVES = (str, bytes, bytearray, int, float, complex, type, types.ModuleType, n
 
 @dataclass(slots=True)
 class Draws:
-    """Whether what ran in a `seeded` block drew from a global generator: known after it, where it was watched."""
+    """Says, after a watched `seeded` block, whether code in it drew from a global generator."""
 
     any: bool = False
 
 
 @contextmanager
 def seeded(seed: int, row: int, part: int = 0, watch: bool = False) -> Iterator[Draws]:
-    """The global generators of torch (on the CPU), numpy and random begin from (seed, row, part) in the block.
+    """Seed the global generators of torch (on the CPU), numpy and random by (seed, row, part) within the block.
 
     `part` tells one use of a row from another. Afterwards they are as before. They belong to the process: no other
     thread may draw from them meanwhile.
@@ -63,7 +63,7 @@ def _same(one: tuple[torch.Tensor, Any, Any], other: tuple[torch.Tensor, Any, An
 
 
 def own_generators(thing: Any) -> list[str]:
-    """Where `thing`, a Dataset or a function, has generators of its own: paths of attributes, as `transform.rng`.
+    """Find where `thing`, a Dataset or a function, keeps generators: paths of attributes, as `transform.rng`.
 
     Looks into attributes, containers, closures, and at the global names that its functions use.
     """

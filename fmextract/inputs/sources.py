@@ -1,6 +1,6 @@
-"""Where images come from: a folder, a manifest, a Dataset. Random access by row; no torch.
+"""Open sources of images: a folder, a manifest, a Dataset. Random access by row; no torch.
 
-A source hands out encoded bytes (files) or whatever a Dataset returns; `images.decode` makes pixels of either. Every
+A source hands out encoded bytes (files) or what a Dataset returns; `decoding.decode` makes pixels of either. Every
 row has a key that is unique and never shortened. Bytes of a file name that are not UTF-8, and NUL, show as `\\xHH`.
 """
 
@@ -37,7 +37,7 @@ def open_source(
     label: Any = None,
     hidden: bool = False,
 ) -> Source:
-    """Whatever a user names as the source of images, as a Source of its first `limit` rows.
+    """Open what a user names as the source of images, as a Source of its first `limit` rows.
 
     A folder (recursive, with `hidden` also what is hidden in it), a manifest (.csv, .tsv, .jsonl, .txt), one image
     file, a pattern of files, `module:callable` or `path/file.py:callable` that gives a Dataset; a map-style Dataset or
@@ -93,7 +93,7 @@ _SOURCES = (
 
 
 def _open_file(text: str, options: Options) -> Source:
-    """One image file. Raises SourceError that says what another file is, and what can be given instead."""
+    """Open one image file. For another file raises SourceError that says what it is and what to give instead."""
     passed = Passed()
     if image_among(os.fsencode(text), passed):
         return files_named([text], text, options)
@@ -222,4 +222,4 @@ def folder_of(source: Source) -> bytes | None:
 
 
 OPENERS: dict[str, Callable[[Path, Options], FileSource]] = dict.fromkeys(MANIFESTS, open_manifest)
-"""By the extension of a file: what opens it. Tar shards have their place here."""
+"""What opens a file, by its extension. Tar shards belong here."""

@@ -1,4 +1,4 @@
-"""Tables and columns of pandas, polars, pyarrow and numpy, by position. Imports none of them."""
+"""Take tables and columns of pandas, polars, pyarrow and numpy, by position. Imports none of them."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def columns_of(data: Any) -> dict[str, list[Any]] | None:
 
 
 def listed(data: Any) -> Any:
-    """Return the values of a Series, an Index, an arrow array, an array of text or objects as a list; all else as it
-    is.
-    """
+    """Return a Series, an Index, an arrow array, an array of text or objects as a list; all else as it is."""
     if made_by(data, "pandas") and hasattr(data, "tolist") and not hasattr(data, "columns"):
         return data.tolist()
     if made_by(data, "polars") and hasattr(data, "to_list"):

@@ -1,7 +1,7 @@
-"""Which code of a user's bears being called from several threads at once: what is known to, and what says so.
+"""Find out which code may run in several threads at once: what is known to be thread-safe, and what says so.
 
-Most Datasets do not (a shared file, a decoder with a position), and nobody told their authors to make them. So one
-thread reads what is not known here.
+Most Datasets are not (a shared file, a decoder with a position), as they need not be. So one thread reads what is not
+known here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PLAIN = {
 
 
 def source_is_known(source: Source) -> bool:
-    """Return whether what `source` runs is our code and that of libraries, known to bear threads."""
+    """Return whether all code that `source` runs is ours, or a library's that is known to be thread-safe."""
     source = unlimited(source)
     if isinstance(source, DatasetSource):
         return data_is_known(source.data) and source.pick is None
@@ -53,7 +53,7 @@ def source_is_known(source: Source) -> bool:
 
 
 def source_says_so(source: Source) -> bool:
-    """Return whether whatever is not known in a source says `thread_safe = True`."""
+    """Return whether all unknown code in a source says `thread_safe = True`."""
     source = unlimited(source)
     if isinstance(source, DatasetSource):
         return source.pick is None and _bears(source.data)
@@ -61,9 +61,7 @@ def source_says_so(source: Source) -> bool:
 
 
 def data_is_known(data: Any) -> bool:
-    """Return whether a Dataset is a sequence in memory, one of torchvision's folders with its own loader, or parts of
-    such.
-    """
+    """Return whether a Dataset is a sequence in memory, a torchvision folder with its own loader, or parts of these."""
     if type(data) in _IN_MEMORY:
         return True
     parts = _parts(data)
@@ -107,14 +105,12 @@ def preprocess_is_known(preprocess: Preprocessing | None) -> bool:
 
 
 def preprocess_says_so(preprocess: Preprocessing | None) -> bool:
-    """Return whether whatever is not known in a function of the user's says `thread_safe = True`."""
+    """Return whether all unknown code in a user's function says `thread_safe = True`."""
     return isinstance(preprocess, CustomPreprocess) and _transform_bears(preprocess.function)
 
 
 def transform_is_known(transform: Any) -> bool:
-    """Return whether a transform is one of torchvision's or timm's that keep no state and draw nothing, or made of
-    such.
-    """
+    """Return whether a transform is one of torchvision's or timm's without state and randomness, or made of these."""
     place, name = _where(type(transform))
     if (place, name) in _COMPOSE:
         return all(map(transform_is_known, transform.transforms))
@@ -122,7 +118,7 @@ def transform_is_known(transform: Any) -> bool:
 
 
 def needs_no_process(source: Source) -> bool:
-    """Return whether a source reads files, or memory, by code of ours: processes would do nothing faster."""
+    """Return whether our code reads a source's files or memory: processes would do nothing faster."""
     source = unlimited(source)
     return isinstance(source, FileSource) or (isinstance(source, DatasetSource) and type(source.data) in _IN_MEMORY)
 
