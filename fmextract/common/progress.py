@@ -7,7 +7,6 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any, TextIO
 
 from fmextract.common.text import count, duration, printable, rate
@@ -56,29 +55,6 @@ class Logged:
     def note(self, text: str) -> None:
         log.info("%s", text)
         self._told.note(text)
-
-
-@contextlib.contextmanager
-def verbose(progress: Progress) -> Iterator[None]:
-    """What the logger hears beyond the notes is told to `progress` too, while the block lasts."""
-    handler, before = _Telling(progress), log.level
-    log.addHandler(handler)
-    log.setLevel(logging.DEBUG)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-        log.removeHandler(handler)
-
-
-class _Telling(logging.Handler):
-    def __init__(self, progress: Progress) -> None:
-        super().__init__()
-        self._progress = progress
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.INFO:  # the notes are told already
-            self._progress.note(record.getMessage())
 
 
 class TerminalProgress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -20,6 +21,8 @@ from fmextract.records import SampleTable
 from fmextract.storage import durable, layout
 from fmextract.storage.shards import file_sha256, record_shard, shard_name
 from fmextract.storage.writer import ShardWriter
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -80,6 +83,8 @@ class Publisher:
             sha256=sha256,
         )
         self._tally.records.append(record)
+        first, last = shard.rows.start, shard.rows.stop - 1
+        log.info("published %s: rows %d-%d, %d of them failed", final.name, first, last, record.failed)
         self._tally.add("publish", time.perf_counter() - started)
 
 

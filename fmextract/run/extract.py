@@ -8,6 +8,7 @@ fold:    one file, or the directory with its index
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -38,6 +39,8 @@ from fmextract.storage import shards
 RECHECKED, RECHECKED_IN_DOUBT = 2, 512
 """Stored rows that are run again, each with its batch, before an output is called complete."""
 
+
+log = logging.getLogger(__name__)
 
 __all__ = ["extracted", "make_plan", "run"]
 
@@ -106,6 +109,7 @@ def _done(
         run = _Run(prepared, asked, given, target, progress, command)
         to_follow = _plan(run, output)
         if to_follow is not None:
+            log.info("%r, batch size %d, %d shards", to_follow, to_follow.batch_size, len(to_follow.shards))
             resumed = _extract(run, to_follow, output, tally)
             output.fold(to_follow)
     return _finished(run, tally, time.perf_counter() - started, resumed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from fmextract.records import Preprocess, Progress, Source
 from fmextract.run import provenance
 from fmextract.run.sampling import Sampler
 from fmextract.storage import codecs
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         hidden=config.hidden,
     )
     loaded = loading.load_model(model, config.weights, config.preprocess, config.size)
+    log.debug("built %s, weights %s", loaded.name, loaded.weights)
     before = provenance.code_of(loaded)
     with (
         untouched(loaded.module) as state,
