@@ -25,7 +25,7 @@ from fmextract.common.system import cores
 from fmextract.common.text import count as plural
 from fmextract.errors import ConfigError, FmextractError, FormatError
 from fmextract.reading.chunks import RECENT_BYTES, Recent
-from fmextract.reading.counts import Totals, total_throughput
+from fmextract.reading.counts import total_throughput
 from fmextract.reading.files import File, Files, Part, listed_shards
 from fmextract.reading.indexing import Array, Rows, batched
 from fmextract.reading.layer import DATASET_BYTES, Layer
@@ -33,6 +33,7 @@ from fmextract.reading.parallel import _pool
 from fmextract.reading.select import UnknownName, closest, meant_layers
 from fmextract.records import Label
 from fmextract.storage.columns import Form, as_array, common_form, encode_column
+from fmextract.storage.layer_stats import Totals
 
 if TYPE_CHECKING:
     from fmextract.reading.dataset import LayerDataset

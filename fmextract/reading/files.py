@@ -22,11 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
-from fmextract.reading.counts import COUNTED, Totals
 from fmextract.reading.indexing import Array
 from fmextract.records import FileInfo, Label, LayerSpec
 from fmextract.storage import codecs, contents, layer_stats, layout, schema, writer
 from fmextract.storage.columns import decode_column
+from fmextract.storage.layer_stats import COUNTED, Totals
 from fmextract.storage.shards import INDEX, PLAN, load_index, load_records, read_sealed
 from fmextract.storage.validation import check_heaps
 
@@ -100,7 +100,8 @@ class File:
         check_heaps(self.fd, path)
         with self.hdf5() as file:
             known = writer.take_written(self._identity) if own else None
-            self.contents = known or contents.validate(file)
+            self.contents = known.contents if known else contents.validate(file)
+            self._totals = known.totals if known else {}
             self.start = int(file["sample"][0])
         if not 0 <= self.start <= schema.LARGEST:
             raise DamagedError(f"{path}: /sample begins at row {self.start}")
@@ -163,15 +164,15 @@ class File:
 
     def totals(self, layer: str) -> Totals:
         """Return the counts of a layer. Raises DamagedError where its statistics are missing."""
+        if layer in self._totals:
+            return self._totals[layer]
         stored = self.stored(layer)
         if stored.spec.channel_axis is None:
             return Totals(stored.nbytes, nonfinite=int(stored.attrs.get("nonfinite", 0)))
         stats = self.stats(layer, only=COUNTED)
         if missing := [name for name in COUNTED if name not in stats]:
             raise DamagedError(f"{self.path}: layer {layer} has no statistics {', '.join(missing)}")
-        count = np.asarray(stats["count"], np.float64)
-        zeros = float(np.nansum(stats["zero_fraction"] * count))  # NaN in a channel without values
-        return Totals(stored.nbytes, float(count.sum()), zeros, int(np.sum(stats["nonfinite"])))
+        return Totals.of(stored.nbytes, stats)
 
     def stats(self, layer: str, covariance: bool = False, only: Iterable[str] | None = None) -> dict[str, Array]:
         """Return the statistics of a layer by name, empty where it has none; its covariance, megabytes, only on demand.

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from fmextract.pipeline.work import FIRST, Tally
-from fmextract.reading import activations, counts
+from fmextract.reading import activations
 from fmextract.records import LayerResult, LayerSpec, Result
+from fmextract.storage.layer_stats import Totals
 
 
 def result(acts: activations.Activations, target: Path, tally: Tally, seconds: float, resumed: int | None) -> Result:
@@ -66,7 +67,7 @@ def _failures(acts: activations.Activations) -> list[tuple[str, str]]:
     return [(str(acts.keys[row]), str(acts.messages[row])) for row in rows]
 
 
-def _layer_result(spec: LayerSpec, totals: counts.Totals) -> LayerResult:
+def _layer_result(spec: LayerSpec, totals: Totals) -> LayerResult:
     return LayerResult(
         name=spec.name,
         shape=spec.shape,

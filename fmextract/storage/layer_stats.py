@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +26,41 @@ Stats: TypeAlias = Mapping[str, Array]
 
 MOMENTS = ("count", "mean", "std", "min", "max", "zero_fraction", "nonfinite")
 NEAR_ZERO = "near_zero_fraction"
+COUNTED = ("count", "zero_fraction", "nonfinite")
+"""What the summary of a run is made of."""
 TOP = ("top_value", "top_sample", "top_y", "top_x")
 COVARIANCE = ("covariance", "covariance_mean", "covariance_count")
 """(components, components), (components,) and (components,): over the images whose values are all finite, of each
 image's vector of channel means. A component is a channel; for more than MOST_COMPONENTS channels see `folding`."""
 MOST_COMPONENTS = 1024
 """8 MiB of covariance in float64."""
+
+
+class Totals(NamedTuple):
+    """Of a layer: bytes on the disk, finite values of images without an error, zeros among them, values not finite.
+
+    `values` and `zeros` are 0 where the channel axis is not known.
+    """
+
+    nbytes: int = 0
+    values: float = 0.0
+    zeros: float = 0.0
+    nonfinite: int = 0
+
+    def plus(self, other: Totals) -> Totals:
+        return Totals(
+            self.nbytes + other.nbytes,
+            self.values + other.values,
+            self.zeros + other.zeros,
+            self.nonfinite + other.nonfinite,
+        )
+
+    @classmethod
+    def of(cls, nbytes: int, stats: Stats) -> Totals:
+        """Of a layer with statistics, of which those in COUNTED are needed."""
+        count = np.asarray(stats["count"], np.float64)
+        zeros = float(np.nansum(stats["zero_fraction"] * count))  # NaN in a channel without values
+        return cls(nbytes, float(count.sum()), zeros, int(np.sum(stats["nonfinite"])))
 
 
 def merge(parts: Sequence[Stats]) -> dict[str, Array]:

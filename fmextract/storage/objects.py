@@ -38,6 +38,9 @@ _ENTRY = np.dtype(
 """Of a `REFERENCE_LIST`, as libhdf5 lays it out. In memory a reference to an object is the number where it lies."""
 _SEQUENCE = np.dtype([("length", np.uintp), ("values", np.uintp)])
 """What a value of variable length is in memory."""
+_COMPACT = 64
+"""Up to so many attributes of a group lie in its header; by default more than 8 bring a heap and two trees of their own,
+which are slow to write and to read, and take 1 KiB a layer."""
 Entries: TypeAlias = "list[tuple[int, int]]"
 """Of a scale: each dataset that it is attached to, and the axis."""
 Kind: TypeAlias = tuple[h5py.h5t.TypeID, h5py.h5t.TypeID]
@@ -93,6 +96,7 @@ def _group_creation() -> h5py.h5p.PropGCID:
     plist.set_link_creation_order(order)
     plist.set_attr_creation_order(order)
     plist.set_obj_track_times(False)
+    plist.set_attr_phase_change(_COMPACT, _COMPACT // 2)
     return plist
 
 

@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import h5py
 import numpy as np
@@ -31,7 +31,7 @@ from fmextract.storage.columns import Form, encode_column, form_of, stored_names
 from fmextract.storage.contents import Contents, contents_of
 from fmextract.storage.digest import Layer, digest_of_open
 from fmextract.storage.durable import SteadyFile, _fsync, disk_error
-from fmextract.storage.layer_stats import COVARIANCE
+from fmextract.storage.layer_stats import COUNTED, COVARIANCE, Totals
 from fmextract.storage.layout import (
     COLUMN_CHUNK,
     LIBVER,
@@ -80,6 +80,7 @@ class ShardWriter:
         self.layers = tuple(layers)
         self._grids = [chunk_grid((len(rows), *spec.shape), spec.chunk) for spec in layers]
         self._digests: list[dict[tuple[int, ...], bytes]] = [{} for _ in layers]
+        self._nbytes = [0] * len(self.layers)
         self._file: h5py.File | None = None
         self._disk: SteadyFile | None = None
         with self._whole_or_nothing():
@@ -98,6 +99,7 @@ class ShardWriter:
         self.path, self.rows, self.layers = left.path, left.rows, left.layers
         self._grids = [chunk_grid((len(left.rows), *spec.shape), spec.chunk) for spec in left.layers]
         self._digests, self._activations = list(left.digests), []
+        self._nbytes = list(left.nbytes)
         self._pipeline = (codec_named(left.codec), left.level)
         self._file = self._disk = None
         with self._whole_or_nothing():
@@ -117,6 +119,7 @@ class ShardWriter:
             self._activations[layer].write_direct_chunk(offset, payload)
             self._check_disk()
         done[chunk_index] = digest
+        self._nbytes[layer] += memoryview(payload).nbytes
 
     def finish(
         self,
@@ -168,7 +171,8 @@ class ShardWriter:
             self._disk = None
             if durable:
                 _fsync(self.path)
-            _last_written[:] = [(file_identity(self.path.stat()), contents)]
+            totals = self._totals(stats or {}, layer_attrs or {})
+            _last_written[:] = [(file_identity(self.path.stat()), Written(contents, totals))]
         return digest
 
     def _write_layers(
@@ -194,6 +198,17 @@ class ShardWriter:
         objects.write_references(file, on_samples)
         return written
 
+    def _totals(self, stats: Stats, layer_attrs: Mapping[str, Mapping[str, Any]]) -> dict[str, Totals]:
+        """Of the layers of which enough is known."""
+        totals: dict[str, Totals] = {}
+        for spec, nbytes in zip(self.layers, self._nbytes, strict=True):
+            if spec.channel_axis is None:
+                found = layer_attrs.get(spec.name, {}).get("nonfinite", 0)
+                totals[spec.name] = Totals(nbytes, nonfinite=int(found))
+            elif set(COUNTED) <= stats.get(spec.name, {}).keys():
+                totals[spec.name] = Totals.of(nbytes, stats[spec.name])
+        return totals
+
     def leave(self) -> Unfinished:
         """Close the file, with its chunks, for `Unfinished.finish`, perhaps in another process. `abort` removes it."""
         with self._whole_or_nothing():
@@ -204,7 +219,7 @@ class ShardWriter:
             self._disk.close()
         self._file = None
         codec, level = self._pipeline
-        return Unfinished(self.path, self.rows, self.layers, self._digests, codec.name, level)
+        return Unfinished(self.path, self.rows, self.layers, self._digests, self._nbytes, codec.name, level)
 
     def chunk_digests(self) -> dict[str, str]:
         """Return, by layer, the first 16 hex digits of the digest of every chunk, one after the other in C order."""
@@ -266,6 +281,7 @@ class Unfinished:
     rows: range
     layers: tuple[LayerSpec, ...]
     digests: Sequence[dict[tuple[int, ...], bytes]]
+    nbytes: Sequence[int]
     codec: str
     level: int
 
@@ -489,7 +505,14 @@ def write_rdms(
         disk.close()
 
 
-_last_written: list[tuple[tuple[int, ...], Contents]] = []
+class Written(NamedTuple):
+    """What this process has put into a file: its contents, and what there is to count of its layers, by name."""
+
+    contents: Contents
+    totals: Mapping[str, Totals]
+
+
+_last_written: list[tuple[tuple[int, ...], Written]] = []
 """The file that this process finished last, and what it wrote there: at most one."""
 
 
@@ -498,8 +521,8 @@ def file_identity(have: os.stat_result) -> tuple[int, ...]:
     return have.st_dev, have.st_ino, have.st_size, have.st_mtime_ns
 
 
-def take_written(identity: tuple[int, ...]) -> Contents | None:
-    """Return, once, what `validate` would find in the file that this process finished last; None for another file."""
+def take_written(identity: tuple[int, ...]) -> Written | None:
+    """Return, once, what stands in the file that this process finished last; None for another file."""
     known = dict(_last_written)
     _last_written.clear()
     return known.get(identity)

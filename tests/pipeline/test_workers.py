@@ -305,7 +305,7 @@ def test_a_shard_that_is_being_finished_when_its_worker_ends_is_lost(tmp_path: P
         os.kill(process, signal.SIGSTOP)
         end = threading.Timer(0.2, os.kill, (process, signal.SIGKILL))
         end.start()
-        shard = writer.Unfinished(tmp_path / "x.h5", range(1), (), (), "gzip", 1)
+        shard = writer.Unfinished(tmp_path / "x.h5", range(1), (), (), (), "gzip", 1)
         with pytest.raises(OutputLost, match="ended while it finished a shard"):
             one.finish(shard, None, {}, {}, {}, True)
         end.join()
@@ -315,7 +315,7 @@ def test_a_shard_that_is_being_finished_when_its_worker_ends_is_lost(tmp_path: P
 
 def test_what_finishing_raises_is_raised_here(two: workers.Workers, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"x\.h5"):
-        two.finish(writer.Unfinished(tmp_path / "x.h5", range(1), (), (), "gzip", 1), None, {}, {}, {}, True)
+        two.finish(writer.Unfinished(tmp_path / "x.h5", range(1), (), (), (), "gzip", 1), None, {}, {}, {}, True)
 
 
 def test_where_processes_do_not_start_threads_do_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import shardfiles
 from files import COLUMNS
 from shardfiles import INFO, layer, table, values
 
+import fmextract as fm
 from fmextract.errors import DamagedError, FmextractError, FormatError, LayerError, NoSpace, OutputError
 from fmextract.records import Field
 from fmextract.storage import contents, durable, merging
@@ -111,12 +112,50 @@ def test_what_a_process_has_written_is_what_is_found_there(path: Path) -> None:
         layer_attrs={whole.name: attrs, FC.name: later},
         root_attrs={"throughput": {"images": 9, "seconds": 1.5, "busy_seconds": {"decode": 1.0}}},
     )
-    known = take_written(file_identity(path.stat()))
     with contents.open_shard(path) as file:
         found = contents.validate(file)
-    assert known is not None
+    written = take_written(file_identity(path.stat()))
+    assert written is not None
+    known = written.contents
     assert list(known.layers) == list(found.layers) == [whole.name, TOKENS.name, FC.name, counts.name]
     assert repr(known) == repr(found)  # types too, and arrays, which know no equality
+
+
+def test_what_a_process_has_written_is_counted_as_it_is_when_read(path: Path) -> None:
+    counts = replace(layer("count", (2, 3), "axis_1 axis_2"), dtype="int16", chunk=(4, 1, 3))
+    stats = {
+        "count": np.array([9, 0, 7]),
+        "zero_fraction": np.array([1 / 3, np.nan, 2 / 7]),
+        "nonfinite": np.array([0, 9, 2]),
+        "mean": np.arange(3.0),
+    }
+    shardfiles.write(
+        path,
+        {spec: values(spec, 9) for spec in (CONV, FC, counts)},
+        stats={CONV.name: stats, FC.name: {"mean": np.zeros(FC.shape[0])}},
+        layer_attrs={counts.name: {"nonfinite": np.int64(5)}},
+    )
+    written = take_written(file_identity(path.stat()))
+    assert written is not None
+    assert written.totals.keys() == {CONV.name, counts.name}  # of the other not enough is known
+    with fm.open(path) as acts:
+        file = next(iter(acts._files))
+        assert {name: file.totals(name) for name in written.totals} == dict(written.totals)
+    assert (written.totals[CONV.name].zeros, written.totals[CONV.name].nonfinite) == (5, 11)
+
+
+def test_attributes_of_a_layer_lie_in_its_header_and_large_ones_beside_it(path: Path) -> None:
+    heaps = {}
+    for name, size in (("few", 0), ("many", 0), ("large", 20_000)):
+        attrs = {} if name == "few" else {f"more_{number}": np.int64(number) for number in range(40)}
+        large = {"large": np.arange(float(size))} if size else {}
+        shardfiles.write(path, {FC: values(FC, 3)}, layer_attrs={FC.name: attrs | large})
+        heaps[name] = path.read_bytes().count(b"FRHP")
+        with h5py.File(path) as file:
+            stored = file["layers"][FC.name].attrs
+            assert {name: stored[name] for name in attrs} == attrs
+            assert not size or np.array_equal(stored["large"], large["large"])
+    assert heaps["few"] == heaps["many"] < heaps["large"]
 
 
 def test_only_the_file_that_was_written_last_is_known_and_once(path: Path) -> None:
