@@ -39,8 +39,8 @@ _ENTRY = np.dtype(
 _SEQUENCE = np.dtype([("length", np.uintp), ("values", np.uintp)])
 """What a value of variable length is in memory."""
 _COMPACT = 64
-"""Up to so many attributes of a group lie in its header; by default more than 8 bring a heap and two trees of their own,
-which are slow to write and to read, and take 1 KiB a layer."""
+"""Up to so many attributes of a group lie in its header. By default more than 8 bring a heap and two trees of their
+own, which are slow to write and to read, and take 1 KiB per layer."""
 Entries: TypeAlias = "list[tuple[int, int]]"
 """Of a scale: each dataset that it is attached to, and the axis."""
 Kind: TypeAlias = tuple[h5py.h5t.TypeID, h5py.h5t.TypeID]
