@@ -70,6 +70,7 @@ def command(
     def register(function: Function) -> Function:
         @functools.wraps(function)
         def called(*, quiet: bool, verbose: int, debug: bool, **given: Any) -> int:
+            given.pop("config_file", None)  # which has set defaults
             with verbosity(quiet, verbose):
                 return function(**given)
 

@@ -7,7 +7,7 @@ that need it, so that `--help` and `info` answer at once.
 import contextlib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fmextract.capture.reducer_help import REDUCER_HELP
-from fmextract.cli import completion, tables
+from fmextract.cli import completion, run_file, tables
 from fmextract.cli.app import ARGUMENTS, MISMATCH, SOME_FAILED, _show, app, importing, main, working
 from fmextract.cli.command import command
 from fmextract.cli.options import (
@@ -24,6 +24,7 @@ from fmextract.cli.options import (
     File,
     Json,
     Layers,
+    Like,
     Model,
     Out,
     Preprocessing,
@@ -31,6 +32,7 @@ from fmextract.cli.options import (
     Source,
     Stored,
     Theme,
+    Trust,
     _config,
     _option,
     _style,
@@ -39,7 +41,8 @@ from fmextract.cli.options import (
 from fmextract.cli.show import show
 from fmextract.cli.verbosity import progress
 from fmextract.common import text
-from fmextract.config import parse_size
+from fmextract.config import Config, parse_size
+from fmextract.errors import ConfigError
 
 
 @command(app)
@@ -53,6 +56,8 @@ def extract(
         Path | None,
         _option("--plan", metavar="FILE", help="Do what `fmextract plan … --save` kept; measure nothing again."),
     ] = None,
+    like_file: Like = None,
+    trust: Trust = False,
     dry_run: Annotated[bool, _option("--dry-run", help="Print the plan and stop, as `fmextract plan` does.")] = False,
     as_json: Json = False,
     **options: Any,
@@ -62,9 +67,12 @@ def extract(
     fmextract extract photos/ -m resnet50 -l 'conv#0' -l 'layer*' -o acts.h5
     """
     if dry_run:
-        return _plan(source, model, out, options, as_json, given=plan_file)
-    config = _config(options)
-    with working(hint=lambda: _what_is_kept(out)):
+        with _as_in(like_file, model, source, options, trust) as (model, config):
+            return _plan(source, model, out, config, as_json, given=plan_file)
+    with (
+        _as_in(like_file, model, source, options, trust) as (model, config),
+        working(hint=lambda: _what_is_kept(out)),
+    ):
         with importing():
             from fmextract.run.extract import run
 
@@ -90,30 +98,58 @@ def plan(
     save: Annotated[
         Path | None, _option("--save", metavar="OUT", help="Keep the plan in a file, for `extract --plan`.")
     ] = None,
+    save_config: Annotated[
+        Path | None,
+        _option("--save-config", metavar="OUT", help="Keep the options in a TOML file, for `extract --config`."),
+    ] = None,
+    like_file: Like = None,
+    trust: Trust = False,
     as_json: Json = False,
     **options: Any,
 ) -> int:
     """Say what `extract` would do, and what it would cost.
 
-    Takes the same options, measures on the first images, and writes nothing but the plan with --save. Exits with 4
-    where the disk is too small.
+    Takes the same options, measures on the first images, and writes nothing but the plan with --save, and the options
+    with --save-config. Exits with 4 where the disk is too small.
 
     fmextract plan photos/ -m resnet50 -l 'layer*'
     """
-    return _plan(source, model, out, options, as_json, save=save)
+    with _as_in(like_file, model, source, options, trust) as (model, config):
+        if save_config is not None:
+            run_file.save(save_config, source, model, out, config, save)
+        return _plan(source, model, out, config, as_json, save=save)
+
+
+@contextlib.contextmanager
+def _as_in(
+    file: Path | None, model: str, source: str, options: Mapping[str, Any], trust: bool
+) -> Iterator[tuple[str, Config]]:
+    """Give the model and the options of a run, which may be those that made `file` where they are not said."""
+    if file is None:
+        if trust:
+            raise ConfigError("--trust is about what a file names: it only means something with --like")
+        yield model, _config(options)
+        return
+    with importing():
+        from fmextract.run.like import like
+
+    # A flag that is not given is False, all but one.
+    given = {name: value for name, value in options.items() if value is not None}
+    said = {name: value for name, value in given.items() if value is not False or name == "recheck"}
+    with like(file, model or None, source, said, allow=trust) as (name, told):
+        yield name, Config.of(**told)
 
 
 def _plan(
     source: str,
     model: str,
     out: Path,
-    options: Mapping[str, Any],
+    config: Config,
     as_json: bool,
     *,
     given: Path | None = None,
     save: Path | None = None,
 ) -> int:
-    config = _config(options)
     with working():
         with importing():
             from fmextract.run.estimate import check_space

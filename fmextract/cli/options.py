@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from fmextract.cli import completion
+from fmextract.cli.run_file import ConfigFile
 from fmextract.config import (
     DTYPES,
     EFFECTIVE_FIELDS,
@@ -249,7 +250,8 @@ def with_run_options(command: Command) -> Command:
     assert last.kind is last.VAR_KEYWORD
     positional = [parameter for parameter in before if parameter.kind is not parameter.KEYWORD_ONLY]
     keywords = [parameter for parameter in before if parameter.kind is parameter.KEYWORD_ONLY]
-    signature = own.replace(parameters=[*positional, *_run_options(), *keywords])
+    file = inspect.Parameter("config_file", inspect.Parameter.KEYWORD_ONLY, annotation=ConfigFile, default=None)
+    signature = own.replace(parameters=[*positional, *_run_options(), *keywords, file])
     command.__signature__ = signature  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in signature.parameters.values()}
     return command
@@ -257,6 +259,34 @@ def with_run_options(command: Command) -> Command:
 
 def _config(options: Mapping[str, Any]) -> Config:
     return Config.of(**{name: value for name, value in options.items() if value is not None})
+
+
+def _of_file(context: typer.Context, file: Path | None) -> Path | None:
+    """Let the model be the one that `file` says, which is the empty name, where nothing else is said."""
+    if file is not None:
+        context.default_map = {"model": "", **(context.default_map or {})}
+    return file
+
+
+Like = Annotated[
+    Path | None,
+    typer.Option(
+        "--like",
+        metavar="FILE",
+        callback=_of_file,
+        is_eager=True,
+        rich_help_panel=WHAT,
+        show_default=False,
+        help="Do what the run did that made this file, on another source: its model, weights, layers, precision … where"
+        " nothing else is said. Other weights are refused.",
+    ),
+]
+
+
+Trust = Annotated[
+    bool,
+    _option("--trust", panel=SAFE, help="Let --like import code, and download weights, that only the file names."),
+]
 
 
 Source = Annotated[

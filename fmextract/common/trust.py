@@ -15,7 +15,15 @@ from pathlib import Path
 
 from fmextract.errors import ConfigError
 
-__all__ = ["check_download", "check_import", "check_weights_file", "downloads_are_allowed", "names_from_a_file"]
+__all__ = [
+    "check_download",
+    "check_import",
+    "check_weights",
+    "check_weights_file",
+    "downloads_are_allowed",
+    "names_from_a_file",
+    "weights_of_a_file",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +34,7 @@ class _Limits:
     weights_file_sha256: str
 
 
+_weights: ContextVar[tuple[Path, str] | None] = ContextVar("weights_of_a_file", default=None)
 _limits: ContextVar[_Limits | None] = ContextVar("names_from_a_file", default=None)
 
 
@@ -44,6 +53,26 @@ def names_from_a_file(
         yield
     finally:
         _limits.reset(before)
+
+
+@contextlib.contextmanager
+def weights_of_a_file(file: Path, sha256: str | None) -> Iterator[None]:
+    """While the block lasts, a model must have the weights with this digest, which `file` names; None: any."""
+    before = _weights.set(None if sha256 is None else (file, sha256))
+    try:
+        yield
+    finally:
+        _weights.reset(before)
+
+
+def check_weights(sha256: str) -> None:
+    """Raise ConfigError where a model has other weights than the run of a file had."""
+    expected = _weights.get()
+    if expected is not None and sha256 != expected[1]:
+        raise ConfigError(
+            f"the weights are not those of {expected[0]} (SHA-256 {sha256[:12]}…, there {expected[1][:12]}…): give that"
+            " model and its weights, or say which others are meant with -w (weights=)"
+        )
 
 
 def check_import(text: str, purpose: str) -> None:

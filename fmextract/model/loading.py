@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fmextract.capture.reach import is_unready
+from fmextract.common import trust
 from fmextract.errors import ConfigError, ModelError
 from fmextract.inputs.preprocessing import (
     PREPROCESS_HELP,
@@ -114,12 +115,14 @@ def load_model(
     origin = {"provider": provider, "model": name, **built.origin}
     if wanted.kind == "file":
         origin["weights_file_sha256"] = load_file(built.module, Path(wanted.value))
+    digest = weights_digest(built.module)
+    trust.check_weights(digest)
     return LoadedModel(
         module=built.module,
         name=model if isinstance(model, str) else name,
         preprocess=_settle(preprocess, built.preprocess, model, size),
         weights=f"file:{Path(wanted.value).name}" if wanted.kind == "file" else built.weights,
-        weights_sha256=weights_digest(built.module),
+        weights_sha256=digest,
         origin=origin,
         input_dtype=_input_dtype(built.module),
         unready=tuple(module for module in built.module.modules() if is_unready(module)),

@@ -52,9 +52,9 @@ def rerun(
     there = np.flatnonzero(acts.keys != "")
     chosen = np.random.default_rng(seed).choice(there, min(count, len(there)), replace=False)
     with (
-        _limited(acts, said),
+        limited(acts, said),
         prepare.prepare(
-            _source(acts, said), _model(acts, said), Config.of(**_options(acts, said)), progress or Quiet()
+            _source(acts, said), model(acts, said), Config.of(**options(acts, said)), progress or Quiet()
         ) as prepared,
     ):
         now = strict_json.plain(identity.identity(prepared))
@@ -65,7 +65,7 @@ def rerun(
             return recheck.differences(work, acts, first, [first + int(row) for row in chosen])
 
 
-def _limited(acts: activations.Activations, said: Said) -> contextlib.AbstractContextManager[None]:
+def limited(acts: activations.Activations, said: Said) -> contextlib.AbstractContextManager[None]:
     """While it lasts, a name in the file becomes code, or weights out of a network, only if the user said so.
 
     Raises ConfigError that says all that has to be given.
@@ -102,17 +102,18 @@ def _code(acts: activations.Activations, said: Said) -> Iterator[tuple[str, str]
             yield "=", reducer
 
 
-def _options(acts: activations.Activations, said: Said) -> dict[str, Any]:
-    options = {**acts.config.get("options", {}), "dataset_workers": 0}  # a few rows; and a file starts no processes
+def options(acts: activations.Activations, said: Said) -> dict[str, Any]:
+    """Return the options of the run, with what the user says. Raises ConfigError where the file cannot say it."""
+    told = {**acts.config.get("options", {}), "dataset_workers": 0}  # a few rows; and a file starts no processes
     if said.preprocess is not None:
-        options["preprocess"] = said.preprocess
-    elif _was_an_object(acts, options):
+        told["preprocess"] = said.preprocess
+    elif _was_an_object(acts, told):
         raise ConfigError(
             f"{acts.path}: its images were preprocessed by an object of a program; give it as preprocess=…"
         )
     if said.weights is not None or isinstance(said.model, nn.Module):
-        options["weights"] = said.weights or "default"
-    return options
+        told["weights"] = said.weights or "default"
+    return told
 
 
 def _was_an_object(acts: activations.Activations, options: Mapping[str, Any]) -> bool:
@@ -122,7 +123,8 @@ def _was_an_object(acts: activations.Activations, options: Mapping[str, Any]) ->
     return own or not isinstance(how, str) or how.startswith("Preprocess(")
 
 
-def _model(acts: activations.Activations, said: Said) -> Any:
+def model(acts: activations.Activations, said: Said) -> Any:
+    """Return the model that the user says, or the name in the file. Raises ConfigError where that is none."""
     name = str(acts.attrs["model"])
     if said.model is None and acts.config.get("origin", {}).get("provider") == "python" and ":" not in name:
         raise ConfigError(f"{acts.path}: the model {name} was an object in a program; give it as model=…")

@@ -40,9 +40,14 @@ def make_durable(path: Path) -> None:
 
 def write_json(path: Path, obj: Any) -> None:
     """Write `obj` so that `path` holds either what it held or all of `obj`, durably. Raises NoSpace, OutputError."""
+    write_text(path, strict_json.dumps(obj, indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, said: str) -> None:
+    """Write `said`, as UTF-8, so that `path` holds either what it held or all of it. Raises NoSpace, OutputError."""
     temporary = temporary_name(path)
     try:
-        temporary.write_text(strict_json.dumps(obj, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(said, encoding="utf-8")
         publish(temporary, path)
     except OSError as error:
         raise disk_error(path, error) from error

@@ -257,7 +257,7 @@ def test_options_that_cannot_be(fm: Run, options: list[object], words: list[str]
         (["extract"], ["SOURCE"]),
         (["extract", "photos"], ["--model"]),
         (["extract", "photos", "-m", "resnet50"], ["--out"]),
-        (["info"], ["OUT"]),
+        (["info"], ["FILE"]),
         (["info", "missing.h5"], ["missing.h5"]),
         (["info", "."], ["not an fmextract output"]),
     ],

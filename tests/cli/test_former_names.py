@@ -155,4 +155,4 @@ def test_a_plan_of_before_is_followed(photos: Path, tmp_path: Path, writing_as_b
     assert fmextract.Plan.load(saved).dtype == "float32"
     runs.run(photos, MODEL, out, config, runs.Notes(), plan=saved)
     with fmextract.open(out) as acts:
-        assert len(acts) == 9
+        assert len(acts.status) == 9
