@@ -94,17 +94,21 @@ def _section(name: str, command: Any, known: Mapping[str, str]) -> str:
         options = [option for option in options if option not in shared]
     words = " ".join(["fmextract", name, *(argument.metavar for argument in arguments), "[OPTIONS]"])
     lines = [f"- `{argument.metavar}`: {_text(argument)}" for argument in arguments]
-    for panel, of_panel in _panels(options).items():
-        lines += [*(["", f"**{panel}**", ""] if panel else []), *(f"- {_names(o)}: {_text(o)}" for o in of_panel)]
+    panels = _panels(options)
+    for panel, of_panel in panels.items():
+        lines += [
+            *(["", f"**{panel}**", ""] if len(panels) > 1 else []),
+            *(f"- {_names(o)}: {_text(o)}" for o in of_panel),
+        ]
     return "\n".join([f"## {name}", "", f"`{words}`", "", brief, *prose, "", "```sh", example, "```", "", *lines, ""])
 
 
 def _panels(options: Sequence[Any]) -> dict[str, list[Any]]:
-    """The options under the heading that `--help` gives them, in its order; those without one come first."""
-    found: dict[str, list[Any]] = {"": []}
+    """Return the options under the heading that `--help` gives them, in its order; those without one come last."""
+    found: dict[str, list[Any]] = {}
     for option in options:
-        found.setdefault(getattr(option, "rich_help_panel", None) or "", []).append(option)
-    return found
+        found.setdefault(option.rich_help_panel or "Also", []).append(option)
+    return found if "Also" not in found else {**found, "Also": found.pop("Also")}
 
 
 def _names(option: Any) -> str:
