@@ -1,4 +1,4 @@
-"""Pictures of what was stored, and of the network itself; they need matplotlib, the extra `look`.
+"""Draw pictures of what was stored, and of the network itself; they need matplotlib, the extra `look`.
 
 Reading and drawing needs no torch; only what runs a network, `show_filters` and `activations_of`, imports it.
 """

@@ -1,4 +1,4 @@
-"""What all pictures share: a figure without pyplot, colours, text that is safe to print, and how they are saved."""
+"""Provide what all pictures share: a figure without pyplot, colours, text that is safe to print, and how to save."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ GREYS = "gray"
 CELL, GAP = 112, 5
 """Pixels of one tile's side in a mosaic, and between two of them."""
 MOST_NAMES = 45
-"""Names of layers that can be read side by side."""
+"""Names of layers that fit side by side."""
 SLANTED = 24
-"""Of them, as many as are written slanting."""
+"""With more than these, names are written slanting."""
 SMALLEST_NAMED = 0.25
 """Inches of a tile's side, below which its number would cover it."""
 FONTS = (
@@ -44,7 +44,7 @@ FONTS = (
     "Apple SD Gothic Neo", "Yu Gothic", "Meiryo", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS",
     "Noto Sans Devanagari", "Noto Sans Thai", "Nirmala UI", "Leelawadee UI",
 )  # fmt: skip
-"""Fonts that hold letters which matplotlib's own, DejaVu Sans, has not: those that are installed stand in."""
+"""Fonts with letters that matplotlib's own, DejaVu Sans, lacks: those that are installed are used for them."""
 FORMATS = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 
 
@@ -104,7 +104,7 @@ THEMES = {
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How a picture is drawn: on a dark or a light ground, with so many pixels an inch, in which colours.
+    """How a picture is drawn: on a dark or a light ground, with so many pixels per inch, in which colours.
 
     `cmap` is the name of one of matplotlib's colour maps for values; without it magma for maps, in which equal steps
     of the value look like equal steps, and grey for kernels. Raises ConfigError for what there is not.
@@ -136,7 +136,7 @@ _Draws = TypeVar("_Draws", bound=Callable[..., Any])
 
 
 def styled(draw: _Draws) -> _Draws:
-    """Return a function that draws: its keyword `style` holds for all that it draws."""
+    """Wrap a function that draws: its keyword `style` holds for all that it draws."""
 
     @functools.wraps(draw)
     def drawn(*args: Any, **named: Any) -> Any:
@@ -152,13 +152,13 @@ def styled(draw: _Draws) -> _Draws:
 
 @contextlib.contextmanager
 def _letters() -> Iterator[None]:
-    """Around all that measures or draws text: keys may hold any letter; one that no font has shows as a box."""
+    """Set fonts for all that measures or draws text: keys may hold any letter; one without a font shows as a box."""
     settings = {
         "font.family": ["DejaVu Sans", *_installed_fonts()],
         # Letters in a PDF are those of a font, not drawings of them: publishers want that.
         "pdf.fonttype": 42,
     }
-    finding = logging.getLogger("matplotlib.font_manager")  # which tells of every font that has no bold letters
+    finding = logging.getLogger("matplotlib.font_manager")  # which reports every font that has no bold letters
     level = finding.level
     finding.setLevel(logging.ERROR)
     try:
@@ -183,7 +183,7 @@ def theme() -> Theme:
 
 
 def colour_map(otherwise: str = "magma") -> str:
-    """Return the name of the colour map for values: the one that was asked for."""
+    """Return the name of the colour map for values that was asked for."""
     return _style.get().cmap or otherwise
 
 
@@ -196,7 +196,7 @@ def _matplotlib() -> Any:
 
 
 def figure(width: float, height: float) -> Figure:
-    """Return a figure of so many inches without pyplot: no window, no global state, safe in a thread."""
+    """Create a figure of so many inches without pyplot: no window, no global state, safe in a thread."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -208,7 +208,7 @@ def figure(width: float, height: float) -> Figure:
 
 
 def check_name(out: str | os.PathLike[str]) -> Path:
-    """Return the name of a picture. Raises OutputError where it says no format that there is, MissingExtra."""
+    """Return the name of a picture. Raises OutputError for a suffix that is no format, MissingExtra."""
     path = Path(out)
     _matplotlib()
     if path.suffix.lower() not in FORMATS:
@@ -237,18 +237,18 @@ def file_name(number: int, name: str, kind: str = "png") -> str:
 
 
 def safe(text: object) -> str:
-    """`text` on one line, and no part of it taken for a formula."""
+    """Return `text` on one line, without formulas."""
     return printable(text).replace("$", r"\$")
 
 
 def cut(text: object, most: int) -> str:
-    """`text` on one line, cut in the middle to `most` letters."""
+    """Return `text` on one line, cut in the middle to `most` letters."""
     name = printable(text)
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most // 2) :]}"
 
 
 def short(text: object, most: int = 24) -> str:
-    """`safe`, cut in the middle to `most` letters."""
+    """Return `safe(text)`, cut in the middle to `most` letters."""
     return safe(cut(text, most))
 
 
@@ -293,7 +293,7 @@ def cell_like(size: tuple[int, int]) -> tuple[int, int]:
 def show_tiles(
     axis: Axes, tiles: Sequence[Array], names: Sequence[str], columns: int, cell: tuple[int, int] = (CELL, CELL)
 ) -> None:
-    """A mosaic on an axis, each tile with its name in a corner, where that leaves something of the tile to see."""
+    """Show a mosaic on an axis, each tile with its name in a corner if the tile is large enough."""
     from matplotlib.patheffects import withStroke
 
     axis.imshow(mosaic(tiles, columns, cell), interpolation="none")
@@ -308,7 +308,7 @@ def show_tiles(
 
 
 def colour_bar(axis: Axes, low: float, high: float, label: str, colours: str = "magma", words: bool = False) -> None:
-    """A bar on an axis of its own that says what dark and bright mean; `words`: each tile has its own range."""
+    """Draw a bar on an axis of its own that says what dark and bright mean; `words`: each tile has its own range."""
     axis.imshow(np.linspace(1, 0, 256)[:, None], cmap=colour_map(colours), aspect="auto", extent=(0, 1, 0, 1))
     middle = [] if low < 0 < high else [(0.5, "")]
     if low < 0 < high:
@@ -325,7 +325,7 @@ def colour_bar(axis: Axes, low: float, high: float, label: str, colours: str = "
 
 
 def heading(made: Figure, title: str, detail: str, place: tuple[float, float, float] | None = None) -> None:
-    """What a picture shows, and at the right, fainter, what there is to say of it. The one never runs into the other.
+    """Write what a picture shows, and at the right, fainter, a remark. The two never run into each other.
 
     `place` is the left end, the right end and the distance from above, in inches. A title that is too long is made
     smaller, and then cut in its middle.
@@ -345,13 +345,13 @@ def heading(made: Figure, title: str, detail: str, place: tuple[float, float, fl
 
 
 def _inches(text: Text) -> float:
-    """Return how long a text of a figure is."""
+    """Return the width of a figure's text."""
     root: Any = text.get_figure(root=True)
     return float(text.get_window_extent().width) / float(root.dpi)
 
 
 def plot_axis(made: Figure, box: tuple[float, float, float, float], title: str, ylabel: str = "") -> Axes:
-    """Return an axis for curves: no frame, faint lines."""
+    """Add an axis for curves: no frame, faint lines."""
     axis: Axes = made.add_axes(box, facecolor=theme().background)
     axis.set_title(safe(title), color=theme().ink, size=11, loc="left", weight="bold")
     axis.set_ylabel(ylabel, color=theme().faint, size=9)
@@ -364,18 +364,18 @@ def plot_axis(made: Figure, box: tuple[float, float, float, float], title: str, 
 
 
 def room_for_names(names: Sequence[str]) -> float:
-    """Return inches that `name_layers` takes below a plot."""
+    """Return the inches that `name_layers` takes below a plot."""
     letters = max((len(line) for name in names for line in name.splitlines()), default=0)
     return 0.25 + 0.075 * letters * (0.7 if len(names) <= SLANTED else 1.0)
 
 
 def tick_name(layer: str, numbers: Sequence[str] = ()) -> str:
-    """Return a layer as it stands below a plot, its numbers in a second line."""
+    """Return the name of a layer for below a plot, its numbers in a second line."""
     return "\n".join([short(layer, 24), *([" ".join(numbers)] if numbers else [])])
 
 
 def name_layers(axis: Axes, layers: Sequence[str]) -> None:
-    """The `tick_name` of each layer along the lower edge of a plot; of many, every second or third is named."""
+    """Write the `tick_name` of each layer along the lower edge of a plot; of many layers, every second or third."""
     every = -(-len(layers) // MOST_NAMES)
     names = layers[::every]
     slant: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
@@ -384,6 +384,6 @@ def name_layers(axis: Axes, layers: Sequence[str]) -> None:
 
 
 def legend(axis: Axes) -> None:
-    """Above the plot at its right, beside the title: on no curve."""
+    """Put the legend above the plot at its right, beside the title, where it covers no curve."""
     place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "ncols": 3, "borderaxespad": 0.2}
     axis.legend(frameon=False, fontsize=8.5, labelcolor=theme().faint, **place)

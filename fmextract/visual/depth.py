@@ -1,4 +1,4 @@
-"""What depth does: how sparse, how wide, how alive and of how many dimensions each layer is. Reads no maps."""
+"""Measure and draw what depth does: how sparse, wide, alive and high-dimensional each layer is. Reads no maps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LayerDepth:
     never active (never other than zero) in the whole data set, `constant` those that hold one and the same other value
     everywhere. NaN where a layer has no finite value.
 
-    `effective_dimension` (see `moments`) is over `effective_dimension_rows` images, and at most one less;
+    `effective_dimension` (see `storage.layer_stats`) is over `effective_dimension_rows` images, and at most one less;
     `effective_dimension_estimated` for more than 1,024 channels. NaN where images do not differ. What files of earlier
     versions do not hold is None.
     """
@@ -61,7 +61,7 @@ class LayerDepth:
 
 
 def measure_depth(acts: Activations, layers: Sequence[str] = ()) -> list[LayerDepth]:
-    """One entry a layer in the order of execution; layers without a channel axis have no statistics and are left out.
+    """Return one entry per layer in the order of execution; layers without a channel axis have no statistics.
 
     `layers` are names or selectors, all if none. Raises ConfigError where no layer has statistics.
     """
@@ -167,7 +167,7 @@ def _draw_dimension(axis: Axes, rows: Sequence[LayerDepth]) -> None:
         axis.set_yticks([])
         return
     axis.plot(range(len(rows)), found, "-o", color=canvas.theme().green, markersize=4, label="participation ratio")
-    # So few images, or channels, cannot have more: near these marks the figure says little of the network.
+    # So few images or channels cannot give more: near these marks the dimension says little of the network.
     most = np.array([min(row.channels, (row.effective_dimension_rows or 1) - 1) for row in rows])
     top = 1.2 * np.nanmax(found)
     most = np.where(np.isfinite(found), most, np.nan)

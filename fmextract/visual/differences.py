@@ -1,4 +1,4 @@
-"""A comparison of two outputs as a picture: the error of each layer, and how alike they stay."""
+"""Draw a comparison of two outputs: the error of each layer, and how alike they stay."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def draw_comparison(found: Comparison, out: str | os.PathLike[str], *, style: St
 
 
 def _scale_errors(axis: Axes, errors: Array) -> None:
-    """Decades where the errors span some, else a plain axis: with marks at least two of which can be read."""
+    """Scale the axis by decades if the errors span some, else evenly, with at least two marks."""
     above = errors[np.isfinite(errors) & (errors > 0)]
     if above.size and above.max() >= 10 * above.min():
         from matplotlib.ticker import LogLocator

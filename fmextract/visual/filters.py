@@ -1,4 +1,4 @@
-"""The kernels of a convolution as a picture. Imports torch, since it builds the model."""
+"""Draw the kernels of a convolution. Imports torch, since it builds the model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Filters:
     """Kernels of a convolution as they were drawn.
 
     `weights` is (filters, input channels, height, width), those shown: `filters` and `inputs` are their numbers. `low`
-    and `high` are the values that are drawn as black and white, one a filter.
+    and `high` are the values that are drawn as black and white, one per filter.
     """
 
     picture: Path
@@ -52,7 +52,7 @@ class Filters:
     maps: Array | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Without the values."""
+        """Return it as JSON, without the values."""
         return {
             "picture": str(self.picture),
             "layer": self.layer,
@@ -85,7 +85,7 @@ def show_filters(
     """Draw the kernels of a convolution into `out` (.png, .pdf, .svg).
 
     `layer` is its path or a selector (`conv#0`). Kernels with three input channels are drawn in colour, as a grid;
-    others one row a filter, one column for each input channel of the slice `inputs` (first, last + 1; 0 to 16 if
+    others as one row per filter, one column per input channel of the slice `inputs` (first, last + 1; 0 to 16 if
     None). Shown are the first `count` filters, those with the largest norm (`order` index or norm), or the `filters`
     given. Mid-grey is zero; `scale`: each filter reaches black or white, or only the strongest of all (shared). With
     `image`, a file, each filter is drawn beside the photo and the map that it makes of it.
@@ -120,7 +120,7 @@ def show_filters(
 
 
 def parse_slice(text: str | None) -> tuple[int, int] | None:
-    """`0:16` → (0, 16), None → None. Raises ConfigError."""
+    """Read `0:16` as (0, 16), and None as None. Raises ConfigError."""
     if text is None:
         return None
     first, colon, last = text.partition(":")
@@ -150,9 +150,7 @@ def _kernels(loaded: loading.LoadedModel, layer: str) -> tuple[str, Array, list[
 
 
 def _found(loaded: loading.LoadedModel, layer: str, modules: dict[str, nn.Module]) -> tuple[str, list[str]]:
-    """Return the module that a path or a selector means, and its numbers: by a pass that finds out the order of
-    execution.
-    """
+    """Return the module that a path or selector means, and its numbers, by a pass that shows the order of execution."""
     try:
         seen = _survey(loaded, layer)
     except (ConfigError, LayerError):
@@ -223,7 +221,7 @@ def _in_grid(tiles: Sequence[Array], numbers: Sequence[int]) -> Figure:
 
 
 def _in_rows(tiles: Sequence[Array], numbers: Sequence[int], inputs: range) -> Figure:
-    """One row a filter, its number before it; the numbers of the input channels above."""
+    """Draw one row per filter, its number before it; the numbers of the input channels above."""
     lines, columns = len(numbers), len(inputs)
     side = min(0.55, 8 / max(columns, 4))
     width = max(8.4, side * columns + 2.2)
@@ -251,7 +249,7 @@ def _beside(
     tiles: Sequence[Array],
     coloured: bool,
 ) -> tuple[Figure, Array]:
-    """Kernel, photo and map, one row a filter; and the maps (n, y, x)."""
+    """Draw kernel, photo and map, one row per filter. Returns the maps (n, y, x)."""
     with activations_of([image], loaded.module, [path], preprocess=loaded.preprocess) as acts:
         layer = acts[acts.layers[0]]
         maps = read_maps(acts, layer, 0).values[list(numbers)]
@@ -275,7 +273,7 @@ def _beside(
 
 
 def _frame(figure: Figure, path: str, title: str, most: float, scale: str, coloured: bool) -> None:
-    """Title above, and at the right what dark and bright mean."""
+    """Write the title above, and at the right what dark and bright mean."""
     width, height = figure.get_size_inches()
     canvas.heading(figure, path, title, (0.25, width - 0.25, 0.35))
     tall = min(3.0, height - 1.5)

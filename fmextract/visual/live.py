@@ -1,4 +1,4 @@
-"""Activations of a few images for looking at, with no file of one's own: a run into a temporary one. Imports torch."""
+"""Get activations of a few images to look at, by a run into a temporary file. Imports torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fmextract.visual.maps import MapPicture, show_maps
 def activations_of(
     inputs: Sequence[str | PathLike[str]], model: Any, layers: Sequence[str] | str = (), **options: Any
 ) -> Iterator[activations.Activations]:
-    """The activations of image files in `layers` of a model, for as long as the block lasts; their keys are the paths.
+    """Give the activations of image files in `layers` of a model, within the block; their keys are the paths.
 
     Options are those of `extract`. It runs in full precision unless told otherwise. Raises SourceError for a file that
     is no image, and what `extract` raises.
@@ -49,7 +49,7 @@ def show_maps_of(
     size: str | int | None = None,
     **drawing: Any,
 ) -> list[MapPicture]:
-    """Draw the maps that a model makes of one image file, one picture a layer into the folder `out`, with no file.
+    """Draw the maps that a model makes of an image file, one picture per layer into the folder `out`, with no output.
 
     `layers` are selectors as in `extract`, `drawing` the options of `show_maps`. Raises as `extract` and `show_maps`.
     """

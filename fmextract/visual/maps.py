@@ -1,4 +1,4 @@
-"""A photo beside the feature maps that a network made of it, layer by layer."""
+"""Draw a photo beside the feature maps that a network made of it, layer by layer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PANEL = 3.2
 """Inches of one panel's side."""
 SCALES = ("each", "shared")
 MOST_STRIPS = 4
-"""Tokens apart from the patches that there is room for: all of the usual networks'."""
+"""Room for so many tokens that are no patches: all of the usual networks'."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class MapPicture:
     ranges: tuple[tuple[float, float], ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Without the values."""
+        """Return it as JSON, without the values."""
         return {
             "picture": str(self.picture),
             "layer": self.layer,
@@ -75,7 +75,7 @@ def show_maps(
     format: str | None = None,
     style: Style = canvas.PLAIN,
 ) -> list[MapPicture]:
-    """Draw the maps of the image with the key `image`, one picture a layer into the folder `out`, in a `format` (png).
+    """Draw the maps of the image with the key `image`: one picture per layer into the folder `out`, as `format` (png).
 
     `layers` are names or selectors, every layer with maps if none. Of each the first `count` channels are shown, those
     that vary most over this photo (`order` first or strongest), or the `channels` given. `scale`: each map has its own
@@ -109,9 +109,7 @@ def show_maps(
 
 
 def _format(target: Path, wanted: str | None) -> tuple[bool, str]:
-    """Return whether all layers go into one picture, whose name is `target`, and the format of each. Raises
-    ConfigError.
-    """
+    """Return whether all layers go into one picture, named `target`, and the format of each. Raises ConfigError."""
     kinds = [suffix.removeprefix(".") for suffix in canvas.FORMATS]
     if wanted is not None and wanted not in kinds:
         raise ConfigError(f"unknown format {wanted!r}: expected {', '.join(kinds)}")
@@ -134,7 +132,7 @@ def draw_maps(
     title: str = "",
     style: Style = canvas.PLAIN,
 ) -> Path:
-    """Write one picture to `out` (.png, .pdf, .svg): the photo of a row as the network saw it, then a panel a layer.
+    """Write one picture to `out` (.png, .pdf, .svg): a row's photo as the network saw it, then one panel per layer.
 
     A panel shows the `channels` maps that vary most over this photo, in the order of their numbers, each scaled to
     its own range: dark is its lowest value, bright its highest. Returns the path.
@@ -193,7 +191,7 @@ def _laid_over(photo: PIL.Image.Image, grid: Grid, values: Array, ends: tuple[fl
 
 
 def describe_field(layer: Layer) -> str:
-    """`64×56×56 · sees 91×91 px`, with the effective field where it is known."""
+    """Return `64×56×56 · sees 91×91 px`, with the effective field where it is known."""
     words = [*layer.numbers, shape(layer.shape[1:])]
     field = layer.field
     if field is not None and field.whole:
@@ -234,7 +232,7 @@ def _draw_one(shown: _Shown, photo: PIL.Image.Image, key: str, scale: str, overl
 
 
 def _draw_apart(figure: Figure, box: tuple[float, float, float, float], name: str, values: Array) -> None:
-    """A token that is no patch: its values in the channels shown, from dark to bright."""
+    """Draw a token that is no patch: its values in the channels shown, from dark to bright."""
     axis = figure.add_axes(box)
     axis.imshow(canvas.paint(values[None], *canvas.value_range(values)), aspect="auto", interpolation="none")
     axis.set_axis_off()
@@ -293,7 +291,7 @@ def _picture_axis(panel: SubFigure) -> Any:
 
 
 def _caption(panel: SubFigure, name: str, numbers: Sequence[str], detail: str) -> None:
-    """The same place in every panel, so that the grids below line up; the numbers in a line of their own."""
+    """Write it at the same place in every panel, so that the grids below line up; the numbers on their own line."""
     title = panel.text(0.05, 0.966, short(name, 20), color=canvas.theme().ink, size=10, weight="bold", va="center")
     panel.text(0.05, 0.9, "  ".join(numbers), color=canvas.theme().faint, size=8.5, va="center")
     small = panel.text(0.95, 0.966, detail, color=canvas.theme().faint, size=8.5, va="center", ha="right")

@@ -1,8 +1,8 @@
-"""The photo behind a row: found again, and shown as the network saw it. Needs no torch.
+"""Find the photo of a row again, and show it as the network saw it. Needs no torch.
 
-A file from somebody else must not make a page out of pictures that lie elsewhere on this machine. So what it says of
-places is only where to look: a photo is shown if it has the very content that the row was made of, whose digest the row
-holds. Where the row holds none, the user has to name the folder, and the photo has to lie in it.
+An unknown sender's file must not put other pictures of this machine onto a page. So the paths in it only say where to
+look: a photo is shown if its content has the digest that the row holds. Where the row holds none, the user has to name
+the folder, and the photo has to lie in it.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ MOST_READ = 32
 
 
 class Listing:
-    """The files of the folder of photos by their size, its folders included: looked through once, when first needed."""
+    """The files in the folder of photos and below, by their size: listed once, when first needed."""
 
     def __init__(self, acts: Activations, images: str | os.PathLike[str] | None) -> None:
         self._folders = [Path(images)] if images is not None else candidates(acts.images, base_of(acts.path))
         self._by_size: dict[int, list[Path]] | None = None
 
     def of_size(self, size: int) -> list[Path]:
-        """At most MOST_READ of them."""
+        """Return at most MOST_READ files of a size."""
         if self._by_size is None:
             self._by_size = {}
             each = (found for folder in self._folders for found in _files(folder))
@@ -75,8 +75,8 @@ def load_photo(
     """Return the photo of a row, RGB, turned upright where the run did so, by the decoder of the run.
 
     It is looked for in `images`, a folder, or where the run found it: by its key, and then, as a key need not be the
-    name of a file, by its size and digest. `listing` spares looking through the folder for each of several photos.
-    Raises ConfigError where it is not, or is another photo now, or no picture at all.
+    name of a file, by its size and digest. `listing` saves listing the folder for each of several photos. Raises
+    ConfigError where it is missing, or is another photo now, or no picture at all.
     """
     path, data = _find(acts, row, images, listing or Listing(acts, images))
     try:
@@ -135,7 +135,7 @@ def _lies_in(path: Path, folder: Path) -> bool:
 
 
 def _places(acts: Activations, key: str, images: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """Where the photo of a key may be."""
+    """Yield the paths that the photo of a key may have."""
     for name in names_of(key):
         if images is None:
             yield from (folder / name for folder in candidates(acts.images, base_of(acts.path)))
@@ -154,7 +154,7 @@ def input_size(acts: Activations) -> tuple[int, int] | None:
 
 
 def check_traceable(acts: Activations) -> None:
-    """Raise ConfigError where nobody knows which part of a photo became the input: nothing can be laid over it then."""
+    """Raise ConfigError if it is unknown which part of a photo became the input: nothing can be laid over it."""
     if acts.preprocess.get("kind", "standard") != "standard":
         raise ConfigError(
             f"{acts.path}: the preprocessing was the user's own, so that where its input lies in a photo is not known"

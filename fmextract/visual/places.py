@@ -1,4 +1,4 @@
-"""Where a cell of a layer stands in the network's input: maps as (channel, y, x), tokens on their patch grid, regions.
+"""Place the cells of a layer in the network's input: maps as (channel, y, x), tokens on their patch grid, regions.
 
 Needs no torch and no matplotlib.
 """
@@ -55,7 +55,7 @@ class Grid:
 
     @property
     def placed(self) -> Field:
-        """The field, or where there is none the cells spread evenly over the input."""
+        """The field; without one the cells are spread evenly over the input."""
         if self.field is not None:
             return self.field
         steps = self.size[0] / self.cells[0], self.size[1] / self.cells[1]
@@ -77,7 +77,7 @@ class Grid:
         """Return what a cell (y, x) looks at."""
         placed = self.placed
         seen = cell_box(placed, cell, self.size)
-        # Of the field itself, not of what the image's edge leaves of it: so all cells of a layer are alike.
+        # By the field itself, not by what the image's edge leaves of it: so all cells of a layer are alike.
         fits = all(have <= room for have, room in zip(placed.size, self.size, strict=True))
         smaller = self.field is not None and not placed.whole and fits
         if self.effective is not None:
@@ -125,9 +125,7 @@ class Maps:
 
 
 def grid_of(acts: Activations, layer: Layer) -> Grid:
-    """Return the cells of a layer over the input. Raises ConfigError for a layer without maps, naming those that have
-    them.
-    """
+    """Return the cells of a layer over the input. Raises ConfigError for a layer without maps; it names those with."""
     axes = layer.axes[1:]
     size = input_size(acts)
     side = layer.attrs.get("erf_size")
@@ -166,7 +164,7 @@ def read_maps(acts: Activations, layer: Layer, row: int) -> Maps:
 def pick_channels(maps: Maps, count: int, order: str, chosen: Sequence[int], layer: str) -> list[int]:
     """Return the channels to show: `chosen`; else the `first`, or those that vary most within (`strongest`).
 
-    Ascending, but for `chosen`. Raises ConfigError for a channel that there is not, or another order.
+    Ascending, except `chosen`. Raises ConfigError for an unknown channel or order.
     """
     channels = len(maps.values)
     if chosen:

@@ -1,4 +1,4 @@
-"""What `fmextract bench` measured, as a picture: the time of an image, stage by stage, and that of whole runs."""
+"""Draw what `fmextract bench` measured: the time per image, stage by stage, and that of whole runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def draw_stages(found: Benchmark, out: str | os.PathLike[str], *, style: Style = canvas.PLAIN) -> Path:
     """Draw a benchmark into `out` (.png, .pdf, .svg); returns the path. Raises MissingExtra, OutputError.
 
-    One bar a stage, milliseconds an image through the code of a run and by the bare library call; below them the limit
-    that the stages set, and whole runs.
+    One bar per stage, in milliseconds per image, through the code of a run and by the bare library call; below them the
+    limit that the stages set, and whole runs.
     """
     stages = [stage for stage in found.stages if stage.part]
     names = [stage.name for stage in stages] + ["limit", "end to end"]
@@ -38,7 +38,7 @@ def draw_stages(found: Benchmark, out: str | os.PathLike[str], *, style: Style =
     for place, value in zip(places, ours, strict=True):
         axis.text(value, place, f" {value:.3g}", color=canvas.theme().ink, size=8.5, va="center")
     axis.set_yticks(places, names)
-    axis.set_xlabel("milliseconds an image, all threads", color=canvas.theme().faint, size=9)
+    axis.set_xlabel("milliseconds per image, all threads", color=canvas.theme().faint, size=9)
     axis.grid(axis="x", color=canvas.theme().line, linewidth=0.8)
     axis.grid(visible=False, axis="y")
     axis.margins(x=0.08)

@@ -1,4 +1,4 @@
-"""The images that drive a channel hardest, and the part of each that did it. Reads no maps: the run recorded where."""
+"""Draw the images that drive a channel hardest, and the part of each that did it, from what the run recorded."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def show_top(
 
 
 def _lines(examples: list[Example]) -> list[tuple[list[Example], bool]]:
-    """Of nearly the same length, at most ACROSS images each, and whether it is a channel's first."""
+    """Yield lines of nearly the same length, at most ACROSS images each, and whether each is a channel's first."""
     lines = max(1, math.ceil(len(examples) / ACROSS))
     across = max(1, math.ceil(len(examples) / lines))
     return [(examples[i : i + across], i == 0) for i in range(0, len(examples), across)]
@@ -190,7 +190,7 @@ def _legend(examples: Sequence[Example]) -> str:
 
 
 def draw_region(axis: Axes, photo: PIL.Image.Image, region: Region | None, colour: str = "") -> None:
-    """A photo as the network saw it, with the boxes of a region."""
+    """Draw a photo as the network saw it, with the boxes of a region."""
     axis.imshow(np.asarray(photo), interpolation="lanczos", extent=(0, photo.width, photo.height, 0))
     axis.set_axis_off()
     if region is not None:
@@ -202,7 +202,7 @@ def draw_region(axis: Axes, photo: PIL.Image.Image, region: Region | None, colou
 
 
 def outline(axis: Axes, box: Box, colour: str, dashed: bool = False, halo: str = "black") -> None:
-    """A box with an edge of another colour around its line, so that it shows on any photo."""
+    """Draw a box with an edge of another colour around its line, so that it shows on any photo."""
     from matplotlib.patches import Rectangle
 
     y0, x0, y1, x1 = box

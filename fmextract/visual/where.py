@@ -1,4 +1,4 @@
-"""Where in an image a layer looks: its strongest channels with the region of each, and the heat of all of them."""
+"""Show where in an image a layer looks: its strongest channels with the region of each, and the heat of all of them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Where:
     spread: Array
 
     def as_json(self) -> dict[str, Any]:
-        """Without the maps."""
+        """Return it as JSON, without the maps."""
         return {
             "layer": self.layer,
             "key": self.key,
@@ -79,12 +79,11 @@ class Where:
 
 
 def localize(acts: Activations, image: str, layer: str, k: int = 5) -> Where:
-    """Return the `k` strongest channels of the image with this key in a layer, and where all channels together are
-    strongest.
+    """Return the `k` strongest channels of the image with this key in a layer, and where all channels are strongest.
 
     A channel is as strong as its highest value is unusual: measured in the channel's own standard deviations over the
-    data set, since a channel that is always high says nothing of this image. One without any finite value is none of
-    them. Raises ConfigError.
+    data set, since a channel that is always high says nothing of this image. One without any finite value does not
+    count. Raises ConfigError.
     """
     row, one = acts.row(image), acts[layer]
     if k < 1:
@@ -165,13 +164,13 @@ def show_where(
 
 
 def _colours(count: int) -> list[str]:
-    """One for each of so many peaks; beyond the palette they come again."""
+    """Return a colour for each of so many peaks; beyond the palette they repeat."""
     palette = canvas.theme().palette
     return [palette[i % len(palette)] for i in range(count)]
 
 
 def _mark_peaks(axis: Axes, peaks: Sequence[Peak], height: int) -> None:
-    """The box of each peak, and its number within: those of one cell below each other, upwards at the lower edge."""
+    """Draw the box of each peak, and its number in it: those of one cell below each other, upwards at the lower edge."""
     halo = canvas.theme().halo
     mark = {"boxstyle": "round,pad=0.15", "facecolor": halo, "edgecolor": "none", "alpha": 0.7}
     step = 15 * height / 224

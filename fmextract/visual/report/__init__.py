@@ -1,1 +1,1 @@
-"""A run as one HTML page."""
+"""Write a run as one HTML page."""

@@ -1,4 +1,4 @@
-"""The numbers of a report, as plain data: the run, its failures, each layer with its histogram, each channel."""
+"""Collect the numbers of a report as plain data: the run, its failures, each layer with its histogram, each channel."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BYTES_A_CHANNEL = 4 * 5.4 + TOP * 4 * 5.4
 BINS = 60
 VALUES_A_ROW = 20_000
 NEAR = 0.01
-"""Of the root mean square: up to here a value counts as near zero where the run did not count them."""
+"""Share of the root mean square up to which a value counts as near zero, where the run did not count them."""
 LONGEST = 500
 """Characters of a key or a message: a damaged file may hold megabytes."""
 
@@ -50,7 +50,7 @@ def plain(value: Any) -> Any:
 
 
 def shown(text: object) -> str:
-    """On one line, without characters that turn or hide others, and not longer than anybody reads."""
+    """Return it on one line, cut to SHOWN, without characters that turn or hide others."""
     said = printable(text)
     return said if len(said) <= LONGEST else f"{said[: LONGEST // 2]} … {said[-LONGEST // 2 :]}"
 
@@ -100,7 +100,7 @@ def _weights(acts: Activations) -> str:
 
 
 def _preprocessing(preprocess: Mapping[str, Any]) -> str:
-    """`resize 256, crop 224×224, bicubic`."""
+    """Say it as `resize 256, crop 224×224, bicubic`."""
     if preprocess.get("kind", "standard") != "standard":
         return local_name(preprocess.get("origin") or "the user's own")
 
@@ -116,9 +116,9 @@ def _preprocessing(preprocess: Mapping[str, Any]) -> str:
 
 
 class Places:
-    """What a page that is sent on says of where images lie: names, and no folders of the machine it was made on.
+    """Where images lie, for a page that is passed on: names, and no folders of this machine.
 
-    Of keys that are absolute paths the folder that all have in common is left out, so that they still differ.
+    Keys that are absolute paths lose the folder that all have in common, so that they still differ.
     """
 
     def __init__(self, acts: Activations, *folders: str) -> None:
@@ -159,7 +159,7 @@ class Sample:
 
 
 def sample(layer: Layer, rows: Sequence[int]) -> Sample:
-    """At most VALUES_A_ROW values of each row."""
+    """Take at most VALUES_A_ROW values of each row."""
     taken = []
     for row in rows:
         values = np.asarray(layer[row]).reshape(-1)
@@ -170,7 +170,7 @@ def sample(layer: Layer, rows: Sequence[int]) -> Sample:
 
 
 def layer(layer: Layer, sampled: Sample) -> dict[str, Any]:
-    """One layer: what it is, its statistics and its histogram."""
+    """Describe one layer: what it is, its statistics and its histogram."""
     field, info = layer.field, layer.info()
     effective = layer.attrs.get("erf_size")
     return {
@@ -199,7 +199,7 @@ def layer(layer: Layer, sampled: Sample) -> dict[str, Any]:
 
 
 def stats_of(layer: Layer) -> Stats | None:
-    """Return None where the axis of the channels is not known."""
+    """Return the position of the channel axis; None where it is not known."""
     try:
         return layer.stats
     except ConfigError:
@@ -207,7 +207,7 @@ def stats_of(layer: Layer) -> Stats | None:
 
 
 def _summary(stats: Stats | None, sampled: Sample) -> dict[str, Any]:
-    """Over all channels, from the run's statistics where there are any, else from the sample."""
+    """Summarise all channels, by the run's statistics if there are any, else by the sample."""
     finite = sampled.values[np.isfinite(sampled.values)]
     some = finite if finite.size else np.array([np.nan])
     if stats is None:
@@ -253,9 +253,9 @@ def _dimension(layer: Layer) -> dict[str, Any]:
 
 
 def _histogram(sampled: Sample) -> dict[str, Any] | None:
-    """Of the values that are finite and not zero: a spike of zeros would hide the others, and is told apart.
+    """Make a histogram of the finite values that are not zero; a spike of zeros would hide the others.
 
-    The outermost thousandths lie outside the bins, and are counted: one outlier would squeeze all others into one bin.
+    The outermost thousandths lie outside the bins and are counted: one outlier would squeeze all others into one bin.
     """
     finite = sampled.values[np.isfinite(sampled.values)]
     others = finite[finite != 0]
@@ -276,7 +276,7 @@ def _histogram(sampled: Sample) -> dict[str, Any] | None:
 
 
 def channel_count(layer: Layer) -> int:
-    """0 where there are no statistics by channel."""
+    """Return the number of channels; 0 without statistics by channel."""
     stats = stats_of(layer)
     return 0 if stats is None else len(stats.count)
 
@@ -289,7 +289,7 @@ def spread_of_channels(layer: Layer) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Channels:
-    """`rows` are those that are named in it, the featured channels' first."""
+    """Channels of a layer. `rows` are those that they name, the featured channels' first."""
 
     data: dict[str, Any]
     rows: list[int]

@@ -1,4 +1,4 @@
-"""Small photos, as the network saw them, for a page that is sent away."""
+"""Make small photos, as the network saw them, for a page that is passed on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUALITY = 75
 class Photos:
     """The photos of a run, in the folder `images`, else where the run found them.
 
-    `geometry` is False where the preprocessing is the user's own: then nobody knows where a photo lies in the input.
+    `geometry` is False for a user's own preprocessing: it is unknown where a photo lies in the input.
     `missing` holds, by row, why there is no photo.
     """
 
@@ -33,9 +33,7 @@ class Photos:
         self.missing: dict[int, str] = {}
 
     def thumbnail(self, row: int) -> dict[str, Any] | None:
-        """Return JPEG as base64, and the (height, width) of the network's input that it shows; None where there is
-        none.
-        """
+        """Return a JPEG as base64, and the (height, width) of the input that it shows; None without a photo."""
         try:
             photo = as_seen(load_photo(self._acts, row, self._images, self._listing), self._acts.preprocess)
         except ConfigError as error:

@@ -1,10 +1,10 @@
-"""One HTML file about a run: what was done, every layer in numbers, its maps over the photos, its strongest images.
+"""Write an HTML file about a run: what was done, each layer in numbers, its maps over photos, its strongest images.
 
 The page needs no server, no network and nothing beside it. All that a file says (keys, messages, names of layers) goes
 into it as JSON in a block that is never executed, and from there onto the page as text, never as markup.
 
-Room is given out in an order: what the run was and every layer's numbers, always; the statistics of channels with
-their strongest images; photos; maps. What did not fit is said on the page and in the result.
+The page is filled in an order: the run and every layer's numbers, always; the statistics of channels with their
+strongest images; photos; maps. The page and the result say what did not fit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["Report", "write_report"]
 
 MAX_SIZE = 20_000_000
 IMAGES = 24
-"""Images whose maps are shown, where the data set has as many: what a person looks through."""
+"""Images whose maps are shown, if the data set has as many: no more than a person looks through."""
 SAMPLED = 12
 """Images whose values go into the histograms."""
 MAPS = 64
@@ -47,13 +47,13 @@ MAP_LAYERS = 100
 FEWEST_MAPS = 12
 """Rather fewer images than fewer maps of each layer."""
 PHOTO = 25_000
-"""Bytes that a photo takes at most, about: with less room left, none is read for nothing."""
+"""Bytes that a photo takes at most, about: with less room left, none is read in vain."""
 GIVE_UP = 100
-"""Photos missing before the first one found: no more are looked for, each of which may be a question to a network."""
+"""Photos that may be missing before the first one is found: each look may ask a network."""
 FEATURED = 16
 """Channels of each layer whose strongest images all get a photo before any other channel's do."""
 MARK = '<meta name="generator" content="fmextract">'
-"""By this a page is recognised as ours, and may be written over."""
+"""Marks a page as ours, which may be overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +85,8 @@ def write_report(
 ) -> Report:
     """Write a page about the output at `path` to `out`, else report.html beside it, of at most `max_size` bytes.
 
-    Photos come from the folder `images`, else from the source that the file names; without them the rest is there all
-    the same. Raises ConfigError where `out` holds something else, or where `max_size` is too little for the numbers.
+    Photos come from the folder `images`, else from the source that the file names; without them the page has all the
+    rest. Raises ConfigError where `out` holds something else, or where `max_size` is too little for the numbers.
     """
     target = Path(out) if out is not None else Path(path).absolute().parent / "report.html"
     _refuse_foreign(target)
@@ -140,12 +140,12 @@ def _template(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names an inline style or script: nothing else may run in the page."""
+    """Return the name of an inline style or script for a content security policy: nothing else may run in the page."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _json(data: Any) -> str:
-    """JSON that cannot end the script element it stands in, with null for what is not finite."""
+    """Write JSON that cannot end the script element it stands in, with null for what is not finite."""
     text = strict_json.dumps(numbers.plain(data), separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -193,7 +193,7 @@ class _Collected:
         return {**numbers.layer(layer, sampled), "view": view.as_json(), "channels": None}
 
     def _add_channels(self, max_size: int) -> None:
-        """Statistics and strongest images by channel: of all, or of as many a layer as a quarter has room for."""
+        """Add statistics and strongest images by channel: of all, or of as many per layer as a quarter has room for."""
         have = {name: numbers.channel_count(self.acts[name]) for name in self.acts.layers}
         room = max_size / 4
         while any(have.values()):
@@ -217,7 +217,7 @@ class _Collected:
                 self._put(self.data["keys"], row, self.places.key(row))
 
     def _put(self, into: dict[Any, Any], key: Any, value: Any) -> bool:
-        """Return whether there was room for it."""
+        """Add it, and return whether there was room for it."""
         need = len(_json({str(key): value}))
         if need > self.room:
             return False
@@ -226,7 +226,7 @@ class _Collected:
         return True
 
     def _add_photos(self, reserved: float) -> None:
-        """Of the images with maps, then of those that channels name, the featured channels first."""
+        """Add the photos of images with maps, then of those that channels name, the featured channels first."""
         for row in dict.fromkeys([*self.rows, *self.named]):
             if row in self.data["photos"] or row in self.photos.missing:
                 continue
@@ -306,7 +306,7 @@ class _Collected:
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most `most` of the items, evenly spread, the first and the last among them."""
+    """Return at most `most` of the items, evenly spread, the first and the last among them."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / max(1, most - 1))] for i in range(most)]

@@ -1,4 +1,4 @@
-"""How the values of one image in a layer are looked at: as maps beside one another, or as one line of numbers."""
+"""Choose how to show the values of an image in a layer: as maps beside one another, or as one line of numbers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class View:
 
     @property
     def bytes_a_map(self) -> float:
-        """In the page, about: a compressed byte a cell as base64, its range, and the tokens apart."""
+        """Bytes in the page, about: a compressed byte per cell as base64, its range, and the tokens apart."""
         height, width = self.drawn_size
         return 8.0 if self.kind == "vector" else height * width * 1.15 + 24 + 9 * self.prefix
 
@@ -59,7 +59,7 @@ class View:
         return self.count if self.shown is None else len(self.shown)
 
     def fit(self, most: int) -> int:
-        """Return how many are shown where `most` maps of a layer are."""
+        """Return how many are shown if each layer shows `most` maps."""
         return min(self.count, VECTOR if self.kind == "vector" else most)
 
     def choose(self, numbers: Sequence[int]) -> None:
@@ -144,9 +144,7 @@ def _pooled(maps: Array, pool: int) -> Array:
 
 
 def _sprite(levels: Array) -> str:
-    """Return the maps in rows of sprite_columns(): as near to a square as their number allows, for no browser draws a
-    mile.
-    """
+    """Return the maps in rows of sprite_columns(), nearly a square, since no browser draws a picture of any length."""
     count, height, width = levels.shape
     columns = sprite_columns(count, height, width)
     lines = math.ceil(count / columns)
