@@ -170,7 +170,7 @@ def _colours(count: int) -> list[str]:
 
 
 def _mark_peaks(axis: Axes, peaks: Sequence[Peak], height: int) -> None:
-    """Draw the box of each peak, and its number in it: those of one cell below each other, upwards at the lower edge."""
+    """Draw the box of each peak, its number in it: those of one cell below each other, upwards at the lower edge."""
     halo = canvas.theme().halo
     mark = {"boxstyle": "round,pad=0.15", "facecolor": halo, "edgecolor": "none", "alpha": 0.7}
     step = 15 * height / 224
