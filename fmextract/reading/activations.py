@@ -286,7 +286,10 @@ class Activations:
 
     @property
     def input_size(self) -> tuple[int, int] | None:
-        """(height, width) of the network's input, None where the file does not say."""
+        """(height, width) of the network's input, None where the file does not say, or the input is no image."""
+        shape = self.config.get("identity", {}).get("input_shape")
+        if shape is not None:
+            return (shape[1], shape[2]) if len(shape) == 3 else None
         for step in ("crop", "resize"):
             size = self.preprocess.get(step)
             if isinstance(size, list):

@@ -145,14 +145,6 @@ def _places(acts: Activations, key: str, images: str | os.PathLike[str] | None) 
         yield Path(images) / PurePath(name).name
 
 
-def input_size(acts: Activations) -> tuple[int, int] | None:
-    """Return (height, width) of the network's input, None where the file does not say."""
-    shape = acts.config.get("identity", {}).get("input_shape")
-    if isinstance(shape, list) and len(shape) == 3:
-        return int(shape[1]), int(shape[2])
-    return acts.input_size
-
-
 def check_traceable(acts: Activations) -> None:
     """Raise ConfigError if it is unknown which part of a photo became the input: nothing can be laid over it."""
     if acts.preprocess.get("kind", "standard") != "standard":

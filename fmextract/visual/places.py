@@ -16,7 +16,6 @@ from fmextract.common.boxes import Box, cell_box, patch_grid
 from fmextract.errors import ConfigError
 from fmextract.reading.select import has_maps
 from fmextract.records import Field
-from fmextract.visual.photos import input_size
 
 if TYPE_CHECKING:
     from fmextract.reading.activations import Activations
@@ -127,7 +126,7 @@ class Maps:
 def grid_of(acts: Activations, layer: Layer) -> Grid:
     """Return the cells of a layer over the input. Raises ConfigError for a layer without maps; it names those with."""
     axes = layer.axes[1:]
-    size = input_size(acts)
+    size = acts.input_size
     side = layer.attrs.get("erf_size")
     effective = None if side is None else float(np.max(side))
     if set(axes) == {"channel", "y", "x"}:

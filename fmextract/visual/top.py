@@ -19,7 +19,7 @@ from fmextract.errors import ConfigError
 from fmextract.reading.select import has_maps
 from fmextract.visual import canvas
 from fmextract.visual.canvas import Style, short, styled
-from fmextract.visual.photos import Listing, as_seen, input_size, load_photo
+from fmextract.visual.photos import Listing, as_seen, load_photo
 from fmextract.visual.places import Grid, Region, grid_of
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _grid(acts: Activations, layer: Layer) -> Grid | None:
     """Return the cells that recorded positions stand for: also of a layer that keeps the positions and not the maps."""
     if has_maps(layer):
         return grid_of(acts, layer)
-    size = input_size(acts)
+    size = acts.input_size
     if layer.field is None or size is None:
         return None
     return Grid((1, 1), size, 0, layer.field, layer.attrs.get("erf_size"))

@@ -29,7 +29,6 @@ from fmextract.common.text import byte_count, count, printable
 from fmextract.errors import ConfigError
 from fmextract.reading import activations
 from fmextract.reading.layer import Layer
-from fmextract.visual.photos import input_size
 from fmextract.visual.report import numbers
 from fmextract.visual.report.photos import Photos
 from fmextract.visual.report.views import drawn, view_of
@@ -160,7 +159,7 @@ class _Collected:
         self.acts = acts
         self.places = numbers.Places(acts, str(Path(images).absolute()) if images is not None else "")
         self.room = max_size - len(_page("x" * 300, {}))
-        self.views = {name: view_of(acts[name], input_size(acts)) for name in acts.layers}
+        self.views = {name: view_of(acts[name], acts.input_size) for name in acts.layers}
         good = acts.rows()
         self.rows = _spread(good.tolist(), IMAGES)
         sampled = {name: numbers.sample(acts[name], _spread(self.rows, SAMPLED)) for name in acts.layers}
@@ -168,7 +167,7 @@ class _Collected:
         self.photos = Photos(acts, images)
         self.data: dict[str, Any] = {
             "run": numbers.run(acts),
-            "input": input_size(acts),
+            "input": acts.input_size,
             "geometry": self.photos.geometry,
             "failures": numbers.failures(acts, self.places),
             "layers": self.layers,
