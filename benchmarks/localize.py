@@ -27,7 +27,6 @@ from fmextract.common.boxes import Box, photo_box
 from fmextract.common.progress import Quiet
 from fmextract.reading.activations import Activations
 from fmextract.visual import where
-from fmextract.visual.photos import input_size
 
 OBJECTS = ("astronaut.png", "chelsea.png", "coffee.png", "motorcycle_left.png", "rocket.jpg", "coins.png")
 BACKGROUNDS = ("grass.png", "brick.png", "moon.png")
@@ -88,7 +87,7 @@ def chances(acts: Activations, targets: Mapping[str, Box]) -> tuple[float, float
     for key, target in targets.items():
         row = acts.row(key)
         size = int(acts.heights[row]), int(acts.widths[row])
-        whole = input_size(acts)
+        whole = acts.input_size
         assert whole is not None
         seen = photo_box((0, 0, *whole), acts.preprocess, size)
         assert seen is not None

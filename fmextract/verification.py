@@ -24,7 +24,7 @@ from fmextract.planning import Plan
 from fmextract.reading import activations, indexing
 from fmextract.reading.layer import Layer
 from fmextract.records import Progress, Status
-from fmextract.storage import layer_stats, layout, shards
+from fmextract.storage import codecs, layer_stats, layout, shards
 from fmextract.storage.digest import chunk_digest, content_digest
 from fmextract.storage.shards import INDEX, PLAN, ShardRecord
 
@@ -320,7 +320,7 @@ class _Recount:
         # Statistics are of the values before they were rounded.
         self._rounding = 0.0 if bits is None or layer.dtype.kind != "f" else 2.0**-bits
         self._flushes = narrowed
-        self._clip = 65504.0 if narrowed and options.get("clip") else math.inf
+        self._clip = codecs.FLOAT16_MAX if narrowed and options.get("clip") else math.inf
 
     def add(self, values: Array, at: int) -> Iterator[str]:
         """A block of rows from `at` on; yields what is wrong with it."""

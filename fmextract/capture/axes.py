@@ -301,6 +301,17 @@ def _matrix_product(left: str, right: str) -> Rule:
     return rule
 
 
+ATTENTION = (
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_attention_math", "scaled_dot_product_attention",
+    "_scaled_dot_product_fused_attention_overrideable",
+)  # fmt: skip
+"""What torch calls the attention of (queries, keys, values), by the way it is computed."""
+FUSED_ATTENTION = ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
+"""Attention with the linear layers around it in one operation."""
+
+
 def _attention(operation: Operation) -> Found:
     """softmax(q k^T) v: rows from the query, columns from the value."""
     query, value = operation.known("query"), operation.known("value")
@@ -600,16 +611,8 @@ RULES: dict[str, Rule] = {
     "matmul": _matrix_product("self", "other"),
     **dict.fromkeys(("addmm", "_addmm_activation"), _matrix_product("mat1", "mat2")),
     "baddbmm": _matrix_product("batch1", "batch2"),
-    **dict.fromkeys(
-        (
-            "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-            "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-            "_scaled_dot_product_attention_math", "scaled_dot_product_attention",
-            "_scaled_dot_product_fused_attention_overrideable",
-        ),
-        _attention,
-    ),
-    **dict.fromkeys(("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), _fused_attention),
+    **dict.fromkeys(ATTENTION, _attention),
+    **dict.fromkeys(FUSED_ATTENTION, _fused_attention),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "_reshape_alias", "view_as", "_reshape_copy"), _view),
     "permute": _permute,
     **dict.fromkeys(("transpose", "t", "swapaxes"), _transpose),

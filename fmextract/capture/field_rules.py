@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 from fmextract.capture.atoms import TOKEN, Axes, length
-from fmextract.capture.axes import Operation
+from fmextract.capture.axes import ATTENTION, FUSED_ATTENTION, Operation
 from fmextract.capture.spans import (
     ROLES,
     LostError,
@@ -504,14 +504,6 @@ RULES: dict[str, Rule] = {
     "_addmm_activation": _matrix_product("mat1", "mat2"),
     "baddbmm": _matrix_product("batch1", "batch2"),
     "linear": _linear,
-    **dict.fromkeys(
-        (
-            "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention",
-            "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
-            "_scaled_dot_product_attention_math", "scaled_dot_product_attention",
-            "_scaled_dot_product_fused_attention_overrideable",
-        ),
-        _attention,
-    ),
-    **dict.fromkeys(("_native_multi_head_attention", "_transformer_encoder_layer_fwd"), _self_attention),
+    **dict.fromkeys(ATTENTION, _attention),
+    **dict.fromkeys(FUSED_ATTENTION, _self_attention),
 }  # fmt: skip

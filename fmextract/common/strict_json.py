@@ -15,16 +15,21 @@ def dumps(value: Any, **options: Any) -> str:
     return json.dumps(plain(value), allow_nan=False, **options)
 
 
-def plain(value: Any) -> Any:
-    """Return what JSON holds of `value`: numpy's types as Python's, tuples as lists, null for what is not finite."""
+def plain(value: Any, digits: int | None = None) -> Any:
+    """Return what JSON holds of `value`: numpy's types as Python's, tuples as lists, null for what is not finite.
+
+    Floats are rounded to `digits` significant digits, where given.
+    """
     if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else str(key): plain(one) for key, one in value.items()}
+        return {key if isinstance(key, str) else str(key): plain(one, digits) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
+        return [plain(one, digits) for one in value]
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return plain(value.tolist(), digits)
     if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return plain(value.item(), digits)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
     return value

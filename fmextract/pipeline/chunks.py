@@ -15,8 +15,6 @@ from fmextract.records import LayerSpec
 from fmextract.storage import codecs, layout
 from fmextract.storage.digest import chunk_digest
 
-FLOAT16_MAX = 65504.0
-
 Piece = torch.Tensor | int  # a tensor of rows, or a number of failed rows, which are stored as the fill value
 
 
@@ -177,8 +175,8 @@ def _fill(rows: int, spec: LayerSpec, bfloat16: bool) -> np.ndarray[Any, Any]:
 def _narrowed(piece: torch.Tensor, clip: bool) -> tuple[np.ndarray[Any, Any], int]:
     """(float32 values that fit into float16, how many finite ones did not)."""
     wide = piece.to(torch.float32)
-    over = (wide.abs() > FLOAT16_MAX) & wide.isfinite()
+    over = (wide.abs() > codecs.FLOAT16_MAX) & wide.isfinite()
     count = int(over.count_nonzero())
     if count and clip:
-        wide = torch.where(over, wide.clamp(-FLOAT16_MAX, FLOAT16_MAX), wide)
+        wide = torch.where(over, wide.clamp(-codecs.FLOAT16_MAX, codecs.FLOAT16_MAX), wide)
     return wide.contiguous().numpy(), count

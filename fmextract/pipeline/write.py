@@ -18,7 +18,7 @@ from fmextract.pipeline import chunks
 from fmextract.pipeline.threads import Pool
 from fmextract.pipeline.work import Tally, Work
 from fmextract.records import SampleTable
-from fmextract.storage import durable, layout
+from fmextract.storage import codecs, durable, layout
 from fmextract.storage.shards import file_sha256, record_shard, shard_name
 from fmextract.storage.writer import ShardWriter
 
@@ -141,7 +141,7 @@ class Writer:
         name = self._work.plan.layers[layer].name
         if not self._work.plan.clip:
             raise ConfigError(
-                f"layer {name!r} has values beyond ±{chunks.FLOAT16_MAX:.0f}, which float16 cannot hold. Use --dtype"
+                f"layer {name!r} has values beyond ±{codecs.FLOAT16_MAX:.0f}, which float16 cannot hold. Use --dtype"
                 " float32, or --clip to store the largest float16 instead (how many were clipped stands in the file)."
             )
         self._overflowed[name] = self._overflowed.get(name, 0) + count

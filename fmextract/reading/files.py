@@ -21,14 +21,14 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from fmextract.errors import ConfigError, DamagedError, FmextractError, FormatError
+from fmextract.errors import ConfigError, DamagedError, FormatError
 from fmextract.reading.indexing import Array
 from fmextract.records import FileInfo, Label, LayerSpec
 from fmextract.storage import codecs, contents, layer_stats, layout, schema, writer
 from fmextract.storage.columns import decode_column
 from fmextract.storage.layer_stats import COUNTED, Totals
 from fmextract.storage.shards import INDEX, PLAN, load_index, load_records, read_sealed
-from fmextract.storage.validation import check_heaps
+from fmextract.storage.validation import check_heaps, reading
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -121,7 +121,7 @@ class File:
 
         A block within a block uses the same opening: one around many reads opens the file once.
         """
-        with damage(self.path):
+        with reading(self.path):
             with self._opening:
                 if self._opened is None:
                     self._opened = self._open_hdf5()
@@ -137,7 +137,7 @@ class File:
                         file.close()
 
     def _open_hdf5(self) -> h5py.File:
-        file = _hdf5_file(self.path)
+        file = contents.open_file(self.path)
         if _identity(file.id.get_vfd_handle()) != self._identity:
             file.close()
             raise FormatError(f"{self.path} was replaced or changed since it was opened: open it again")
@@ -213,7 +213,7 @@ class File:
             self._read_at(out, stored, place)
         else:
             payload = self._payload(stored, place)
-            with damage(self.path):
+            with reading(self.path):
                 codecs.decode(payload, codec=stored.codec, dtype=stored.spec.dtype, values=out.size, out=out)
 
     def unpack(self, stored: Stored, place: tuple[int, ...]) -> bytes | Array:
@@ -221,7 +221,7 @@ class File:
         if stored.codec is None or stored.masks[place]:
             return self._through_hdf5(stored, place)
         payload = self._payload(stored, place)
-        with damage(self.path):
+        with reading(self.path):
             return codecs.unpack(payload, codec=stored.codec, nbytes=stored.chunk_bytes)
 
     def read_rows(self, stored: Stored, place: tuple[int, ...], rows: Sequence[range], out: Array) -> None:
@@ -358,31 +358,9 @@ def _descriptor(path: Path) -> int:
     return fd
 
 
-def _hdf5_file(path: Path) -> h5py.File:
-    """Open without a lock, since locks fail on network file systems, and a finished file does not change."""
-    try:
-        return h5py.File(path, "r", locking=False)
-    except OSError as error:
-        if "locking flag" not in str(error):
-            raise
-        return h5py.File(path, "r")  # this process has it open with locks: libhdf5 wants all openings alike
-
-
 def _identity(fd: int) -> tuple[int, ...]:
     """Return what changes when the content of a path does."""
     return writer.file_identity(os.fstat(fd))
-
-
-@contextlib.contextmanager
-def damage(path: Path) -> Iterator[None]:
-    """Turn what libraries raise on bytes that may be anything into DamagedError."""
-    try:
-        yield
-    except FmextractError:
-        raise
-    except Exception as error:
-        # libhdf5 and h5py raise OSError, RuntimeError, KeyError, ValueError, TypeError, … for a broken file.
-        raise DamagedError(f"{path} cannot be read, it is damaged: {str(error) or type(error).__name__}") from error
 
 
 def listed_shards(folder: Path) -> list[Part]:
@@ -397,7 +375,7 @@ def listed_shards(folder: Path) -> list[Part]:
 
 def _in_progress(folder: Path, output: Path) -> FormatError:
     """Return the words for a run in progress, or one that was ended: how many rows are stored, not only shards."""
-    with damage(folder):
+    with reading(folder):
         records = load_records(folder)
         shards = [range(*ends) for ends in read_sealed(folder / PLAN)["shards"]]
         rows, total = sum(len(record.rows) for record in records), sum(map(len, shards))

@@ -22,7 +22,7 @@ from fmextract.common.boxes import cell_box
 from fmextract.common.text import byte_count
 from fmextract.errors import ConfigError, DamagedError, FormatError
 from fmextract.reading.chunks import SEEK_BYTES
-from fmextract.reading.files import File, Stored, damage
+from fmextract.reading.files import File, Stored
 from fmextract.reading.indexing import (
     Array,
     AxisIndex,
@@ -40,6 +40,7 @@ from fmextract.reading.indexing import (
 from fmextract.reading.parallel import in_parallel
 from fmextract.records import Field
 from fmextract.storage import codecs, layer_stats
+from fmextract.storage.validation import reading
 
 DATASET_BYTES = 256 * 2**20
 """The same for a torch Dataset, which is read in any order, again and again; and how much of it is held as a whole."""
@@ -261,7 +262,7 @@ class Layer:
         known = layer_stats.EffectiveDimension.of_attrs(self.attrs)
         if known is not None:
             return known
-        with damage(self.acts.path):
+        with reading(self.acts.path):
             return layer_stats.effective_dimension(_merged_stats(self, covariance=True))
 
     def top(self, channel: int, k: int = 9) -> list[Top]:
@@ -461,14 +462,12 @@ def _merged_stats(layer: Layer, covariance: bool = False) -> dict[str, Array]:
 
     Those of several shards are joined one by one, in their order.
     """
-    path = layer.acts.path
     merged: dict[str, Array] = {}
     for file in layer.acts.files:
         part = file.stats(layer.name, covariance)
         if not part:
             return {}
-        with damage(path):
-            merged = layer_stats.merge([merged, part]) if merged else part
+        merged = layer_stats.join(merged, part, f"{file.path}: the statistics of {layer.name}")
     return merged
 
 

@@ -9,19 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fmextract.errors import DamagedError
 from fmextract.reading import activations
-from fmextract.storage.layer_stats import merge, settled
+from fmextract.storage.layer_stats import join, settled
 
 COUNTED = ("clipped", "nonfinite")
 """Attributes of a layer that count the values of a shard; an output's are their sums."""
-
-
-def _joined_stats(path: Path, layer: str, before: Any, part: dict[str, Any]) -> dict[str, Any]:
-    try:
-        return part if before is None else merge([before, part])
-    except (KeyError, ValueError) as error:
-        raise DamagedError(f"{path}: the statistics of {layer} do not fit those of other shards: {error}") from error
 
 
 def merged(
@@ -42,7 +34,7 @@ def merged(
                 layer = acts[name]
                 counts.update({(name, key): int(layer.attrs[key]) for key in COUNTED if key in layer.attrs})
                 if part := acts.files[0].stats(name, covariance=True):
-                    stats[name] = _joined_stats(path, name, stats.get(name), part)
+                    stats[name] = join(stats.get(name), part, f"{path}: the statistics of {name}")
                 if len(shards) == 1 and (known := layer.effective_dimension):
                     attrs[name] = known.as_attrs()
     for name, found in stats.items():

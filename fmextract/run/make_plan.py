@@ -29,6 +29,7 @@ from fmextract.run import autotune, estimate, provenance, sharding
 from fmextract.run.identity import identity
 from fmextract.run.prepare import Prepared
 from fmextract.storage import codecs
+from fmextract.storage.layer_stats import NEAR_ZERO_SHARE
 
 EFFECTIVE_IMAGES = 2  # photos that an effective receptive field is measured on
 
@@ -37,9 +38,6 @@ EFFECTIVE_SHARE = 0.04  # of a run that measuring may take
 
 
 EFFECTIVE_SECONDS = 0.3  # that it may take of any run, however short
-
-
-NEAR_ZERO = 0.01  # of the root mean square of a layer's values: what is not above it counts as near zero
 
 
 # ----------------------------------------------------------------------------------------------- plan
@@ -335,5 +333,7 @@ def _near_zero_below(sample: torch.Tensor) -> float | None:
             values = values[values.isfinite()]
             square = float(values.square().sum())
         squares, count = squares + square, count + values.numel()
-    bound = float(np.float32(NEAR_ZERO * math.sqrt(squares / count))) if count and math.isfinite(squares) else math.inf
+    if not count or not math.isfinite(squares):
+        return None
+    bound = float(np.float32(NEAR_ZERO_SHARE * math.sqrt(squares / count)))
     return bound if math.isfinite(bound) else None

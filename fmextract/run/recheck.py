@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fmextract.common.progress import Quiet
+from fmextract.common.relative_error import relative_error
 from fmextract.config import FailureBudget
 from fmextract.errors import FormatError, OutputError, SampleError
 from fmextract.pipeline import pipeline
@@ -94,7 +97,7 @@ def _compared(
         yield Difference("", row, key, float("inf"), False, f"its status was {was.name}, and is {now.name}: {said}")
     elif was == Status.OK:
         for name in stored.layers:
-            error = relative_error(stored[name][at], again[name][at_again])
+            error = distance(stored[name][at], again[name][at_again])
             most = TF32_TOLERANCE if precision == "tf32" else TOLERANCE.get(stored[name].compute_dtype, 0.0)
             if error:
                 yield Difference(name, row, key, error, error <= most, f"differs by {error:.2g} (relative L2)")
@@ -104,16 +107,15 @@ def _is_other(label: Label, now: Label) -> bool:
     return label != now and not (label != label and now != now)  # NaN is no other than NaN
 
 
-def relative_error(stored: np.ndarray, again: np.ndarray) -> float:
-    """|again - stored| / |stored|; 0 only for the same bits or values, infinite where NaN are elsewhere."""
+def distance(stored: np.ndarray, again: np.ndarray) -> float:
+    """Return |again - stored| / |stored|; 0 only for the same values, infinite where NaN or infinities are others."""
     if np.array_equal(stored, again, equal_nan=stored.dtype.kind == "f"):
         return 0.0
-    a, b = (values.astype(np.float64) for values in (stored, again))
-    if not np.array_equal(np.isfinite(a), np.isfinite(b)):
-        return float("inf")
-    a, b = a[np.isfinite(a)], b[np.isfinite(b)]
-    scale = float(np.linalg.norm(a))
-    return float(np.linalg.norm(b - a)) / scale if scale else float("inf")
+    then, now = (torch.from_numpy(np.asarray(values, np.float64)) for values in (stored, again))
+    same = then == now
+    if not bool((same | (then.isfinite() & now.isfinite()) | (then.isnan() & now.isnan())).all()):
+        return math.inf
+    return relative_error(now, then) or math.inf
 
 
 def check_resume(work: Work, directory: Path, records: Sequence[shards.ShardRecord], progress: Progress) -> None:

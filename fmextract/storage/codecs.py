@@ -84,6 +84,9 @@ class Codec:
         return level
 
 
+FLOAT16_MAX = float(np.finfo(np.float16).max)
+
+
 def codec_named(name: str) -> Codec:
     """Return the codec of that name; raises ConfigError that lists the names there are."""
     try:

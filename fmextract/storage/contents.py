@@ -23,13 +23,23 @@ from fmextract.storage.validation import Node, children, reading, root_group, so
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
+def open_file(path: Path) -> h5py.File:
+    """Open a file without a lock, since locks fail on network file systems, and nobody changes a finished file."""
+    try:
+        return h5py.File(path, "r", locking=False)
+    except OSError as error:
+        if "locking flag" not in str(error):
+            raise
+        return h5py.File(path, "r")  # this process has it open with locks: libhdf5 wants all openings alike
+
+
 def open_shard(path: Path) -> h5py.File:
     """Open a file for reading and `validate` it. Raises FormatError; OutputError where there is no file."""
     path = Path(path)
     if not path.is_file():
         raise OutputError(f"there is no file {path}")
     try:
-        file = h5py.File(path, "r", locking=False)
+        file = open_file(path)
     except OSError as error:
         raise FormatError(f"{path} is not an HDF5 file, or its beginning is damaged") from error
     try:
@@ -185,7 +195,7 @@ def info_of(attrs: Mapping[str, Any], said: Mapping[str, Any]) -> FileInfo:
 
 def read_text(path: Path, group: str, name: str) -> str:
     """Return a text attribute of any HDF5 file. Raises OSError, RuntimeError, KeyError or ValueError if it is none."""
-    with h5py.File(path, "r", locking=False) as file:
+    with open_file(path) as file:
         return schema.text(schema.attribute(h5py.h5o.open(file.id, group.encode()), name.encode()))
 
 

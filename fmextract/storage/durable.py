@@ -172,11 +172,3 @@ class SteadyFile:
 
     def close(self) -> None:
         self._raw.close()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,11 +21,15 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fmextract.errors import DamagedError
+
 Array: TypeAlias = npt.NDArray[Any]
 Stats: TypeAlias = Mapping[str, Array]
 
 MOMENTS = ("count", "mean", "std", "min", "max", "zero_fraction", "nonfinite")
 NEAR_ZERO = "near_zero_fraction"
+NEAR_ZERO_SHARE = 0.01
+"""Of the root mean square of a layer's values: what is not above it counts as near zero."""
 COUNTED = ("count", "zero_fraction", "nonfinite")
 """What the summary of a run is made of."""
 TOP = ("top_value", "top_sample", "top_y", "top_x")
@@ -180,6 +184,17 @@ def effective_dimension(stats: Stats) -> EffectiveDimension | None:
     if estimated:
         of_squares, squared = _unfolded(of_squares, squared, float((np.diag(covariance) ** 2).sum()), channels)
     return EffectiveDimension(squared / of_squares if rows > 1 and of_squares > 0 else np.nan, rows, estimated)
+
+
+def join(before: Stats | None, part: dict[str, Array], where: str) -> dict[str, Array]:
+    """Return the statistics of the rows so far and of one more part; the part itself where there are none yet.
+
+    Raises DamagedError that says `where` the part does not fit.
+    """
+    try:
+        return merge([before, part]) if before else part
+    except (KeyError, ValueError, IndexError, TypeError) as error:
+        raise DamagedError(f"{where} do not fit those of other shards: {error}") from error
 
 
 def settled(stats: Stats) -> tuple[dict[str, Array], dict[str, Any]]:

@@ -69,15 +69,17 @@ _TEXT_BYTES = 16
 
 
 @contextlib.contextmanager
-def reading(file: h5py.File, place: str | Callable[[], str] = "") -> Iterator[None]:
-    """Turn what libhdf5 raises on damaged bytes, in many types, into DamagedError."""
+def reading(file: h5py.File | Path, place: str | Callable[[], str] = "") -> Iterator[None]:
+    """Turn whatever libraries raise on damaged bytes, which may be anything, into DamagedError."""
     try:
         yield
     except FmextractError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError, AttributeError) as error:
+    except Exception as error:
+        # libhdf5, h5py and codecs raise OSError, RuntimeError, KeyError, ValueError, TypeError, … for a broken file.
+        name = file if isinstance(file, Path) else file.filename
         said = place if isinstance(place, str) else place()
-        where = f"{file.filename}: {said}" if said else file.filename
+        where = f"{name}: {said}" if said else name
         raise DamagedError(f"{where} is damaged: {str(error) or type(error).__name__}") from error
 
 

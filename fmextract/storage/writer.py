@@ -30,7 +30,7 @@ from fmextract.storage.codecs import CODECS, Array, Codec, Stored, codec_named, 
 from fmextract.storage.columns import Form, encode_column, form_of, stored_names
 from fmextract.storage.contents import Contents, contents_of
 from fmextract.storage.digest import Layer, digest_of_open
-from fmextract.storage.durable import SteadyFile, _fsync, disk_error
+from fmextract.storage.durable import SteadyFile, disk_error, fsync
 from fmextract.storage.layer_stats import COUNTED, COVARIANCE, Totals
 from fmextract.storage.layout import (
     COLUMN_CHUNK,
@@ -170,7 +170,7 @@ class ShardWriter:
             self._disk.close()
             self._disk = None
             if durable:
-                _fsync(self.path)
+                fsync(self.path)
             totals = self._totals(stats or {}, layer_attrs or {})
             _last_written[:] = [(file_identity(self.path.stat()), Written(contents, totals))]
         return digest
@@ -493,7 +493,7 @@ def write_rdms(
                 raise ValueError(f"expected {pairs} pairs, got {at}")
         file.close()
         disk.check()
-        _fsync(path)
+        fsync(path)
     except BaseException:
         disk.drop()
         with contextlib.suppress(Exception):

@@ -14,8 +14,7 @@ from torch import nn
 
 import fmextract as fm
 from fmextract.capture import inspection
-from fmextract.reading import files
-from fmextract.storage import digest, objects, schema
+from fmextract.storage import contents, digest, objects, schema
 
 FEW, MANY = 10, 30
 
@@ -129,7 +128,7 @@ def said(file: h5py.File, name: str, attribute: str) -> Any:
 
 def test_a_file_is_opened_once_for_many_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, counts = run(tmp_path, FEW), Counter[str]()
-    monkeypatch.setattr(files, "_hdf5_file", counting(counts, "opened", files._hdf5_file))
+    monkeypatch.setattr(contents, "open_file", counting(counts, "opened", contents.open_file))
     with fm.open(out) as acts:
         counts.clear()
         with acts.held():

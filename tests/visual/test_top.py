@@ -175,7 +175,7 @@ def test_nothing_is_drawn_where_the_preprocessing_cannot_be_undone(place: Path, 
         assert acts.input_size == (32, 32)
         for top in acts["conv2"].top(0, 9):
             assert top.box is not None
-            assert 0 <= min(top.box)
+            assert min(top.box) >= 0
             assert max(top.box) <= 32, "clipped to the input, as in the picture"
         with pytest.raises(ConfigError, match="the user's own"):
             show_where(acts, "2.png", "conv2", tmp_path / "w.png")

@@ -17,7 +17,7 @@ from fmextract.errors import ConfigError
 from fmextract.reading.activations import Activations
 from fmextract.reading.layer import Layer, Stats
 from fmextract.records import STATUS_MEANINGS
-from fmextract.storage.layer_stats import NEAR_ZERO
+from fmextract.storage.layer_stats import NEAR_ZERO, NEAR_ZERO_SHARE
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -28,25 +28,8 @@ BYTES_A_CHANNEL = 4 * 5.4 + TOP * 4 * 5.4
 """In the page: four statistics, and value, row, y and x of each strongest image, as base64."""
 BINS = 60
 VALUES_A_ROW = 20_000
-NEAR = 0.01
-"""Share of the root mean square up to which a value counts as near zero, where the run did not count them."""
 LONGEST = 500
 """Characters of a key or a message: a damaged file may hold megabytes."""
-
-
-def plain(value: Any) -> Any:
-    """Return what JSON holds: numpy's types as Python's, floats to six digits, null for what is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(one) for one in value]
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
 
 
 def shown(text: object) -> str:
@@ -239,7 +222,11 @@ def _summary(stats: Stats | None, sampled: Sample) -> dict[str, Any]:
     if stats is not None and counted:
         near = None if empty else float(np.nansum(weight * stats.near_zero_fraction))
     else:
-        near = float((np.abs(finite) <= NEAR * math.sqrt(np.square(finite).mean())).mean()) if finite.size else None
+        near = (
+            float((np.abs(finite) <= NEAR_ZERO_SHARE * math.sqrt(np.square(finite).mean())).mean())
+            if finite.size
+            else None
+        )
     return {**made, "sampled": stats is None, "near": near, "near_sampled": not counted}
 
 

@@ -145,7 +145,7 @@ def _hash(text: str) -> str:
 
 def _json(data: Any) -> str:
     """Write JSON that cannot end the script element it stands in, with null for what is not finite."""
-    text = strict_json.dumps(numbers.plain(data), separators=(",", ":"))
+    text = strict_json.dumps(strict_json.plain(data, digits=6), separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
