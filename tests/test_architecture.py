@@ -34,6 +34,7 @@ ROOMS = [
     "pipeline",
     "run",
     "verification",
+    "testing",
     "benchmark",
     "comparison",
     "exporting",

@@ -396,6 +396,11 @@ def _deflate(planes: Array, level: int, zeros: int = 0) -> bytes:
         parts.append(_stored_header(0, last=True))
     # The checksum of zeros is known: its lower half stays 1, its upper half counts them.
     checksum = isal_zlib.adler32(rest.reshape(-1), length % 65521 << 16 | 1)
+    stream = b"".join((*parts, checksum.to_bytes(4, "big")))
+    if len(stream) <= most_stored(planes.size):
+        return stream
+    # Level 0 makes bytes that look random a quarter longer, of planes that are too small to be asked before.
+    parts = [_ZLIB_HEADER, _zeros(length, level), *_stored_blocks(rest.reshape(-1).data), _stored_header(0, last=True)]
     return b"".join((*parts, checksum.to_bytes(4, "big")))
 
 
