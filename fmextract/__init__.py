@@ -1,14 +1,17 @@
 """fmextract: the activations of a vision network, streamed to HDF5.
 
->>> import fmextract as fm
->>> acts = fm.extract("photos/", model="resnet50", layers=["conv#0", "layer*"], out="acts.h5")
->>> acts = fm.open("acts.h5")
+    import fmextract as fm
 
-Importing this package, opening and reading files need neither torch nor torchvision.
+    acts = fm.extract("photos/", "resnet50", "acts.h5", layers=["conv#0", "layer*"])
+    acts = fm.open("acts.h5")
+
+Importing this package, opening and reading files need neither torch nor torchvision. The logger `fmextract` tells what
+a run does; it has no handler of its own.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -134,11 +137,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'fmextract' has no attribute {name!r}")
-    found = globals()[name] = getattr(import_module(_LAZY[name]), name)
-    return found
+if not TYPE_CHECKING:  # type checkers know every name, and say so of one that there is not
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            # With these two, Python itself names the closest.
+            raise AttributeError(f"module 'fmextract' has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        found = globals()[name] = getattr(import_module(_LAZY[name]), name)
+        return found
 
 
 def __dir__() -> list[str]:
