@@ -72,11 +72,29 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """What `fmextract bench` found. `share` is the end-to-end rate over the limit, both in images a second.
+    """What `bench` found; rates are in images per second.
 
-    `host_limit` is what the cores allow, in images a second; on a CPU that is the limit. `flop` are the operations of
-    a forward pass an image in convolutions, products and attention (a multiplication and its addition are two; 0: not
-    known), `flop_per_second` those of a large product of matrices in the run's precision.
+    Attributes:
+        model: Its name.
+        device: Where the forward pass ran.
+        precision: Of the forward pass.
+        memory_format: Of the forward pass.
+        batch_size: Images per batch.
+        layers: Names of the layers that were stored.
+        stages: Each stage alone, beside the bare library call it is made of.
+        limit: What the stages allow.
+        host_limit: What the cores allow; on a CPU that is the limit.
+        limiting_stage: The stage that takes most.
+        end_to_end: Of whole runs.
+        share: `end_to_end` over `limit`.
+        would_help: What would make the limit higher.
+        flop: Operations of a forward pass per image in convolutions, products and attention (a multiplication and its
+            addition are two); 0: not known.
+        flop_per_second: Of a large product of matrices in the run's precision.
+        bytes_raw_per_image: Of the values.
+        bytes_stored_per_image: Of the values on disk.
+        runs: The rate of each whole run.
+        machine: What it was measured on.
     """
 
     model: str

@@ -22,10 +22,16 @@ Rows: TypeAlias = npt.NDArray[np.int64]
 class LayerComparison:
     """One layer of `b` against `a`, over the values that are finite in both.
 
-    `error` is the relative L2 error of all images together, |b - a| / |a|; `median_error` and `max_error` are of the
-    images' own. `cosine` is that of all values as one vector, `cka` linear CKA between the images' activations.
-    `worst` holds (key, relative L2 error) of the images that differ most; `nonfinite` counts the values that are
-    finite in one only.
+    Attributes:
+        layer: Its name.
+        shape: Of one image.
+        error: Relative L2 error of all images together, |b - a| / |a|.
+        median_error: The median of the images' own.
+        max_error: The largest of the images' own.
+        cosine: That of all values as one vector.
+        cka: Linear CKA between the images' activations.
+        nonfinite: Values that are finite in one only.
+        worst: (key, relative L2 error) of the images that differ most.
     """
 
     layer: str
@@ -41,9 +47,19 @@ class LayerComparison:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two outputs. `images` are those compared, by key; the others, failed in one of them or not there, are counted.
+    """Two outputs, layer by layer.
 
-    `only_a`, `only_b` are layers that the other does not have; `unlike` those whose shapes differ.
+    Attributes:
+        a: The path of what counts as right.
+        b: The path of what is compared with it.
+        images: How many are compared, by key.
+        images_only_a: Images that `b` does not have.
+        images_only_b: Images that `a` does not have.
+        failed: Images that failed in one of them.
+        only_a: Layers that `b` does not have.
+        only_b: Layers that `a` does not have.
+        unlike: Layers whose shapes differ.
+        layers: The comparison of each layer.
     """
 
     a: str

@@ -99,8 +99,16 @@ class FailureBudget:
 class Config:
     """One run as it was asked for; every field is the option of the command line of the same name.
 
-    `batch_size`, `num_workers` and `level` are None for "auto". Sizes are bytes, shares fractions of 1.
-    Raises ConfigError for values, and combinations of values, that cannot be carried out.
+    `batch_size`, `num_workers` and `level` are None for "auto". Sizes are bytes, shares fractions of 1. What each
+    option means stands in `RunOptions`.
+
+    Raises:
+        ConfigError: For values, and combinations of values, that cannot be carried out.
+
+    Examples:
+        >>> config = fm.Config.of(shard_size="512MiB", max_failures="5%", batch_size="auto")
+        >>> config.shard_size, config.batch_size
+        (536870912, None)
     """
 
     layers: tuple[str, ...] = ()

@@ -48,10 +48,40 @@ _TUPLES = {"shape", "axes", "chunk", "classes", "further_paths"}  # lists in JSO
 class Plan(text.Tabled):
     """Everything that decides what the shards of a run hold, resolved: no `auto` is left.
 
-    `threads` decode and encode; `forward_threads` are those of one operation of the model on a CPU, whose number
-    changes the last bits. `fused`: (convolution, batch norm) that run as one; `pooling`, `prepacked`: max pooling and
-    weights in half precision go a faster way. `identity` is what a resume compares (see `differences`); `shard_rows` is
-    the length of every shard but the last.
+    Attributes:
+        run_id: Names the run.
+        rows: Images.
+        layers: How each layer is taken and stored.
+        precision: Of the forward pass.
+        memory_format: Of the forward pass.
+        batch_size: Images per batch.
+        device: Where the forward pass runs.
+        threads: How many decode and encode.
+        forward_threads: Threads of one operation of the model on a CPU, whose number changes the last bits.
+        codec: Compression.
+        level: Of the codec.
+        dtype: Type on disk of floating-point layers.
+        keep_bits: Mantissa bits that are kept; None: all.
+        clip: Whether values beyond float16 are clipped.
+        top_k: Strongest images kept for each channel.
+        shard_rows: Rows of every shard but the last.
+        identity: What a resume compares (see `differences`).
+        config: The options as they were asked for.
+        info: What the files will say of the run.
+        versions: Of the libraries, by name.
+        fused: (convolution, batch norm) that run as one.
+        pooling: Whether max pooling in half precision goes a faster way.
+        prepacked: Whether weights in half precision do.
+        estimate: Bytes and seconds.
+        notes: Lines worth reading.
+
+    Examples:
+        >>> plan = fm.plan("photos/", "shufflenet_v2_x0_5", layers="conv5=mean", weights="random:0")
+        >>> print(plan)  # doctest: +ELLIPSIS
+        4 images in 1 shard of up to ...
+        >>> plan.save("plan.json")
+        >>> fm.Plan.load("plan.json").layers == plan.layers
+        True
     """
 
     run_id: str

@@ -63,8 +63,22 @@ class Source(Protocol):
 class Preprocess:
     """From a decoded photo to the input of a model: resize, centre crop, scale to 0..1, normalise.
 
-    `resize` is the length of the shorter side, or (height, width), or None. `crop` is (height, width) or None.
-    `mean` and `std` are in units of the 0..1 scale, one a channel: input = (pixel / 255 - mean) / std.
+    Attributes:
+        resize: Length of the shorter side in pixels, or (height, width), or None.
+        crop: (height, width) in pixels, or None.
+        mean: Of each channel, in units of the 0..1 scale: input = (pixel / 255 - mean) / std.
+        std: Of each channel, in the same units.
+        interpolation: nearest, bilinear or bicubic.
+        antialias: Whether resizing to smaller sizes averages.
+        origin: Where this preprocessing comes from, for the file.
+
+    Raises:
+        ConfigError: For an interpolation that there is not, and for a std that is not positive.
+
+    Examples:
+        >>> imagenet = fm.Preprocess(256, (224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        >>> imagenet.size
+        (224, 224)
     """
 
     resize: int | tuple[int, int] | None
@@ -100,10 +114,21 @@ class Field:
     """A receptive field along (y, x), in pixels of the network's input.
 
     Cell i covers the interval of `size` pixels centred on `offset + i * stride`; pixel p has its centre at p + 0.5.
-    `bound`: at most that much, but for cells at the border behind padding by reflection and the like, which see pixels
-    of the inside in place of those outside. `whole`: every cell sees the whole image, whose size is given; offset and
-    stride say where the cell stands. `has_global`: something that is the same for all cells (squeeze-excitation, a norm
-    over space) comes in as well, and is left out of the size.
+
+    Attributes:
+        size: (height, width) of what one cell sees.
+        stride: (y, x) from one cell to the next.
+        offset: (y, x) of the centre of the first cell.
+        bound: At most that much, but for cells at the border behind padding by reflection and the like, which see
+            pixels of the inside in place of those outside.
+        whole: Every cell sees the whole image, whose size is given; offset and stride say where the cell stands.
+        has_global: Something that is the same for all cells (squeeze-excitation, a norm over space) comes in as well,
+            and is left out of the size.
+
+    Examples:
+        >>> with fm.open("acts.h5") as acts:
+        ...     acts["conv1"].field.stride
+        (2.0, 2.0)
     """
 
     size: tuple[float, float]
@@ -118,14 +143,31 @@ class Field:
 class LayerSpec:
     """One stored layer: how its values were taken from the model and how they lie on disk.
 
-    `shape` and `axes` are those of one image (no sample axis). `dtype` is the type on disk (numpy name),
-    `compute_dtype` that of the tensor in the forward pass (torch name, as `bfloat16`).
-    `mantissa` is the number of explicit mantissa bits that can be non-zero in the values, when fewer than dtype has.
-    `chunk` is (images, *shape of the part of one image in a chunk). `erf_size` is the side, in pixels of the input, of
-    the square that holds 90 % of a cell's squared gradient, None where it was not measured. Values of at most
-    `near_zero_below` either side of zero count as near zero, None where they are not counted. What a selector
-    can mean its module by: `number`, as `conv#20 trunk#19`, and `number_from_end`, as `conv#-33 trunk#-30`; `classes`
-    that it descends from, its own first; `further_paths` of a module that has several.
+    Attributes:
+        name: The layer's name in the file.
+        module: The module's path in the model, "" for the model itself.
+        module_type: The name of its class.
+        call: Which of its calls, from 1.
+        calls: How many calls there are in a forward pass.
+        tap: out or in: what the module gives, or is given.
+        member: Which tensor of a tuple or mapping, as `[0]`, or "".
+        reducer: As `mean`, or "".
+        shape: Of one image, without the image axis.
+        axes: What each axis of `shape` is: channel, y, x, time, token or feature.
+        dtype: Type on disk (numpy's name).
+        compute_dtype: Type in the forward pass (torch's name, as `bfloat16`).
+        chunk: (images, *shape of the part of one image) in a chunk.
+        mantissa: Mantissa bits that can be non-zero in the values, where they are fewer than `dtype` has.
+        copied: Whether the tensor is copied in the hook, as it is overwritten later.
+        rel_error: Relative L2 error of this layer against fp32, where it was measured.
+        field: The receptive field of a cell, where it is known.
+        erf_size: Side, in pixels of the input, of the square that holds 90 % of a cell's squared gradient; None where
+            it was not measured.
+        near_zero_below: Values of at most this either side of zero count as near zero; None where they are not counted.
+        number: What a selector can call its module, as `conv#20 trunk#19`.
+        number_from_end: The same from the end, as `conv#-33 trunk#-30`.
+        classes: The classes that the module descends from, its own first.
+        further_paths: Of a module that has several.
     """
 
     name: str
@@ -176,7 +218,21 @@ class LayerSpec:
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """What stands in the root attributes of every file of a run."""
+    """What stands in the root attributes of every file of a run.
+
+    Attributes:
+        title: What the file is, in a line.
+        source: Where the images came from.
+        history: When it was made and by which command, line by line.
+        config: Everything needed to ask for the same run again.
+        model: The model's name.
+        weights_sha256: Of the model's state dict, in hex.
+        preprocess: The fields of `Preprocess`.
+        precision: That of the forward pass, resolved.
+        versions: Of the libraries, by name.
+        created: When the run began, ISO 8601 in UTC.
+        extra: Further attributes.
+    """
 
     title: str
     source: str
@@ -231,11 +287,21 @@ class SampleTable:
 
 @dataclass(frozen=True, slots=True)
 class ModuleRow:
-    """One line of `fmextract layers`: a module (or one tensor of one of its calls) as the probe saw it.
+    """One line of `fmextract layers`: a module, or one tensor of one of its calls.
 
-    `index` counts the rows in the order of execution, from 0; -1 for a module that the forward never calls.
-    `number` is the selector by kind and order, as `conv#20`, or "". `shape` and `bytes` are those of one image;
-    `refused` says why it cannot be stored row by row, else "".
+    Attributes:
+        index: Its place in the order of execution, from 0; -1 for a module that the forward never calls.
+        path: What a selector calls it.
+        type: The name of the module's class.
+        number: The selector by kind and order, as `conv#20`, or "".
+        calls: How many calls there are in a forward pass.
+        shape: Of one image, without the image axis; None where there is none.
+        axes: What each axis of `shape` is: channel, y, x, time, token or feature.
+        dtype: Type in the forward pass.
+        bytes: Per image, in that type.
+        overwritten: Whether a later operation writes over it; it is kept as it was.
+        refused: Why it cannot be stored row by row, else "".
+        field: The receptive field of a cell, where it is known.
     """
 
     index: int
@@ -267,11 +333,26 @@ class LayerResult:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a run did; `as_json` is what `--json` prints.
+    """What a run did: what `fmextract extract --json` prints.
 
-    `seconds` are those of the whole command. `images_per_second` is what `info` shows as well: over all shards of the
-    output, from the first image that was read to the last shard that was written, without what came before (building
-    the model, the plan). `images` counts failed rows too.
+    Attributes:
+        output: The path.
+        images: Rows, failed ones included.
+        failed: Rows without values.
+        seconds: Those of the whole command.
+        images_per_second: From the first image that was read to the last shard that was written, over all shards,
+            without what came before (building the model, the plan).
+        bytes_raw: Of the values.
+        bytes_stored: Of the output on disk.
+        device: Where the forward pass ran.
+        precision: That of the forward pass, resolved.
+        batch_size: Images per batch.
+        limiting_stage: The stage that was busiest, or "none".
+        stages: Of each stage how many seconds it was busy, summed over its threads, and how many threads it had.
+        layers: What is said of each layer.
+        resumed_images: Rows that were there before.
+        failures: The first failed (key, message) pairs.
+        notes: Lines worth reading.
     """
 
     output: str

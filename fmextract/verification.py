@@ -55,7 +55,19 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What `verify` looked at and what it found. `largest_error` is that of the images run again, relative L2."""
+    """What `verify` looked at and what it found.
+
+    Attributes:
+        path: The output.
+        files: How many were read.
+        rows: Images, failed ones included.
+        layers: How many there are.
+        chunks: How many were decoded.
+        bytes: Of the files.
+        rerun: Images that were run again.
+        largest_error: Relative L2 error of those images, the largest of any layer; None where none was run again.
+        problems: What is not as it was written, with file, layer and rows.
+    """
 
     path: str
     files: int

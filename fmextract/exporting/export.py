@@ -36,7 +36,17 @@ from fmextract.storage import durable, shards
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What `export` wrote. `rows` counts all of the source; `failed` those of them without values."""
+    """What `export` wrote.
+
+    Attributes:
+        path: The file or directory.
+        to: The format.
+        rows: Images of the source, failed ones included.
+        failed: Images without values.
+        bytes: Of everything written.
+        metric: Of dissimilarities, else None.
+        layers: Name, shape, type and place of each layer.
+    """
 
     path: str
     to: str

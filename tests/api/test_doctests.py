@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import importlib.util
 import inspect
@@ -33,7 +34,9 @@ EXAMPLES = [
 
 def sections(text: str) -> dict[str, str]:
     """What stands under each heading of a docstring in Google's style."""
-    parts = re.split(r"^(Args|Returns|Yields|Raises|Examples):\n", inspect.cleandoc(text), flags=re.MULTILINE)
+    parts = re.split(
+        r"^(Args|Attributes|Returns|Yields|Raises|Examples):\n", inspect.cleandoc(text), flags=re.MULTILINE
+    )
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
@@ -94,7 +97,11 @@ def test_a_function_is_described(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_a_class_is_described(name: str) -> None:
-    assert CLASSES[name].__doc__
+    doc = inspect.getdoc(CLASSES[name])
+    assert doc
+    if dataclasses.is_dataclass(CLASSES[name]) and name != "Config":  # whose options are described as `RunOptions`
+        described = re.findall(r"^    (\w+):", sections(doc)["Attributes"], flags=re.MULTILINE)
+        assert described == [field.name for field in dataclasses.fields(CLASSES[name]) if field.name[0] != "_"]
 
 
 @pytest.mark.parametrize("options", [RunOptions, MapOptions])

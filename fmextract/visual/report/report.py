@@ -57,7 +57,16 @@ MARK = '<meta name="generator" content="fmextract">'
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A written report. `images` have maps in it, `photos` a photo; `left_out` says what it does not hold, and why."""
+    """A written report.
+
+    Attributes:
+        path: The page.
+        bytes: Of the page.
+        layers: How many are in it.
+        images: How many have maps in it.
+        photos: How many have a photo in it.
+        left_out: What it does not hold, and why.
+    """
 
     path: str
     bytes: int
