@@ -42,11 +42,11 @@ def by_present_names(options: Mapping[str, Any]) -> dict[str, Any]:
     return {RENAMED.get(name, name): value for name, value in options.items()}
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | int, option: str) -> int:
     """`512MiB`, `2GB`, `4096` → bytes. Raises ConfigError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
-        raise ConfigError(f"{text!r} is not a size; expected a number with a unit, as 512MiB or 2GB")
+        raise ConfigError(f"{option} {text!r} is not a size; expected a number with a unit, as 512MiB or 2GB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -275,7 +275,7 @@ _PARSERS: Mapping[str, Any] = {
     "num_workers": _auto_int("--num-workers"),
     "level": _auto_int("--level"),
     "dataset_workers": lambda value: _auto_int("--dataset-workers")(value) or 0,
-    "shard_size": lambda value: None if value in (None, "auto") else parse_size(value),
+    "shard_size": lambda value: None if value in (None, "auto") else parse_size(value, "--shard-size"),
     "max_error": lambda value: parse_share(value, "--max-error"),
     "max_failures": FailureBudget.parse,
     "keep_bits": _whole,

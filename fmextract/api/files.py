@@ -265,7 +265,7 @@ def report(
     """
     from fmextract.visual.report.report import write_report
 
-    return write_report(path_of(acts), out, images=images, max_size=parse_size(max_size))
+    return write_report(path_of(acts), out, images=images, max_size=parse_size(max_size, "--max-size"))
 
 
 def path_of(acts: Output) -> Path:

@@ -174,11 +174,14 @@ def layers(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="As in `extract --model`; built with random weights, no download.",
+            help="As in `extract --model`; built with random weights, no download, unless -w says others.",
             autocompletion=completion.models,
         ),
     ],
     selectors: Layers = None,
+    weights: Annotated[
+        str | None, _option("--weights", "-w", metavar="WEIGHTS", help="As in `extract`. [default: random:0]")
+    ] = None,
     preprocess: Preprocessing = None,
     size: Size = None,
     as_json: Json = False,
@@ -193,7 +196,8 @@ def layers(
         with importing():
             from fmextract.run.describe import describe
 
-        rows = describe(model, preprocess=preprocess or "model", size=size, selectors=tuple(selectors or ()))
+        chosen = tuple(selectors or ())
+        rows = describe(model, weights=weights, preprocess=preprocess or "model", size=size, selectors=chosen)
     _show([asdict(row) for row in rows], lambda: rows.table(tables.width()), as_json)
     return 0
 
@@ -316,7 +320,7 @@ def report(
     with working():
         from fmextract.visual.report.report import write_report
 
-        made = write_report(out, page, images=images, max_size=parse_size(max_size))
+        made = write_report(out, page, images=images, max_size=parse_size(max_size, "--max-size"))
     _show(made.as_json(), lambda: str(made), as_json)
     return 0
 

@@ -31,10 +31,12 @@ def open_folder(folder: Path, options: Options) -> FileSource:
         if len(names) == options.limit:
             break
     if not names:
-        looked_for = " ".join(sorted(extension.decode() for extension in image_extensions()))
+        where = f"no images in {str(folder)!r} or the folders below it"
+        if not passed:
+            raise SourceError(f"{where}: there are no files at all")
         raise SourceError(
-            f"no images in {str(folder)!r} or the folders below it, but {passed or 'nothing else either'}. "
-            f"Looked for the extensions {looked_for}, and at the first bytes of files that have no known one"
+            f"{where}, but {passed}. Images are known by their extension (.jpg, .png, .webp and"
+            f" {len(image_extensions()) - 3} others), or by the first bytes of files that have no known one"
         )
     notes = [f"{folder}: passed over {passed}"] * bool(passed) + passed.recognised_note(str(folder))
     if options.label is None:

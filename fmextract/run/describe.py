@@ -63,7 +63,9 @@ def describe(
     if weights is None:
         weights = "default" if isinstance(model, torch.nn.Module) else "random:0"
     loaded = loading.load_model(model, weights, preprocess, size)
-    shape = _described_input(loaded, model, size)
+    shape = input_shape(loaded, size, guess=isinstance(model, torch.nn.Module))
+    if shape is None:
+        raise SourceError("the input size is not known: give --size N (or HxW)")
     cpu = torch.device("cpu")
     with run_mode.as_written(loaded.module, cpu):
         seen = surveyed(loaded.module, loaded.forward, noise(shape, cpu))
@@ -80,14 +82,17 @@ def survey_model(loaded: loading.LoadedModel, shape: Sequence[int]) -> survey.Su
         return surveyed(loaded.module, loaded.forward, noise(shape, cpu))
 
 
-def _described_input(loaded: loading.LoadedModel, model: Any, size: str | None) -> tuple[int, ...]:
-    """(channel, y, x) of an input of a model that is only looked at."""
+def input_shape(loaded: loading.LoadedModel, size: str | None, *, guess: bool = False) -> tuple[int, ...] | None:
+    """Return (channel, y, x) of an input of a model that is only looked at, None where nothing says it.
+
+    Where images are inputs as they are, `size` says it, or with `guess` the model's own configuration, else 224 x 224.
+    """
     preprocess = loaded.preprocess
-    if preprocess is None and isinstance(model, torch.nn.Module):
-        guessed = loading.guessed_input(model)
+    if preprocess is None and (guess or size is not None):
+        guessed = loading.guessed_input(loaded.module)
         preprocess = preprocessing.apply_size(guessed, size) if size is not None else guessed
     if not isinstance(preprocess, Preprocess) or preprocess.size is None:
-        raise SourceError("the input size is not known: give --size N (or HxW)")
+        return None
     return (len(preprocess.mean), *preprocess.size)
 
 

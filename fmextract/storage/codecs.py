@@ -79,7 +79,7 @@ class Codec:
             return self.default_level
         if level not in self.levels:
             raise ConfigError(
-                f"codec {self.name} has levels {self.levels.start} to {self.levels.stop - 1}, got {level}"
+                f"--level {level}: codec {self.name} has levels {self.levels.start} to {self.levels.stop - 1}"
             )
         return level
 
@@ -92,7 +92,7 @@ def codec_named(name: str) -> Codec:
     try:
         return CODECS[name]
     except KeyError:
-        raise ConfigError(f"unknown codec {name!r}; expected one of {', '.join(CODECS)}") from None
+        raise ConfigError(f"--codec {name!r}: expected one of {', '.join(CODECS)}") from None
 
 
 def filters_to_codec(plist: Any, itemsize: int) -> str | None:

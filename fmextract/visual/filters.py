@@ -93,7 +93,7 @@ def show_filters(
     Raises LayerError for a layer that is no two-dimensional convolution, ConfigError, ModelError, MissingExtra.
     """
     loaded = loading.load_model(model, weights, preprocess, size)
-    path, kernels, words = _kernels(loaded, layer)
+    path, kernels, words = _kernels(loaded, layer, None if size is None else str(size))
     numbers = _pick(kernels, count or (64 if image is None and kernels.shape[1] == COLOUR else 16), order, filters)
     coloured = kernels.shape[1] == COLOUR and inputs is None
     columns = range(*_slice(inputs, kernels.shape[1])) if not coloured else range(COLOUR)
@@ -129,10 +129,10 @@ def parse_slice(text: str | None) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
-def _kernels(loaded: loading.LoadedModel, layer: str) -> tuple[str, Array, list[str]]:
+def _kernels(loaded: loading.LoadedModel, layer: str, size: str | None) -> tuple[str, Array, list[str]]:
     """Return a convolution's path, weights, float32 (filters, input channels, height, width), and numbers."""
     modules = dict(loaded.module.named_modules())
-    path, words = _found(loaded, layer, modules)
+    path, words = _found(loaded, layer, size, modules)
     module = modules[path]
     weight = getattr(module, "weight", None)
     weight = weight() if callable(weight) else weight  # a quantized module's is a method
@@ -149,10 +149,12 @@ def _kernels(loaded: loading.LoadedModel, layer: str) -> tuple[str, Array, list[
     return path, kernels.transpose(1, 0, 2, 3) if transposed else kernels, words
 
 
-def _found(loaded: loading.LoadedModel, layer: str, modules: dict[str, nn.Module]) -> tuple[str, list[str]]:
+def _found(
+    loaded: loading.LoadedModel, layer: str, size: str | None, modules: dict[str, nn.Module]
+) -> tuple[str, list[str]]:
     """Return the module that a path or selector means, and its numbers, by a pass that shows the order of execution."""
     try:
-        seen = _survey(loaded, layer)
+        seen = _survey(loaded, layer, size)
     except (ConfigError, LayerError):
         if layer not in modules:
             raise
@@ -166,11 +168,11 @@ def _found(loaded: loading.LoadedModel, layer: str, modules: dict[str, nn.Module
     return path, seen.numbers.get(seen.aliases.get(path, path), "").split()
 
 
-def _survey(loaded: loading.LoadedModel, layer: str) -> survey.Survey:
-    preprocess = loaded.preprocess
-    if preprocess is None or preprocess.size is None:
+def _survey(loaded: loading.LoadedModel, layer: str, size: str | None) -> survey.Survey:
+    shape = describe.input_shape(loaded, size)
+    if shape is None:
         raise ConfigError(f"{layer!r} is found by a forward pass, whose input size is not known: give --size N")
-    return describe.survey_model(loaded, (COLOUR, *preprocess.size))
+    return describe.survey_model(loaded, shape)
 
 
 def _pick(kernels: Array, count: int, order: str, chosen: Sequence[int]) -> list[int]:

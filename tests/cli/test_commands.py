@@ -234,10 +234,11 @@ def test_output_that_is_something_else(fm: Run, options: list[object], tmp_path:
         (["--keep-bits", "30"], ["--keep-bits", "23"]),
         (["--keep-bits", "11", "--dtype", "float16"], ["--keep-bits", "10"]),
         (["--precision", "fp8"], ["--precision", "bf16"]),
-        (["--codec", "rar"], ["rar", "gzip"]),
+        (["--codec", "rar"], ["--codec 'rar'", "gzip"]),
+        (["--level", "99"], ["--level 99", "gzip"]),
         (["--batch-size", "many"], ["--batch-size", "auto"]),
         (["--max-error", "little"], ["--max-error", "2%"]),
-        (["--shard-size", "big"], ["big", "512MiB"]),
+        (["--shard-size", "big"], ["--shard-size 'big'", "512MiB"]),
         (["--limit", "0"], ["--limit"]),
         (["--limit", "ten"], ["--limit", "integer"]),
         (["--device", "abacus"], ["abacus"]),
@@ -528,6 +529,33 @@ def test_layers_shows_what_a_reducer_stores_and_refuses_an_unknown_one(fm: Run, 
     assert row["shape"] == [4, 2, 2]
     assert_message(fm("layers", model, "-l", "relu=meen"), 2, "unknown reducer 'meen'", "mean")
     assert_message(fm("layers", model, "-l", "relu=cls"), 2, "layer 'relu=cls'", "an axis of tokens")
+
+
+def test_layers_takes_weights(fm: Run, place: Path, tmp_path: Path) -> None:
+    assert fm("layers", "squeezenet1_0", "-w", "random:1", "-l", "features.0", "--size", "32").code == 0
+    assert_message(fm("layers", "squeezenet1_0", "-w", "no_such_weights"), 2, "no_such_weights")
+    assert_message(fm("layers", "squeezenet1_0", "-w", tmp_path / "missing.pth"), 2, "missing.pth")
+
+
+def test_inputs_that_come_as_they_are_have_the_size_that_is_said(fm: Run, place: Path, tmp_path: Path) -> None:
+    """With --preprocess none nothing but --size says it, to what runs a model on noise."""
+    model = ("-m", f"{place / 'tiny.py'}:plain", "-w", "default", "-o", tmp_path / "a.png")
+    words = ("show", "filters", *model, "-l", "conv#0", "--preprocess", "none")
+    assert_message(fm(*words), 2, "--size")
+    assert fm(*words, "--size", "16").code == 0
+    assert fm("layers", "squeezenet1_0", "--preprocess", "none", "--size", "64x32").code == 0
+    assert_message(fm("layers", "squeezenet1_0", "--preprocess", "none"), 2, "--size")
+
+
+def test_an_empty_folder_is_called_empty(fm: Run, options: list[object], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    said = fm("extract", tmp_path / "empty", *options[1:])
+    assert_message(said, 2, "there are no files at all")
+    assert len(said.err) < 200
+    (tmp_path / "empty" / "notes.txt").write_text("no picture")
+    said = fm("extract", tmp_path / "empty", *options[1:])
+    assert_message(said, 2, "but 1 other file (.txt 1)", ".jpg")
+    assert len(said.err) < 350
 
 
 def test_the_reducers_stand_in_the_help(fm: Run) -> None:

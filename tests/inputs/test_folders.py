@@ -113,7 +113,7 @@ def test_a_folder_of_nothing_to_take_says_what_there_is(tmp_path):
     with pytest.raises(SourceError, match=r"no images .* but 1 hidden file or folder .*, 2 HEIC files, which are not"):
         open_source(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SourceError, match=r"no images .* but nothing else either"):
+    with pytest.raises(SourceError, match=r"no images .*: there are no files at all$"):
         open_source(tmp_path / "empty")
 
 

@@ -390,7 +390,7 @@ def test_bombs_are_not_inflated(bomb: str) -> None:
 def test_unknown_names_and_levels_say_what_there_is() -> None:
     with pytest.raises(ConfigError, match="gzip, zstd, lz4, none"):
         codec_named("lzma")
-    with pytest.raises(ConfigError, match="gzip has levels 0 to 3, got 9"):
+    with pytest.raises(ConfigError, match="--level 9: codec gzip has levels 0 to 3"):
         encode([], codec="gzip", level=9, dtype="float32", values=1)
 
 
