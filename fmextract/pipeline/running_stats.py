@@ -176,7 +176,6 @@ class RunningStats:
         Returns the highest finite value of each image and channel, (B, C), and whether there may be others than finite.
         """
         found = self._in_one_pass(x) if self._may_ask else None
-        masked = found is None
         if found is None:
             found = self._in_blocks(x)
         self._sum.add_(found.sums.sum(0))
@@ -184,13 +183,13 @@ class RunningStats:
             held.add_(new)
         self._low = torch.minimum(self._low, found.low)
         self._high = torch.maximum(self._high, found.peaks.amax(0))
-        self._covariance.add(found.sums / x.shape[2], ~found.bad)
+        self._covariance.add(found.sums / x.shape[2], None if found.bad is None else ~found.bad)
         self._seen += x.shape[0] * x.shape[2]
-        if masked:
+        if found.bad is not None and found.nonfinite is not None:
             self._nonfinite.add_(found.nonfinite)
             first_bad = numbers.masked_fill(~found.bad, _NEVER)
             self._bad_rows = torch.cat([self._bad_rows, first_bad]).sort().values[:NAMED_ROWS]
-        return found.peaks, masked
+        return found.peaks, found.bad is not None
 
     def _in_one_pass(self, x: Tensor) -> _Found | None:
         """What is found of x (B, C, P) in memory of the host where all of it is finite, and there is a kernel for it;
@@ -198,7 +197,7 @@ class RunningStats:
         """
         if not kernels.are_there() or x.dtype not in (torch.float32, torch.bfloat16):
             return None
-        if self._unshifted:
+        if self._unshifted and not self._shifted_at_once(x):
             first = x[:1].to(self._wide)
             self._shift_by(*_extremes(first, first.isfinite()))
         found = kernels.moments(_numbers(x), None if self._at_zero else self._shift.numpy(), self._near_zero)
@@ -211,8 +210,6 @@ class RunningStats:
             near=torch.from_numpy(found.near),
             low=torch.from_numpy(found.low),
             peaks=torch.from_numpy(found.peaks),
-            nonfinite=torch.zeros_like(self._nonfinite),
-            bad=torch.zeros(len(x), dtype=torch.bool),
         )
 
     def _in_blocks(self, x: Tensor) -> _Found:
@@ -221,6 +218,7 @@ class RunningStats:
         # Not in bfloat16, which would round the bound of what is near zero.
         exact = x.is_floating_point() and x.dtype.itemsize <= 4 and x.shape[2] <= _COUNTED_IN_FLOAT32
         kind = torch.float32 if exact else self._wide
+        nonfinite, bad = torch.zeros_like(self._nonfinite), torch.zeros(len(x), dtype=torch.bool, device=self._device)
         found = _Found(
             sums=self._full(0.0, *x.shape[:2]),
             squares=self._full(0.0, channels),
@@ -228,8 +226,8 @@ class RunningStats:
             near=self._full(0.0, channels),
             low=self._full(torch.inf, channels),
             peaks=self._full(-torch.inf, *x.shape[:2]),
-            nonfinite=torch.zeros_like(self._nonfinite),
-            bad=torch.zeros(len(x), dtype=torch.bool, device=self._device),
+            nonfinite=nonfinite,
+            bad=bad,
         )
         for _, images, part, positions in _blocks(x, _CPU_BLOCK if self._may_ask else _DEVICE_BLOCK):
             block = x[images, part, positions]
@@ -241,8 +239,8 @@ class RunningStats:
             if not whole:
                 finite = wide.isfinite()
                 low, high = _extremes(wide, finite)
-                found.nonfinite[part].add_((~finite).sum((0, 2)))
-                found.bad[images].logical_or_(~finite.flatten(1).all(1))
+                nonfinite[part].add_((~finite).sum((0, 2)))
+                bad[images].logical_or_(~finite.flatten(1).all(1))
             self._shift_by(low, high, part)
             peaks = found.peaks[images, part]
             torch.maximum(peaks, high, out=peaks)
@@ -270,6 +268,19 @@ class RunningStats:
         shift.copy_(torch.where(shift.isnan(), middle, shift))
         self._unshifted = not self._may_ask or bool(self._shift.isnan().any())
         self._at_zero = self._may_ask and not bool(self._shift.any())
+
+    def _shifted_at_once(self, x: Tensor) -> bool:
+        """Do what `_shift_by` does, with the first values of all channels, where they are finite: with fewer calls."""
+        if self._seen or x.dtype != torch.float32:
+            return False
+        first = x[0].numpy()
+        low, high = first.min(1).astype(np.float64), first.max(1).astype(np.float64)  # NaN where one is there
+        if not (np.isfinite(low).all() and np.isfinite(high).all()):
+            return False
+        middle = np.where((low <= 0) & (high >= 0), 0.0, low / 2 + high / 2)
+        self._shift = torch.from_numpy(middle)
+        self._unshifted, self._at_zero = False, not middle.any()
+        return True
 
     # ------------------------------------------------------------------------------------ strongest images
 
@@ -352,11 +363,11 @@ class _RunningCovariance:
         self._mean = torch.zeros(components, dtype=wide, device=device)
         self._scatter = torch.zeros(components, components, dtype=wide, device=device)
         self._origin: Tensor | None = None
-        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._waiting: list[tuple[Tensor, Tensor | None]] = []
         self._rows = 0
 
-    def add(self, vectors: Tensor, good: Tensor) -> None:
-        """Add the images of `vectors` (B, channels), all finite, for which `good` (B,) holds."""
+    def add(self, vectors: Tensor, good: Tensor | None) -> None:
+        """Add the images of `vectors` (B, channels), all finite, for which `good` (B,) holds: all, where it is None."""
         vectors = self._folded(vectors)
         if self._origin is None:
             self._origin = vectors[0].clone()
@@ -390,15 +401,22 @@ class _RunningCovariance:
         return components
 
     def _enter(self) -> None:
-        rows, good = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
-        self._waiting, self._rows = [], 0
-        new = good.sum().to(rows.dtype)
+        parts, self._waiting, self._rows = self._waiting, [], 0
+        rows = parts[0][0] if len(parts) == 1 else torch.cat([some for some, _ in parts])
+        left_out = None
+        if any(good is not None for _, good in parts):
+            good = [torch.ones_like(some[:, 0], dtype=torch.bool) if g is None else g for some, g in parts]
+            left_out = ~torch.cat(good)[:, None]
+            rows = rows.masked_fill(left_out, 0.0)
+        new = rows.new_full((), len(rows)) if left_out is None else (~left_out).sum().to(rows.dtype)
         total = self._count + new
-        mean = rows.masked_fill(~good[:, None], 0.0).sum(0) / new.clamp(min=1)
+        mean = rows.sum(0) / new.clamp(min=1)
         gap = mean - self._mean
         # The term between the two means is that of one more image: so one product does it all.
         between = gap * (self._count * new / total.clamp(min=1)).sqrt()
-        centred = torch.cat([(rows - mean).masked_fill_(~good[:, None], 0.0), between[None]])
+        centred = torch.cat([rows - mean, between[None]])
+        if left_out is not None:
+            centred[:-1].masked_fill_(left_out, 0.0)
         for i in range(0, len(mean), _COLUMNS):  # the lower triangle, nearly: the upper one is the same
             self._scatter[i:, i : i + _COLUMNS].addmm_(centred[:, i:].T, centred[:, i : i + _COLUMNS])
         self._mean += gap * (new / total.clamp(min=1))
@@ -428,7 +446,7 @@ def _blocks(x: Tensor, size: int) -> Iterator[tuple[int, slice, slice, slice]]:
 @dataclass(slots=True)
 class _Found:
     """Of some images: sums of x - K and highest values (B, C), sums of (x - K)^2 and the others (C,), and which images
-    hold values that are not finite (B,).
+    hold values that are not finite (B,). The last two are None where all are finite.
     """
 
     sums: Tensor
@@ -437,8 +455,8 @@ class _Found:
     near: Tensor
     low: Tensor
     peaks: Tensor
-    nonfinite: Tensor
-    bad: Tensor
+    nonfinite: Tensor | None = None
+    bad: Tensor | None = None
 
 
 def _numbers(x: Tensor) -> Array:
