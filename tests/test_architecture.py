@@ -212,3 +212,14 @@ def test_help_answers_at_once() -> None:
     code += "; import sys; print(time.process_time() - t, file=sys.stderr)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert float(ended.stderr) < 0.5
+
+
+def test_no_test_needs_a_top_level_package_of_tests() -> None:
+    """Some dependencies install one (thingsvision does): it must not come in place of ours."""
+    folder = Path(__file__).parent
+    assert not list(folder.rglob("__init__.py"))
+    for path in [*folder.rglob("*.py"), *folder.parent.glob("benchmarks/**/*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        names += [str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        assert "tests" not in {name.partition(".")[0] for name in names}, path

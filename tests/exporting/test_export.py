@@ -587,7 +587,7 @@ from pathlib import Path
 import fmextract as fm
 to, source, out = sys.argv[1:]
 try:
-    fm.export(source, to=to, out=out)
+    fm.export(source, to=to, out=out, progress=False)
 except fm.NoSpace as error:
     print("NoSpace", [path.name for path in Path(out).parent.iterdir()], error)
 """
