@@ -143,7 +143,7 @@ def layers(
 
     Returns:
         One `ModuleRow` per layer, those that are never called last: path, type, number (`conv#20`), shape without the
-        image axis, bytes per image. `print` shows it as a table.
+        image axis, bytes per image, receptive field of a layer with maps. `print` shows it as a table.
 
     Raises:
         ModelError: For a model that cannot be built.

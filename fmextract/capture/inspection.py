@@ -17,7 +17,7 @@ from fmextract.capture.taps import Event, Forward, Probed, Reduce, Refused, Tap
 from fmextract.capture.untouched import RANDOM, State
 from fmextract.common import devices, text
 from fmextract.common.devices import is_out_of_memory
-from fmextract.errors import FmextractError, LayerError
+from fmextract.errors import CaptureError, FmextractError, LayerError
 from fmextract.records import Field
 
 T = TypeVar("T")
@@ -228,6 +228,27 @@ def _fields(
             raise
     with model.failing():  # a model may refuse black images
         return traced(images)
+
+
+def fields_of(
+    module: nn.Module, forward: Forward, probed: Sequence[Probed], input_shape: tuple[int, ...], device: torch.device
+) -> tuple[Field | None, ...]:
+    """Return the theoretical receptive fields of what each layer would store, None for one without maps.
+
+    All are None for a model that does not do the same in every pass.
+    """
+    reductions = list(map(reduction, probed))
+    try:
+        fields = _fields(_Model(module, forward, input_shape, device), probed, reductions, stop=None)
+    except CaptureError:
+        return (None,) * len(probed)
+    axes = [_output(one, reduced).axes for one, reduced in zip(probed, reductions, strict=True)]
+    return tuple(map(of_maps, axes, fields))
+
+
+def of_maps(axes: Sequence[str], field: Field | None) -> Field | None:
+    """Return the field of a layer that has maps; others have no cells that could each have one."""
+    return field if {"y", "x"} <= set(axes) else None
 
 
 def _reduced(reductions: Sequence[reducers.Reduction | None]) -> list[receptive_fields.Reduced | None]:

@@ -6,6 +6,8 @@ import html
 import unicodedata
 from collections.abc import Collection, Sequence
 
+from fmextract.records import Field
+
 ELLIPSIS = "…"
 NARROWEST = 8
 """A column is not cut below this many characters: narrower says nothing."""
@@ -52,6 +54,13 @@ def share(fraction: float | None) -> str:
 def shape(sizes: Sequence[int] | None) -> str:
     """Write (64, 56, 56) as `64×56×56`; None, of what never ran, as nothing."""
     return "" if sizes is None else "×".join(map(str, sizes))
+
+
+def seen(field: Field) -> str:
+    """`43×43 px`, `at most 43×43 px` where that is a bound, or `the whole image`: what a receptive field covers."""
+    if field.whole:
+        return "the whole image"
+    return f"{'at most ' if field.bound else ''}{shape([round(side) for side in field.size])} px"
 
 
 def count(number: int, noun: str) -> str:

@@ -27,7 +27,7 @@ from fmextract.inputs.preprocessing import (
     measured,
     parse_preprocess,
 )
-from fmextract.model.providers import PROVIDERS, Built
+from fmextract.model.providers import NOT_YET, PROVIDERS, Built
 from fmextract.model.weights import Weights, load_file, weights_digest
 from fmextract.records import Preprocess
 
@@ -199,6 +199,11 @@ def _find_provider(model: str) -> tuple[str, str]:
     prefix, colon, name = model.partition(":")
     if colon and prefix in PROVIDERS:
         return prefix, name
+    if colon and prefix in NOT_YET:
+        raise ConfigError(
+            f"{model}: models with the prefix {prefix}: are not supported in this version. Supported: "
+            f"torchvision names, timm:NAME, module:callable, path/file.py:callable"
+        )
     return ("python", model) if colon else ("torchvision", model)
 
 

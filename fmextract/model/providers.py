@@ -298,21 +298,10 @@ def _python_preprocess(text: str) -> Preprocessing | None:
     return as_preprocessing(import_object(text, ConfigError, "--preprocess"), text)
 
 
-def _not_yet(prefix: str) -> Provider:
-    def refuse(name: str, weights: Weights | None = None) -> Any:
-        raise ConfigError(
-            f"{prefix}:{name}: models with the prefix {prefix}: are not supported in this version. Supported: "
-            f"torchvision names, timm:NAME, module:callable, path/file.py:callable"
-        )
-
-    return Provider(refuse, refuse)
-
-
 PROVIDERS: dict[str, Provider] = {
     "torchvision": Provider(_build_torchvision, lambda name: _torchvision_preprocess(_torchvision_name(name))),
     "timm": Provider(_build_timm, _timm_preprocess_of),
     "python": Provider(_build_python, _python_preprocess),
-    "hf": _not_yet("hf"),
-    "hub": _not_yet("hub"),
-    "open_clip": _not_yet("open_clip"),
 }
+NOT_YET = ("hf", "hub", "open_clip")
+"""Prefixes that users of other tools may expect: none of them is taken for the name of a user's module."""

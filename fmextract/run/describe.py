@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from fmextract.capture import probe, resolve, survey, taps
-from fmextract.capture.inspection import failing_on, noise, reduction, surveyed
+from fmextract.capture.inspection import failing_on, fields_of, noise, reduction, surveyed
 from fmextract.capture.untouched import untouched
 from fmextract.common import text
 from fmextract.errors import SourceError
 from fmextract.inputs import preprocessing
 from fmextract.model import loading, run_mode
-from fmextract.records import ModuleRow, Preprocess
+from fmextract.records import Field, ModuleRow, Preprocess
 
 # --------------------------------------------------------------------------------------------- describe
 
@@ -37,7 +37,7 @@ class ModelLayers(tuple[ModuleRow, ...], text.Tabled):
                 row.calls if row.calls != 1 else "",
                 text.shape(row.shape),
                 text.byte_count(row.bytes) if row.bytes else "",
-                f"{text.shape([round(side) for side in row.field.size])} px" if row.field else "",
+                text.seen(row.field) if row.field else "",
                 row.refused or ("overwritten later; kept as it was" if row.overwritten else ""),
             )
             for row in self
@@ -72,7 +72,8 @@ def describe(
         wanted = resolve.resolve(selectors or ["**", "."], seen)
         with failing_on(shape, loaded.module):
             probed, refused = probe.probe(loaded.module, loaded.forward, wanted, shape, cpu)
-    return ModelLayers(_module_rows(seen, wanted, probed, refused, everything=not selectors))
+        fields = fields_of(loaded.module, loaded.forward, probed, shape, cpu)
+    return ModelLayers(_module_rows(seen, wanted, probed, refused, fields, everything=not selectors))
 
 
 def survey_model(loaded: loading.LoadedModel, shape: Sequence[int]) -> survey.Survey:
@@ -101,9 +102,11 @@ def _module_rows(
     wanted: Sequence[taps.Tap],
     probed: Sequence[taps.Probed],
     refused: Sequence[taps.Refused],
+    fields: Sequence[Field | None],
     everything: bool,
 ) -> list[ModuleRow]:
     known = {p.tap.name: p for p in probed}
+    field_of = {p.tap.name: field for p, field in zip(probed, fields, strict=True)}
     why = {r.tap.name: r.why for r in refused}
     rows: list[ModuleRow] = []
     for tap in wanted:
@@ -122,6 +125,7 @@ def _module_rows(
                 bytes=math.prod(stored.shape) * found.dtype.itemsize if found and stored else 0,
                 overwritten=found.overwritten if found else False,
                 refused=why.get(tap.name, ""),
+                field=field_of.get(tap.name),
             )
         )
     if everything:

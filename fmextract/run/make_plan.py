@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from fmextract import planning
 from fmextract.capture import effective_fields
+from fmextract.capture.inspection import of_maps
 from fmextract.common import kernels, text
 from fmextract.common.system import cores
 from fmextract.config import is_single_file
@@ -306,7 +307,7 @@ def known_of_layer(prepared: Prepared, i: int) -> dict[str, Any]:
         "member": tap.member,
         "reducer": tap.reducer,
         "axes": captured.axes if captured.finish is None else ("feature",),
-        "field": prepared.inspection.fields[i] if {"y", "x"} <= set(captured.axes) else None,
+        "field": of_maps(captured.axes, prepared.inspection.fields[i]),
     }
 
 

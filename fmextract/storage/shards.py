@@ -340,23 +340,3 @@ def _unfinished(directory: Path, missing: Sequence[tuple[str, range]]) -> str:
     shown = ", ".join(f"{name} (rows {rows.start} to {rows.stop - 1})" for name, rows in missing[:3])
     more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
     return f"the run in {directory} is not finished: missing {shown}{more}; the same command resumes it"
-
-
-def check_shards(directory: Path, deep: bool = False) -> list[str]:
-    """Return what is wrong with the files of a finished run, one message each; empty where all is well.
-
-    Compares sizes, and with `deep` the SHA-256 of every file.
-    """
-    records = read_index(directory)
-    problems = []
-    for record in records:
-        path = directory / record.name
-        where = f"{path} (rows {record.start} to {record.stop - 1})"
-        size = _size(path)
-        if size is None:
-            problems.append(f"{where} is missing")
-        elif size != record.bytes:
-            problems.append(f"{where} has {size} bytes, expected {record.bytes}")
-        elif deep and file_sha256(path) != record.sha256:
-            problems.append(f"{where} has changed: its SHA-256 is not the recorded one")
-    return problems

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 
 from fmextract.common.folders import local_name
-from fmextract.common.text import count, shape
+from fmextract.common.text import count, seen, shape
 from fmextract.errors import ConfigError
 from fmextract.reading.select import select_layers
 from fmextract.visual import canvas
@@ -194,11 +194,8 @@ def describe_field(layer: Layer) -> str:
     """Return `64×56×56 · sees 91×91 px`, with the effective field where it is known."""
     words = [*layer.numbers, shape(layer.shape[1:])]
     field = layer.field
-    if field is not None and field.whole:
-        words.append("sees the whole image")
-    elif field is not None:
-        most = "at most " if field.bound else ""
-        words.append(f"sees {most}{shape([round(side) for side in field.size])} px")
+    if field is not None:
+        words.append(f"sees {seen(field)}")
     if (side := layer.attrs.get("erf_size")) is not None:
         words.append(f"uses {float(np.max(side)):.0f} px")
     return "  ·  ".join(words)
