@@ -315,7 +315,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 All modules of a model, leaves and containers, are extracted to a file and read back. *Equal*: the values are those of
 hooks that clone every output of torchvision's own model in the same batches, bit for bit. *Refused*: tensors that do
-not have one row an image, left out by name. *Seconds* are those of a busy core.
+not have one row per image, left out by name. *Seconds* were measured on a busy core.
 
 {len(run)} of {len(rows)} models, {leaves} leaf modules, {tensors} tensors: {wrong or "none"} wrong.
 
