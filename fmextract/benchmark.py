@@ -137,19 +137,19 @@ def bench(source: Any, model: Any, config: Config, progress: Progress, *, repeat
             _once_there(workers),
             prepare(source, model, config, progress) as prepared,
         ):
-            made = plan_for(prepared, folder / "out.h5", progress)
+            plan = plan_for(prepared, folder / "out.h5", progress)
             flop = _flop(prepared, progress)
             measured: dict[str, list[Stage]] = {}
             runs, speeds = [], []
             for turn in range(repeats):
                 progress.note(f"measuring, turn {turn + 1} of {repeats}")
-                for stage in _stages(prepared, made, workers, folder):
+                for stage in _stages(prepared, plan, workers, folder):
                     measured.setdefault(stage.name, []).append(stage)
-                speeds.append(_flop_per_second(prepared, made) if flop else 0.0)
-                seconds, stored = _end_to_end(prepared, made, workers, folder / f"run{turn}")
-                runs.append(made.rows / seconds)
+                speeds.append(_flop_per_second(prepared, plan) if flop else 0.0)
+                seconds, stored = _end_to_end(prepared, plan, workers, folder / f"run{turn}")
+                runs.append(plan.rows / seconds)
     stages = [_median(turns) for turns in measured.values()]
-    return _report(prepared, made, stages, runs, stored, flop, statistics.median(speeds))
+    return _report(prepared, plan, stages, runs, stored, flop, statistics.median(speeds))
 
 
 @contextmanager
@@ -172,10 +172,10 @@ def _median(turns: Sequence[Stage]) -> Stage:
 
 
 def _report(
-    prepared: Prepared, made: Plan, stages: list[Stage], runs: list[float], stored: int, flop: int, speed: float
+    prepared: Prepared, plan: Plan, stages: list[Stage], runs: list[float], stored: int, flop: int, speed: float
 ) -> Benchmark:
     on_cpu = prepared.device.type == "cpu"
-    cores = {s.name: _least(s, made.threads) for s in stages if s.part and (on_cpu or s.name in _OF_THE_HOST)}
+    cores = {s.name: _least(s, plan.threads) for s in stages if s.part and (on_cpu or s.name in _OF_THE_HOST)}
     seconds = cores if on_cpu else {s.name: 1 / s.images_per_second for s in stages if s.part}
     if not on_cpu:
         seconds["forward"] += seconds.pop("statistics")
@@ -184,11 +184,11 @@ def _report(
     rate = statistics.median(runs)
     return Benchmark(
         model=prepared.loaded.name,
-        device=made.device,
-        precision=made.precision,
-        memory_format=made.memory_format,
-        batch_size=made.batch_size,
-        layers=tuple(layer.name for layer in made.layers),
+        device=plan.device,
+        precision=plan.precision,
+        memory_format=plan.memory_format,
+        batch_size=plan.batch_size,
+        layers=tuple(layer.name for layer in plan.layers),
         stages=tuple(stages),
         limit=1 / least,
         host_limit=1 / sum(cores.values()),
@@ -198,8 +198,8 @@ def _report(
         would_help=_WOULD_HELP[slowest],
         flop=flop,
         flop_per_second=speed,
-        bytes_raw_per_image=made.estimate.bytes_raw // made.rows,
-        bytes_stored_per_image=stored // made.rows,
+        bytes_raw_per_image=plan.estimate.bytes_raw // plan.rows,
+        bytes_stored_per_image=stored // plan.rows,
         runs=tuple(runs),
         machine=machine(),
     )
@@ -225,17 +225,17 @@ _WOULD_HELP = {
 # ---------------------------------------------------------------------------------------------- stages
 
 
-def _stages(prepared: Prepared, made: Plan, workers: Workers | None, folder: Path) -> list[Stage]:
+def _stages(prepared: Prepared, plan: Plan, workers: Workers | None, folder: Path) -> list[Stage]:
     """Every stage once. The tensors that the later ones work on are what the forward pass captures of real images."""
-    batch, tensors, forward = _forward(prepared, made)
-    stages = [_decode(prepared, made, workers), forward, _statistics(prepared, made, tensors)]
+    batch, tensors, forward = _forward(prepared, plan)
+    stages = [_decode(prepared, plan, workers), forward, _statistics(prepared, plan, tensors)]
     if prepared.device.type != "cpu":
         stages[1:1] = [_upload(prepared, batch)]
-        stages.append(_download(tensors, made.batch_size))
+        stages.append(_download(tensors, plan.batch_size))
         tensors = [t.contiguous() for t in tensors]  # as they are downloaded
     host = [t.cpu() for t in tensors]
-    payloads, encode = _encode(made, host, workers)
-    return [*stages, encode, _write(made, payloads, folder), *_other_codecs(made, host, workers)]
+    payloads, encode = _encode(plan, host, workers)
+    return [*stages, encode, _write(plan, payloads, folder), *_other_codecs(plan, host, workers)]
 
 
 def _drop(_: Any) -> None:
@@ -260,19 +260,19 @@ def _wait(device: torch.device | None) -> None:
 
 
 @contextmanager
-def _threads(made: Plan) -> Iterator[Callable[[Sequence[Callable[[], Any]]], list[Any]]]:
+def _threads(plan: Plan) -> Iterator[Callable[[Sequence[Callable[[], Any]]], list[Any]]]:
     """A function that runs tasks on as many threads as a run has, and gives their results in order."""
-    pool = threads.thread_pool("fmextract-bench", made.threads)
+    pool = threads.thread_pool("fmextract-bench", plan.threads)
     try:
         yield lambda tasks: [future.result() for future in [pool.submit(task) for task in tasks]]
     finally:
         pool.close(1.0)
 
 
-def _decode(prepared: Prepared, made: Plan, workers: Workers | None) -> Stage:
-    rows = range(min(len(prepared.source), max(64, 16 * made.threads)))
+def _decode(prepared: Prepared, plan: Plan, workers: Workers | None) -> Stage:
+    rows = range(min(len(prepared.source), max(64, 16 * plan.threads)))
     decoder, reader = jpegs(prepared, workers), prepared.reader
-    step = decode.rows_a_task(len(rows), made.threads, decoder)
+    step = decode.rows_a_task(len(rows), plan.threads, decoder)
     tasks = [rows[at : at + step] for at in range(0, len(rows), step)]
     into = None if prepared.ready else torch.zeros((len(rows), *prepared.input_shape), dtype=torch.uint8)
 
@@ -296,7 +296,7 @@ def _decode(prepared: Prepared, made: Plan, workers: Workers | None) -> Stage:
         return run_all([partial(ours, some, [next(read) for _ in some]) for some in tasks])
 
     data = list(reader.ahead(rows)) if reader.serial else [reader.load(row) for row in rows]
-    with _threads(made) as run_all:
+    with _threads(plan) as run_all:
         rate = _rate(lambda: _drop(read_and_decode()), len(rows))
         bare = _rate(lambda: _drop(run_all([partial(_bare_decode, item) for item in data])), len(rows))
     return Stage("decode", rate, bare, "libjpeg-turbo alone, without resizing")
@@ -309,24 +309,24 @@ def _bare_decode(data: Any) -> None:
         simplejpeg.decode_jpeg(data, colorspace="RGB")
 
 
-def _forward(prepared: Prepared, made: Plan) -> tuple[torch.Tensor, list[torch.Tensor], Stage]:
+def _forward(prepared: Prepared, plan: Plan) -> tuple[torch.Tensor, list[torch.Tensor], Stage]:
     """(a batch of uint8 images on the host, what was captured of it, the stage with the bare model beside it)."""
-    pixels, where = _pixels(prepared, made.batch_size), prepared.device
-    there = pixels.to(where)
+    pixels, device = _pixels(prepared, plan.batch_size), prepared.device
+    there = pixels.to(device)
     with (
-        in_run_mode(prepared, made) as module,
-        precision.numerics(made.precision, where),
+        in_run_mode(prepared, plan) as module,
+        precision.numerics(plan.precision, device),
     ):
 
         def inputs() -> torch.Tensor:
-            return precision.to_memory_format(_normalised(prepared, there), made.memory_format)
+            return precision.to_memory_format(_normalised(prepared, there), plan.memory_format)
 
         ready = inputs()
         with _bare(prepared, module) as capture:
-            bare = _rate(lambda: _drop(capture.forward(prepared.forward, ready.clone())), len(pixels), where)
+            bare = _rate(lambda: _drop(capture.forward(prepared.forward, ready.clone())), len(pixels), device)
         reduce, kind = prepared.inspection.reduce, prepared.capture_kind
         with hooks.tapped(module, prepared.probed, reduce, prepared.inspection.stop, kind) as capture:
-            rate = _rate(lambda: _drop(capture.forward(prepared.forward, inputs())), len(pixels), where)
+            rate = _rate(lambda: _drop(capture.forward(prepared.forward, inputs())), len(pixels), device)
             tensors = [t.clone() for t in capture.forward(prepared.forward, inputs())]
     return pixels, tensors, Stage("forward", rate, bare, "the model alone")
 
@@ -368,10 +368,10 @@ def _flop(prepared: Prepared, progress: Progress) -> int:
     return int(counter.get_total_flops()) // 2
 
 
-def _flop_per_second(prepared: Prepared, made: Plan) -> float:
+def _flop_per_second(prepared: Prepared, plan: Plan) -> float:
     """What the device does in a large product of matrices, all cores on it, in the precision of the run."""
     size = 2048 if prepared.device.type == "cpu" else 8192
-    kind = precision.AUTOCAST.get(made.precision, torch.float32)
+    kind = precision.AUTOCAST.get(plan.precision, torch.float32)
     random = torch.Generator().manual_seed(0)
     factors = torch.randn((2, size, size), generator=random, dtype=torch.float32)
     left, right = factors.to(prepared.device, kind)
@@ -380,7 +380,7 @@ def _flop_per_second(prepared: Prepared, made: Plan) -> float:
         _drop(left @ right)
         _wait(prepared.device)  # each: a second's worth of queued products would take many to end
 
-    with precision.numerics(made.precision, prepared.device):
+    with precision.numerics(plan.precision, prepared.device):
         return 2 * size**3 * _rate(work, 1, prepared.device)
 
 
@@ -399,30 +399,30 @@ def _normalised(prepared: Prepared, pixels: torch.Tensor) -> torch.Tensor:
     return preprocessing.normalise(pixels, preprocess)
 
 
-def _statistics(prepared: Prepared, made: Plan, tensors: Sequence[torch.Tensor]) -> Stage:
+def _statistics(prepared: Prepared, plan: Plan, tensors: Sequence[torch.Tensor]) -> Stage:
     at = 0
     running = [
-        RunningStats(c.shape, c.axes, made.top_k, prepared.device, layer.near_zero_below)
-        for c, layer in zip(prepared.outputs, made.layers, strict=True)
+        RunningStats(c.shape, c.axes, plan.top_k, prepared.device, layer.near_zero_below)
+        for c, layer in zip(prepared.outputs, plan.layers, strict=True)
         if {"channel", "feature"} & set(c.axes)
     ]
     described = [t for t, c in zip(tensors, prepared.outputs, strict=True) if {"channel", "feature"} & set(c.axes)]
 
     def update(first: int) -> None:
-        valid = [True] * made.batch_size
+        valid = [True] * plan.batch_size
         if prepared.device.type != "cpu":
-            for one, tensor in zip(running, described, strict=True):
-                one.update(tensor, first, valid)
+            for layer, tensor in zip(running, described, strict=True):
+                layer.update(tensor, first, valid)
             return
-        run_all([partial(one.update, t, first, valid) for one, t in zip(running, described, strict=True)])
+        run_all([partial(layer.update, t, first, valid) for layer, t in zip(running, described, strict=True)])
 
     def work() -> None:
         nonlocal at
         update(at)
-        at += made.batch_size
+        at += plan.batch_size
 
-    with _threads(made) as run_all:
-        return Stage("statistics", _rate(work, made.batch_size, prepared.device))
+    with _threads(plan) as run_all:
+        return Stage("statistics", _rate(work, plan.batch_size, prepared.device))
 
 
 def _upload(prepared: Prepared, batch: torch.Tensor) -> Stage:
@@ -443,32 +443,32 @@ def _download(tensors: Sequence[torch.Tensor], images_a_batch: int) -> Stage:
 
 
 def _encode(
-    made: Plan, tensors: Sequence[torch.Tensor], workers: Workers | None
+    plan: Plan, tensors: Sequence[torch.Tensor], workers: Workers | None
 ) -> tuple[list[tuple[int, codecs.Stored]], Stage]:
     """(the encoded chunks of a batch with their layers, the stage)."""
     most = storing.CHUNKS_A_TASK if workers is None else storing.CHUNKS_A_PROCESS
-    encode = workers.encoder(made) if workers is not None else chunks.Encoder(made).all
+    encode = workers.encoder(plan) if workers is not None else chunks.Encoder(plan).all
     cut = [
         chunk
-        for i, (spec, tensor) in enumerate(zip(made.layers, tensors, strict=True))
+        for i, (spec, tensor) in enumerate(zip(plan.layers, tensors, strict=True))
         for cutter in [chunks.Cutter(i, spec)]
         for chunk in (*cutter.add(tensor, [False] * len(tensor)), *cutter.flush())
     ]
-    tasks = [partial(encode, task) for task in storing.tasks(cut, made.threads, most)]
-    with _threads(made) as run_all:
-        encoded = [one for some in run_all(tasks) for one in some]
-        payloads = [(chunk.layer, one.payload) for chunk, one in zip(cut, encoded, strict=True)]
+    tasks = [partial(encode, task) for task in storing.tasks(cut, plan.threads, most)]
+    with _threads(plan) as run_all:
+        encoded = [chunk for some in run_all(tasks) for chunk in some]
+        payloads = [(chunk.layer, done.payload) for chunk, done in zip(cut, encoded, strict=True)]
         # A chunk at the end of a batch holds fewer images than it could: count the images, not the chunks.
         rate = _rate(lambda: _drop(run_all(tasks)), len(tensors[0]))
-    return payloads, Stage("encode", rate, _bare_encode(made, tensors), f"{_library(made.codec)} on shuffled bytes")
+    return payloads, Stage("encode", rate, _bare_encode(plan, tensors), f"{_library(plan.codec)} on shuffled bytes")
 
 
-def _other_codecs(made: Plan, tensors: Sequence[torch.Tensor], workers: Workers | None) -> Iterator[Stage]:
+def _other_codecs(plan: Plan, tensors: Sequence[torch.Tensor], workers: Workers | None) -> Iterator[Stage]:
     """What encoding would be with the other codecs that are installed, at their usual level."""
     for name, codec in codecs.CODECS.items():
-        if name != made.codec:
+        if name != plan.codec:
             with suppress(MissingExtra):
-                payloads, stage = _encode(replace(made, codec=name, level=codec.default_level), tensors, workers)
+                payloads, stage = _encode(replace(plan, codec=name, level=codec.default_level), tensors, workers)
                 size = text.byte_count(sum(len(payload) for _, payload in payloads) // len(tensors[0]))
                 yield replace(stage, name=f"encode: {name}", bare=0.0, what=f"{size} an image", part=False)
 
@@ -477,13 +477,13 @@ def _library(codec: str) -> str:
     return {"gzip": "ISA-L", "zstd": "zstandard", "lz4": "lz4", "none": "a copy"}[codec]
 
 
-def _bare_encode(made: Plan, tensors: Sequence[torch.Tensor]) -> float:
+def _bare_encode(plan: Plan, tensors: Sequence[torch.Tensor]) -> float:
     """The codec's library alone, on bytes that are shuffled already."""
-    codec = codecs.codec_named(made.codec)
+    codec = codecs.codec_named(plan.codec)
     if codec.name != "gzip":
         return 0.0
-    shuffled = [_shuffled(spec, row) for spec, t in zip(made.layers, tensors, strict=True) for row in t]
-    with _threads(made) as run_all:
+    shuffled = [_shuffled(spec, row) for spec, t in zip(plan.layers, tensors, strict=True) for row in t]
+    with _threads(plan) as run_all:
         return _rate(lambda: _drop(run_all([partial(codecs.deflate, data, 1) for data in shuffled])), len(tensors[0]))
 
 
@@ -492,7 +492,7 @@ def _shuffled(spec: LayerSpec, row: torch.Tensor) -> bytes:
     return values.view(np.uint8).reshape(-1, values.itemsize).T.tobytes()
 
 
-def _write(made: Plan, payloads: Sequence[tuple[int, codecs.Stored]], folder: Path) -> Stage:
+def _write(plan: Plan, payloads: Sequence[tuple[int, codecs.Stored]], folder: Path) -> Stage:
     """The encoded chunks of a batch, written and made durable as a shard is, while the one before is summed up.
 
     Bare: the same by os.write.
@@ -519,17 +519,17 @@ def _write(made: Plan, payloads: Sequence[tuple[int, codecs.Stored]], folder: Pa
             os.fsync(file.fileno())
 
     with ThreadPoolExecutor(1) as beside:
-        ours_rate = _rate(ours, made.batch_size)
-    bare_rate = _rate(bare, made.batch_size)
-    return Stage("write", ours_rate, bare_rate, "os.write and fsync", statistics.median(busy) / made.batch_size)
+        ours_rate = _rate(ours, plan.batch_size)
+    bare_rate = _rate(bare, plan.batch_size)
+    return Stage("write", ours_rate, bare_rate, "os.write and fsync", statistics.median(busy) / plan.batch_size)
 
 
-def _end_to_end(prepared: Prepared, made: Plan, workers: Workers | None, folder: Path) -> tuple[float, int]:
+def _end_to_end(prepared: Prepared, plan: Plan, workers: Workers | None, folder: Path) -> tuple[float, int]:
     """(seconds from the first image to the published file, its bytes): a run without its start."""
     folder.mkdir()
-    with working(prepared, made, workers) as work:
+    with working(prepared, plan, workers) as work:
         started = time.perf_counter()
-        pipeline.run_shards(work, folder, made.shards, Quiet(), Tally())
+        pipeline.run_shards(work, folder, plan.shards, Quiet(), Tally())
         seconds = time.perf_counter() - started
     return seconds, sum(file.stat().st_size for file in folder.glob("*.h5"))
 
@@ -567,7 +567,7 @@ def machine() -> dict[str, Any]:
     from importlib import metadata
 
     libraries = ("fmextract", "torch", "torchvision", "numpy", "h5py", "isal", "simplejpeg")
-    found: dict[str, Any] = {name: metadata.version(name) for name in libraries}
+    versions: dict[str, Any] = {name: metadata.version(name) for name in libraries}
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return {
         "system": platform.platform(),
@@ -575,7 +575,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator),
         "python": platform.python_version(),
-        **found,
+        **versions,
     }
 
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fmextract.common import text
 from fmextract.errors import FormatError
@@ -42,6 +42,55 @@ class Estimate:
 
 _LAYER_FIELDS = tuple(field.name for field in dataclasses.fields(LayerSpec))
 _TUPLES = {"shape", "axes", "chunk", "classes", "further_paths"}  # lists in JSON
+
+
+class _SaidOfRun(TypedDict):
+    title: str
+    source: str
+    history: str
+    model: str
+    weights: str | None
+    weights_sha256: str
+    origin: Mapping[str, Any]
+    input_dtype: str
+    preprocess: Mapping[str, Any]
+    created: str
+
+
+class RunInfo(_SaidOfRun, total=False):
+    """What a file says of its run. `images`: where the files of its source lie; `label_names`: JSON."""
+
+    images: Mapping[str, str]
+    label_names: str
+
+
+class Identity(TypedDict, total=False):
+    """What decides the stored values of a run, and what a resume compares. Of an earlier version some are missing."""
+
+    model: str
+    weights: str
+    preprocess: Mapping[str, Any]
+    input_shape: Sequence[int]
+    exif: bool
+    jpeg_decoder: str
+    layers: Sequence[str]
+    precision: str
+    memory_format: str
+    compile: bool
+    batch_size: int | None
+    device: str
+    dtype: str
+    clip: bool
+    keep_bits: int | None
+    codec: str
+    level: int | None
+    top_k: int
+    seed: int
+    random: str
+    max_error: float | None
+    source: Mapping[str, Any]
+    code: Mapping[str, Any]
+    not_covered: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -100,9 +149,9 @@ class Plan(text.Tabled):
     clip: bool
     top_k: int
     shard_rows: int
-    identity: Mapping[str, Any]
+    identity: Identity
     config: Mapping[str, Any]
-    info: Mapping[str, Any]
+    info: RunInfo
     versions: Mapping[str, str]
     fused: tuple[tuple[str, str], ...] = ()
     pooling: bool = False
@@ -152,10 +201,10 @@ class Plan(text.Tabled):
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for `plan.json`; `from_json` is the inverse."""
-        made = dataclasses.asdict(dataclasses.replace(self, layers=()))
-        made["layers"] = [_layer_as_json(layer) for layer in self.layers]
-        made["shards"] = [[part.start, part.stop] for part in self.shards]
-        return {"format": PLAN_FORMAT, "format_version": FORMAT_VERSION, **made}
+        plain = dataclasses.asdict(dataclasses.replace(self, layers=()))
+        plain["layers"] = [_layer_as_json(layer) for layer in self.layers]
+        plain["shards"] = [[part.start, part.stop] for part in self.shards]
+        return {"format": PLAN_FORMAT, "format_version": FORMAT_VERSION, **plain}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to a file, for `extract(…, plan=path)`. Raises OutputError, NoSpace."""

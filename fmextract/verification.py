@@ -49,8 +49,8 @@ class Problem:
     what: str
 
     def __str__(self) -> str:
-        where = [self.file, self.layer and f"layer {self.layer}", self.rows and f"rows {self.rows}"]
-        return f"{', '.join(filter(None, where))}: {self.what}"
+        place = [self.file, self.layer and f"layer {self.layer}", self.rows and f"rows {self.rows}"]
+        return f"{', '.join(filter(None, place))}: {self.what}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,14 +362,14 @@ class _Recount:
         places: dict[str, Array] = {self._layer.axes[1 + (self._axis or 0)]: channel}
         if self._layer.spec.reducer != "top":
             places |= {"y": y[channel, k], "token": y[channel, k], "x": x[channel, k]}
-        where = [places.get(role) for role in self._layer.axes[1:]]
-        if any(place is None for place in where):
+        index = [places.get(role) for role in self._layer.axes[1:]]
+        if any(place is None for place in index):
             return True  # an axis whose places are not kept
         try:
-            found = values[(row, *where)].astype(np.float64)
+            seen = values[(row, *index)].astype(np.float64)
         except IndexError:
             return False
-        return bool(np.all(np.abs(found - self._clipped(value[channel, k])) <= self._tolerance(value[channel, k])))
+        return bool(np.all(np.abs(seen - self._clipped(value[channel, k])) <= self._tolerance(value[channel, k])))
 
     def _clipped(self, values: Array) -> Array:
         clipped: Array = np.clip(values, -self._clip, self._clip)
@@ -407,16 +407,16 @@ class _Recount:
         for name in (
             name for name in (*layer_stats.MOMENTS, layer_stats.NEAR_ZERO) if name in told and name in self._seen
         ):
-            expected, found = told[name].astype(np.float64), self._seen[name].astype(np.float64)
+            expected, seen = told[name].astype(np.float64), self._seen[name].astype(np.float64)
             if name in ("min", "max"):
                 expected = self._clipped(expected)
             elif name in ("mean", "std") and self._clip != math.inf:
                 continue
-            same = (np.abs(found - expected) <= slack[name]) | (np.isnan(found) & np.isnan(expected))
+            same = (np.abs(seen - expected) <= slack[name]) | (np.isnan(seen) & np.isnan(expected))
             if not same.all():
                 channel = int(np.flatnonzero(~same)[0])
                 yield (
-                    f"the values are not those that {name} was taken of: channel {channel} gives {found[channel]:.9g},"
+                    f"the values are not those that {name} was taken of: channel {channel} gives {seen[channel]:.9g},"
                     f" stored is {expected[channel]:.9g}"
                 )
 
@@ -430,7 +430,7 @@ def _moments(values: Array, near_zero_below: float | None) -> dict[str, Array]:
     mean = zeroed.sum(1) / n
     deviation = np.where(finite, values - mean[:, None], 0.0)
     empty = count == 0
-    made = {
+    moments = {
         "count": count,
         "mean": np.where(empty, np.nan, mean),
         "std": np.where(empty, np.nan, np.sqrt((deviation**2).sum(1) / n)),
@@ -441,8 +441,8 @@ def _moments(values: Array, near_zero_below: float | None) -> dict[str, Array]:
     }
     if near_zero_below is not None:
         near = (np.abs(values) <= near_zero_below) & finite
-        made[layer_stats.NEAR_ZERO] = np.where(empty, np.nan, near.sum(1) / n)
-    return made
+        moments[layer_stats.NEAR_ZERO] = np.where(empty, np.nan, near.sum(1) / n)
+    return moments
 
 
 # ----------------------------------------------------------------------------------------------------------- run again
@@ -453,8 +453,8 @@ def _rerun(check: _Check, count: int, said: tuple[Any, ...], seed: int | None, p
     from fmextract.run.rerun import Said, rerun
 
     with activations.open(check.place) as acts:
-        found = rerun(acts, count, Said(*said), seed, progress)
-    for difference in itertools.filterfalse(lambda d: d.tolerated, found):
+        differing = rerun(acts, count, Said(*said), seed, progress)
+    for difference in itertools.filterfalse(lambda d: d.tolerated, differing):
         rows = range(difference.row, difference.row + 1)
         check._wrong(check.place, f"{difference.key!r} run again: {difference.message}", difference.layer, rows)
-    return max((difference.error for difference in found), default=0.0)
+    return max((difference.error for difference in differing), default=0.0)

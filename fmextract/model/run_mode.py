@@ -113,20 +113,20 @@ class RunMode:
         """Return (tensor, its data on the device and in the layout), for each parameter and buffer that changes."""
         on_cpu = self._device.type == "cpu"  # whose other ways lay the weights out themselves
         left = {id(p) for module in self._ways if on_cpu for p in module.parameters(recurse=False)}
-        found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        relaid: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         for tensor in (*self._model.parameters(), *self._model.buffers()):
             if nn.parameter.is_lazy(tensor) or tensor.is_quantized:
                 continue
             data = tensor.data
             if data.layout != torch.strided:  # sparse, opaque: there is no other layout of those
                 if data.device != self._device:
-                    found.setdefault(id(tensor), (tensor, data.to(self._device)))
+                    relaid.setdefault(id(tensor), (tensor, data.to(self._device)))
                 continue
             format_ = self._layout if data.dim() == 4 and id(tensor) not in left else torch.preserve_format
             changed = data.to(device=self._device, memory_format=format_)
             if changed is not data:
-                found.setdefault(id(tensor), (tensor, changed))
-        return list(found.values())
+                relaid.setdefault(id(tensor), (tensor, changed))
+        return list(relaid.values())
 
     def _other_ways(self) -> dict[nn.Module, Callable[[], Forward]]:
         """Return what makes the forwards that some modules have inside the block."""

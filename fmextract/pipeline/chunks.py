@@ -161,10 +161,10 @@ def as_array(piece: torch.Tensor, channels_last: bool = False) -> np.ndarray[Any
     # One image at a time, as the transpose of a matrix: torch does that in blocks, two to five times as fast as
     # `contiguous` (docs/measurements), where the rows of the matrix follow each other. Those of some of the channels
     # are brought together first.
-    made = torch.empty(piece.shape, dtype=piece.dtype)
-    for planes, image in zip(made.flatten(2), piece.movedim(1, -1), strict=True):
+    planar = torch.empty(piece.shape, dtype=piece.dtype)
+    for planes, image in zip(planar.flatten(2), piece.movedim(1, -1), strict=True):
         planes.copy_(image.contiguous().flatten(0, -2).t())
-    return made.numpy()
+    return planar.numpy()
 
 
 def _fill(rows: int, spec: LayerSpec, bfloat16: bool) -> np.ndarray[Any, Any]:

@@ -131,8 +131,8 @@ class Decoder:
                 self._in_flight.end()
                 self._tally.add("decode", time.perf_counter() - started)
         return [
-            Outcome(*made) if made is not None else self._decode(row, into[i], loaded[i])
-            for i, (row, made) in enumerate(zip(rows, decoded, strict=True))
+            Outcome(*done) if done is not None else self._decode(row, into[i], loaded[i])
+            for i, (row, done) in enumerate(zip(rows, decoded, strict=True))
         ]
 
     def _loaded(self, row: int) -> Any:

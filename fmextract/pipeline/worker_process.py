@@ -76,7 +76,7 @@ def _work(channel: socket.socket) -> None:
     send(channel, packed("here"))
     while True:
         message = receive(channel)
-        made: Any = None
+        answer: Any = None
         try:
             job, *what = pickle.loads(message)
         except Exception as error:
@@ -92,16 +92,16 @@ def _work(channel: socket.socket) -> None:
             elif job == "encode":
                 assert room is not None
                 assert encoder is not None
-                made = _encode(encoder, room, *what)
+                answer = _encode(encoder, room, *what)
             elif job == "finish":
-                made = finish_shard(*what)
+                answer = finish_shard(*what)
             else:
                 assert room is not None
-                made = _decode(room, *what)
+                answer = _decode(room, *what)
         except Exception as error:  # for the thread that asked
             send(channel, packed((_portable(error), None)))
         else:
-            send(channel, packed((None, made)))
+            send(channel, packed((None, answer)))
 
 
 def _portable(error: Exception) -> Exception:
@@ -133,9 +133,9 @@ def _encode(
 
 def _decode(room: mmap.mmap, task: Decode, most_pixels: int | None) -> list[decoding.Decoded | None]:
     PIL.Image.MAX_IMAGE_PIXELS = most_pixels
-    made = np.frombuffer(room, np.uint8, len(task.data) * math.prod(task.shape)).reshape(-1, *task.shape)
+    inputs = np.frombuffer(room, np.uint8, len(task.data) * math.prod(task.shape)).reshape(-1, *task.shape)
     decoded: list[decoding.Decoded | None] = []
-    for item, pixels in zip(task.data, made, strict=True):
+    for item, pixels in zip(task.data, inputs, strict=True):
         one = None
         with suppress(Exception):  # the thread that asked decodes it once more, and says why
             data = item.read() if isinstance(item, OnDisk) else item

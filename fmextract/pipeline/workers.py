@@ -143,8 +143,8 @@ class Workers:
         here = chunks.Encoder(plan)
 
         def encode(task: Sequence[chunks.Chunk]) -> list[chunks.Encoded]:
-            made = self._do(lambda worker: worker.encode(task, plan))
-            return made if made is not None else here.all(task)
+            answer = self._do(lambda worker: worker.encode(task, plan))
+            return answer if answer is not None else here.all(task)
 
         return encode
 
@@ -157,8 +157,8 @@ class Workers:
 
         Raises what that raises; OutputLost where the process ended in the middle of it.
         """
-        made = self._do(lambda worker: worker.finish(shard, what), halfway=_refuse)
-        return made if made is not None else finish_shard(shard, *what)
+        answer = self._do(lambda worker: worker.finish(shard, what), halfway=_refuse)
+        return answer if answer is not None else finish_shard(shard, *what)
 
     def wait(self) -> bool:
         """Wait until they are there, a minute at most; False where they could not be started."""
@@ -303,9 +303,11 @@ class _Worker:
             ctypes.memmove(self._address + offset, source, nbytes)
         answers, stop = self._ask("encode", described, end)
         # A copy, since the next task writes over it. One for all: each gives the interpreter's lock away, and waits.
-        made = np.array(np.frombuffer(room, np.uint8, stop - end, end)).data
+        payloads = np.array(np.frombuffer(room, np.uint8, stop - end, end)).data
         return [
-            chunks.Encoded(made[where[0] - end : where[1] - end] if isinstance(where, tuple) else where, digest, over)
+            chunks.Encoded(
+                payloads[where[0] - end : where[1] - end] if isinstance(where, tuple) else where, digest, over
+            )
             for where, digest, over in answers
         ]
 
@@ -317,11 +319,11 @@ class _Worker:
         one = math.prod(task.shape)
         room = self._room_of(len(task.data) * one)
         decoded: list[decoding.Decoded | None] = self._ask("decode", task, PIL.Image.MAX_IMAGE_PIXELS)
-        made = np.frombuffer(room, np.uint8, len(task.data) * one).reshape(-1, *task.shape)
-        if len(made) == len(into) and None not in decoded:
-            np.copyto(into.numpy(), made)
+        inputs = np.frombuffer(room, np.uint8, len(task.data) * one).reshape(-1, *task.shape)
+        if len(inputs) == len(into) and None not in decoded:
+            np.copyto(into.numpy(), inputs)
             return decoded
-        for row, found, pixels in zip(plain, decoded, made, strict=True):
+        for row, found, pixels in zip(plain, decoded, inputs, strict=True):
             if found is not None:
                 np.copyto(into[row - plain[0]].numpy(), pixels)
         return decoded
@@ -359,12 +361,12 @@ class _Worker:
             if fd is not None:
                 socket.send_fds(self._channel, [b"\0"], [fd], socket.MSG_NOSIGNAL)
             begun = True
-            raised, made = pickle.loads(receive(self._channel))  # from a process of ours, which none else can reach
+            raised, answer = pickle.loads(receive(self._channel))  # from a process of ours, which none else can reach
         except (EOFError, OSError) as gone:
             raise _Ended(begun) from gone
         if raised is not None:
             raise raised
-        return made
+        return answer
 
 
 def _is_jpeg(item: Any) -> bool:

@@ -120,9 +120,9 @@ class Writer:
             self.now = "write"
             started = time.perf_counter()
             writer = self._current()
-            for chunk, made in zip(item.cut, encoded, strict=True):
-                self._count_overflow(chunk.layer, made.overflowed)
-                writer.write_chunk(chunk.layer, chunk.at, made.payload, made.digest)
+            for chunk, its in zip(item.cut, encoded, strict=True):
+                self._count_overflow(chunk.layer, its.overflowed)
+                writer.write_chunk(chunk.layer, chunk.at, its.payload, its.digest)
             self._tally.add("write", time.perf_counter() - started)
         self.now = "encode"
 

@@ -97,7 +97,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class Tuning:
     """The answers. `rel_errors[i]` is the relative L2 error of layer i in this precision, None where there is none.
 
     `sample` is what the chosen precision captured of a few images, one tensor (n, …) a layer. `overwritten`: layers
@@ -125,7 +125,7 @@ class _Sample:
         return len(self.inputs)
 
 
-def choose(question: Question) -> Chosen:
+def tune(question: Question) -> Tuning:
     """Measure and decide. Raises ConfigError for a precision or memory format that this model, or the device, cannot
     run in."""
     started = time.perf_counter()
@@ -154,7 +154,7 @@ def choose(question: Question) -> Chosen:
         notes.append(compiling)
     if "auto" in (question.precision, question.batch_size or "auto"):
         notes.append(f"measuring took {time.perf_counter() - started:.1f} s")
-    return Chosen(
+    return Tuning(
         precision=name,
         mode=taken.mode,
         batch_size=size,
@@ -201,8 +201,8 @@ def _first_trials(
 
 
 def _sample_size(question: Question) -> int:
-    one = 4 * sum(math.prod(p.shape) for p in question.subject.probed)
-    return min(MOST_SAMPLES - 1, max(2, min(SAMPLE_BYTES // max(1, one), question.rows // 100)))
+    per_image_bytes = 4 * sum(math.prod(p.shape) for p in question.subject.probed)
+    return min(MOST_SAMPLES - 1, max(2, min(SAMPLE_BYTES // max(1, per_image_bytes), question.rows // 100)))
 
 
 def _with_noise(images: torch.Tensor) -> _Sample:
@@ -498,6 +498,6 @@ def _sizes_in_turns(
 
 def _fits(taken: Trial, kind: str) -> int:
     """Images a batch whose activations, in flight, stay within what a device of this kind may take on the host."""
-    one = sum(t[0].numel() * t.element_size() for t in taken.tensors)
+    per_image_bytes = sum(t[0].numel() * t.element_size() for t in taken.tensors)
     room = IN_FLIGHT_BYTES if kind == "cpu" else min(IN_FLIGHT_ACCELERATOR, int(MOST_OF_HOST * host_memory()))
-    return max(1, int(room / IN_FLIGHT / max(1, one)))
+    return max(1, int(room / IN_FLIGHT / max(1, per_image_bytes)))

@@ -110,8 +110,8 @@ def _module_rows(
     why = {r.tap.name: r.why for r in refused}
     rows: list[ModuleRow] = []
     for tap in wanted:
-        found = known.get(tap.name)
-        stored = found and (reduction(found) or found)
+        layer = known.get(tap.name)
+        stored = layer and (reduction(layer) or layer)
         rows.append(
             ModuleRow(
                 index=len(rows),
@@ -121,9 +121,9 @@ def _module_rows(
                 calls=tap.calls,
                 shape=stored.shape if stored else None,
                 axes=stored.axes if stored else (),
-                dtype=str(found.dtype).removeprefix("torch.") if found else "",
-                bytes=math.prod(stored.shape) * found.dtype.itemsize if found and stored else 0,
-                overwritten=found.overwritten if found else False,
+                dtype=str(layer.dtype).removeprefix("torch.") if layer else "",
+                bytes=math.prod(stored.shape) * layer.dtype.itemsize if layer and stored else 0,
+                overwritten=layer.overwritten if layer else False,
                 refused=why.get(tap.name, ""),
                 field=field_of.get(tap.name),
             )

@@ -12,7 +12,7 @@ from typing import Any
 from fmextract import planning
 from fmextract.common import strict_json
 from fmextract.errors import ConfigError, OutputError
-from fmextract.planning import Plan
+from fmextract.planning import Identity, Plan
 from fmextract.reading import activations
 from fmextract.run import estimate, make_plan, provenance, same_run, working
 from fmextract.run.prepare import Prepared
@@ -113,9 +113,7 @@ def check_taken_up(plan: Plan, prepared: Prepared, asked: Mapping[str, Any], tar
         ) from error
 
 
-def followed(
-    plan: Plan, prepared: Prepared, target: Path, asked: Mapping[str, Any], command: str | None = None
-) -> Plan:
+def followed(plan: Plan, prepared: Prepared, target: Path, asked: Identity, command: str | None = None) -> Plan:
     """The plan for a new run into `target`. Raises ConfigError where it was made for another one."""
     check(plan, prepared, asked)
     return dataclasses.replace(

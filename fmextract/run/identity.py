@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fmextract.inputs import preprocessing
+from fmextract.planning import Identity
 from fmextract.run import provenance
 from fmextract.run.prepare import Prepared
 
 
-def identity(prepared: Prepared) -> dict[str, Any]:
+def identity(prepared: Prepared) -> Identity:
     """What must be the same for a run to be taken up again: everything that decides a stored value."""
     config, loaded = prepared.config, prepared.loaded
     source = dict(prepared.source.fingerprint())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from fmextract.errors import LayerError
 from fmextract.model import norm_fusion, run_mode
 from fmextract.model.modes import Subject
 from fmextract.pipeline import workers
-from fmextract.planning import Plan
+from fmextract.planning import Identity, Plan
 from fmextract.records import LayerSpec, Progress
 from fmextract.run import autotune, estimate, provenance, sharding
 from fmextract.run.identity import identity
@@ -48,7 +48,7 @@ def plan_for(
     prepared: Prepared,
     out: Path,
     progress: Progress,
-    asked: Mapping[str, Any] | None = None,
+    asked: Identity | None = None,
     command: str | None = None,
 ) -> Plan:
     """What a run of `prepared` into `out` will do. Measures what `auto` leaves open, and what the run will cost.
@@ -56,46 +56,35 @@ def plan_for(
     `asked` is its identity, if that is known; `command` the line that asked for it.
     """
     config, rows = prepared.config, len(prepared.source)
-    chosen = autotune.choose(
-        autotune.Question(
-            subject=_subject(prepared),
-            inputs=lambda n: prepared.sampler.sample(n)[0],
-            precision=_asked(prepared),
-            max_error=config.max_error,
-            memory_format=config.memory_format,
-            batch_size=config.batch_size,
-            compile=config.compile,
-            rows=rows,
-        )
-    )
-    sizes, left_out = _effective_sizes(prepared, chosen, progress)
-    layers = tuple(_layer_spec(prepared, i, chosen, rows, sizes) for i in range(len(prepared.probed)))
+    tuned = _tuned(prepared)
+    sizes, left_out = _effective_sizes(prepared, tuned, progress)
+    layers = tuple(_layer_spec(prepared, i, tuned, rows, sizes) for i in range(len(prepared.probed)))
     level = codecs.codec_named(config.codec).checked_level(config.level)
     threads = config.num_workers or cores()
     reading_seconds, decoding_seconds = _decoding(prepared, threads)
-    cost = _estimate(prepared, chosen, layers, level, threads, decoding_seconds)
+    cost = _estimate(prepared, tuned, layers, level, threads, decoding_seconds)
     needed = sharding.rows_of_shard(cost, rows, config.shard_size, is_single_file(out))
     said = identity(prepared) if asked is None else asked
     layers = tuple(sharding.within_shard(layer, needed) for layer in layers)
-    shard_rows = sharding.shard_length(layers, chosen.batch_size, rows, needed)
+    shard_rows = sharding.shard_length(layers, tuned.batch_size, rows, needed)
     free = estimate.free_space(out)
     stored, needed = _on_disk(cost, layers, -(-rows // shard_rows), out)
     cost = replace(cost, bytes_stored=stored, bytes_needed=needed, bytes_free=free)
     left_out += _without_statistics(prepared)
-    left_out += _slow_reading(prepared, reading_seconds, chosen.seconds_per_image)
-    notes = [*chosen.notes, *left_out, *_not_compiled(prepared.device), *estimate.advice(layers, cost, rows, free)]
+    left_out += _slow_reading(prepared, reading_seconds, tuned.seconds_per_image)
+    notes = [*tuned.notes, *left_out, *_not_compiled(prepared.device), *estimate.advice(layers, cost, rows, free)]
     for note in notes:
         progress.note(note)
     return Plan(
         run_id=uuid.uuid4().hex,
         rows=rows,
         layers=layers,
-        precision=chosen.precision,
-        memory_format=chosen.mode.memory_format,
-        fused=norm_fusion.paths_of(prepared.loaded.module, chosen.mode.fused),
-        pooling=chosen.mode.pooling,
-        prepacked=chosen.mode.prepacked,
-        batch_size=chosen.batch_size,
+        precision=tuned.precision,
+        memory_format=tuned.mode.memory_format,
+        fused=norm_fusion.paths_of(prepared.loaded.module, tuned.mode.fused),
+        pooling=tuned.mode.pooling,
+        prepacked=tuned.mode.prepacked,
+        batch_size=tuned.batch_size,
         device=str(prepared.device),
         threads=threads,
         forward_threads=torch.get_num_threads(),
@@ -113,6 +102,22 @@ def plan_for(
         estimate=cost,
         notes=(*prepared.notes, *prepared.reader.notes, *notes),
     )
+
+
+def _tuned(prepared: Prepared) -> autotune.Tuning:
+    """Precision, memory format and batch size; measured where they are `auto`."""
+    config = prepared.config
+    question = autotune.Question(
+        subject=_subject(prepared),
+        inputs=lambda n: prepared.sampler.sample(n)[0],
+        precision=_asked(prepared),
+        max_error=config.max_error,
+        memory_format=config.memory_format,
+        batch_size=config.batch_size,
+        compile=config.compile,
+        rows=len(prepared.source),
+    )
+    return autotune.tune(question)
 
 
 def _asked(prepared: Prepared) -> str:
@@ -142,33 +147,33 @@ def _without_statistics(prepared: Prepared) -> list[str]:
     return [f"no statistics of {of}, in which no axis of channels is known: {text.some(names)}"]
 
 
-def _not_compiled(where: torch.device) -> list[str]:
-    if where.type != "cpu" or kernels.are_there():
+def _not_compiled(device: torch.device) -> list[str]:
+    if device.type != "cpu" or kernels.are_there():
         return []
     why = "statistics and encoding take longer than they need, as fmextract was installed without a C compiler"
     return [f"{why}; with gcc or clang on the path, install it again (by pip with --no-cache-dir)"]
 
 
 def _estimate(
-    prepared: Prepared, chosen: autotune.Chosen, layers: Sequence[LayerSpec], level: int, threads: int, decode: float
+    prepared: Prepared, tuned: autotune.Tuning, layers: Sequence[LayerSpec], level: int, threads: int, decode: float
 ) -> planning.Estimate:
     config = prepared.config
     stored_values = [
         tensor if captured.finish is None else captured.finish(tensor)
-        for tensor, captured in zip(chosen.sample, prepared.outputs, strict=True)
+        for tensor, captured in zip(tuned.sample, prepared.outputs, strict=True)
     ]
     stored, encode = estimate.encode_sample(layers, stored_values, config.codec, level, config.keep_bits)
-    statistics = estimate.describe_sample(layers, prepared.outputs, chosen.sample, config.top_k)
-    costs = estimate.Costs(decode, chosen.seconds_per_image, statistics, encode, stored)
+    statistics = estimate.describe_sample(layers, prepared.outputs, tuned.sample, config.top_k)
+    costs = estimate.Costs(decode, tuned.seconds_per_image, statistics, encode, stored)
     return estimate.estimate(
         layers,
         len(prepared.source),
-        chosen.batch_size,
+        tuned.batch_size,
         threads,
         costs,
         device=prepared.device.type,
         largest=prepared.inspection.largest,
-        kept=_kept_bytes(prepared, chosen) + prepared.reader.workers * estimate.DATASET_PROCESS,
+        kept=_kept_bytes(prepared, tuned) + prepared.reader.workers * estimate.DATASET_PROCESS,
         processes=partial(workers.are_processes, threads, config.worker_kind),
     )
 
@@ -199,13 +204,13 @@ def _on_disk(cost: planning.Estimate, layers: Sequence[LayerSpec], shards: int, 
     return (cost.bytes_stored, parts + cost.bytes_stored) if is_single_file(out) else (parts, parts)
 
 
-def _kept_bytes(prepared: Prepared, chosen: autotune.Chosen) -> int:
+def _kept_bytes(prepared: Prepared, tuned: autotune.Tuning) -> int:
     """Host memory that a run holds all the time: weights laid out or cast anew, and what was captured of the sample."""
     state = prepared.loaded.module.state_dict().values()
     weights = sum(t.numel() * t.element_size() for t in state if isinstance(t, torch.Tensor) and not is_lazy(t))
-    as_it_is = chosen.mode in (run_mode.PLAIN, run_mode.Mode(pooling=True))
+    as_it_is = tuned.mode in (run_mode.PLAIN, run_mode.Mode(pooling=True))
     # Twice: the reference in fp32 lives beside what the chosen precision captured.
-    sample = 2 * sum(4 * t.numel() for t in chosen.sample)
+    sample = 2 * sum(4 * t.numel() for t in tuned.sample)
     return sample + (0 if as_it_is else weights)
 
 
@@ -228,7 +233,7 @@ _ON_DISK = {
 
 
 def _effective_sizes(
-    prepared: Prepared, chosen: autotune.Chosen, progress: Progress
+    prepared: Prepared, tuned: autotune.Tuning, progress: Progress
 ) -> tuple[Sequence[float | None], list[str]]:
     """(effective receptive fields, a note where they were left out): three passes a layer and image.
 
@@ -240,7 +245,7 @@ def _effective_sizes(
         return none, []
     seconds = math.inf
     if prepared.config.effective_fields == "auto":
-        run, cost = len(prepared.source) * chosen.seconds_per_image, 3 * spatial * chosen.seconds_per_image
+        run, cost = len(prepared.source) * tuned.seconds_per_image, 3 * spatial * tuned.seconds_per_image
         seconds = max(EFFECTIVE_SHARE * run, EFFECTIVE_SECONDS)
         if cost > seconds:
             why = f"they would take {cost:.0f} s or more" if cost >= 1 else "the run is short"
@@ -267,10 +272,10 @@ def _effective_sizes(
 
 
 def _layer_spec(
-    prepared: Prepared, i: int, chosen: autotune.Chosen, rows: int, erf_sizes: Sequence[float | None]
+    prepared: Prepared, i: int, tuned: autotune.Tuning, rows: int, erf_sizes: Sequence[float | None]
 ) -> LayerSpec:
     probed, captured, config = prepared.probed[i], prepared.inspection.output(i), prepared.config
-    sample = chosen.sample[i] if captured.finish is None else captured.finish(chosen.sample[i])
+    sample = tuned.sample[i] if captured.finish is None else captured.finish(tuned.sample[i])
     dtype = sample.dtype
     if dtype not in _ON_DISK:
         raise LayerError(f"layer {probed.tap.name!r}: values of type {dtype} cannot be stored")
@@ -283,10 +288,10 @@ def _layer_spec(
         dtype=on_disk,
         compute_dtype=str(dtype).removeprefix("torch."),
         chunk=sharding.chunk_shape(shape, known["axes"], np.dtype(on_disk).itemsize, rows),
-        copied=probed.overwritten or i in chosen.overwritten,
-        rel_error=chosen.rel_errors[i],
+        copied=probed.overwritten or i in tuned.overwritten,
+        rel_error=tuned.rel_errors[i],
         erf_size=erf_sizes[i] if {"y", "x"} <= set(captured.axes) else None,
-        near_zero_below=_near_zero_below(chosen.sample[i]) if {"channel", "feature"} & set(captured.axes) else None,
+        near_zero_below=_near_zero_below(tuned.sample[i]) if {"channel", "feature"} & set(captured.axes) else None,
     )
 
 

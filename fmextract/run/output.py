@@ -124,7 +124,8 @@ class Output:
         if not ignored or ignored in history:
             return earlier
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        info = {**earlier.info, "history": f"{history}\n{now} taken up, ignoring what differs: {ignored}"}
+        info = earlier.info.copy()
+        info["history"] = f"{history}\n{now} taken up, ignoring what differs: {ignored}"
         plan = replace(earlier, info=info)
         write_sealed(self.directory / PLAN, plan.as_json())
         return plan

@@ -53,13 +53,13 @@ def pack(directory: Path, out: Path, *, leave_out: Sequence[range] = (), overwri
 
 def row_ranges(texts: Iterable[str]) -> list[range]:
     """`8-15` → the rows 8 to 15. Raises ConfigError."""
-    made = []
+    ranges = []
     for text in texts:
         first, dash, last = text.partition("-")
         if not dash or not first.isdecimal() or not last.isdecimal() or int(last) < int(first):
             raise ConfigError(f"--leave-out {text!r}: expected the first and the last row, as 4096-8191")
-        made.append(range(int(first), int(last) + 1))
-    return made
+        ranges.append(range(int(first), int(last) + 1))
+    return ranges
 
 
 def _parts(directory: Path, leave_out: Sequence[range]) -> list[Path | range]:
@@ -79,14 +79,14 @@ def _parts(directory: Path, leave_out: Sequence[range]) -> list[Path | range]:
 
 
 def _joined(ranges: Iterable[range]) -> list[range]:
-    """The same rows as few ranges, in order."""
-    made: list[range] = []
+    """The same rows as few joined, in order."""
+    joined: list[range] = []
     for part in sorted(ranges, key=lambda rows: rows.start):
-        if made and part.start <= made[-1].stop:
-            made[-1] = range(made[-1].start, max(made[-1].stop, part.stop))
+        if joined and part.start <= joined[-1].stop:
+            joined[-1] = range(joined[-1].start, max(joined[-1].stop, part.stop))
         elif len(part):
-            made.append(part)
-    return made
+            joined.append(part)
+    return joined
 
 
 def _said(ranges: Sequence[range]) -> str:

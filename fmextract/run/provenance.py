@@ -21,7 +21,7 @@ from fmextract.inputs.preprocessing import CustomPreprocess
 from fmextract.inputs.sources import folder_of
 from fmextract.model import loading
 from fmextract.model.structure import structure
-from fmextract.planning import Plan
+from fmextract.planning import Plan, RunInfo
 from fmextract.records import FileInfo, Source
 
 LONGEST_NAMES = 60_000
@@ -75,25 +75,25 @@ def code_facts(
             own.value(f"reducer {reduction.name}", reduction.apply)
     told = {**now, "reducers": own.told()}
     packages = set(source.get("packages", ())).union(*(part.packages for part in told.values()))
-    made: dict[str, Any] = {"by": {"python": interpreter(), **_versions_of(packages)}}
+    code: dict[str, Any] = {"by": {"python": interpreter(), **_versions_of(packages)}}
     unknown: list[str] = []
     for name, part in told.items():
         facts = settled(before[name].facts, part.facts) if name in before else dict(part.facts)
-        made |= {name: facts} if facts else {}
+        code |= {name: facts} if facts else {}
         unknown += [f"{name}: {what}" for what in (*part.unknown, *changing(facts))]
-    return made, [*unknown, *(f"source: {what}" for what in source.get("not_covered", ()))]
+    return code, [*unknown, *(f"source: {what}" for what in source.get("not_covered", ()))]
 
 
 def describe_run(
     loaded: loading.LoadedModel, source: Source, out: Path, *, ready: bool, command: str | None
-) -> dict[str, Any]:
+) -> RunInfo:
     """What a file says of its run into `out`, which `command` asked for.
 
     `ready`: images were the model's inputs as they came.
     """
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     by = f"written by fmextract {_version('fmextract')}"
-    return {
+    info: RunInfo = {
         "title": f"Activations of {loaded.name} for {len(source)} images",
         "source": source.name,
         "history": f"{now} {by}" + (f": {command}" if command else ""),
@@ -104,29 +104,25 @@ def describe_run(
         "input_dtype": str(loaded.input_dtype).removeprefix("torch."),
         "preprocess": preprocessing.describe_preprocess(None if ready else loaded.preprocess),
         "created": now,
-        **_images(source, out),
-        **_label_names(source),
     }
+    if (folder := folder_of(source)) is not None:  # for pictures that are drawn later
+        info["images"] = remembered(folder, out.parent if is_single_file(out) else out)
+    if names := _label_names(source):
+        info["label_names"] = names
+    return info
 
 
-def _images(source: Source, out: Path) -> dict[str, Any]:
-    """Where the files of a source lie, for pictures that are drawn later."""
-    folder = folder_of(source)
-    base = out.parent if is_single_file(out) else out
-    return {} if folder is None else {"images": remembered(folder, base)}
-
-
-def _label_names(source: Source) -> dict[str, Any]:
-    """What the labels are called, where a Dataset says it."""
+def _label_names(source: Source) -> str:
+    """What the labels are called, as JSON, where a Dataset says it and an attribute holds it; else nothing."""
     names = source.label_names() if isinstance(source, DatasetSource) else ()
     known = strict_json.dumps(list(names), ensure_ascii=False)
-    return {"label_names": known} if names and len(known.encode("utf-8", "replace")) < LONGEST_NAMES else {}
+    return known if names and len(known.encode("utf-8", "replace")) < LONGEST_NAMES else ""
 
 
 def versions(packages: Iterable[str] = ()) -> dict[str, str]:
     """Of what makes the values: libraries that are installed, those of the model too, Python, the kind of machine."""
-    found = {name: _version(name) for name in _MADE_BY}
-    return {name: version for name, version in found.items() if version} | {
+    installed = {name: _version(name) for name in _MADE_BY}
+    return {name: version for name, version in installed.items() if version} | {
         **_versions_of(name for name in packages if name not in _DISTRIBUTIONS),
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -169,14 +165,14 @@ def _distribution(package: str) -> str:
     return next(iter(metadata.packages_distributions().get(package, ())), package)
 
 
-def file_info(made: Plan) -> FileInfo:
-    info = made.info
-    config = {"options": made.config, "identity": made.identity, "batch_size": made.batch_size, "device": made.device}
-    config |= {"memory_format": made.memory_format, "weights": info["weights"], "origin": info["origin"]}
+def file_info(plan: Plan) -> FileInfo:
+    info = plan.info
+    config = {"options": plan.config, "identity": plan.identity, "batch_size": plan.batch_size, "device": plan.device}
+    config |= {"memory_format": plan.memory_format, "weights": info["weights"], "origin": info["origin"]}
     config |= {"input_dtype": info["input_dtype"]}
-    config |= {"run_id": made.run_id, "forward_threads": made.forward_threads}
-    config |= {"fused": [list(pair) for pair in made.fused], "pooling": made.pooling, "prepacked": made.prepacked}
-    config |= {"notes": list(made.notes)}
+    config |= {"run_id": plan.run_id, "forward_threads": plan.forward_threads}
+    config |= {"fused": [list(pair) for pair in plan.fused], "pooling": plan.pooling, "prepacked": plan.prepacked}
+    config |= {"notes": list(plan.notes)}
     return FileInfo(
         title=info["title"],
         source=info["source"],
@@ -185,8 +181,8 @@ def file_info(made: Plan) -> FileInfo:
         model=info["model"],
         weights_sha256=info["weights_sha256"],
         preprocess=info["preprocess"],
-        precision=made.precision,
-        versions=made.versions,
+        precision=plan.precision,
+        versions=plan.versions,
         created=info["created"],
-        extra={name: info[name] for name in ("images", "label_names") if name in info},
+        extra={name: value for name, value in info.items() if name in ("images", "label_names")},
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from fmextract.config import FailureBudget
 from fmextract.errors import FormatError, OutputError, SampleError
 from fmextract.pipeline import pipeline
 from fmextract.pipeline.work import Tally, Work
-from fmextract.planning import Plan
+from fmextract.planning import Plan, RunInfo
 from fmextract.reading import activations
 from fmextract.records import Label, Progress, Status
 from fmextract.run import provenance
@@ -57,7 +58,7 @@ def differences(
     """
     size = work.plan.batch_size
     said = stored.listed(None) if labels else None
-    found: list[Difference] = []
+    differing: list[Difference] = []
     for start in sorted({row // size * size for row in rows}):
         batch = range(start, min(start + size, work.plan.rows))
         with _run_again(work, batch, scratch) as again:
@@ -65,9 +66,9 @@ def differences(
             for row in sorted(set(rows) & set(batch)):
                 if said is not None and _is_other(said[row - first], said_again[row - start]):
                     message = f"had the label {said[row - first]!r}, and has {said_again[row - start]!r} now"
-                    found.append(Difference("", row, str(stored.keys[row - first]), float("inf"), False, message))
-                found += _compared(stored, row - first, again, row - start, row, work.plan.precision)
-    return found
+                    differing.append(Difference("", row, str(stored.keys[row - first]), float("inf"), False, message))
+                differing += _compared(stored, row - first, again, row - start, row, work.plan.precision)
+    return differing
 
 
 @contextmanager
@@ -128,9 +129,9 @@ def check_resume(work: Work, directory: Path, records: Sequence[shards.ShardReco
     record = next((r for r in reversed(usual) if r.failed < len(r.rows)), usual[-1])
     with activations.open(directory / record.name) as stored:
         good = np.flatnonzero(stored.status == Status.OK)[:1]
-        found = _batches_again(work, stored, good, durable.temporary_name(directory / "again"))
+        differing = _batches_again(work, stored, good, durable.temporary_name(directory / "again"))
     _judge(
-        found,
+        differing,
         work.plan,
         directory,
         "The rest would not go with it. Resume with the code, libraries and images it was begun with, or start anew"
@@ -144,9 +145,9 @@ def check_finished(work: Work, stored: activations.Activations, rows: int, progr
     called complete. As `check_resume`."""
     good = np.flatnonzero(stored.status == Status.OK)
     at = np.linspace(0, len(good) - 1, min(rows, len(good))).round().astype(int)
-    found = _batches_again(work, stored, good[at])
+    differing = _batches_again(work, stored, good[at])
     _judge(
-        found,
+        differing,
         work.plan,
         stored.path,
         "It is complete, but not what the same run gives now: --overwrite replaces it, -o names another, and"
@@ -167,14 +168,14 @@ def _batches_again(
     return differences(work, stored, first, good, scratch, labels=True)
 
 
-def _judge(found: Sequence[Difference], plan: Plan, place: Path, advice: str, progress: Progress) -> None:
+def _judge(differing: Sequence[Difference], plan: Plan, place: Path, advice: str, progress: Progress) -> None:
     """Tell what rounding explains. Raises OutputError for what it does not."""
-    if not found:
+    if not differing:
         return
-    worst = max(found, key=lambda difference: difference.error)
-    where = f"layer {worst.layer!r} of {worst.key!r} (row {worst.row})" if worst.layer else f"{worst.key!r}"
-    told = f"{where} {worst.message}{_changed_versions(plan.versions)}"
-    if any(not difference.tolerated for difference in found):
+    worst = max(differing, key=lambda difference: difference.error)
+    named = f"layer {worst.layer!r} of {worst.key!r} (row {worst.row})" if worst.layer else f"{worst.key!r}"
+    told = f"{named} {worst.message}{_changed_versions(plan.versions)}"
+    if any(not difference.tolerated for difference in differing):
         raise OutputError(f"{place}: what is stored cannot be made again: {told}. {advice}")
     progress.note(f"the stored rows come out a little otherwise now, as rounding explains: {told}")
 
@@ -187,14 +188,14 @@ def recovered(work: Work, stored: activations.Activations) -> list[int]:
     first = stored.first_row
     status = stored.status
     failed = [(first + int(at), Status(status[at])) for at in np.flatnonzero(status != Status.OK)]
-    found = [row for row, what in failed if what != Status.FORWARD_FAILED and _is_decoded(work, row)]
+    fine = [row for row, what in failed if what != Status.FORWARD_FAILED and _is_decoded(work, row)]
     in_forward = [row for row, what in failed if what == Status.FORWARD_FAILED]
     size = work.plan.batch_size
     for start in sorted({row // size * size for row in in_forward}):
         batch = range(start, min(start + size, work.plan.rows))
         with _run_again(work, batch, None) as again:
-            found += [row for row in in_forward if row in batch and again.status[row - start] == Status.OK]
-    return sorted(found)
+            fine += [row for row in in_forward if row in batch and again.status[row - start] == Status.OK]
+    return sorted(fine)
 
 
 def _is_decoded(work: Work, row: int) -> bool:
@@ -224,6 +225,7 @@ def _plan_of(acts: activations.Activations, device: str) -> Plan:
     config, attrs = acts.config, acts.attrs
     options = config["options"]
     info = {name: attrs.get(name) for name in ("title", "source", "history", "model", "weights_sha256", "created")}
+    info |= {name: config.get(name) for name in ("weights", "origin", "input_dtype")}
     return Plan(
         run_id=str(config.get("run_id", "")),
         rows=acts.first_row + acts.num_rows,
@@ -244,8 +246,7 @@ def _plan_of(acts: activations.Activations, device: str) -> Plan:
         shard_rows=acts.num_rows,
         identity=config["identity"],
         config=options,
-        info={**info, "preprocess": acts.preprocess}
-        | {name: config.get(name) for name in ("weights", "origin", "input_dtype")},
+        info=cast("RunInfo", {**info, "preprocess": acts.preprocess}),
         versions=acts.versions,
         fused=tuple((conv, norm) for conv, norm in config.get("fused", ())),
         pooling=bool(config.get("pooling")),

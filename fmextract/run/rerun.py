@@ -41,7 +41,7 @@ class Said:
     trust: bool = False
 
     def names(self) -> list[str]:
-        return [one for one in (self.model, self.source, self.preprocess, self.weights) if isinstance(one, str)]
+        return [name for name in (self.model, self.source, self.preprocess, self.weights) if isinstance(name, str)]
 
 
 def rerun(

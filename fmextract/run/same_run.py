@@ -11,13 +11,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fmextract import planning
 from fmextract.common.facts import CHANGES
 from fmextract.errors import ConfigError, FormatError, OutputError, SampleError
 from fmextract.inputs.files import stamp_of
 from fmextract.inputs.named_files import folder_digest
+from fmextract.planning import Identity
 from fmextract.reading import activations
 from fmextract.records import Source, Status
 
@@ -43,7 +44,7 @@ class Asked:
     `ignore`: fields of the identity in which an earlier run may be another one; `recheck`: stored rows are run again.
     """
 
-    identity: Mapping[str, Any]
+    identity: Identity
     source: Source
     ignore: Sequence[str] = ()
     recheck: bool = True
@@ -52,8 +53,8 @@ class Asked:
 def compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two identities, in words, but for which files there are."""
     old, new = comparable(old, new)
-    found = [name for name, *_ in planning.differences(old, new)]
-    hidden = [prefix for name, prefixes in _CONSEQUENCES.items() if name in found for prefix in prefixes]
+    changes = [name for name, *_ in planning.differences(old, new)]
+    hidden = [prefix for name, prefixes in _CONSEQUENCES.items() if name in changes for prefix in prefixes]
     return [
         _worded(name, a, b)
         for name, a, b in planning.differences(old, new)
@@ -86,12 +87,12 @@ def changed(
             " for some images alone; more rows than else are run again, and --overwrite makes all anew"
         )
         asked = replace(asked, identity={**asked.identity, "seed": earlier["seed"]})
-    found = compared(earlier, asked.identity)
+    changes = compared(earlier, asked.identity)
     old, new = earlier.get("source", {}), asked.identity.get("source", {})
     if (old.get("keys"), old.get("count")) != (new.get("keys"), new.get("count")):
-        return [*found, *_other_rows(old, new, asked.source, stored)]
-    if found:
-        return found
+        return [*changes, *_other_rows(old, new, asked.source, stored)]
+    if changes:
+        return changes
     for line in _not_compared(earlier, asked.identity):
         tell(line)
     if others := files_in_doubt(earlier, asked, stored):
@@ -154,24 +155,24 @@ def ignored(earlier: Mapping[str, Any], asked: Asked) -> list[str]:
     return [_worded(*difference) for difference in planning.differences(ignoring(earlier, asked), asked.identity)]
 
 
-def ignoring(earlier: Mapping[str, Any], asked: Asked) -> Mapping[str, Any]:
+def ignoring(earlier: Mapping[str, Any], asked: Asked) -> Identity:
     """The identity of the run that is asked for, with what is ignored as it was in an earlier one."""
-    return _taken_over(earlier, asked.identity, asked.ignore) if asked.ignore else asked.identity
+    return cast("Identity", _taken_over(earlier, asked.identity, asked.ignore)) if asked.ignore else asked.identity
 
 
 def _taken_over(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str], path: str = "") -> dict[str, Any]:
-    made: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for name in dict.fromkeys((*new, *old)):
         a, b, here = old.get(name), new.get(name), f"{path}{name}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            made[name] = _taken_over(a, b, names, f"{here}.")
+            merged[name] = _taken_over(a, b, names, f"{here}.")
             continue
         ignore = here not in NOT_IGNORED and any(
             _is_below(here, one) or _is_below(_as_told(here), one) for one in names
         )
         if name in (side := old if ignore else new):
-            made[name] = side[name]
-    return made
+            merged[name] = side[name]
+    return merged
 
 
 def _fields(identity: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -36,11 +36,11 @@ def chunk_shape(shape: Sequence[int], axes: Sequence[str], itemsize: int, rows: 
     Whole images, a power of two of them; where one is larger than 2 MiB, one image split along its channels. No more
     images than `rows` needs, and at most 1024, so that shards can be short.
     """
-    one = max(1, math.prod(shape)) * itemsize
-    if one > SPLIT_BYTES:
+    per_image = max(1, math.prod(shape)) * itemsize
+    if per_image > SPLIT_BYTES:
         axis = axes.index("channel") if "channel" in axes else int(np.argmax(shape))
         return (1, *_split(shape, axis, itemsize))
-    images = 1 << max(0, (CHUNK_BYTES // one).bit_length() - 1)
+    images = 1 << max(0, (CHUNK_BYTES // per_image).bit_length() - 1)
     needed = 1 << max(0, rows - 1).bit_length()
     return (min(images, MOST_IMAGES, needed), *shape)
 

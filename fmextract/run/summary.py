@@ -52,8 +52,8 @@ def nonfinite_notes(layers: Sequence[LayerResult], tally: Tally) -> list[str]:
     for layer in layers:
         if layer.nonfinite:
             keys = ", ".join(repr(key) for key in tally.nonfinite.get(layer.name, [])[:FIRST])
-            where = f", first in {keys}" if keys else ""
-            told.append(f"layer {layer.name!r} holds {layer.nonfinite:,} values that are not finite{where}")
+            some = f", first in {keys}" if keys else ""
+            told.append(f"layer {layer.name!r} holds {layer.nonfinite:,} values that are not finite{some}")
     return told
 
 

@@ -83,17 +83,17 @@ def times(clock: Any) -> Callable[[dict[str, float]], list[tuple[str, int]]]:
 
 def test_the_faster_precision_is_taken_while_its_error_allows(times: Any) -> None:
     times({"fp32": 0.01, "bf16": 0.003})
-    chosen = autotune.choose(question(network(), batch_size=4))
+    chosen = autotune.tune(question(network(), batch_size=4))
     assert chosen.precision == "bf16"
     assert "bf16 is 3.3 times as fast" in chosen.notes[0]
-    strict = autotune.choose(question(network(), batch_size=4, max_error=1e-5))
+    strict = autotune.tune(question(network(), batch_size=4, max_error=1e-5))
     assert strict.precision == "fp32"
     assert "too much" in strict.notes[0]
 
 
 def test_a_precision_that_is_not_faster_is_not_taken(times: Any) -> None:
     times({"fp32": 0.01, "bf16": 0.0098})
-    chosen = autotune.choose(question(network(), batch_size=4))
+    chosen = autotune.tune(question(network(), batch_size=4))
     assert chosen.precision == "fp32"
     assert "a tie" in chosen.notes[0]
 
@@ -102,12 +102,12 @@ def test_a_machine_that_is_busy_at_times_changes_nothing(clock: Any) -> None:
     """What takes turns is slowed down together; where it is not, the measurement is not to be believed."""
     load = iter([1, 1, 9, 9, 2, 2])  # of fp32 and bf16 in each round
     clock(lambda trial, images: next(load) * images * (0.3 if trial.precision == "bf16" else 1))
-    chosen = autotune.choose(question(network(), batch_size=4))
+    chosen = autotune.tune(question(network(), batch_size=4))
     assert chosen.precision == "bf16"
     assert "bf16 is 3.3 times as fast" in chosen.notes[0]
     load = iter([1, 1, 1, 9, 1, 1])
     clock(lambda trial, images: next(load) * images * (0.3 if trial.precision == "bf16" else 1))
-    chosen = autotune.choose(question(network(), batch_size=4))
+    chosen = autotune.tune(question(network(), batch_size=4))
     assert chosen.precision == "fp32"
     assert "bf16 is 0.4 to 3.3 times as fast" in chosen.notes[0]
     assert "too short a measurement to be sure" in chosen.notes[0]
@@ -122,7 +122,7 @@ def test_a_short_measurement_has_to_show_more(gain: float, taken: str, monkeypat
         return len(rest[1]) * (1.0 if name == "fp32" else 1 / gain), real(subject, name, *rest)[1]
 
     monkeypatch.setattr(modes, "run", run)
-    chosen = autotune.choose(question(network(), batch_size=4, rows=12))
+    chosen = autotune.tune(question(network(), batch_size=4, rows=12))
     assert chosen.precision == taken
     assert ("too short" in chosen.notes[0]) is (taken == "fp32")
 
@@ -131,7 +131,7 @@ def test_errors_are_those_of_autocast_against_fp32(times: Any) -> None:
     times({"fp32": 0.01, "bf16": 0.001})
     model = network()
     asked = question(model, batch_size=4)
-    chosen = autotune.choose(asked)
+    chosen = autotune.tune(asked)
     batch = inputs(autotune._sample_size(asked))
     with torch.no_grad():
         exact = model[0](batch).double()
@@ -147,7 +147,7 @@ def test_fp16_is_never_tried_on_a_cpu() -> None:
     asked = question(network())
     assert "fp16" not in autotune._candidates(asked)
     with pytest.raises(ConfigError, match="15 times slower"):
-        autotune.choose(question(network(), precision="fp16"))
+        autotune.tune(question(network(), precision="fp16"))
 
 
 class Loud(nn.Module):
@@ -167,13 +167,13 @@ class Loud(nn.Module):
 def test_a_precision_that_overflows_is_not_taken(times: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     times({"fp32": 0.01, "fp16": 0.001})
     monkeypatch.setattr(autotune, "_is_fast", lambda name, device: name == "fp16")
-    chosen = autotune.choose(question(Loud().eval(), batch_size=2))
+    chosen = autotune.tune(question(Loud().eval(), batch_size=2))
     assert chosen.precision == "fp32"
     assert "overflows" in chosen.notes[0] or "too much" in chosen.notes[0]
 
 
 def test_a_given_precision_is_kept_and_its_error_told() -> None:
-    chosen = autotune.choose(question(network(), precision="bf16", batch_size=4))
+    chosen = autotune.tune(question(network(), precision="bf16", batch_size=4))
     assert chosen.precision == "bf16"
     assert chosen.rel_errors[0] is not None
     assert 0 < chosen.rel_errors[0] < 0.05
@@ -183,7 +183,7 @@ def test_a_given_precision_is_kept_and_its_error_told() -> None:
 def test_batch_size_is_the_fastest_of_those_measured(clock: Any) -> None:
     per_image = {8: 0.010, 16: 0.006, 32: 0.009}
     clock(lambda trial, images: per_image.get(images, 0.01) * images)
-    chosen = autotune.choose(question(network(), precision="fp32", rows=100_000))
+    chosen = autotune.tune(question(network(), precision="fp32", rows=100_000))
     assert chosen.batch_size == 16
     assert chosen.seconds_per_image == 0.006
     assert "batch size 16 (auto; 8: 100.0/s, 16: 166.7/s, 32: 111.1/s)" in chosen.notes
@@ -191,7 +191,7 @@ def test_batch_size_is_the_fastest_of_those_measured(clock: Any) -> None:
 
 def test_a_batch_size_that_is_hardly_faster_is_not_taken(clock: Any) -> None:
     clock(lambda trial, images: images * (0.0095 if images == 16 else 0.01))
-    assert autotune.choose(question(network(), precision="fp32", rows=100_000)).batch_size == 8
+    assert autotune.tune(question(network(), precision="fp32", rows=100_000)).batch_size == 8
 
 
 def test_batch_sizes_take_turns_with_the_usual_one(clock: Any) -> None:
@@ -203,19 +203,19 @@ def test_batch_sizes_take_turns_with_the_usual_one(clock: Any) -> None:
         return load[0] * images * {8: 1.0, 16: 0.5}.get(images, 0.6)
 
     timed = clock(slower)
-    chosen = autotune.choose(question(network(), precision="fp32", rows=10_000_000))
+    chosen = autotune.tune(question(network(), precision="fp32", rows=10_000_000))
     assert chosen.batch_size == 16
     assert [images for _, images in timed][-12:-6] == [8, 16] * 3
 
 
 @pytest.mark.parametrize(("name", "images"), [("fp32", 8), ("bf16", 16)])
 def test_a_short_run_takes_as_many_images_as_take_the_same_memory(name: str, images: int) -> None:
-    assert autotune.choose(question(network(), precision=name, rows=20)).batch_size == images
+    assert autotune.tune(question(network(), precision=name, rows=20)).batch_size == images
 
 
 def test_measuring_stops_at_a_tenth_of_the_run(clock: Any) -> None:
     timed = clock(lambda trial, images: 1.0)
-    chosen = autotune.choose(question(network(), precision="fp32", rows=20))
+    chosen = autotune.tune(question(network(), precision="fp32", rows=20))
     assert timed == [], "20 images pay for the sample alone"
     assert chosen.batch_size == 8
 
@@ -227,7 +227,7 @@ def test_running_out_of_memory_ends_the_search(clock: Any) -> None:
         return 0.01 * images / (1 + images)
 
     clock(seconds)
-    chosen = autotune.choose(question(network(), precision="fp32", rows=100_000))
+    chosen = autotune.tune(question(network(), precision="fp32", rows=100_000))
     assert chosen.batch_size == 16
     assert any(note.startswith("batch size 16 (auto; 8: ") and "32: not enough memory" in note for note in chosen.notes)
 
@@ -251,7 +251,7 @@ def test_where_not_even_the_usual_batch_fits_this_is_said(clock: Any) -> None:
 
 def test_a_batch_fits_into_the_memory_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "IN_FLIGHT_BYTES", 3 * 5 * 4 * (16 * 36 * 2 + 16 * 16 * 2 + 10))
-    chosen = autotune.choose(question(network(), precision="fp32", rows=10))
+    chosen = autotune.tune(question(network(), precision="fp32", rows=10))
     assert chosen.batch_size == 4  # five images would fit; a batch begins as a power of two
 
 
@@ -311,12 +311,12 @@ class OnlyFull(nn.Module):
 
 def test_a_precision_that_the_model_fails_in_is_passed_over_or_refused(times: Any) -> None:
     times({"fp32": 0.01, "bf16": 0.001})
-    chosen = autotune.choose(question(OnlyFull().eval(), batch_size=2))
+    chosen = autotune.tune(question(OnlyFull().eval(), batch_size=2))
     assert chosen.precision == "fp32"
     assert "fails in it" in chosen.notes[0]
     assert "not implemented for torch.bfloat16" in chosen.notes[0]
     with pytest.raises(ConfigError, match=r"bf16: the model fails in it.*--precision fp32"):
-        autotune.choose(question(OnlyFull().eval(), precision="bf16", batch_size=2))
+        autotune.tune(question(OnlyFull().eval(), precision="bf16", batch_size=2))
 
 
 class Small(nn.Module):
@@ -335,7 +335,7 @@ class Small(nn.Module):
 
 def test_a_model_that_always_fails_is_refused_in_its_own_words() -> None:
     with pytest.raises(LayerError, match="fails on a batch of 8 images: ValueError: three are enough"):
-        autotune.choose(question(Small().eval(), precision="fp32"))
+        autotune.tune(question(Small().eval(), precision="fp32"))
 
 
 class Tight(nn.Module):
@@ -357,7 +357,7 @@ def test_other_ways_are_tried_on_fewer_images_where_memory_is_short() -> None:
     model = Tight().eval()
     asked = question(model, precision="fp32", batch_size=1, memory_format="channels_last")
     model.passes.clear()
-    chosen = autotune.choose(asked)
+    chosen = autotune.tune(asked)
     assert chosen.mode == run_mode.Mode("channels_last")
     assert model.passes[:4] == [8, 8, 1, 1]
     assert [len(tensor) for tensor in chosen.sample] == [1]
@@ -385,7 +385,7 @@ class Dark(nn.Module):
 
 def test_a_failed_pass_gives_its_memory_back_before_the_next_one() -> None:
     model = Dark().eval()
-    chosen = autotune.choose(question(model, precision="fp32", batch_size=8))
+    chosen = autotune.tune(question(model, precision="fp32", batch_size=8))
     assert any("measured on black images" in note and "too bright" in note for note in chosen.notes)
     assert model.kept
     assert not any(model.kept)

@@ -58,10 +58,10 @@ def test_what_was_planned_is_done_whatever_would_be_measured_now(
     made = dataclasses.replace(made, precision=(other := "bf16"), prepacked=True, layers=rounded(made))
     made.save(tmp_path / "plan.json")
 
-    def never(question: autotune.Question) -> autotune.Chosen:
+    def never(question: autotune.Question) -> autotune.Tuning:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(autotune, "choose", never)
+    monkeypatch.setattr(autotune, "tune", never)
     for i, plan in enumerate((made, tmp_path / "plan.json", str(tmp_path / "plan.json"))):
         follow(photos, tmp_path / f"acts{i}", plan)
         assert decided(tmp_path / f"acts{i}") == (other, 2, "contiguous", [])
