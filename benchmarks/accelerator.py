@@ -23,7 +23,9 @@ import torch
 from benchmarks.contenders import Script, Task
 from fmextract import benchmark
 from fmextract.cli import tables
+from fmextract.common.machine import machine
 from fmextract.common.progress import Quiet
+from fmextract.common.sample_photos import make_photos
 from fmextract.common.system import cores
 from fmextract.config import Config
 
@@ -44,7 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def photos(folder: Path, count: int) -> Path:
     """`count` names of `DISTINCT` photos."""
-    benchmark.make_photos(folder, min(count, DISTINCT))
+    make_photos(folder, min(count, DISTINCT))
     made = sorted(folder.iterdir())
     for i in range(DISTINCT, count):
         os.link(made[i % DISTINCT], folder / f"{i:05}.jpg")
@@ -77,7 +79,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    found: dict[str, Any] = {"machine": benchmark.machine()}
+    found: dict[str, Any] = {"machine": machine()}
     print(found["machine"], flush=True)
     with tempfile.TemporaryDirectory(dir=options.work) as scratch:
         folder = photos(Path(scratch) / "photos", options.images)

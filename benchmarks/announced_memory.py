@@ -23,8 +23,8 @@ def one(precision: str, memory_format: str, images: int) -> str:
     """In a process of its own: a row of the table, in MiB."""
     from benchmarks.contenders import Ours
     from benchmarks.peers import CASES as NETWORKS
-    from fmextract.benchmark import make_photos
     from fmextract.common.progress import Quiet
+    from fmextract.common.sample_photos import make_photos
     from fmextract.config import Config
     from fmextract.planning import Plan
     from fmextract.run import extract

@@ -395,7 +395,7 @@ def _break(photo: Path) -> None:
 
 
 def _photos(work: Path, count: int) -> Path:
-    from fmextract.benchmark import make_photos
+    from fmextract.common.sample_photos import make_photos
 
     folder = work / f"photos-{count}"
     if not folder.exists():
@@ -416,7 +416,7 @@ def _say(text: str) -> None:
 
 def report(journal: Journal, options: Any) -> dict[str, Any]:
     """Everything measured of what was asked for, summed up: plain data."""
-    from fmextract.benchmark import machine
+    from fmextract.common.machine import machine
 
     versions = {}
     for package in sorted({package for contender in CONTENDERS.values() for package in contender.packages}):

@@ -74,7 +74,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(CASES))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    from fmextract.benchmark import machine, make_photos
+    from fmextract.common.machine import machine
+    from fmextract.common.sample_photos import make_photos
 
     found = {}
     with tempfile.TemporaryDirectory() as scratch:

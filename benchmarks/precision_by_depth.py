@@ -20,8 +20,8 @@ SELECTORS = ("type:Conv2d",)
 
 def errors(images: int) -> tuple[list[str], dict[str, list[float]]]:
     """(layers in the order of execution, the errors of each precision)."""
-    from fmextract.benchmark import make_photos
     from fmextract.capture import hooks, probe, resolve, survey
+    from fmextract.common.sample_photos import make_photos
     from fmextract.inputs import decoding, preprocessing
     from fmextract.inputs.sources import open_source
     from fmextract.model import loading, precision, run_mode

@@ -34,9 +34,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import fmextract as fm
-from fmextract.benchmark import machine, make_photos
+from fmextract.common.machine import machine
 from fmextract.common.progress import Quiet
-from fmextract.common.sample_photos import copy_photos
+from fmextract.common.sample_photos import copy_photos, make_photos
 
 MAPS = ("blocks.0", "blocks.2")
 POOLED = "1=mean"

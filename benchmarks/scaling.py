@@ -82,7 +82,7 @@ class Photos:
 
 
 def _photos(count: int, width: int, height: int, different: int = 100) -> Photos:
-    from fmextract.benchmark import make_photos
+    from fmextract.common.sample_photos import make_photos
 
     with tempfile.TemporaryDirectory() as scratch:
         made = make_photos(Path(scratch) / "photos", min(count, different), width, height)
@@ -189,7 +189,7 @@ def layers(turns: int) -> Figure:
 
 def start(turns: int) -> Figure:
     with tempfile.TemporaryDirectory() as scratch:
-        from fmextract.benchmark import make_photos
+        from fmextract.common.sample_photos import make_photos
 
         photos = make_photos(Path(scratch) / "photos", 64)
         measured = []
@@ -306,7 +306,7 @@ def main() -> None:
     if options.child:
         _child(options.child[0], options.child[1:])
         return
-    from fmextract.benchmark import machine
+    from fmextract.common.machine import machine
 
     figures = []
     for name in options.only.split(",") if options.only else FIGURES:

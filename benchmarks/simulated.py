@@ -47,7 +47,9 @@ from torch import nn
 from torch.nn.functional import max_pool2d
 
 from fmextract import benchmark
+from fmextract.common.machine import machine
 from fmextract.common.progress import Quiet
+from fmextract.common.sample_photos import make_photos
 from fmextract.config import WORKER_KINDS, Config
 from fmextract.pipeline import chunks, pipeline, threads
 from fmextract.pipeline.channel import Channel, Closed
@@ -210,7 +212,7 @@ def capture(scratch: Path) -> dict[str, list[torch.Tensor]]:
     from fmextract.inputs import decoding, preprocessing
 
     network, preprocess = demo.model()
-    photos = sorted(benchmark.make_photos(scratch / "photos", IMAGES).iterdir())
+    photos = sorted(make_photos(scratch / "photos", IMAGES).iterdir())
     caught: dict[str, list[torch.Tensor]] = {name: [] for names in TAPS.values() for name in names}
     for name, kept in caught.items():
         hook = lambda module, args, output, kept=kept: kept.append(output.clone())  # noqa: E731
@@ -444,7 +446,7 @@ def main() -> None:
                     print(f"turn {number + 1}: {case.name}: {turns[case.name][-1]}", file=sys.stderr)
     rows = [_row(case.name, _median(turns[case.name]), options.rate, case.bytes) for case in cases]
     if options.json:
-        print(json.dumps({"rate": options.rate, "cases": rows, "machine": benchmark.machine()}, indent=2))
+        print(json.dumps({"rate": options.rate, "cases": rows, "machine": machine()}, indent=2))
     else:
         print(_table(rows))
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -32,7 +31,9 @@ import torch
 
 from fmextract.capture import hooks
 from fmextract.common import text
+from fmextract.common.machine import machine
 from fmextract.common.progress import Quiet
+from fmextract.common.sample_photos import make_photos
 from fmextract.common.system import cores
 from fmextract.config import Config
 from fmextract.errors import ConfigError, MissingExtra
@@ -532,56 +533,3 @@ def _end_to_end(prepared: Prepared, plan: Plan, workers: Workers | None, folder:
         pipeline.run_shards(work, folder, plan.shards, Quiet(), Tally())
         seconds = time.perf_counter() - started
     return seconds, sum(file.stat().st_size for file in folder.glob("*.h5"))
-
-
-# --------------------------------------------------------------------------------------------- material
-
-
-def make_photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Path:
-    """`count` JPEGs of quality 85, crops of the demo's photos at many scales, of ImageNet's size; gives `folder`."""
-    import PIL.Image
-
-    from fmextract.common.sample_photos import copy_photos
-
-    folder.mkdir(parents=True, exist_ok=True)
-    originals: list[PIL.Image.Image] = []
-    for path in sorted(copy_photos(folder / "originals").iterdir()):
-        with PIL.Image.open(path) as photo:
-            if min(photo.size) >= 300:
-                originals.append(photo.convert("RGB"))
-        path.unlink()
-    (folder / "originals").rmdir()
-    random = np.random.default_rng(0)
-    for i in range(count):
-        original = originals[i % len(originals)]
-        scale = random.uniform(0.4, 1.0) * min(original.width / width, original.height / height)
-        w, h = int(width * scale), int(height * scale)
-        x, y = (int(random.integers(0, side - part + 1)) for side, part in ((original.width, w), (original.height, h)))
-        crop = original.resize((width, height), PIL.Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
-        crop.save(folder / f"{i:05}.jpg", quality=85)
-    return folder
-
-
-def machine() -> dict[str, Any]:
-    """What the figures come from: processor, cores, versions."""
-    from importlib import metadata
-
-    libraries = ("fmextract", "torch", "torchvision", "numpy", "h5py", "isal", "simplejpeg")
-    versions: dict[str, Any] = {name: metadata.version(name) for name in libraries}
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else str(accelerator),
-        "python": platform.python_version(),
-        **versions,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

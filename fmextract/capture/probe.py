@@ -40,7 +40,7 @@ ON_PHOTOS = "the model fails on images of the source"
 LEAKING = "its rows change with the other images of the batch, or at random: no row belongs to one image alone"
 
 
-class _Watch:
+class _WatchedPass:
     """One forward pass over `batch` with every wanted tensor watched.
 
     Of each it takes in the hook, since what is written later is lost: a digest of all of it, to see whether that
@@ -112,7 +112,7 @@ class _Watch:
         with unwatched():
             return self._written | {i for i, before in self._before.items() if _changed(self.tensors[i], *before)}
 
-    def lasting(self, earlier: _Watch) -> set[int]:
+    def lasting(self, earlier: _WatchedPass) -> set[int]:
         """Taps whose memory an earlier pass used too, though its tensors are still alive: a buffer of the model's own.
 
         What is kept of it must be copied, since the next pass writes it while this one's values are on their way.
@@ -150,7 +150,7 @@ def overwritten(model: nn.Module, forward: Forward, taps: Sequence[Tap], batch: 
 
     Asked again in the precision of the run: what autocast copies in one precision it may not in another.
     """
-    return _Watch(model, forward, taps, batch, seen=True).overwritten()
+    return _WatchedPass(model, forward, taps, batch, seen=True).overwritten()
 
 
 def unsteady(
@@ -236,16 +236,16 @@ def _probe(
     """As `probe`, with `noise` of which one image is darker by `spread`, and one brighter."""
     a, b, c = noise[0] - spread, noise[1], noise[6] + spread
     p, q = _filled(photos, 2, noise[2:])
-    three = _Watch(model, forward, taps, torch.stack([b, p, a]), keeps=1)
+    three = _WatchedPass(model, forward, taps, torch.stack([b, p, a]), keeps=1)
     with AxisTracer() as tracer:
         traced = torch.stack([q, p, c])
         tracer.seed(traced, image_axes(traced.shape))
-        others = _Watch(model, forward, taps, traced, three.layouts, keeps=1, seen=True, tracer=tracer)
+        others = _WatchedPass(model, forward, taps, traced, three.layouts, keeps=1, seen=True, tracer=tracer)
     copied = three.overwritten() | others.overwritten() | others.lasting(three)
     dtypes = {i: torch.float32 if t.is_quantized else t.dtype for i, t in others.tensors.items()}
     for watch in (three, others):  # activations of whole images: not kept longer than needed
         watch.tensors.clear()
-    pair = _Watch(model, forward, taps, torch.stack([c, b]), three.layouts)
+    pair = _WatchedPass(model, forward, taps, torch.stack([c, b]), three.layouts)
     copied |= pair.overwritten()
     pair.tensors.clear()
     alone = _same_alone(model, forward, taps, c[None], pair, tell)
@@ -319,7 +319,7 @@ def _same_alone(
     forward: Forward,
     taps: Sequence[Tap],
     one: torch.Tensor,
-    pair: _Watch,
+    pair: _WatchedPass,
     tell: Callable[[str], None],
 ) -> set[int]:
     """The taps for which a batch of one image gives what its first row is in `pair`, of the same shape.
@@ -327,7 +327,7 @@ def _same_alone(
     Not those behind a `squeeze()`, whose axes move; none at all of a model that fails on a single image.
     """
     try:
-        single = _Watch(model, forward, taps, one, pair.layouts)
+        single = _WatchedPass(model, forward, taps, one, pair.layouts)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -338,7 +338,7 @@ def _same_alone(
         return _alike_alone(single, pair)
 
 
-def _alike_alone(single: _Watch, pair: _Watch) -> set[int]:
+def _alike_alone(single: _WatchedPass, pair: _WatchedPass) -> set[int]:
     found: set[int] = set()
     if single.counts != pair.counts:
         return found
@@ -381,7 +381,7 @@ class _Verdict:
         )
 
 
-def _judge(tap: Tap, i: int, pair: _Watch, three: _Watch, others: _Watch) -> _Verdict:
+def _judge(tap: Tap, i: int, pair: _WatchedPass, three: _WatchedPass, others: _WatchedPass) -> _Verdict:
     """The layout of one tap's rows, from what it was in the passes over (C, B), (B, P, A) and (Q, P, C)."""
     passes = (pair, three, others)
     counts = [tap.calls, *(watch.counts[tap.module, tap.tap] for watch in passes)]

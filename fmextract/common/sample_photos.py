@@ -29,3 +29,27 @@ def copy_photos(folder: Path) -> Path:
     except OSError as error:
         raise OutputError(f"cannot put the photos into {folder}: {error.strerror or error}") from error
     return folder
+
+
+def make_photos(folder: Path, count: int, width: int = 500, height: int = 375) -> Path:
+    """Put `count` JPEGs of quality 85 into `folder`, crops of the demo's photos at many scales, of ImageNet's size."""
+    import numpy as np
+    import PIL.Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    originals: list[PIL.Image.Image] = []
+    for path in sorted(copy_photos(folder / "originals").iterdir()):
+        with PIL.Image.open(path) as photo:
+            if min(photo.size) >= 300:
+                originals.append(photo.convert("RGB"))
+        path.unlink()
+    (folder / "originals").rmdir()
+    random = np.random.default_rng(0)
+    for i in range(count):
+        original = originals[i % len(originals)]
+        scale = random.uniform(0.4, 1.0) * min(original.width / width, original.height / height)
+        w, h = int(width * scale), int(height * scale)
+        x, y = (int(random.integers(0, side - part + 1)) for side, part in ((original.width, w), (original.height, h)))
+        crop = original.resize((width, height), PIL.Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
+        crop.save(folder / f"{i:05}.jpg", quality=85)
+    return folder
