@@ -277,7 +277,7 @@ def test_an_accelerator_takes_many_images_even_in_a_short_run(monkeypatch: pytes
     device = OnAccelerator(monkeypatch, start=5e-3, image=1e-5)
     assert device.chosen(rows=2000, of_an_image=10) == 512
     assert list(dict.fromkeys(device.sizes)) == [64, 128, 256, 512]
-    monkeypatch.setattr(system, "host_memory", lambda: 8 << 30)  # of which an eighth is 1 GiB, for three batches
+    monkeypatch.setattr(autotune, "host_memory", lambda: 8 << 30)  # of which an eighth is 1 GiB, for three batches
     assert device.chosen(rows=2000, of_an_image=(1 << 20) // 4) == 256
     assert device.chosen(rows=100, of_an_image=10) == 64
 
