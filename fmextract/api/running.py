@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fmextract.common.progress import shown
-from fmextract.config import Config, FailureBudget
+from fmextract.config import Config, FailureBudget, by_present_names
+from fmextract.errors import ConfigError
 from fmextract.options import (
     HowToPreprocess,
     Images,
@@ -25,6 +27,7 @@ from fmextract.options import (
 if TYPE_CHECKING:
     import torch
 
+    from fmextract.api.files import Output
     from fmextract.benchmark import Benchmark
     from fmextract.planning import Plan
     from fmextract.reading.activations import Activations
@@ -34,11 +37,13 @@ if TYPE_CHECKING:
 
 def extract(
     source: Images,
-    model: str | torch.nn.Module,
+    model: str | torch.nn.Module | None,
     out: PathLike,
     *,
     layers: Sequence[str] | str = (),
     plan: Plan | PathLike | None = None,
+    like: Output | None = None,
+    trust: bool = False,
     progress: bool | Progress = True,
     **options: Unpack[RunOptions],
 ) -> Activations:
@@ -50,11 +55,15 @@ def extract(
     Args:
         source: A folder (recursive), a manifest (.csv, .tsv, .jsonl, .txt with a column `path`), a pattern, a
             map-style Dataset, or a sequence of images.
-        model: A name (`resnet50` of torchvision, `timm:NAME`, `module:callable`), or a module, which is left as it was.
+        model: A name (`resnet50` of torchvision, `timm:NAME`, `module:callable`), or a module, which is left as it was;
+            None with `like`.
         out: `name.h5` for one file, a directory for shards.
         layers: Selectors: paths, globs (`"layer?.*.conv1"`), `"type:Conv2d"`, `"conv#0"`, with a reducer
             `"layer4=mean"`. None: the model's main parts.
         plan: What `plan` returned for the same arguments, or the file it was saved to: nothing is measured again.
+        like: An output, by its path or open: what is not said here is as in the run that made it, on other images. The
+            model is then None, or given where the output cannot name it.
+        trust: Let code run, and weights be downloaded, that only `like` names.
         progress: Whether to show a bar and notes on stderr; or an object that is told instead.
         **options: See `RunOptions`.
 
@@ -72,20 +81,25 @@ def extract(
         >>> pooled = fm.extract("photos/", "shufflenet_v2_x0_5", "pooled.h5", layers="conv5=mean", weights="random:0")
         >>> pooled["conv5=mean"][:].dtype, pooled.keys[0]
         (dtype('float32'), 'a.png')
+        >>> again = fm.extract("photos/", None, "again.h5", like="pooled.h5", limit=2)
+        >>> again["conv5=mean"].shape
+        (2, 1024)
     """
     from fmextract.run.extract import extracted
 
-    config = Config.of(layers=layers, **options)
-    return extracted(source, model, out, config, shown(progress), plan=plan)
+    with _as_in(like, trust, source, model, {"layers": layers, **options}) as (network, config):
+        return extracted(source, network, out, config, shown(progress), plan=plan)
 
 
 def plan(
     source: Images,
-    model: str | torch.nn.Module,
+    model: str | torch.nn.Module | None,
     out: PathLike = "acts.h5",
     *,
     layers: Sequence[str] | str = (),
     plan: Plan | PathLike | None = None,
+    like: Output | None = None,
+    trust: bool = False,
     progress: bool | Progress = True,
     **options: Unpack[RunOptions],
 ) -> Plan:
@@ -99,6 +113,8 @@ def plan(
         out: As in `extract`; the space on its disk is looked at.
         layers: As in `extract`.
         plan: A plan made before, that is checked against these arguments instead of measuring again.
+        like: As in `extract`.
+        trust: As in `extract`.
         progress: Whether to show notes on stderr; or an object that is told instead.
         **options: See `RunOptions`.
 
@@ -120,8 +136,26 @@ def plan(
     """
     from fmextract.run.extract import make_plan
 
-    config = Config.of(layers=layers, **options)
-    return make_plan(source, model, out, config, shown(progress), plan=plan)
+    with _as_in(like, trust, source, model, {"layers": layers, **options}) as (network, config):
+        return make_plan(source, network, out, config, shown(progress), plan=plan)
+
+
+@contextmanager
+def _as_in(
+    like: Output | None, trust: bool, source: Images, model: Any, options: Mapping[str, Any]
+) -> Iterator[tuple[Any, Config]]:
+    """The model and the options of a run, which may be those that made the output `like` where they are not said."""
+    if like is None:
+        if trust:
+            raise ConfigError("trust=True is about what an output names: it only means something with like=")
+        yield model, Config.of(**options)
+        return
+    from fmextract.reading.opened import place
+    from fmextract.run.like import like as as_in
+
+    said = {name: value for name, value in by_present_names(options).items() if name != "layers" or listed(value)}
+    with as_in(place(like), model, source, said, allow=trust) as (network, told):
+        yield network, Config.of(**told)
 
 
 def layers(

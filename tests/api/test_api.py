@@ -48,14 +48,19 @@ COMMANDS = commands()
 # Of every command: how it is shown. Of some: an argument that has another name there, or has no meaning in Python.
 SHOWN = {"as_json", "debug", "quiet", "verbose", "help"}
 OTHER_NAMES: dict[str, dict[str, str]] = {
-    "extract": {"plan_file": "plan"},
+    "extract": {"plan_file": "plan", "like_file": "like"},
+    "plan": {"like_file": "like"},
     "layers": {"selectors": "layers"},
     "verify": {"out": "acts"},
     "report": {"out": "acts", "page": "out"},
     "show_maps": {"kind": "format"},
 }
-ONLY_A_COMMAND = {"extract": {"dry_run"}, "plan": {"save"}}
-ONLY_PYTHON = {"plan": {"plan"}, "layers": {"weights"}, "verify": {"seed"}}
+ONLY_A_COMMAND = {
+    "extract": {"dry_run", "config_file"},
+    "plan": {"save", "save_config", "config_file"},
+    "bench": {"config_file"},
+}
+ONLY_PYTHON = {"plan": {"plan"}, "verify": {"seed"}}
 
 
 def choices(kind: Any) -> set[str]:
@@ -101,7 +106,7 @@ def test_the_typed_options_are_the_fields_of_config() -> None:
 
 def test_plan_and_bench_take_the_options_of_extract() -> None:
     taken = [set(inspect.signature(function).parameters) for function in (fm.extract, fm.plan, fm.bench)]
-    assert taken[0] == taken[1] == taken[2] - {"repeats", "plot", "theme", "dpi"} | {"out", "plan"}
+    assert taken[0] == taken[1] == taken[2] - {"repeats", "plot", "theme", "dpi"} | {"out", "plan", "like", "trust"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -166,6 +171,18 @@ def test_an_output_is_a_path_or_open(name: str, place: Path, tmp_path: Path) -> 
         assert acts["conv"][0].shape == (4, 8, 8)  # it is still open
     with pytest.raises(fm.ConfigError, match=r"expected the path of an output, or what open\(\) returned, got int 5"):
         USES[name](5, tmp_path)
+
+
+def test_a_run_like_that_of_an_output(place: Path, tmp_path: Path) -> None:
+    with fm.open(place / "acts.h5") as acts:
+        options = {"like": acts, "progress": False, "limit": 3, "layers": ["conv"], "num_workers": 1}
+        plan = fm.plan(place / "photos", runs.Tiny(), tmp_path / "like.h5", **options)
+        assert (plan.precision, plan.batch_size, plan.rows, len(plan.layers)) == ("fp32", 4, 3, 1)
+        with fm.extract(place / "photos", runs.Tiny(), tmp_path / "like.h5", top=2, **options) as made:
+            np.testing.assert_array_equal(made["conv"][:], acts["conv"][:3])
+            assert made["conv"].stats.top_value.shape == (4, 2)
+    with pytest.raises(fm.ConfigError, match="it only means something with like="):
+        fm.extract(place / "photos", runs.Tiny(), tmp_path / "x.h5", trust=True)
 
 
 def test_pack_gives_the_file(place: Path, tmp_path: Path) -> None:
