@@ -224,10 +224,10 @@ def test_comparing_two_models_by_number(tmp_path: Path) -> None:
     other = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1))
     same = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.ReLU())
     with run(tmp_path / "a.h5", ["*"], other) as a, run(tmp_path / "b.h5", ["*"], same) as b:
-        assert [row.layer for row in fm.compare(a, b, ["conv#0"]).layers] == ["0"]
+        assert [row.layer for row in fm.compare(a, b, layers=["conv#0"]).layers] == ["0"]
         with pytest.raises(ConfigError, match=r"conv#1 is 2 in .*a.h5, and 1 in .*b.h5"):
-            fm.compare(a, b, ["conv#1"])
-        assert [row.layer for row in fm.compare(a, a, ["conv#-1", "act#0"]).layers] == ["1", "2"]
+            fm.compare(a, b, layers=["conv#1"])
+        assert [row.layer for row in fm.compare(a, a, layers=["conv#-1", "act#0"]).layers] == ["1", "2"]
 
 
 def test_show_and_export_by_selector(tmp_path: Path) -> None:
