@@ -211,14 +211,17 @@ def attach_scales(
             addresses[path] = h5py.h5o.get_info(nodes[path]).addr
         return addresses[path]
 
+    lists: dict[tuple[str, ...], tuple[Array, Array]] = {}  # nearly all datasets of a layer have the same scales
     for path, scales in datasets:
-        own = address(path)
-        held = np.array([address(scale) for scale in scales], np.uint64)
-        start = held.__array_interface__["data"][0]  # what `held.ctypes.data` says, at once
-        lists = np.array([(1, start + i * held.itemsize) for i in range(len(scales))], _SEQUENCE)
+        own, alike = address(path), tuple(scales)
+        if alike not in lists:
+            held = np.array([address(scale) for scale in scales], np.uint64)
+            start = held.__array_interface__["data"][0]  # what `held.ctypes.data` says, at once
+            pointers = np.array([(1, start + i * held.itemsize) for i in range(len(scales))], _SEQUENCE)
+            lists[alike] = pointers, held  # kept, since it is pointed to
         for axis, scale in enumerate(scales):
             (later[scale] if scale in later else used.setdefault(scale, [])).append((own, axis))
-        _write_attribute(nodes[path], b"DIMENSION_LIST", lists, (_LIST_TYPE, _LIST_TYPE))
+        _write_attribute(nodes[path], b"DIMENSION_LIST", lists[alike][0], (_LIST_TYPE, _LIST_TYPE))
     for path, entries in used.items():
         _write_references(nodes[path], entries)
 
