@@ -115,9 +115,7 @@ def plan(
     fmextract plan photos/ -m resnet50 -l 'layer*'
     """
     with _as_in(like_file, model, source, options, trust) as (model, config):
-        if save_config is not None:
-            run_file.save(save_config, source, model, out, config, save)
-        return _plan(source, model, out, config, as_json, save=save)
+        return _plan(source, model, out, config, as_json, save=save, save_config=save_config)
 
 
 @contextlib.contextmanager
@@ -149,6 +147,7 @@ def _plan(
     *,
     given: Path | None = None,
     save: Path | None = None,
+    save_config: Path | None = None,
 ) -> int:
     with working():
         with importing():
@@ -158,6 +157,8 @@ def _plan(
         made = make_plan(source, model, out, config, progress(), plan=given)
         if save is not None:
             made.save(save)
+        if save_config is not None:
+            run_file.save(save_config, source, model, out, config, save)
     _show(made.as_json(), lambda: made.table(tables.width()), as_json)
     check_space(made.estimate.bytes_needed, made.estimate.bytes_free, out)
     return 0

@@ -7,10 +7,9 @@ from contextvars import ContextVar
 
 import typer
 
-from fmextract.common.progress import Quiet, TerminalProgress
+from fmextract.common.progress import Quiet, TerminalProgress, log
 from fmextract.records import Progress
 
-log = logging.getLogger("fmextract")
 _QUIET: ContextVar[bool] = ContextVar("quiet", default=False)
 _LINES: ContextVar["_Lines | None"] = ContextVar("lines of the log", default=None)
 

@@ -8,21 +8,22 @@ network or the content of a file, `model` asks here first; what is added later i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fmextract.errors import ConfigError
 
 __all__ = [
     "check_download",
     "check_import",
-    "check_weights",
+    "check_model",
     "check_weights_file",
     "downloads_are_allowed",
+    "model_of_a_file",
     "names_from_a_file",
-    "weights_of_a_file",
 ]
 
 
@@ -34,7 +35,9 @@ class _Limits:
     weights_file_sha256: str
 
 
-_weights: ContextVar[tuple[Path, str] | None] = ContextVar("weights_of_a_file", default=None)
+_model: ContextVar[tuple[Path, str | None, Mapping[str, Any] | None] | None] = ContextVar(
+    "model_of_a_file", default=None
+)
 _limits: ContextVar[_Limits | None] = ContextVar("names_from_a_file", default=None)
 
 
@@ -56,22 +59,30 @@ def names_from_a_file(
 
 
 @contextlib.contextmanager
-def weights_of_a_file(file: Path, sha256: str | None) -> Iterator[None]:
-    """While the block lasts, a model must have the weights with this digest, which `file` names; None: any."""
-    before = _weights.set(None if sha256 is None else (file, sha256))
+def model_of_a_file(file: Path, weights: str | None, preprocess: Mapping[str, Any] | None) -> Iterator[None]:
+    """While the block lasts, a model must be what `file` says: the digest of its weights, how its images are prepared.
+
+    None: whatever it is.
+    """
+    before = _model.set((file, weights, preprocess))
     try:
         yield
     finally:
-        _weights.reset(before)
+        _model.reset(before)
 
 
-def check_weights(sha256: str) -> None:
-    """Raise ConfigError where a model has other weights than the run of a file had."""
-    expected = _weights.get()
-    if expected is not None and sha256 != expected[1]:
+def check_model(weights: str, preprocess: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a model has other weights, or prepares images otherwise, than the run of a file."""
+    file, known, prepared = _model.get() or (None, None, None)
+    if known is not None and weights != known:
         raise ConfigError(
-            f"the weights are not those of {expected[0]} (SHA-256 {sha256[:12]}…, there {expected[1][:12]}…): give that"
-            " model and its weights, or say which others are meant with -w (weights=)"
+            f"the weights are not those of {file} (SHA-256 {weights[:12]}…, there {known[:12]}…): give that model and"
+            " its weights, or say which others are meant with -w (weights=)"
+        )
+    if any(preprocess.get(name) != value for name, value in (prepared or {}).items()):
+        raise ConfigError(
+            f"the model does not prepare images as in {file} ({preprocess} now, {dict(prepared or {})} there): give"
+            " --preprocess (preprocess=), as it was or as it is meant now"
         )
 
 

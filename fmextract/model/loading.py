@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from fmextract.capture.reach import is_unready
-from fmextract.common import trust
+from fmextract.common import strict_json, trust
 from fmextract.errors import ConfigError, ModelError
 from fmextract.inputs.preprocessing import (
     PREPROCESS_HELP,
@@ -24,6 +24,7 @@ from fmextract.inputs.preprocessing import (
     Preprocessing,
     apply_size,
     as_preprocessing,
+    describe_preprocess,
     measured,
     parse_preprocess,
 )
@@ -116,11 +117,12 @@ def load_model(
     if wanted.kind == "file":
         origin["weights_file_sha256"] = load_file(built.module, Path(wanted.value))
     digest = weights_digest(built.module)
-    trust.check_weights(digest)
+    settled = _settle(preprocess, built.preprocess, model, size)
+    trust.check_model(digest, strict_json.plain(describe_preprocess(settled)))
     return LoadedModel(
         module=built.module,
         name=model if isinstance(model, str) else name,
-        preprocess=_settle(preprocess, built.preprocess, model, size),
+        preprocess=settled,
         weights=f"file:{Path(wanted.value).name}" if wanted.kind == "file" else built.weights,
         weights_sha256=digest,
         origin=origin,

@@ -44,5 +44,6 @@ def like(
         limited = rerun.limited(acts, said)
         model = rerun.model(acts, said)
         digest = None if said.weights is not None else str(acts.attrs["weights_sha256"])
-    with limited, trust.weights_of_a_file(Path(file), digest):
+        prepared = None if said.preprocess is not None or "size" in options else acts.preprocess
+    with limited, trust.model_of_a_file(Path(file), digest, prepared):
         yield model, {**taken, **options}

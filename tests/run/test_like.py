@@ -133,6 +133,24 @@ def test_other_weights_are_refused_unless_they_are_meant(say: Say, acts: Path, t
         assert made.attrs["weights_sha256"] != before.attrs["weights_sha256"]
 
 
+def test_a_model_that_prepares_images_otherwise_now_is_refused(say: Say, acts: Path, tmp_path: Path) -> None:
+    """Its weights are the same; the values would not be."""
+    here = repr(str(Path(runs.__file__).parent))
+    code = f"import sys\nsys.path.insert(0, {here})\nimport runs\nfrom fmextract import Preprocess\n"
+    code += "def model(): return runs.Tiny(), Preprocess(resize=SIDE, crop=(8, 8))\n"
+    own, fixed = tmp_path / "own.py", FIXED[2:]
+    own.write_text(code.replace("SIDE", "8"))
+    assert say("extract", "photos", "-m", "own.py:model", *fixed, "-l", "conv", "-o", "own.h5")[0] == 0
+    words = ["extract", "others", "--like", "own.h5", "-m", "own.py:model"]
+    assert say(*words, "-o", "same.h5")[0] == 0
+    own.write_text(code.replace("SIDE", "9"))
+    status, error = say(*words, "-o", "new.h5")
+    assert status == 2
+    assert "does not prepare images as in own.h5" in error
+    assert not (tmp_path / "new.h5").exists()
+    assert say(*words, "--preprocess", "model", "-o", "new.h5")[0] == 0
+
+
 def test_a_model_that_was_an_object_has_to_be_given(say: Say, acts: Path, tmp_path: Path) -> None:
     runs.extract(tmp_path / "photos", tmp_path / "object.h5", layers=["conv"])
     code, error = say("extract", "others", "--like", "object.h5", "-o", "new.h5")
