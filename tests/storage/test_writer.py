@@ -20,8 +20,8 @@ import shardfiles
 from files import COLUMNS
 from shardfiles import INFO, layer, table, values
 
-import fmextract as fm
 from fmextract.errors import DamagedError, FmextractError, FormatError, LayerError, NoSpace, OutputError
+from fmextract.reading.files import File, Part
 from fmextract.records import Field
 from fmextract.storage import contents, durable, merging
 from fmextract.storage.digest import content_digest
@@ -138,9 +138,8 @@ def test_what_a_process_has_written_is_counted_as_it_is_when_read(path: Path) ->
     written = take_written(file_identity(path.stat()))
     assert written is not None
     assert written.totals.keys() == {CONV.name, counts.name}  # of the other not enough is known
-    with fm.open(path) as acts:
-        file = next(iter(acts._files))
-        assert {name: file.totals(name) for name in written.totals} == dict(written.totals)
+    read = File(Part(path))
+    assert {name: read.totals(name) for name in written.totals} == dict(written.totals)
     assert (written.totals[CONV.name].zeros, written.totals[CONV.name].nonfinite) == (5, 11)
 
 
