@@ -22,8 +22,12 @@ _OF_FILE = ("batch_size", "memory_format", "forward_threads", "pooling", "prepac
 
 
 def loaded(plan: Plan | str | os.PathLike[str] | None) -> Plan | None:
-    """The plan, or what is saved at this path. Raises OutputError, FormatError."""
-    return plan if plan is None or isinstance(plan, Plan) else Plan.load(Path(plan).expanduser())
+    """The plan, or what is saved at this path. Raises OutputError, FormatError, ConfigError for what is neither."""
+    if plan is None or isinstance(plan, Plan):
+        return plan
+    if not isinstance(plan, (str, os.PathLike)):
+        raise ConfigError(f"plan={plan!r:.80}: expected what plan() returned, or the file it was saved to")
+    return Plan.load(Path(plan).expanduser())
 
 
 def check(plan: Plan, prepared: Prepared, asked: Mapping[str, Any]) -> None:

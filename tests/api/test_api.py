@@ -263,6 +263,8 @@ WRONG = [
     ({"limit": 1.0}, "--limit 1.0: expected a whole number"),
     ({"keep_bits": "eight"}, "--keep-bits 'eight': expected a whole number"),
     ({"precision": 32}, "--precision 32: expected one of auto, fp32"),
+    ({"plan": 5}, r"plan=5: expected what plan\(\) returned, or the file it was saved to"),
+    ({"like": 5}, r"expected the path of an output, or what open\(\) returned, got int 5"),
     ({"layers": 5}, "expected a text or several, got 5"),
     ({"layers": [1, 2]}, r"expected a text or several, got \[1, 2\]"),
 ]
