@@ -2,9 +2,9 @@
 
 HDF5 is asked only for what describes the data (names, shapes, where each chunk lies), and is closed again at once. The
 chunks are then read with `os.pread` and decoded by several threads: no lock of libhdf5 is held, nothing that must not
-be shared is open across a fork, and memory is the result plus one chunk a thread.
+be shared is open across a fork, and memory is the result plus one chunk per thread.
 
-Whatever a mutated file makes libhdf5 raise comes out as a FormatError or DamagedError; the caller's own mistakes in
+What a damaged file makes libhdf5 raise comes out as a FormatError or DamagedError; the caller's own mistakes in
 indexing come out as numpy's IndexError and TypeError.
 """
 
@@ -61,9 +61,9 @@ def open(path: str | os.PathLike[str], *, threads: int | None = None, cache: int
 
 
 def just_written(path: Path) -> Activations:
-    """The same, for the run that has just written `path`: the file that it finished last is not looked through again.
+    """Open what this process has just written: the file that it finished last is not checked again.
 
-    Of thousands of layers that takes seconds. What was written by another process, or before, is, as `open` does it.
+    With thousands of layers a check takes seconds. Files of other processes, or earlier ones, are checked as by `open`.
     """
     return Activations(path, [part._replace(own=True) for part in _parts(path)], None, RECENT_BYTES)
 
@@ -107,7 +107,7 @@ class Activations:
         self.close()
 
     def held(self) -> contextlib.AbstractContextManager[None]:
-        """Keep an output of one file open in HDF5 within, for many small questions: each would open it anew."""
+        """Keep an output of one file open in HDF5 within the block, for many small reads: each would open it again."""
         return self.files.held()
 
     @property
@@ -116,7 +116,7 @@ class Activations:
         return self.files.closed
 
     def close(self) -> None:
-        """Close the files and forget what is kept of them; reading afterwards raises ConfigError."""
+        """Close the files and drop what is kept of them; reading afterwards raises ConfigError."""
         self.files.close()
         self.recent.clear()
 
@@ -179,12 +179,12 @@ class Activations:
 
     @property
     def first_row(self) -> int:
-        """The number of its first row in the whole source: 0, but for one shard opened alone."""
+        """The number of its first row in the whole source: 0, except for one shard opened alone."""
         return self.files[0].start
 
     @functools.cached_property
     def samples(self) -> Rows:
-        """Row numbers in the whole source, int64 (N): from 0, but for one shard opened alone."""
+        """Row numbers in the whole source, int64 (N): from 0, except for one shard opened alone."""
         return self._column("sample")
 
     @functools.cached_property
@@ -235,7 +235,7 @@ class Activations:
         return {name: self._brought_array(name) for name in self._brought if name is not None}
 
     def listed(self, name: str | None = None) -> list[Label] | None:
-        """One of `columns`, or the labels, as plain Python, None where there is none; None for what is not there."""
+        """Return a column, or the labels, as plain Python, None where there is no value; None for an unknown column."""
         if name not in self._brought:
             return None
         return [value for file in self.files for value in file.brought(name)]
@@ -267,7 +267,7 @@ class Activations:
 
     @property
     def label_names(self) -> Sequence[str]:
-        """What the labels 0, 1, … are called, as the `classes` of a Dataset say; empty where nobody says it."""
+        """What the labels 0, 1, … are called, by the `classes` of a Dataset; empty where they are not known."""
         return tuple(self.files[0].contents.said.get("label_names", ()))
 
     @property
@@ -303,7 +303,7 @@ class Activations:
     def batches(
         self, names: Sequence[str] | None = None, size: int = 256, include_failed: bool = False
     ) -> Iterator[tuple[Rows, dict[str, Array]]]:
-        """(rows int64 (n), {name: array (n, …)}) over several layers, all of them when None; see `Layer.batches`."""
+        """Yield (rows int64 (n), {name: array (n, …)}) over several layers, all if None; see `Layer.batches`."""
         layers = {name: self[name] for name in (self.layers if names is None else names)}
         for rows in batched(self.rows(include_failed), size):
             yield rows, {name: layer[rows] for name, layer in layers.items()}
@@ -316,12 +316,12 @@ class Activations:
         labels: bool | str = False,
         cache: int = DATASET_BYTES,
     ) -> LayerDataset:
-        """A map-style torch Dataset of (row, one tensor a name), all layers when there is none.
+        """Return a map-style torch Dataset of (row, one tensor per name), of all layers if none is named.
 
         With `labels` the items end in the label of the row, or in its value of the column of that name: a number, or a
         tensor; of text the number of the class among `dataset.classes`. Rows without one are left out.
         Of `rows` (numbers, or a mask), of all when None; those with a status other than 0 are left out unless asked
-        for. Item i is row `dataset.rows[i]`. It pickles, and opens the files anew in every process. What is no larger
+        for. Item i is row `dataset.rows[i]`. It pickles, and opens the files again in every process. What is no larger
         than `cache` bytes is read by the first batch, and held; else batches are read as they come, and about `cache`
         bytes of chunks of several rows are kept, in each process. `dataset.batches` is a sampler that spares a
         DataLoader the copying together of rows, and shuffles chunk-wise what does not fit.
@@ -461,7 +461,7 @@ class Activations:
         return np.concatenate([file.column(name) for file in self.files])
 
     def _stored_bytes(self) -> Counter[str]:
-        """Of every layer, over all files, each of them opened once."""
+        """Return the stored bytes of every layer, over all files, each of them opened once."""
         total: Counter[str] = Counter()
         for file in self.files:
             with file.hdf5():
@@ -489,7 +489,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _opened_again(path: Path, threads: int | None, cache: int, content: str) -> Activations:
-    """What was pickled. Raises FormatError where the files are others by now."""
+    """Open what was pickled. Raises FormatError where the files have changed."""
     acts = open(path, threads=threads, cache=cache)
     if acts.files.content() != content:
         acts.close()
@@ -498,5 +498,5 @@ def _opened_again(path: Path, threads: int | None, cache: int, content: str) -> 
 
 
 def _open_shared(path: Path, threads: int, cache: int, content: str, processes: int) -> Activations:
-    """For one of several processes that read at once."""
+    """Open it for one of several processes that read at once."""
     return _opened_again(path, max(1, threads // processes), cache, content)

@@ -47,7 +47,7 @@ DATASET_BYTES = 256 * 2**20
 
 
 ALONE_BYTES = 2**20
-"""What is copied from the page cache before a thread of the pool has begun."""
+"""Bytes that are copied from the page cache before a thread of the pool has begun."""
 
 
 FEW = 4
@@ -80,7 +80,7 @@ class Top:
 
 
 class Stats:
-    """Statistics of a layer: one attribute a name in `names`, each an array (channels,) or (channels, k)."""
+    """Statistics of a layer: one attribute per name in `names`, each an array (channels,) or (channels, k)."""
 
     def __init__(self, layer: str, values: Mapping[str, Array]) -> None:
         self._layer = layer
@@ -237,7 +237,7 @@ class Layer:
         return slice(first, last + 1) if follows else key
 
     def batches(self, size: int = 256, include_failed: bool = False) -> Iterator[tuple[Rows, Array]]:
-        """(rows int64 (n), maps (n, …)) in the order of the rows, n = `size` but for the last.
+        """Yield (rows int64 (n), maps (n, …)) in the order of the rows, n = `size` except for the last.
 
         Rows with a status other than 0 are left out unless asked for. Memory is one batch and a few chunks.
         """
@@ -255,7 +255,7 @@ class Layer:
 
     @functools.cached_property
     def effective_dimension(self) -> layer_stats.EffectiveDimension | None:
-        """In how many directions the images differ (see `moments`); None where that was not kept.
+        """In how many directions the images differ (see `storage.layer_stats`); None where that was not kept.
 
         Read from the layer's attributes; in a directory, computed of its shards' covariances.
         """
@@ -266,7 +266,7 @@ class Layer:
             return layer_stats.effective_dimension(_merged_stats(self, covariance=True))
 
     def top(self, channel: int, k: int = 9) -> list[Top]:
-        """The `k` images with the highest values in a channel, strongest first: as many as were kept (--top-k).
+        """Return the `k` images with the highest values in a channel, strongest first: as many as were kept (--top-k).
 
         Raises IndexError for a channel that the layer does not have, ConfigError where nothing was kept.
         """
@@ -342,7 +342,7 @@ class Layer:
         return out
 
     def _block(self, selections: Sequence[Selection]) -> Array:
-        """The values at the crossing of one selection an axis, in their order: a new array."""
+        """Return the values at the crossing of one selection per axis, in their order: a new array."""
         out = np.empty(tuple(len(one) for one in selections), self.dtype)
         parts = [cut(one, chunk) for one, chunk in zip(selections, self.chunks, strict=True)]
         number = math.prod(map(len, parts))
@@ -458,7 +458,7 @@ def _is_whole(here: slice | Rows, size: int) -> bool:
 
 
 def _merged_stats(layer: Layer, covariance: bool = False) -> dict[str, Array]:
-    """The statistics of a layer over all rows, empty where there are none.
+    """Return the statistics of a layer over all rows, empty where there are none.
 
     Those of several shards are joined one by one, in their order.
     """
@@ -472,6 +472,6 @@ def _merged_stats(layer: Layer, covariance: bool = False) -> dict[str, Array]:
 
 
 def _seen(field: Field, cell: tuple[int, int], size: tuple[int, int] | None) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) of what a cell sees of the input, clipped to its (height, width) where known."""
+    """Return (left, top, right, bottom) of what a cell sees of the input, clipped to its (height, width) if known."""
     top, left, bottom, right = cell_box(field, cell, size)
     return left, top, right, bottom
