@@ -138,7 +138,7 @@ def test_what_cannot_be_compared(two: tuple[Path, Path], tmp_path: Path) -> None
         with pytest.raises(ConfigError, match="no image in common"):
             fm.compare(c, _named_fc(tmp_path))
         with pytest.raises(ConfigError, match="no layer 'fcc'"):
-            fm.compare(a, a, ["fcc"])
+            fm.compare(a, a, layers=["fcc"])
 
 
 def _named_fc(folder: Path) -> fm.Activations:
