@@ -310,6 +310,7 @@ def test_a_run_begun_by_an_earlier_version_is_finished_as_it_began(photos: Path,
     out = tmp_path / "begun"
     runs.extract_until(12, photos, out, **OPTIONS, max_failures="1")
     plan = json.loads((out / PLAN).read_text())
+    del plan["digest"]
     for layer in plan["layers"]:
         del layer["near_zero_below"]
     (out / PLAN).write_text(json.dumps(plan))
