@@ -16,7 +16,6 @@ from torch import nn
 import fmextract as fm
 from fmextract import planning
 from fmextract.common import kernels
-from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import ConfigError, DeviceLost, NoSpace
 from fmextract.reading import activations
@@ -323,7 +322,7 @@ def test_python_and_command_line_share_words(photos: Path, tmp_path: Path) -> No
         fm.extract(photos, Tiny(), tmp_path / "out.h5", clip=True)
     with pytest.raises(ConfigError, match="--keep-bits 24"):
         fm.extract(photos, Tiny(), tmp_path / "out.h5", keep_bits=24)
-    assert fm.plan(photos, Tiny(), tmp_path / "x.h5", Config.of(**OPTIONS), Quiet()).rows == 11
+    assert fm.plan(photos, Tiny(), **OPTIONS, progress=False).rows == 11
 
 
 # ------------------------------------------------------------------------------------------ many layers
