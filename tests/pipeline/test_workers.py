@@ -129,7 +129,7 @@ def test_what_encoding_raises_is_raised_here(two: workers.Workers, tmp_path: Pat
     made = plan(tmp_path)
     encode = two.encoder(replace(made, level=99))
     for _ in range(3):  # as often as there are processes, and once more: they are still there
-        with pytest.raises(ConfigError, match="levels 0 to 3, got 99"):
+        with pytest.raises(ConfigError, match="--level 99: codec gzip has levels 0 to 3"):
             encode(cut(made))
 
 

@@ -190,7 +190,7 @@ unpacked = activations.File.unpack
 def test_what_is_damaged_is_told_in_words(tmp_path: Path) -> None:
     make_file(tmp_path / "a.h5", {"conv": MAPS, "fc": MAPS[:, :, 0, 0]})
     with activations.open(tmp_path / "a.h5") as acts:
-        stored = acts._files[0].stored("conv")
+        stored = acts.files[0].stored("conv")
         offset, size = int(stored.offsets[0, 0, 0, 0]), int(stored.sizes[0, 0, 0, 0])
     content = bytearray((tmp_path / "a.h5").read_bytes())
     content[offset : offset + size] = os.urandom(size)

@@ -287,7 +287,7 @@ def test_fifos_and_devices_are_not_waited_for(out: Path) -> None:
         jpeg,
         lambda: with_orientation(photo(90, 60), 6),
         lambda: encoded(PIL.Image.fromarray(np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)), "PNG"),
-        lambda: encoded(PIL.Image.fromarray(np.linspace(-3, 9, 64).astype(np.float32).reshape(8, 8)), "TIFF"),
+        lambda: encoded(PIL.Image.fromarray(np.linspace(0, 255, 64).astype(np.float32).reshape(8, 8)), "TIFF"),
         lambda: encoded(PIL.Image.new("CMYK", (9, 9), (1, 80, 200, 9)), "JPEG"),
     ],
 )
