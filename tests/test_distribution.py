@@ -72,7 +72,8 @@ def test_the_sdist_holds_the_tests_and_the_source_of_the_kernels(built: Path) ->
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"tests/test_distribution.py", "fmextract/common/_kernels.c", "docs/reference/format.md", "scripts/test"} <= names
+    wanted = {"tests/test_distribution.py", "fmextract/common/_kernels.c", "docs/reference/format.md", "scripts/test"}
+    assert wanted <= names
     assert not any(name.endswith((".so", ".pyc")) for name in names)
 
 
