@@ -38,6 +38,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.int_repr()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
+    tensor = tensor.resolve_neg()  # the imaginary part of a conjugate is its bits with a sign to turn
     if not tensor.is_contiguous():  # in the order of memory no copy is needed, unless there are gaps
         strides = tensor.stride()
         tensor = tensor.permute(sorted(range(tensor.dim()), key=lambda axis: -strides[axis]))

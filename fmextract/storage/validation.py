@@ -65,7 +65,7 @@ def _walkable(window: bytes, heap: int) -> bool:
 _CHUNK_RECORD_BYTES = 24
 """The fewest bytes that a chunk takes in an HDF5 index: so a small file cannot claim a huge shape."""
 _TEXT_BYTES = 16
-"""Bytes that a text of variable length takes in a chunk: its length, and its place in a heap."""
+"""Bytes that a text of variable length takes in a dataset: its length, and its place in a heap."""
 
 
 @contextlib.contextmanager
@@ -198,7 +198,7 @@ def _validate_dataset(file: str, node: Node, file_size: int) -> None:
         raise FormatError(f"{where} has values of type {dtype}, which fmextract does not write")
     if layout == h5py.h5d.CHUNKED:
         _validate_chunks(where, node, plist, file_size)
-    elif math.prod(shape) * node.id.get_type().get_size() != node.id.get_storage_size():
+    elif math.prod(shape) * _stored_bytes(node.id) != node.id.get_storage_size():
         raise DamagedError(f"{where} has the shape {shape}, but not the bytes for it")
 
 
@@ -215,7 +215,10 @@ def _validate_chunks(where: str, node: Node, plist: h5py.h5p.PropDCID, file_size
         return
     if math.prod(shape) * dtype.itemsize > INFLATION * file_size:
         raise DamagedError(f"{where} claims {math.prod(shape)} values in a file of {file_size} bytes")
-    # The type of texts tells the size of a pointer.
-    stored = nbytes if dtype.kind != "O" else math.prod(chunks) * _TEXT_BYTES
-    if node.id.get_storage_size() > count * most_stored(stored):
+    if node.id.get_storage_size() > count * most_stored(math.prod(chunks) * _stored_bytes(node.id)):
         raise DamagedError(f"{where} has chunks that hold more than its values")
+
+
+def _stored_bytes(data: h5py.h5d.DatasetID) -> int:
+    """Return how many bytes a value takes in the file; the type of texts tells the size of a pointer."""
+    return _TEXT_BYTES if data.dtype.kind == "O" else data.get_type().get_size()

@@ -148,3 +148,20 @@ def test_a_digest_is_of_any_layout_of_memory() -> None:
             x[-1, 1, 1, 0] += 1
             x[-1, 0, 1, 0] += 1
             assert before != writes.digest(view)
+
+
+def test_a_digest_is_of_values_whose_sign_is_turned_when_they_are_read() -> None:
+    imaginary = torch.randn(4, 6, dtype=torch.cfloat).conj().imag
+    assert imaginary.is_neg()
+    assert writes.digest(imaginary) == writes.digest(imaginary.resolve_neg())
+
+
+def test_a_layer_whose_values_are_the_imaginary_part_of_a_conjugate(tmp_path: Path) -> None:
+    class Imaginary(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.rfft2(x).conj().imag
+
+    inputs = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    model = nn.Sequential(Imaginary(), nn.Flatten()).eval()
+    with fm.extract(inputs, model, tmp_path / "x.h5", layers=["0"], device="cpu", precision="fp32") as acts:
+        assert np.array_equal(acts["0"][...], -torch.fft.rfft2(torch.stack(inputs)).imag.numpy())

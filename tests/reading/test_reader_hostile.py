@@ -397,6 +397,23 @@ def test_columns_of_any_length_are_no_danger(tmp_path: Path, rows: int) -> None:
         assert len(acts.keys) == rows
 
 
+@pytest.mark.parametrize(
+    "how", [{}, {"chunks": (4,), "shuffle": True}, {"chunks": (4,), "shuffle": True, "compression": 4}]
+)
+def test_texts_in_one_piece_or_through_other_filters_are_read(tmp_path: Path, how: Any) -> None:
+    """As h5repack writes them, with -l CONTI and -f SHUF."""
+    path = tmp_path / "a.h5"
+    keys = [f"ö{i}" for i in range(len(MAPS))]
+    make_file(path, {"maps": MAPS}, keys=keys)
+    with h5py.File(path, "r+") as file:
+        attributes = {k: v for k, v in file["key"].attrs.items() if k not in ("CLASS", "NAME", "REFERENCE_LIST")}
+        del file["key"]
+        file.create_dataset("key", data=keys, dtype=h5py.string_dtype(), **how).attrs.update(attributes)
+    with activations.open(path) as acts:
+        assert list(acts.keys) == keys
+        assert np.array_equal(acts["maps"][...], MAPS)
+
+
 def test_a_checksum_by_h5py_is_read(tmp_path: Path) -> None:
     path = tmp_path / "a.h5"
     make_file(path, {"maps": MAPS})
