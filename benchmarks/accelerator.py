@@ -22,7 +22,6 @@ import torch
 
 from benchmarks.contenders import Script, Task
 from fmextract import benchmark
-from fmextract.cli import tables
 from fmextract.common.machine import machine
 from fmextract.common.progress import Quiet
 from fmextract.common.sample_photos import make_photos
@@ -87,7 +86,7 @@ def main() -> None:
             config = Config.of(weights="random:0", device=options.device, **CASES[name])
             made = benchmark.bench(folder, "resnet50", config, Quiet(), repeats=options.repeats)
             found[name] = asdict(made)
-            print(f"\n== {name}\n{tables.benchmark(made)}\nruns {[round(rate) for rate in made.runs]}", flush=True)
+            print(f"\n== {name}\n{made}\nruns {[round(rate) for rate in made.runs]}", flush=True)
             if options.json:
                 options.json.write_text(json.dumps(found, indent=1, default=str))
         if options.script:

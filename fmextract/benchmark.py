@@ -71,8 +71,8 @@ class Stage:
     part: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Benchmark:
+@dataclass(frozen=True, slots=True, repr=False)
+class Benchmark(text.Tabled):
     """What `bench` found; rates are in images per second.
 
     Attributes:
@@ -121,6 +121,55 @@ class Benchmark:
     def as_json(self) -> dict[str, Any]:
         """Plain data, ready for `json.dumps`."""
         return asdict(self)
+
+    def table(self, width: int | None = None) -> str:
+        """Return the stages, the limit they set, and how near a run comes, as `fmextract bench` shows it."""
+        head = ["stage", "images/s", "bare", "what is bare"]
+        stages = [
+            [stage.name, text.rate(stage.images_per_second), text.rate(stage.bare) if stage.bare else "", stage.what]
+            for stage in self.stages
+            if stage.part
+        ]
+        others = [[s.name, text.rate(s.images_per_second), s.what] for s in self.stages if not s.part]
+        shares = (
+            "the core-seconds of all stages over the cores"
+            if self.device == "cpu"
+            else f"the slowest stage, {_stage_of_device(self.limiting_stage)}"
+        )
+        cores = f"{text.rate(self.host_limit)} images/s (what its cores allow to decode, encode and write)"
+        return "\n".join(
+            [
+                f"{self.model}, {self.precision}, batch size {self.batch_size}, on {self.machine['processor']}",
+                "",
+                text.table(head, stages, right=["images/s", "bare"], width=width),
+                "",
+                text.table(["other codecs", "images/s", "stored"], others, right=["images/s", "stored"], width=width),
+                "",
+                *([self._arithmetic()] if self.flop else []),
+                f"limit       {text.rate(self.limit)} images/s ({shares})",
+                *([] if self.device == "cpu" else [f"host        {cores}"]),
+                f"end to end  {text.rate(self.end_to_end)} images/s, {text.share(self.share)} of the limit",
+                f"{self.limiting_stage} takes most; what would help: {self.would_help}",
+            ]
+        )
+
+    def _arithmetic(self) -> str:
+        """What the forward pass would be at the speed of large matrix products."""
+        (forward,) = (stage for stage in self.stages if stage.name == "forward")
+        most = self.flop_per_second / self.flop
+        return (
+            f"arithmetic  {text.rate(most)} images/s (convolutions, products and attention, {self.flop / 1e9:.3g} GFLOP"
+            f" an image, at the {self.flop_per_second / 1e9:.3g} GFLOP/s of large matrix products);"
+            f" forward reaches {text.share(forward.images_per_second / most)} of it"
+        )
+
+    def __repr__(self) -> str:
+        speed = f"{text.rate(self.end_to_end)} images/s, {text.share(self.share)} of the limit"
+        return f"<Benchmark: {self.model}, {self.precision} on {self.device}, {speed}>"
+
+
+def _stage_of_device(name: str) -> str:
+    return "forward with statistics" if name == "forward" else name
 
 
 def bench(source: Any, model: Any, config: Config, progress: Progress, *, repeats: int = 3) -> Benchmark:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fmextract.common import text
 from fmextract.errors import ConfigError
 from fmextract.reading.activations import Activations
 from fmextract.reading.layer import Layer
@@ -45,8 +46,8 @@ class LayerComparison:
     worst: tuple[tuple[str, float], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
+@dataclass(frozen=True, slots=True, repr=False)
+class Comparison(text.Tabled):
     """Two outputs, layer by layer.
 
     Attributes:
@@ -75,6 +76,37 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def table(self, width: int | None = None) -> str:
+        """Return the layers, and what was left out, as `fmextract compare` shows it."""
+        head = [f"{text.count(self.images, 'image')} of {text.printable(self.b)} against {text.printable(self.a)}"]
+        left = [
+            (self.images_only_a + self.images_only_b, "images in one only"),
+            (self.failed, "images failed in one"),
+            (", ".join((*self.only_a, *self.only_b)), "are layers of one only"),
+            (", ".join(self.unlike), "have other shapes"),
+        ]
+        head += [text.printable(f"left out: {what} {why}") for what, why in left if what]
+        rows = [
+            (
+                row.layer,
+                text.shape(row.shape),
+                text.share(row.error),
+                text.share(row.median_error),
+                text.share(row.max_error),
+                f"{row.cosine:.6f}",
+                f"{row.cka:.6f}",
+                row.nonfinite or "",
+                row.worst[0][0] if row.worst else "",
+            )
+            for row in self.layers
+        ]
+        columns = ("layer", "shape", "error", "median", "worst", "cosine", "CKA", "not finite in one", "worst image")
+        return "\n".join([*head, "", text.table(columns, rows, right=columns[2:8], width=width)])
+
+    def __repr__(self) -> str:
+        what = f"{text.count(len(self.layers), 'layer')}, {text.count(self.images, 'image')}"
+        return f"<Comparison: {text.printable(self.b)} against {text.printable(self.a)}, {what}>"
 
 
 def compare(a: Activations, b: Activations, layers: Sequence[str] = (), *, worst: int = 3) -> Comparison:

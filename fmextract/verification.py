@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from fmextract.common import text
 from fmextract.errors import FormatError, OutputError
 from fmextract.planning import Plan
 from fmextract.reading import activations, indexing
@@ -31,6 +32,8 @@ from fmextract.storage.shards import INDEX, PLAN, ShardRecord
 Array = indexing.Array
 BLOCK_BYTES = 32 << 20
 """Values looked at at once, at least one chunk."""
+SHOWN = 50
+"""Problems that a table names; `problems` holds all."""
 ROUNDING = 1e-5
 """Share of the largest value by which a mean differs when it is summed in another order, or in float32."""
 
@@ -53,8 +56,8 @@ class Problem:
         return f"{', '.join(filter(None, place))}: {self.what}"
 
 
-@dataclass(frozen=True, slots=True)
-class Verification:
+@dataclass(frozen=True, slots=True, repr=False)
+class Verification(text.Tabled):
     """What `verify` looked at and what it found.
 
     Attributes:
@@ -86,6 +89,23 @@ class Verification:
     def as_json(self) -> dict[str, Any]:
         """Plain data, ready for `json.dumps`."""
         return {**asdict(self), "ok": self.ok}
+
+    def table(self, width: int | None = None) -> str:
+        """Return whether it is whole, or the first SHOWN problems, as `fmextract verify` shows it."""
+        held = [text.count(self.files, "file"), f"{self.rows:,} rows", text.count(self.layers, "layer")]
+        held += [text.count(self.chunks, "chunk"), text.byte_count(self.bytes)]
+        head = f"{text.printable(self.path)}: {', '.join(held)}"
+        if self.ok:
+            rerun = f"; {text.count(self.rerun, 'image')} run again" if self.rerun else ""
+            error = f", off by {self.largest_error:.2g} at most" if self.largest_error else ""
+            return f"{head}\nwhole{rerun}{error}"
+        problems = [text.printable(str(problem)) for problem in self.problems[:SHOWN]]
+        more = [f"… and {len(self.problems) - SHOWN} more"] if len(self.problems) > SHOWN else []
+        return "\n".join([head, *problems, *more])
+
+    def __repr__(self) -> str:
+        found = "whole" if self.ok else text.count(len(self.problems), "problem")
+        return f"<Verification: {text.printable(self.path)}, {self.rows:,} rows, {found}>"
 
 
 def verify(

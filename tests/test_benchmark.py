@@ -13,7 +13,7 @@ from runs import OPTIONS, Tiny, make_photos
 from torch import nn
 
 from fmextract import benchmark
-from fmextract.cli import app, tables
+from fmextract.cli import app
 from fmextract.common.progress import Quiet
 from fmextract.config import Config
 from fmextract.errors import OutputError
@@ -47,7 +47,8 @@ def test_the_limit_is_that_of_the_stages(measured: benchmark.Benchmark) -> None:
     assert measured.machine["torch"]
     assert json.loads(json.dumps(measured.as_json()))["layers"] == ["conv", "relu", "fc"]
     for stage in measured.stages:
-        assert stage.name in tables.benchmark(measured)
+        assert stage.name in str(measured)
+    assert repr(measured).startswith("<Benchmark: ")
 
 
 def test_the_picture(measured: benchmark.Benchmark, tmp_path: Path) -> None:

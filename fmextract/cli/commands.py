@@ -292,7 +292,7 @@ def verify(
             trust=trust,
             progress=progress(),
         )
-    _show(report.as_json(), lambda: tables.verification(report), as_json)
+    _show(report.as_json(), lambda: report.table(tables.width()), as_json)
     return 0 if report.ok else MISMATCH
 
 
@@ -356,7 +356,7 @@ def bench(
             from fmextract.visual.stages import draw_stages
 
             draw_stages(found, plot, style=style)
-    _show(found.as_json(), lambda: tables.benchmark(found), as_json)
+    _show(found.as_json(), lambda: found.table(tables.width()), as_json)
     return 0
 
 
@@ -417,7 +417,7 @@ def compare(
             from fmextract.visual.differences import draw_comparison
 
             draw_comparison(found, out, style=style)
-    _show(found.as_json(), lambda: tables.comparison(found), as_json)
+    _show(found.as_json(), lambda: found.table(tables.width()), as_json)
     return 0
 
 
@@ -464,7 +464,7 @@ def export(
 
         told = progress("row")
         made = write(acts, to=to, out=out, layers=layers, metric=metric, overwrite=overwrite, progress=told)
-    _show(made.as_json(), lambda: tables.exported(made), as_json)
+    _show(made.as_json(), lambda: made.table(tables.width()), as_json)
     return 0
 
 

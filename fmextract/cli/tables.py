@@ -12,15 +12,9 @@ from fmextract.common import text
 from fmextract.records import Result
 
 if TYPE_CHECKING:
-    from fmextract.benchmark import Benchmark
-    from fmextract.comparison import Comparison
-    from fmextract.exporting.export import Exported
-    from fmextract.verification import Verification
     from fmextract.visual.depth import LayerDepth
     from fmextract.visual.top import Example
     from fmextract.visual.where import Where
-
-SHOWN = 50  # problems
 
 
 def summary(result: Result) -> str:
@@ -106,108 +100,6 @@ def info(said: Mapping[str, Any]) -> str:
     ]
     head = ("layer", "shape", "axes", "type", "computed in", "codec", "stored", "ratio")
     return "\n".join([*lines, "", _table(head, rows, right=("stored", "ratio"))])
-
-
-def exported(made: Exported) -> str:
-    """What was written, and where each layer is in it."""
-    held = [f"{text.count(made.rows, 'image')} in {text.printable(made.path)}", text.byte_count(made.bytes)]
-    if made.metric:
-        held.append(made.metric)
-    lines = [", ".join(held)]
-    if made.failed:
-        what = "left out" if made.metric else "NaN, or 0 where integers are stored; status says which"
-        lines.append(f"{text.count(made.failed, 'image')} without values: {what}")
-    rows = [(layer.name, text.shape(layer.shape), layer.dtype, layer.place) for layer in made.layers]
-    return "\n".join([*lines, "", _table(("layer", "shape", "type", "place"), rows, right=())])
-
-
-def verification(report: Verification) -> str:
-    """Whole, or the problems found, the first SHOWN of them."""
-    held = [text.count(report.files, "file"), f"{report.rows:,} rows", text.count(report.layers, "layer")]
-    held += [text.count(report.chunks, "chunk"), text.byte_count(report.bytes)]
-    head = f"{text.printable(report.path)}: {', '.join(held)}"
-    if report.ok:
-        rerun = f"; {text.count(report.rerun, 'image')} run again" if report.rerun else ""
-        error = f", off by {report.largest_error:.2g} at most" if report.largest_error else ""
-        return f"{head}\nwhole{rerun}{error}"
-    problems = [text.printable(str(problem)) for problem in report.problems[:SHOWN]]
-    more = [f"… and {len(report.problems) - SHOWN} more"] if len(report.problems) > SHOWN else []
-    return "\n".join([head, *problems, *more])
-
-
-def comparison(found: Comparison) -> str:
-    """Two outputs layer by layer, and what was left out."""
-    head = [f"{text.count(found.images, 'image')} of {text.printable(found.b)} against {text.printable(found.a)}"]
-    left = [
-        (found.images_only_a + found.images_only_b, "images in one only"),
-        (found.failed, "images failed in one"),
-        (", ".join((*found.only_a, *found.only_b)), "are layers of one only"),
-        (", ".join(found.unlike), "have other shapes"),
-    ]
-    head += [text.printable(f"left out: {what} {why}") for what, why in left if what]
-    rows = [
-        (
-            row.layer,
-            text.shape(row.shape),
-            text.share(row.error),
-            text.share(row.median_error),
-            text.share(row.max_error),
-            f"{row.cosine:.6f}",
-            f"{row.cka:.6f}",
-            row.nonfinite or "",
-            row.worst[0][0] if row.worst else "",
-        )
-        for row in found.layers
-    ]
-    columns = ("layer", "shape", "error", "median", "worst", "cosine", "CKA", "not finite in one", "worst image")
-    return "\n".join([*head, "", _table(columns, rows, right=columns[2:8])])
-
-
-def benchmark(found: Benchmark) -> str:
-    """The stages alone, the limit they set, and how near a run comes."""
-    head = ["stage", "images/s", "bare", "what is bare"]
-    stages = [
-        [stage.name, text.rate(stage.images_per_second), text.rate(stage.bare) if stage.bare else "", stage.what]
-        for stage in found.stages
-        if stage.part
-    ]
-    others = [[s.name, text.rate(s.images_per_second), s.what] for s in found.stages if not s.part]
-    shares = (
-        "the core-seconds of all stages over the cores"
-        if found.device == "cpu"
-        else f"the slowest stage, {_stage_of_device(found.limiting_stage)}"
-    )
-    cores = f"{text.rate(found.host_limit)} images/s (what its cores allow to decode, encode and write)"
-    return "\n".join(
-        [
-            f"{found.model}, {found.precision}, batch size {found.batch_size}, on {found.machine['processor']}",
-            "",
-            _table(head, stages, right=["images/s", "bare"]),
-            "",
-            _table(["other codecs", "images/s", "stored"], others, right=["images/s", "stored"]),
-            "",
-            *([_arithmetic(found)] if found.flop else []),
-            f"limit       {text.rate(found.limit)} images/s ({shares})",
-            *([] if found.device == "cpu" else [f"host        {cores}"]),
-            f"end to end  {text.rate(found.end_to_end)} images/s, {text.share(found.share)} of the limit",
-            f"{found.limiting_stage} takes most; what would help: {found.would_help}",
-        ]
-    )
-
-
-def _arithmetic(found: Benchmark) -> str:
-    """What the forward pass would be at the speed of large matrix products."""
-    (forward,) = (stage for stage in found.stages if stage.name == "forward")
-    most = found.flop_per_second / found.flop
-    return (
-        f"arithmetic  {text.rate(most)} images/s (convolutions, products and attention, {found.flop / 1e9:.3g} GFLOP"
-        f" an image, at the {found.flop_per_second / 1e9:.3g} GFLOP/s of large matrix products);"
-        f" forward reaches {text.share(forward.images_per_second / most)} of it"
-    )
-
-
-def _stage_of_device(name: str) -> str:
-    return "forward with statistics" if name == "forward" else name
 
 
 def depth(found: Sequence[LayerDepth]) -> str:

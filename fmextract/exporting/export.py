@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fmextract.common import text
 from fmextract.common.progress import Quiet
 from fmextract.errors import ConfigError, NoSpace, OutputError
 from fmextract.exporting.dissimilarity import METRICS
@@ -34,8 +35,8 @@ from fmextract.records import Progress
 from fmextract.storage import durable, shards
 
 
-@dataclass(frozen=True, slots=True)
-class Exported:
+@dataclass(frozen=True, slots=True, repr=False)
+class Exported(text.Tabled):
     """What `export` wrote.
 
     Attributes:
@@ -58,6 +59,22 @@ class Exported:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def table(self, width: int | None = None) -> str:
+        """Return what was written, and where each layer is in it, as `fmextract export` shows it."""
+        held = [f"{text.count(self.rows, 'image')} in {text.printable(self.path)}", text.byte_count(self.bytes)]
+        if self.metric:
+            held.append(self.metric)
+        lines = [", ".join(held)]
+        if self.failed:
+            what = "left out" if self.metric else "NaN, or 0 where integers are stored; status says which"
+            lines.append(f"{text.count(self.failed, 'image')} without values: {what}")
+        rows = [(layer.name, text.shape(layer.shape), layer.dtype, layer.place) for layer in self.layers]
+        return "\n".join([*lines, "", text.table(("layer", "shape", "type", "place"), rows, width=width)])
+
+    def __repr__(self) -> str:
+        what = f"{text.count(len(self.layers), 'layer')}, {text.byte_count(self.bytes)}"
+        return f"<Exported: {text.printable(self.path)}, {self.to}, {what}>"
 
 
 def export(

@@ -44,6 +44,9 @@ class ModelLayers(tuple[ModuleRow, ...], text.Tabled):
         ]
         return text.table(head, lines, right=("index", "calls", "bytes/image", "sees"), width=width)
 
+    def __repr__(self) -> str:
+        return f"<ModelLayers: {text.count(len(self), 'row')}>"
+
 
 def describe(
     model: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.util
 import inspect
 import logging
@@ -220,6 +221,28 @@ def test_layers_are_printed_as_the_command_shows_them(capsys: pytest.CaptureFixt
     rows = fm.layers(model, size=(8, 8), preprocess="mean=0,std=1,size=8,crop=8")
     assert capsys.readouterr().out == f"{rows}\n"
     assert [row.path for row in rows[:2]] == ["conv", "relu"]
+    assert repr(rows) == f"<ModelLayers: {len(rows)} rows>"
+
+
+@pytest.mark.parametrize("name", ["verify", "compare", "export"])
+def test_what_is_said_of_an_output_is_printed_as_the_command_shows_it(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    from fmextract.cli import main
+
+    acts, out = place / "acts.h5", tmp_path / "arrays"
+    words = {"verify": [], "compare": [str(acts)], "export": ["--to", "npy", "-o", str(out), "--overwrite", "-q"]}[name]
+    asked: dict[str, Callable[[], Any]] = {
+        "verify": lambda: fm.verify(acts, progress=False),
+        "compare": lambda: fm.compare(acts, acts),
+        "export": lambda: fm.export(acts, to="npy", out=out, overwrite=True, progress=False),
+    }
+    assert main([name, str(acts), *words]) == 0
+    found = asked[name]()
+    assert capsys.readouterr().out == f"{found}\n"
+    assert str(acts if name != "export" else out) in str(found)
+    assert re.fullmatch(f"<{type(found).__name__}: .*>", repr(found))
+    assert found._repr_html_() == f"<pre>{html.escape(str(found))}</pre>"
 
 
 def test_progress_is_a_bar_nothing_or_an_object(
