@@ -17,7 +17,9 @@ import h5py
 import numpy as np
 import pytest
 import runs
+import torch
 from runs import Tiny, extract, make_photos
+from torch import nn
 
 from fmextract.cli import app
 from fmextract.errors import ConfigError, FormatError, OutputError
@@ -344,6 +346,19 @@ def test_a_model_given_as_an_object_has_to_be_given_again(photos: Path, tmp_path
         verify(tmp_path / "out.h5", rerun=2, model=Tiny(seed=1))
     with pytest.raises(ConfigError, match=r"source\.count"):
         verify(tmp_path / "out.h5", rerun=2, model=Tiny(), source=make_photos(tmp_path / "others", 3))
+
+
+def test_a_layer_whose_path_is_no_selector_is_run_again(photos: Path, tmp_path: Path) -> None:
+    class Odd(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module("a:b", nn.ReLU())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.get_submodule("a:b")(x))
+
+    extract(photos, tmp_path / "out.h5", model=Odd(), layers=["a:b", "fc"])
+    assert verify(tmp_path / "out.h5", rerun=2, model=Odd()).largest_error == 0.0
 
 
 # -------------------------------------------------------------------------------------------------------- command line

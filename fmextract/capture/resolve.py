@@ -34,15 +34,24 @@ def found(selectors: Sequence[str], seen: Survey) -> tuple[list[Tap], list[Layer
     errors: list[LayerError] = []
     for text in selectors:
         try:
-            made = _of_selector(Selector.of(text, seen.types), seen)
+            made = _of_selector(Selector.of(text, seen.paths), seen)
         except LayerError as error:
             errors.append(error)
             continue
         for tap in made:
-            if tap.name not in taps or tap.explicit:
+            other = taps.get(tap.name, tap)
+            if (other.module, other.number, other.tap, other.path) != (tap.module, tap.number, tap.tap, tap.path):
+                errors.append(_of_one_name(other, tap))
+            elif tap.name not in taps or tap.explicit:
                 taps[tap.name] = tap
     position = {event: i for i, event in enumerate(seen.tensors)}
     return sorted(taps.values(), key=lambda tap: position[Event(tap.module, tap.number, tap.tap)]), errors
+
+
+def _of_one_name(one: Tap, other: Tap) -> LayerError:
+    """Two layers of one name: the path of a module may end as a call, a member or a reducer does (`a:2`, `a[0]`)."""
+    both = " and ".join(f"of call {tap.number} of {tap.module!r}" for tap in (one, other))
+    return LayerError(f"two layers would be called {one.name!r}, {both}: take one of them, or rename the module")
 
 
 def at_once(errors: Sequence[LayerError]) -> LayerError:
@@ -108,7 +117,7 @@ def left_out(selectors: Sequence[str], seen: Survey) -> dict[str, str]:
     """
     wanted = set(seen.missed)
     if selectors:
-        parsed = [Selector.of(text, seen.types) for text in selectors]
+        parsed = [Selector.of(text, seen.paths) for text in selectors]
         wanted &= {path for one in parsed if one.is_pattern for path in meant(one, seen.modules.values())}
     return {path: seen.missed[path] for path in seen.missed if path in wanted and path.rpartition(".")[0] not in wanted}
 

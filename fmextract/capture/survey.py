@@ -66,6 +66,11 @@ class Survey:
     shortcuts: frozenset[str] = frozenset()
 
     @cached_property
+    def paths(self) -> frozenset[str]:
+        """All paths of all modules, called or not."""
+        return frozenset({*self.types, *self.aliases})
+
+    @cached_property
     def counts(self) -> Counter[str]:
         """How many calls of each module ended."""
         return Counter(event.module for event in self.tensors if event.side == "out")
@@ -109,7 +114,7 @@ class Survey:
         for kind in KINDS:
             paths = self.numbered(kind)
             for i, path in enumerate(paths, -len(paths) if from_end else 0):
-                if f"{kind}#{i}" not in self.types and f"{kind}#{i}" not in self.aliases:
+                if f"{kind}#{i}" not in self.paths:
                     found.setdefault(path, []).append(f"{kind}#{i}")
         return {path: " ".join(words) for path, words in found.items()}
 

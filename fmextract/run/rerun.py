@@ -21,7 +21,7 @@ from fmextract.common import strict_json
 from fmextract.common.progress import Quiet
 from fmextract.common.trust import names_from_a_file
 from fmextract.config import Config
-from fmextract.errors import ConfigError
+from fmextract.errors import ConfigError, LayerError
 from fmextract.inputs import sources
 from fmextract.model import loading
 from fmextract.reading import activations
@@ -97,9 +97,16 @@ def _code(acts: activations.Activations, said: Said) -> Iterator[tuple[str, str]
     if said.preprocess is None and loading.is_code(str(options.get("preprocess"))):
         yield "--preprocess", str(options.get("preprocess"))
     for selector in options.get("layers", []):
-        reducer = Selector.parse(selector).reducer
-        if reducers.is_code(reducer):
+        if reducers.is_code(reducer := _reducer(selector)):
             yield "=", reducer
+
+
+def _reducer(selector: str) -> str:
+    """Return the reducer that a selector may name; none, where it can only be the path of a module with odd letters."""
+    try:
+        return Selector.parse(selector).reducer
+    except LayerError:
+        return ""
 
 
 def options(acts: activations.Activations, said: Said) -> dict[str, Any]:

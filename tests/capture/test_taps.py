@@ -101,6 +101,35 @@ def test_types_with_their_subclasses(resnet18: survey.Survey) -> None:
     assert names(surveyed(nn.Sequential(MyConv(3, 3, 1), nn.Conv2d(3, 3, 1))), "type:MyConv") == ["0"]
 
 
+class Oddly(nn.Module):
+    """A convolution that runs twice, one whose path is how the second call is named, and one with further paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.add_module("a:2", nn.Conv2d(3, 3, 1))
+        self.more = nn.ModuleDict({"b:2": self.b, "b=mean": self.b, "b[0]": self.b, "conv#0": self.b})
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.b(self.get_submodule("a:2")(self.a(self.a(x))))
+        return made
+
+
+def test_a_further_path_of_a_module_goes_before_what_else_it_could_mean() -> None:
+    seen = surveyed(Oddly())
+    for path in ("more.b:2", "more.b=mean", "more.b[0]", "more.conv#0"):
+        assert names(seen, path) == ["b"]
+
+
+def test_no_layer_is_lost_to_another_of_its_name() -> None:
+    seen = surveyed(Oddly())
+    assert names(seen, "a:2") == ["a:2"]
+    for selectors in (["a", "a:2"], ["a:2", "a"], ["**"]):
+        with pytest.raises(LayerError, match=r"two layers would be called 'a:2', of call . of .* and of call . of .*"):
+            names(seen, *selectors)
+    assert names(seen, "a", "b") == ["a:1", "a:2", "b"]
+
+
 def test_kinds_by_number_in_the_order_of_execution(resnet50: survey.Survey) -> None:
     assert len(resnet50.numbered("conv")) == 53
     assert names(resnet50, "conv#0") == ["conv1"]
