@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fmextract.common import strict_json
 from fmextract.common.progress import Quiet
@@ -24,10 +24,10 @@ from fmextract.inputs.sources import notes_of
 from fmextract.pipeline import pipeline
 from fmextract.pipeline.work import Tally, Work, check_budget
 from fmextract.pipeline.workers import hired
-from fmextract.planning import Plan
+from fmextract.planning import Identity, Plan
 from fmextract.reading import activations
 from fmextract.records import Progress, Result
-from fmextract.run import estimate, given_plan, recheck, same_run, summary
+from fmextract.run import estimate, given_plan, like, recheck, same_run, summary
 from fmextract.run.identity import identity
 from fmextract.run.make_plan import plan_for
 from fmextract.run.output import Output, resumable
@@ -56,12 +56,20 @@ def make_plan(
     progress = progress or Quiet()
     check_out(Path(out).expanduser())
     with prepare(source, model, config, progress) as prepared:
-        target = Path(out).expanduser()
+        target, known = Path(out).expanduser(), _identity(prepared, progress)
         return (
             plan_for(prepared, target, progress)
             if given is None
-            else given_plan.followed(given, prepared, target, identity(prepared))
+            else given_plan.followed(given, prepared, target, known)
         )
+
+
+def _identity(prepared: Prepared, progress: Progress) -> Identity:
+    """The identity of the run, as JSON. Notes what is not as in the run that it is to be like."""
+    found = cast("Identity", strict_json.plain(identity(prepared)))
+    for line in like.other_code(found):
+        progress.note(line)
+    return found
 
 
 def extracted(
@@ -105,7 +113,7 @@ def _done(
         Output(target, progress, overwrite=config.overwrite, break_lock=config.break_lock) as output,
         prepare(source, model, config, progress) as prepared,
     ):
-        asked = Asked(strict_json.plain(identity(prepared)), prepared.source, config.ignore, config.recheck)
+        asked = Asked(_identity(prepared, progress), prepared.source, config.ignore, config.recheck)
         run = _Run(prepared, asked, given, target, progress, command)
         to_follow = _plan(run, output)
         if to_follow is not None:

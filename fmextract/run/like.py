@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from fmextract.common import trust
 from fmextract.errors import ConfigError
 from fmextract.reading import activations
-from fmextract.run import rerun
+from fmextract.run import rerun, same_run
 from fmextract.run.rerun import Said
 
 TAKEN = (
@@ -21,6 +22,30 @@ TAKEN = (
     "codec", "level", "compile", "seed", "top_k", "effective_fields",
 )  # fmt: skip
 """Options as they were asked for. Others say which images, where to, or how the work is divided."""
+
+
+_COMPARED = ("by", "model", "preprocess")
+"""Of the code of a run, what is compared: by which versions it can be, and what is there but for reducers."""
+_earlier: ContextVar[tuple[Path, Mapping[str, Any]] | None] = ContextVar("run_of_a_file", default=None)
+
+
+def other_code(identity: Mapping[str, Any]) -> list[str]:
+    """Return notes on code of a run that is not as it was in the file that the run is to be like.
+
+    The same weights run through another forward to other values.
+    """
+    if (earlier := _earlier.get()) is None:
+        return []
+    file, code = earlier
+    sides = [{"code": _shared(*pair)} for pair in ((code, identity["code"]), (identity["code"], code))]
+    differing = same_run.code_compared(*sides)
+    return [f"not as in the run of {file}: {same_run.listed(differing)}"] if differing else []
+
+
+def _shared(side: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what one side says of its code that the other speaks of too: another Dataset has libraries of its own."""
+    by = {name: version for name, version in side.get("by", {}).items() if name in other.get("by", {})}
+    return {**{name: facts for name, facts in side.items() if name in other}, "by": by}
 
 
 @contextlib.contextmanager
@@ -45,5 +70,11 @@ def like(
         model = rerun.model(acts, said)
         digest = None if said.weights is not None else str(acts.attrs["weights_sha256"])
         prepared = None if said.preprocess is not None or "size" in options else acts.preprocess
-    with limited, trust.model_of_a_file(Path(file), digest, prepared):
-        yield model, {**taken, **options}
+        code = config["identity"].get("code", {})
+        told_by = {name: code[name] for name in _COMPARED if name in code and options.get(name) is None}
+    before = _earlier.set((Path(file), told_by))
+    try:
+        with limited, trust.model_of_a_file(Path(file), digest, prepared):
+            yield model, {**taken, **options}
+    finally:
+        _earlier.reset(before)

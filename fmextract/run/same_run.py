@@ -62,6 +62,12 @@ def compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def code_compared(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs in the code alone, in words, or why that is not known."""
+    sides = [{name: side[name] for name in ("code",) if name in side} for side in (old, new)]
+    return [*compared(*sides), *_not_compared(*sides)]
+
+
 def changed(
     earlier: Mapping[str, Any],
     asked: Asked,

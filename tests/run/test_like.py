@@ -177,3 +177,20 @@ def test_seed_zero_is_said(say: Say, acts: Path, tmp_path: Path) -> None:
     with fmextract.open(tmp_path / "zero.h5") as made:
         assert made.config["options"]["seed"] == 0
         assert np.isfinite(made["conv"][0]).all()
+
+
+class Shifted(runs.Tiny):
+    """The weights of the other, another forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.fc(self.relu(self.conv(x) + 1).mean((2, 3)))
+        return made
+
+
+def test_another_forward_under_the_same_weights_is_told(acts: Path, tmp_path: Path) -> None:
+    for made, is_other in ((runs.Tiny(), False), (Shifted(), True)):
+        notes = runs.Notes()
+        fmextract.plan("others", made, like=acts, progress=notes)
+        assert (f"not as in the run of {acts}: model" in notes) is is_other
+        fmextract.extract("others", made, tmp_path / f"{is_other}.h5", like=acts, layers="conv", progress=notes).close()
+        assert sum("not as in the run" in note for note in notes.notes) == 2 * is_other
