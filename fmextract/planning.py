@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from fmextract.common import text
-from fmextract.errors import FormatError
+from fmextract.errors import FormatError, OutputError
 from fmextract.records import FORMAT_VERSION, Field, LayerSpec
 from fmextract.storage import durable, schema
 from fmextract.storage.shards import read_sealed
@@ -207,8 +207,19 @@ class Plan(text.Tabled):
         return {"format": PLAN_FORMAT, "format_version": FORMAT_VERSION, **plain}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it to a file, for `extract(…, plan=path)`. Raises OutputError, NoSpace."""
-        durable.write_json(Path(path).expanduser(), self.as_json())
+        """Write it to a file, for `extract(…, plan=path)`.
+
+        Raises:
+            OutputError: Where something else than an earlier plan stands there.
+            NoSpace: Where the disk is full.
+        """
+        target = Path(path).expanduser()
+        if os.path.lexists(target):
+            try:
+                Plan.load(target)
+            except FormatError as error:
+                raise OutputError(f"{target} exists, and is not a plan of fmextract: choose another name") from error
+        durable.write_json(target, self.as_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
+from numbers import Integral
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from fmextract.errors import ConfigError
@@ -65,7 +66,7 @@ class Preprocess:
 
     Attributes:
         resize: Length of the shorter side in pixels, or (height, width), or None.
-        crop: (height, width) in pixels, or None.
+        crop: (height, width) in pixels, N for (N, N), or None.
         mean: Of each channel, in units of the 0..1 scale: input = (pixel / 255 - mean) / std.
         std: Of each channel, in the same units.
         interpolation: nearest, bilinear or bicubic.
@@ -73,7 +74,7 @@ class Preprocess:
         origin: Where this preprocessing comes from, for the file.
 
     Raises:
-        ConfigError: For an interpolation that there is not, and for a std that is not positive.
+        ConfigError: For an interpolation that there is not, a size that is none, and a std that is not positive.
 
     Examples:
         >>> imagenet = fm.Preprocess(256, (224, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -90,6 +91,12 @@ class Preprocess:
     origin: str = ""
 
     def __post_init__(self) -> None:
+        if _is_side(self.crop):
+            object.__setattr__(self, "crop", (self.crop, self.crop))
+        if not (self.resize is None or _is_side(self.resize) or _is_size(self.resize)):
+            raise ConfigError(f"resize={self.resize!r}: expected a number of pixels, (height, width) or None")
+        if not (self.crop is None or _is_size(self.crop)):
+            raise ConfigError(f"crop={self.crop!r}: expected (height, width) in pixels, one number for both, or None")
         if self.interpolation not in ("nearest", "bilinear", "bicubic"):
             raise ConfigError(f"unknown interpolation {self.interpolation!r}; expected nearest, bilinear or bicubic")
         if len(self.mean) != len(self.std) or not all(s > 0 for s in self.std):
@@ -103,6 +110,14 @@ class Preprocess:
         if self.crop is not None:
             return self.crop
         return self.resize if isinstance(self.resize, tuple) else None
+
+
+def _is_side(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) > 0
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, tuple | list) and len(value) == len(("height", "width")) and all(map(_is_side, value))
 
 
 ROLES = ("channel", "y", "x", "time", "token", "feature")

@@ -23,7 +23,7 @@ from fmextract.cli.options import (
     Dpi,
     File,
     Json,
-    Layers,
+    LayersToList,
     Like,
     Model,
     Out,
@@ -179,7 +179,7 @@ def layers(
             autocompletion=completion.models,
         ),
     ],
-    selectors: Layers = None,
+    selectors: LayersToList = None,
     weights: Annotated[
         str | None, _option("--weights", "-w", metavar="WEIGHTS", help="As in `extract`. [default: random:0]")
     ] = None,

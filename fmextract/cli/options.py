@@ -84,21 +84,22 @@ Size = Annotated[
 ]
 
 
-Layers = Annotated[
-    list[str] | None,
-    _option(
+def _layers(reducers: str, default: str, panel: str | None = None) -> Any:
+    return _option(
         "--layer",
         "-l",
         metavar="SELECTOR",
-        panel=WHAT,
+        panel=panel,
         complete=completion.reducers,
         help="What to take; repeatable. A path layer4.2.conv3, a glob 'layer?.*.conv1' (** crosses dots), "
         "type:Conv2d, 'conv#0' (the first in order of execution; 'conv#-1' the last), 'trunk#0' (the same without the "
-        "convolutions of shortcuts). Suffixes: :2 second call, @in "
-        "the input, [1] a member, =mean a reducer (`fmextract layers --help` has the list). "
-        "[default: the model's main parts]",
-    ),
-]
+        f"convolutions of shortcuts). Suffixes: :2 second call, @in the input, [1] a member, =mean a reducer "
+        f"({reducers}). [default: {default}]",
+    )
+
+
+Layers = Annotated[list[str] | None, _layers("`fmextract layers --help` has the list", "the model's main parts", WHAT)]
+LayersToList = Annotated[list[str] | None, _layers("all of them below", "every layer")]
 
 
 # The other options of a run, by panel and by the field of `Config` that each of them sets: type, what to write, help.

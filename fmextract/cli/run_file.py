@@ -14,7 +14,7 @@ import typer
 
 from fmextract.common import strict_json
 from fmextract.config import RENAMED, Config
-from fmextract.errors import ConfigError
+from fmextract.errors import ConfigError, OutputError
 from fmextract.storage import durable
 
 if sys.version_info >= (3, 11):
@@ -24,6 +24,8 @@ else:
 
 _NEVER = frozenset({"help", "config_file", "save_config", "debug"})
 """Parameters that a file does not set."""
+_MARK = "# fmextract extract --config"
+"""The first line of what `save` writes, which may be replaced."""
 _OF_EXTRACT = frozenset({"out", "plan"})
 """What a saved file says besides, that not every command with `--config` takes."""
 
@@ -111,7 +113,12 @@ def save(file: Path, source: str, model: str, out: Path, config: Config, plan: P
     }
     told |= config.as_json()
     lines = [f"{name} = {_toml(file, value)}" for name, value in told.items() if value not in (None, [])]
-    durable.write_text(file.expanduser(), "\n".join(["# fmextract extract --config", *lines, ""]))
+    target = file.expanduser()
+    if target.is_file():
+        with target.open("rb") as earlier:
+            if not earlier.readline(len(_MARK) + 2).startswith(_MARK.encode()):
+                raise OutputError(f"--save-config {file} exists, and was not made by it: choose another name")
+    durable.write_text(target, "\n".join([_MARK, *lines, ""]))
 
 
 def _toml(file: Path, value: Any) -> str:

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from fmextract.common import strict_json
 from fmextract.common.progress import Quiet
+from fmextract.common.text import count
 from fmextract.config import Config, check_out
 from fmextract.errors import TooManyFailures
 from fmextract.inputs.sources import notes_of
@@ -117,7 +118,7 @@ def _done(
         run = _Run(prepared, asked, given, target, progress, command)
         to_follow = _plan(run, output)
         if to_follow is not None:
-            log.info("%r, batch size %d, %d shards", to_follow, to_follow.batch_size, len(to_follow.shards))
+            log.info("%r, batch size %d, %s", to_follow, to_follow.batch_size, count(len(to_follow.shards), "shard"))
             resumed = _extract(run, to_follow, output, tally)
             output.fold(to_follow)
     return _finished(run, tally, time.perf_counter() - started, resumed)

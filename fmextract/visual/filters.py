@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,10 +46,10 @@ class Filters:
     shape: tuple[int, ...]
     filters: tuple[int, ...]
     inputs: tuple[int, ...]
-    weights: Array
-    low: Array
-    high: Array
-    maps: Array | None = None
+    weights: Array = field(repr=False)
+    low: Array = field(repr=False)
+    high: Array = field(repr=False)
+    maps: Array | None = field(default=None, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON, without the values."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ class MapPicture:
     layer: str
     key: str
     channels: tuple[int, ...]
-    values: Array
+    values: Array = field(repr=False)
     ranges: tuple[tuple[float, float], ...]
 
     def as_json(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,11 +49,11 @@ class Where:
     layer: str
     key: str
     peaks: tuple[Peak, ...]
-    heat: Array
+    heat: Array = field(repr=False)
     cell: tuple[int, int]
     hottest: Region
     hottest_in_photo: Box | None
-    spread: Array
+    spread: Array = field(repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """Return it as JSON, without the maps."""

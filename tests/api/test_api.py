@@ -213,6 +213,37 @@ def test_a_plan_is_printed_as_the_command_shows_it(
     assert not out.exists()
 
 
+def test_a_plan_replaces_an_earlier_plan_and_nothing_else(place: Path, tmp_path: Path) -> None:
+    plan = fm.plan(place / "photos", runs.Tiny(), layers="conv", progress=False, **OPTIONS)
+    plan.save(tmp_path / "plan.json")
+    plan.save(tmp_path / "plan.json")
+    for name, content in {"photo.png": b"\x89PNG", "mine.json": b"{}", "empty": b""}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(fm.OutputError, match=f"{name} exists, and is not a plan"):
+            plan.save(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == content
+
+
+def test_what_is_said_of_a_picture_holds_no_arrays(place: Path, tmp_path: Path) -> None:
+    for found in (
+        fm.show_maps(place / "acts.h5", "0000.png", tmp_path, layers="conv", count=1)[0],
+        fm.show_where(place / "acts.h5", "0000.png", "conv", tmp_path / "w.png"),
+        fm.show_filters(runs.Tiny(), "conv", tmp_path / "f.png"),
+    ):
+        assert "layer='conv'" in repr(found)
+        assert "array" not in repr(found)
+
+
+def test_a_size_is_one_number_or_two() -> None:
+    assert fm.Preprocess(resize=32, crop=24) == fm.Preprocess(resize=32, crop=(24, 24))  # type: ignore[arg-type]
+    wrong: list[Any] = [0, "32", (8,), (8, 0), 2.5, True, (8, 8, 8)]
+    for side in wrong:
+        with pytest.raises(fm.ConfigError, match=r"crop=.*expected"):
+            fm.Preprocess(resize=None, crop=side)
+        with pytest.raises(fm.ConfigError, match=r"resize=.*expected"):
+            fm.Preprocess(resize=side, crop=(8, 8))
+
+
 def test_layers_are_printed_as_the_command_shows_them(capsys: pytest.CaptureFixture[str]) -> None:
     from fmextract.cli import main
 

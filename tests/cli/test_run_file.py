@@ -13,7 +13,7 @@ import runs
 import fmextract
 from fmextract.cli import main, run_file
 from fmextract.config import Config
-from fmextract.errors import ConfigError
+from fmextract.errors import ConfigError, OutputError
 
 MODEL = f"{Path(runs.__file__)}:Tiny"
 RUN = f"""
@@ -134,3 +134,14 @@ def test_odd_texts_come_back(tmp_path: Path) -> None:
     assert (told["source"], told["out"], told["layers"], told["key"]) == (odd, odd, [odd], odd)
     with pytest.raises(ConfigError, match="UTF-8"):
         run_file.save(file, "\udcff", "m", Path("o"), Config(), None)
+
+
+def test_only_a_file_that_was_saved_is_replaced(tmp_path: Path) -> None:
+    saved = tmp_path / "run.toml"
+    for _ in range(2):
+        run_file.save(saved, "photos", "m", Path("o"), Config(), None)
+    for content in (b"batch_size = 3\n", b"\x89PNG\n", b""):
+        (tmp_path / "mine").write_bytes(content)
+        with pytest.raises(OutputError, match="mine exists, and was not made by it"):
+            run_file.save(tmp_path / "mine", "photos", "m", Path("o"), Config(), None)
+        assert (tmp_path / "mine").read_bytes() == content
