@@ -88,6 +88,8 @@ def load_model(
     weights: str = "default",
     preprocess: str | Preprocessing | Callable[..., Tensor] | None = "model",
     size: str | int | None = None,
+    *,
+    without_photos: bool = False,
 ) -> LoadedModel:
     """Build the network, load its weights, and settle how images become its inputs.
 
@@ -95,7 +97,8 @@ def load_model(
     module. `weights`: default, the name of a set of weights, random:SEED, or a file. `preprocess`: model, none, the
     name of a model, an inline form, module:callable, a Preprocess or a callable (PIL image to float tensor); None and
     "none" mean that images are the model's inputs already, as "model" does for a caller's module. `size`: the exact
-    input size, N or HxW. The caller's random state is left as it was.
+    input size, N or HxW. `without_photos`: no photo is going to be an input, so that nothing need say how it becomes
+    one. The caller's random state is left as it was.
 
     Raises ModelError where the network or its weights cannot be had, ConfigError where the preprocessing is missing
     or gives inputs of no fixed size.
@@ -117,6 +120,8 @@ def load_model(
     if wanted.kind == "file":
         origin["weights_file_sha256"] = load_file(built.module, Path(wanted.value))
     digest = weights_digest(built.module)
+    if without_photos and preprocess == "model" and built.preprocess is None:
+        preprocess = None
     settled = _settle(preprocess, built.preprocess, model, size)
     trust.check_model(digest, strict_json.plain(describe_preprocess(settled)))
     return LoadedModel(

@@ -65,7 +65,7 @@ def describe(
     """
     if weights is None:
         weights = "default" if isinstance(model, torch.nn.Module) else "random:0"
-    loaded = loading.load_model(model, weights, preprocess, size)
+    loaded = loading.load_model(model, weights, preprocess, size, without_photos=True)
     shape = input_shape(loaded, size, guess=isinstance(model, torch.nn.Module))
     if shape is None:
         raise SourceError("the input size is not known: give --size N (or HxW)")

@@ -91,6 +91,10 @@ def prepare(source: Any, model: Any, config: Config, progress: Progress) -> Iter
         device_jpegs.device_decoder(device)  # before the model is built, which may take long
     if config.precision != "auto":
         precision.check(config.precision, device)
+    if isinstance(source, torch.nn.Module):
+        raise SourceError(
+            f"the source is a model, {type(source).__name__}: images come first, as in (source, model, out)"
+        )
     opened = open_source(
         source,
         limit=config.limit,

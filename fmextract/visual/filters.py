@@ -92,7 +92,7 @@ def show_filters(
 
     Raises LayerError for a layer that is no two-dimensional convolution, ConfigError, ModelError, MissingExtra.
     """
-    loaded = loading.load_model(model, weights, preprocess, size)
+    loaded = loading.load_model(model, weights, preprocess, size, without_photos=image is None)
     path, kernels, words = _kernels(loaded, layer, None if size is None else str(size))
     numbers = _pick(kernels, count or (64 if image is None and kernels.shape[1] == COLOUR else 16), order, filters)
     coloured = kernels.shape[1] == COLOUR and inputs is None

@@ -298,6 +298,24 @@ def test_progress_is_a_bar_nothing_or_an_object(
             shown(nobody)  # type: ignore[arg-type]
 
 
+def test_a_model_in_the_place_of_the_images_is_named(place: Path, tmp_path: Path) -> None:
+    for function in (fm.extract, fm.plan):
+        with pytest.raises(fm.SourceError, match="the source is a model, Tiny: images come first"):
+            function(runs.Tiny(), str(place / "photos"), tmp_path / "x.h5", progress=False)  # type: ignore[arg-type]
+
+
+def test_looking_at_a_network_of_ones_own_needs_no_preprocessing(tmp_path: Path) -> None:
+    model = f"{Path(runs.__file__)}:Tiny"
+    assert fm.layers(model, size=8) == fm.layers(runs.Tiny(), size=8)
+    with pytest.raises(fm.SourceError, match="give --size"):
+        fm.layers(model)
+    for layer, size in (("conv", None), ("conv#0", 8)):
+        assert fm.show_filters(model, layer, tmp_path / "f.png", size=size).layer == "conv"
+    make = runs.make_photos(tmp_path / "photos", 1)
+    with pytest.raises(fm.ConfigError, match="brings no preprocessing"):
+        fm.show_filters(model, "conv", tmp_path / "f.png", image=next(make.iterdir()))
+
+
 def test_the_library_installs_no_handler() -> None:
     code = "import fmextract, logging; log = logging.getLogger('fmextract'); log.info('x'); log.warning('y')\n"
     code += "assert [type(one) for one in log.handlers] == [logging.NullHandler] and not logging.getLogger().handlers"
