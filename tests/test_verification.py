@@ -25,7 +25,7 @@ from fmextract.cli import app
 from fmextract.errors import ConfigError, FormatError, OutputError
 from fmextract.reading import activations
 from fmextract.run import make_plan, packing, provenance
-from fmextract.storage import shards
+from fmextract.storage import contents, shards
 from fmextract.storage.digest import digest_of_open
 from fmextract.verification import verify
 
@@ -389,3 +389,24 @@ def test_the_command_line(whole: Path, whole_file: Path, tmp_path: Path, capsys:
 def test_no_torch() -> None:
     code = "import sys, fmextract.verification, fmextract.run.output; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_file_is_opened_and_walked_for_its_structure_as_often_whatever_its_layers_are(
+    small: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opening and validating take longer than reading a small layer."""
+    done: list[str] = []
+    for name in ("open_file", "validate"):
+        made = getattr(contents, name)
+
+        def counted(*given: Any, made: Any = made, name: str = name) -> Any:
+            done.append(name)
+            return made(*given)
+
+        monkeypatch.setattr(contents, name, counted)
+    for place in (small, whole):
+        done.clear()
+        report = verify(place)
+        assert report.ok
+        assert done.count("validate") == report.files
+        assert done.count("open_file") <= 3 * report.files  # not for each layer

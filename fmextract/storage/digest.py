@@ -5,6 +5,7 @@ HDF5's own checksums do not see flipped bits in strings and attributes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,18 +155,27 @@ def _put(hasher: Any, *parts: str | bytes) -> None:
 
 def _attribute_parts(node: Node, name: bytes) -> list[str | bytes]:
     stored = h5py.h5a.open(node.id, name)
-    dtype, shape = stored.dtype, stored.shape
-    objects.type_name(dtype)  # before anything is read of another type
+    dtype, memory = _known_type(stored.get_type().encode())  # before anything is read of another type
+    shape = stored.shape
     if shape is None or stored.get_storage_size() > schema.MOST_ATTRIBUTE:
         raise FormatError(f"the attribute {name.decode()} of {node.path} has no value that fmextract would write")
     value = np.zeros(shape, dtype)
-    stored.read(value, mtype=h5py.h5t.py_create(dtype))
+    stored.read(value, mtype=memory)
     return objects.array_parts(value)
+
+
+@functools.lru_cache(maxsize=256)
+def _known_type(encoded: bytes) -> tuple[np.dtype[Any], h5py.h5t.TypeID]:
+    """Return the type that HDF5 encodes so in memory, numpy's and HDF5's. Raises FormatError for one not of ours."""
+    dtype = h5py.h5t.decode(encoded).dtype
+    objects.type_name(dtype)
+    return dtype, h5py.h5t.py_create(dtype)
 
 
 def _description(node: Node, paths: Mapping[int, str], where: str) -> list[str | bytes]:
     dataset = node.id
-    plist, dtype, shape = dataset.get_create_plist(), dataset.dtype, dataset.shape
+    dtype, _ = _known_type(dataset.get_type().encode())
+    shape, plist = dataset.shape, dataset.get_create_plist()
     most = dataset.get_space().get_simple_extent_dims(True)
     greatest = tuple(None if size == h5py.h5s.UNLIMITED else size for size in most)
     chunk = plist.get_chunk() if plist.get_layout() == h5py.h5d.CHUNKED else None

@@ -707,9 +707,13 @@ def scales(dataset: h5py.h5d.DatasetID, where: str) -> list[list[int]]:
         or stored.shape != (axes,)
     ):
         raise DamagedError(f"{where}: its DIMENSION_LIST is not one list of references per axis")
-    lists = np.empty(axes, stored.dtype)
-    stored.read(lists)
+    lists = np.empty(axes, _LISTS)
+    stored.read(lists, mtype=_LISTS_IN_MEMORY)
     return [[_address(reference, dataset, where) for reference in one] for one in lists]
+
+
+_LISTS = h5py.vlen_dtype(h5py.ref_dtype)
+_LISTS_IN_MEMORY = h5py.h5t.py_create(_LISTS)
 
 
 def _address(reference: h5py.h5r.Reference, dataset: h5py.h5d.DatasetID, where: str) -> int:
