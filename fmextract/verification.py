@@ -26,9 +26,8 @@ from fmextract.reading import activations, indexing
 from fmextract.reading.layer import Layer
 from fmextract.records import Progress, Status
 from fmextract.storage import codecs, layer_stats, layout, shards
-from fmextract.storage.digest import chunk_digest, digest_of_open
+from fmextract.storage.digest import chunk_digest
 from fmextract.storage.shards import INDEX, PLAN, ShardRecord
-from fmextract.storage.validation import reading
 
 Array = indexing.Array
 BLOCK_BYTES = 32 << 20
@@ -235,14 +234,14 @@ class _Check:
             before = len(self.problems)
             if chunks and set(chunks) != set(acts.layers):
                 self._wrong(path.with_suffix(".json"), "has the digests of other layers", rows=rows)
-            with acts.files[0].hdf5() as file:  # once: opening it for each layer would take longer than reading it
+            with acts.files.held():  # once: opening it for each layer would take longer than reading it
                 with self._looking_at(path, rows):
                     self._columns(path, acts, record, range(start, start + acts.num_rows))
                 for name in acts.layers:
                     with self._looking_at(path, rows):
                         self._layer(path, acts[name], start, (chunks or {}).get(name))
-                with self._looking_at(path, rows), reading(path):
-                    digest = digest_of_open(file, {})
+                with self._looking_at(path, rows):
+                    digest = acts.files[0].content_digest()
                     stored = acts.attrs.get("content_digest")
                     if digest != stored and len(self.problems) == before:
                         self._wrong(path, "the content is not the one its content_digest was made of", rows=rows)

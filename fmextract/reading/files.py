@@ -26,6 +26,7 @@ from fmextract.reading.indexing import Array
 from fmextract.records import FileInfo, Label, LayerSpec
 from fmextract.storage import codecs, contents, layer_stats, layout, schema, writer
 from fmextract.storage.columns import decode_column
+from fmextract.storage.digest import digest_of_open
 from fmextract.storage.layer_stats import COUNTED, Totals
 from fmextract.storage.shards import INDEX, PLAN, load_index, load_records, read_sealed
 from fmextract.storage.validation import check_heaps, reading
@@ -192,6 +193,11 @@ class File:
         with self.hdf5() as file:
             group = file["layers"][layout.escape_name(layer)]
             return {axis: np.asarray(group[axis][()]) for axis in self.contents.layers[layer].spec.axes}
+
+    def content_digest(self) -> str:
+        """Return the digest of all that is in the file now, which it stores as `content_digest`."""
+        with self.hdf5() as file:
+            return digest_of_open(file, {})
 
     def info(self) -> FileInfo:
         """Return the root attributes as they were written."""
