@@ -9,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torchvision
 from files import make_file
 
 from fmextract.capture.reducers import REDUCERS
 from fmextract.cli import completion
-
-timm = pytest.importorskip("timm")
 
 
 def completed(*words: str, shell: str = "zsh", folder: Path | None = None) -> str:
